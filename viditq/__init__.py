@@ -1,0 +1,1 @@
+"""Quantize image and video diffusion transformers, and judge what it cost."""

@@ -1,0 +1,51 @@
+"""Which elements share a scale.
+
+Legend: O out_features, C in_features, G groups, g group_size (C = G g), L leading (batch) axis of an activation.
+"""
+
+from torch import Tensor
+
+from viditq.errors import UserError
+
+Range = tuple[Tensor, Tensor]
+
+
+def check_group_size(in_features: int, group_size: int | None, layer: str = "this tensor") -> None:
+    """Raises UserError when `in_features` is not a multiple of `group_size`."""
+    if group_size is not None and in_features % group_size:
+        raise UserError(
+            f"{layer} has {in_features} input features, which group_size={group_size} does not divide; "
+            "choose a divisor or another granularity for this layer"
+        )
+
+
+def to_groups(x: Tensor, group_size: int | None) -> Tensor:
+    """[..., C] -> [..., G, g], a view; unchanged without a group_size."""
+    if group_size is None:
+        return x
+    check_group_size(x.shape[-1], group_size)
+    return x.unflatten(-1, (-1, group_size))
+
+
+def weight_range(weight_OC: Tensor, granularity: str, group_size: int | None) -> Range:
+    """Smallest and largest weight of each group: tensor [1, 1], channel [O, 1], group [O, G, 1]."""
+    view = to_groups(weight_OC, group_size)
+    dims = (0, 1) if granularity == "tensor" else (-1,)
+    return view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
+
+
+def activation_range(x: Tensor, granularity: str, group_size: int | None) -> Range:
+    """Ranges of the very tensor being quantized (dynamic): token [..., 1], group [..., G, 1], tensor [L, 1...].
+
+    "tensor" means one range per element of the leading axis, so that a sample does not depend on its batch mates.
+    """
+    view = to_groups(x, group_size)
+    dims = tuple(range(1, x.ndim)) if granularity == "tensor" else (-1,)
+    return view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)  # aminmax is 8x slower on CPU
+
+
+def calibrated_range(minimum_C: Tensor, maximum_C: Tensor, granularity: str, group_size: int | None) -> Range:
+    """Ranges from per-channel extremes seen in calibration (static): tensor [1], channel [C], group [G, 1]."""
+    if granularity == "channel":
+        return minimum_C, maximum_C
+    return to_groups(minimum_C, group_size).amin(-1, True), to_groups(maximum_C, group_size).amax(-1, True)

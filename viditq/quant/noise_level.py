@@ -1,0 +1,21 @@
+"""Intervals of noise level. Interval i of `edges` is (edges[i], edges[i + 1]]; the first one also holds its lower edge."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+
+def interval_of(edges: Sequence[float], noise_level: float) -> int:
+    """Index of the interval that holds `noise_level`, which lies in [edges[0], edges[-1]]."""
+    assert edges[0] <= noise_level <= edges[-1]
+    return max(bisect_left(edges, noise_level) - 1, 0)
+
+
+def bucket_edges(num_buckets: int) -> tuple[float, ...]:
+    """Edges of `num_buckets` equal buckets of [0, 1]."""
+    return tuple(i / num_buckets for i in range(num_buckets + 1))
+
+
+def overlapping(num_buckets: int, lo: float, hi: float) -> list[int]:
+    """Buckets whose interior meets that of [lo, hi], ascending."""
+    edges = bucket_edges(num_buckets)
+    return [i for i in range(num_buckets) if edges[i] < hi and edges[i + 1] > lo]

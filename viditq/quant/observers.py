@@ -1,0 +1,174 @@
+"""Statistics of the inputs of Linears: fixed size, bucketed by noise level, merged without regard to order.
+
+Legend: K buckets, C in_features, L leading axis (one "sample" each), N tokens, R reservoir rows of a bucket.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from viditq.errors import UserError
+from viditq.quant.noise_level import overlapping
+from viditq.quant.registry import close_names
+
+NUM_BUCKETS = 20
+ROWS_PER_BUCKET = 16
+EMA_DECAY = 0.95
+NO_KEY = torch.iinfo(torch.int64).max  # key of a free place in the reservoir
+REDUCTIONS = {"minimum": "min", "maximum": "max", "amax_sum": "sum", "count": "sum", "rows": "lowest", "keys": "lowest"}
+AGGREGATES = ("ema", "max", "percentile")
+
+
+class Observer:
+    """State of one Linear.
+
+    minimum, maximum [K, C]: over everything. amax_sum [K, C] float64 and count [K]: sum over samples of a sample's
+    amax over its tokens. rows [K, R, C] with keys [K, R]: the input rows of the lowest keys.
+    """
+
+    def __init__(self, num_buckets: int, in_features: int, rows_per_bucket: int, device: torch.device | str = "cpu") -> None:
+        shape = (num_buckets, in_features)
+        self.minimum = torch.full(shape, torch.inf, device=device)
+        self.maximum = torch.full(shape, -torch.inf, device=device)
+        self.amax_sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.count = torch.zeros(num_buckets, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(num_buckets, rows_per_bucket, in_features, device=device)
+        self.keys = torch.full((num_buckets, rows_per_bucket), NO_KEY, device=device)
+
+    def update(self, bucket: int, x_LNC: Tensor, candidates: Tensor, keys: Tensor, layer: str) -> None:
+        """Adds one input. candidates: indices into its L N rows; keys: theirs. NaN or inf raises UserError."""
+        lo_LC, hi_LC = x_LNC.amin(1), x_LNC.amax(1)
+        amax_LC = torch.maximum(-lo_LC, hi_LC).double()
+        total_C = amax_LC.sum(0)
+        if not torch.isfinite(total_C).all():
+            raise UserError(f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating")
+        torch.minimum(self.minimum[bucket], lo_LC.amin(0), out=self.minimum[bucket])
+        torch.maximum(self.maximum[bucket], hi_LC.amax(0), out=self.maximum[bucket])
+        self.amax_sum[bucket] += total_C
+        self.count[bucket] += len(x_LNC)
+        rows = x_LNC.flatten(0, 1)[candidates].to(self.rows.dtype)
+        self.rows[bucket], self.keys[bucket] = _lowest(
+            torch.cat([self.rows[bucket], rows]), torch.cat([self.keys[bucket], keys]), self.keys.shape[1]
+        )
+
+    def merge(self, other: "Observer") -> None:
+        """Adds what `other` saw (another rank, another part of the prompts)."""
+        num_rows = self.keys.shape[1]
+        rows = torch.cat([self.rows, other.rows], 1)
+        keys = torch.cat([self.keys, other.keys], 1)
+        for bucket in range(len(keys)):
+            self.rows[bucket], self.keys[bucket] = _lowest(rows[bucket], keys[bucket], num_rows)
+        for name, reduction in REDUCTIONS.items():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if reduction == "sum":
+                mine += theirs
+            elif reduction != "lowest":
+                torch.minimum(mine, theirs, out=mine) if reduction == "min" else torch.maximum(mine, theirs, out=mine)
+
+
+def _lowest(rows: Tensor, keys: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    keys, order = keys.topk(num_rows, largest=False, sorted=True)
+    return rows[order], keys
+
+
+class SegmentStats:
+    """What the buckets of one segment say about one Linear, per input channel (float32 [C]); rows [n, C]."""
+
+    def __init__(self, observer: Observer, buckets: list[int]) -> None:
+        self._mean_KC = observer.amax_sum[buckets] / observer.count[buckets][:, None]
+        self.minimum = observer.minimum[buckets].amin(0)
+        self.maximum = observer.maximum[buckets].amax(0)
+        self.rows = observer.rows[buckets][observer.keys[buckets] != NO_KEY]
+
+    def amax(self, aggregate: str = "ema", percentile: float = 99.9) -> Tensor:
+        """Magnitude of each channel.
+
+        ema: mean over samples in each bucket, then 0.95 old + 0.05 new from high noise to low, the first sets it.
+        max: over everything. percentile: of |x| over the reservoir rows, 0 to 100.
+        """
+        if aggregate == "max":
+            return torch.maximum(-self.minimum, self.maximum)
+        if aggregate == "percentile":
+            return self.rows.abs().quantile(percentile / 100, dim=0)
+        assert aggregate == "ema"
+        value_C = self._mean_KC[-1]
+        for mean_C in self._mean_KC.flip(0)[1:]:
+            value_C = EMA_DECAY * value_C + (1 - EMA_DECAY) * mean_C
+        return value_C.float()
+
+
+class CalibrationStats:
+    """Observers of all Linears of a denoiser."""
+
+    def __init__(self, layers: dict[str, Observer]) -> None:
+        self.layers = layers
+
+    def segment(self, layer: str, lo: float, hi: float) -> SegmentStats:
+        """Statistics of `layer` over the noise levels [lo, hi].
+
+        Raises UserError when the layer was not observed, or never in this range.
+        """
+        if layer not in self.layers:
+            hint = close_names(layer, self.layers)
+            raise UserError(f"the statistics lack the layer {layer} ({hint}); calibrate this model again")
+        observer = self.layers[layer]
+        buckets = [i for i in overlapping(len(observer.count), lo, hi) if observer.count[i] > 0]
+        if not buckets:
+            raise UserError(
+                f"no calibration data for {layer} at noise levels {lo:g} to {hi:g}: no sampling step falls there; "
+                "calibrate with more sampling steps, or use wider segments"
+            )
+        return SegmentStats(observer, buckets)
+
+    def merge(self, other: "CalibrationStats") -> None:
+        """Adds the observations of `other`, made with the same layers and sizes."""
+        assert self.layers.keys() == other.layers.keys()
+        for name, observer in self.layers.items():
+            observer.merge(other.layers[name])
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat copy of the state: `<layer>/<field>` -> tensor on the CPU."""
+        return {
+            f"{layer}/{field}": getattr(observer, field).detach().cpu().clone()
+            for layer, observer in self.layers.items()
+            for field in REDUCTIONS
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CalibrationStats":
+        layers: dict[str, Observer] = {}
+        for layer in _layer_names(tensors):
+            num_buckets, num_rows, in_features = tensors[f"{layer}/rows"].shape
+            layers[layer] = Observer(num_buckets, in_features, num_rows)
+            for field in REDUCTIONS:
+                setattr(layers[layer], field, tensors[f"{layer}/{field}"].clone())
+        return cls(layers)
+
+    def save(self, path: str | Path) -> None:
+        """Writes safetensors to a temporary name, then renames."""
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            save_file(self.to_tensors(), temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write the statistics to {path}: {error}; free space or choose another folder") from error
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CalibrationStats":
+        """Raises UserError when the file is missing or damaged."""
+        try:
+            with safe_open(str(path), "pt") as file:
+                return cls.from_tensors({key: file.get_tensor(key) for key in file.keys()})
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"cannot read the statistics {path}: {error}; delete the file and calibrate again") from error
+
+
+def _layer_names(keys: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(key.rsplit("/", 1)[0] for key in keys))

@@ -1,0 +1,110 @@
+"""QuantPlan: which scheme each Linear uses at each noise level. Every quantized layer is listed; the rest stay float."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from viditq.errors import UserError
+from viditq.quant.registry import close_names
+from viditq.quant.scheme import FLOAT_BITS, LayerScheme, strict_kwargs
+
+
+def check_edges(edges: Any, what: str = "segments") -> tuple[float, ...]:
+    """Noise levels from 0 to 1 in ascending order, e.g. (0, 0.5, 1); raises UserError otherwise."""
+    hint = "they must tile [0, 1]: ascending noise levels that start at 0 and end at 1, such as [0, 0.5, 1]"
+    if isinstance(edges, str) or not isinstance(edges, Sequence):
+        raise UserError(f"{what}={edges!r}: {hint}")
+    if not all(isinstance(e, int | float) and not isinstance(e, bool) for e in edges):
+        raise UserError(f"{what}={list(edges)}: {hint}")
+    ascending = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+    if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or not ascending:
+        raise UserError(f"{what}={list(edges)}: {hint}")
+    return tuple(float(e) for e in edges)
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """edges: noise levels [0, ..., 1] of n segments. schemes: by name. layers: layer -> n scheme names (None = float)."""
+
+    edges: tuple[float, ...]
+    schemes: dict[str, LayerScheme]
+    layers: dict[str, tuple[str | None, ...]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", check_edges(self.edges, "edges"))
+        object.__setattr__(self, "layers", {layer: tuple(names) for layer, names in self.layers.items()})
+        for layer, names in self.layers.items():
+            if len(names) != self.num_segments:
+                raise UserError(
+                    f"layer {layer} names {len(names)} schemes for {self.num_segments} segments; give one per segment"
+                )
+            for name in names:
+                if name is not None and name not in self.schemes:
+                    raise UserError(f"layer {layer} names the unknown scheme {name!r}; {close_names(name, self.schemes)}")
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.edges) - 1
+
+    def scheme(self, layer: str, segment: int) -> LayerScheme | None:
+        """The scheme of `layer` in `segment`; None = float."""
+        name = self.layers[layer][segment] if layer in self.layers else None
+        return None if name is None else self.schemes[name]
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether any layer needs calibration statistics."""
+        used = {name for names in self.layers.values() for name in names if name is not None}
+        return any(self.schemes[name].needs_stats for name in used)
+
+    def average_weight_bits(self, weights_numel: Mapping[str, int]) -> float:
+        """Mean bits of a weight over all Linears in `weights_numel` (layer -> number of weights).
+
+        A Linear or a segment left in float counts 16 bits; segments count by their width in noise level.
+        Scales and zero points are not counted (`artifact.size_bytes` has them).
+        """
+        return self._average(weights_numel, lambda scheme: scheme.weight.bits if scheme.weight else FLOAT_BITS)
+
+    def average_activation_bits(self, inputs_numel: Mapping[str, int]) -> float:
+        """The same for the inputs of the Linears (layer -> in_features, or elements of its input in one step)."""
+        return self._average(inputs_numel, lambda scheme: scheme.activation.bits if scheme.activation else FLOAT_BITS)
+
+    def _average(self, numel: Mapping[str, int], bits_of: Callable[[LayerScheme], int]) -> float:
+        missing = [layer for layer in self.layers if layer not in numel]
+        if missing:
+            raise UserError(f"the plan quantizes {missing[0]}, which the model lacks; {close_names(missing[0], numel)}")
+        total = 0.0
+        for layer, count in numel.items():
+            for segment, (lo, hi) in enumerate(zip(self.edges, self.edges[1:], strict=False)):
+                scheme = self.scheme(layer, segment)
+                total += count * (hi - lo) * (FLOAT_BITS if scheme is None else bits_of(scheme))
+        return total / sum(numel.values())
+
+    def to_json(self) -> str:
+        """Stable text: the same plan gives the same bytes."""
+        schemes = {name: scheme.to_dict() for name, scheme in self.schemes.items()}
+        layers = {layer: list(names) for layer, names in self.layers.items()}
+        return json.dumps({"edges": list(self.edges), "schemes": schemes, "layers": layers}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantPlan:
+        """Strict inverse of `to_json`; raises UserError for anything malformed."""
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"the plan is not valid JSON: {error}") from None
+        kwargs = strict_kwargs(cls, fields, "the plan")
+        for field in ("edges", "schemes", "layers"):
+            if field not in kwargs:
+                raise UserError(f"the plan lacks the field {field!r}")
+        for field in ("schemes", "layers"):
+            if not isinstance(kwargs[field], dict):
+                raise UserError(f"the plan's field {field!r} must be a mapping, got {kwargs[field]!r}")
+        for layer, names in kwargs["layers"].items():
+            if not isinstance(names, list):
+                raise UserError(f"layer {layer} of the plan must list one scheme per segment, got {names!r}")
+        schemes = {name: LayerScheme.from_dict(scheme) for name, scheme in kwargs["schemes"].items()}
+        return cls(kwargs["edges"], schemes, kwargs["layers"])

@@ -1,0 +1,196 @@
+"""How one Linear is treated, as frozen descriptions that turn into plain dicts and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from viditq.errors import UserError
+from viditq.quant.registry import ROUNDINGS, TRANSFORMS, close_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
+ACTIVATION_GRANULARITIES = ("tensor", "channel", "token", "group")
+FLOAT_BITS = 16  # what a tensor left in float counts as
+
+
+def strict_kwargs(cls: type, fields: Any, what: str) -> dict[str, Any]:
+    """`fields` as keyword arguments of the dataclass `cls`; unknown names raise UserError."""
+    if not isinstance(fields, Mapping):
+        raise UserError(f"{what} must be a mapping of fields, got {fields!r}")
+    allowed = [f.name for f in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in allowed:
+            raise UserError(f"{what} has no field {name!r}; {close_names(str(name), allowed)}")
+    return {str(name): value for name, value in fields.items()}
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Format of one tensor: bit-width, grid and which elements share a scale.
+
+    bits: 2 to 8. granularity: tensor | channel | token | group. For a weight, channel is an output channel; for an
+    activation, an input channel. dynamic (activations only): scales come from the very tensor being quantized.
+    """
+
+    bits: int
+    symmetric: bool = False
+    granularity: str = "tensor"
+    group_size: int | None = None
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if not is_int(self.bits) or not 2 <= self.bits <= 8:
+            raise UserError(f"bits={self.bits!r} is not possible: give a whole number from 2 to 8 (null = leave in float)")
+        for field in ("symmetric", "dynamic"):
+            if not isinstance(getattr(self, field), bool):
+                raise UserError(f"{field}={getattr(self, field)!r} must be true or false")
+        if self.granularity not in ACTIVATION_GRANULARITIES:
+            allowed = ", ".join(ACTIVATION_GRANULARITIES)
+            raise UserError(f"granularity={self.granularity!r} is unknown; choose one of {allowed}")
+        self._check_group_size()
+
+    def _check_group_size(self) -> None:
+        size = self.group_size
+        if self.granularity == "group" and (size is None or not is_int(size) or size < 1):
+            raise UserError(f"granularity=group needs group_size, a positive whole number such as 64; got {size!r}")
+        if self.granularity != "group" and size is not None:
+            raise UserError(f"group_size={size!r} only goes with granularity=group, not {self.granularity}")
+
+    def check_weight(self) -> QuantSpec:
+        """Raises UserError unless this can describe a weight."""
+        if self.granularity not in WEIGHT_GRANULARITIES:
+            allowed = ", ".join(WEIGHT_GRANULARITIES)
+            raise UserError(f"a weight cannot have granularity={self.granularity}; choose one of {allowed}")
+        if self.dynamic:
+            raise UserError("a weight cannot be dynamic: it is quantized once; remove dynamic=true")
+        return self
+
+    def check_activation(self) -> QuantSpec:
+        """Raises UserError unless this can describe an activation."""
+        if self.granularity == "token" and not self.dynamic:
+            raise UserError(
+                "a static activation cannot have granularity=token: tokens differ between samples; "
+                "set dynamic=true, or granularity=tensor"
+            )
+        if self.granularity == "channel" and self.dynamic:
+            raise UserError(
+                "a dynamic activation cannot have granularity=channel: its scales would mix the tokens of a sample; "
+                "set dynamic=false, or granularity=token"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> QuantSpec:
+        """Strict inverse of `to_dict`."""
+        kwargs = strict_kwargs(cls, fields, "QuantSpec")
+        if "bits" not in kwargs:
+            raise UserError("QuantSpec needs the field 'bits', a whole number from 2 to 8")
+        return cls(**kwargs)
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """Base of the frozen descriptions of transforms; subclasses live in viditq.quant.transforms."""
+
+    name: ClassVar[str]
+    needs_stats: ClassVar[bool] = False
+
+    @property
+    def differs_by_segment(self) -> bool:
+        """Whether it is fitted for each segment on its own."""
+        return False
+
+    def for_segment(self, index: int, num_segments: int) -> TransformSpec:
+        """This description with everything that is given per segment resolved; raises UserError on a mismatch."""
+        raise NotImplementedError
+
+    def fit(self, weight_OC: Tensor, stats: Any, scheme: LayerScheme) -> Any:
+        """The Transform for one weight; `stats` (SegmentStats) may be None unless `needs_stats`."""
+        raise NotImplementedError
+
+    def empty(self, in_features: int) -> Any:
+        """A Transform of the right shapes whose tensors are loaded later, on the meta device."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> TransformSpec:
+        """Strict inverse of `to_dict`; the name is looked up in the closed registry."""
+        if not isinstance(fields, Mapping) or "name" not in fields:
+            raise UserError(f"a transform must be a mapping with a 'name', got {fields!r}")
+        cls = TRANSFORMS.get(fields["name"])
+        rest = {key: value for key, value in fields.items() if key != "name"}
+        return cls(**strict_kwargs(cls, rest, f"transform {fields['name']}"))
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """How one Linear is treated: y = Q_a(T(x)) Q_w(T^-T(W))^T + b. None means "leave in float"."""
+
+    weight: QuantSpec | None
+    activation: QuantSpec | None
+    transforms: tuple[TransformSpec, ...] = ()
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+        for spec in (self.weight, self.activation):
+            if spec is not None and not isinstance(spec, QuantSpec):
+                raise UserError(f"weight and activation take a QuantSpec (bits, granularity, ...) or null, got {spec!r}")
+        if self.weight is not None:
+            self.weight.check_weight()
+        if self.activation is not None:
+            self.activation.check_activation()
+        ROUNDINGS.get(self.rounding)
+        for transform in self.transforms:
+            if transform.for_segment(0, 1) != transform:
+                raise UserError(f"{transform} is not resolved: a scheme holds the values of one segment")
+
+    @property
+    def static_activation(self) -> bool:
+        return self.activation is not None and not self.activation.dynamic
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether calibration statistics are needed to apply it."""
+        return self.static_activation or any(t.needs_stats for t in self.transforms)
+
+    @property
+    def per_segment(self) -> bool:
+        """Whether its tensors differ from one segment to the next."""
+        return self.static_activation or any(t.differs_by_segment for t in self.transforms)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "weight": self.weight and self.weight.to_dict(),
+            "activation": self.activation and self.activation.to_dict(),
+            "transforms": [t.to_dict() for t in self.transforms],
+            "rounding": self.rounding,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LayerScheme:
+        """Strict inverse of `to_dict`: every field must be there, no other may be."""
+        kwargs = strict_kwargs(cls, fields, "LayerScheme")
+        for field in dataclasses.fields(cls):
+            if field.name not in kwargs:
+                raise UserError(f"LayerScheme lacks the field {field.name!r}")
+        for side in ("weight", "activation"):
+            if kwargs[side] is not None:
+                kwargs[side] = QuantSpec.from_dict(kwargs[side])
+        kwargs["transforms"] = tuple(TransformSpec.from_dict(t) for t in kwargs["transforms"])
+        return cls(**kwargs)

@@ -1,0 +1,69 @@
+"""One Lightning module for every tiny training: a network, batches drawn per step, a loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from viditq.tiny.optimizer import MasterAdamW
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Optimizer settings: peak learning rate, number of steps, share of them over which the rate decays to zero."""
+
+    steps: int
+    lr: float
+    decay: float = 0.4
+    warmup: int = 100
+    ema_decay: float = 0.998
+
+    def factor(self, step: int) -> float:
+        """Learning rate at `step` as a fraction of the peak: linear warm-up, flat, linear decay."""
+        left = (self.steps - step) / max(1, int(self.decay * self.steps))
+        return max(0.0, min(1.0, (step + 1) / self.warmup, left))
+
+
+class Trainee(L.LightningModule):
+    """Trains `net` in bfloat16 with float32 masters; every step draws its batch from (seed, step), so runs resume exactly."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        draw: Callable[[torch.Generator], Batch],
+        loss: Callable[[nn.Module, Batch], Tensor],
+        schedule: Schedule,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.net = net.to(torch.bfloat16).train()
+        self.draw, self.loss, self.schedule, self.seed = draw, loss, schedule, seed
+
+    def training_step(self, _: Tensor, batch_idx: int) -> Tensor:
+        """Draw, forward, log."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
+        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+        loss = self.loss(self.net, self.draw(generator))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """MasterAdamW with the schedule's learning rate."""
+        optimizer = MasterAdamW(self.net.parameters(), self.schedule.lr, ema_decay=self.schedule.ema_decay)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    def averaged(self) -> nn.Module:
+        """The network with its averaged weights, float32, in evaluation mode."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        average = optimizer.optimizer.average()
+        for param, value in average.items():
+            param.data = value.clone()
+        self.net.float()
+        return self.net.eval().requires_grad_(False)
