@@ -1,6 +1,6 @@
 """Processes that share the pairs unevenly: `metric_worker.py CLIP OUT` writes OUT/RANK.safetensors.
 
-The imports, which take most of the time, happen once; the processes are forked before torch computes anything.
+The imports, which take most of the time, happen once; processes are forked before torch computes anything.
 """
 
 import multiprocessing

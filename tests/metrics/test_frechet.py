@@ -23,12 +23,15 @@ def by_scipy(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def by_features(a: np.ndarray, b: np.ndarray) -> float:
-    """From centred features alone: tr (C_a C_b)^(1/2) is the nuclear norm of A B^T / sqrt((n_a - 1)(n_b - 1))."""
+    """From centred features alone: tr (C_a C_b)^(1/2) is the nuclear norm of the scaled A B^T."""
     centred_a, centred_b = (x - x.mean(0) for x in (a, b))
     scaled_a, scaled_b = (x / np.sqrt(len(x) - 1) for x in (centred_a, centred_b))
     cross = np.linalg.svd(scaled_a @ scaled_b.T, compute_uv=False).sum()
     return float(
-        np.square(a.mean(0) - b.mean(0)).sum() + np.square(scaled_a).sum() + np.square(scaled_b).sum() - 2 * cross
+        np.square(a.mean(0) - b.mean(0)).sum()
+        + np.square(scaled_a).sum()
+        + np.square(scaled_b).sum()
+        - 2 * cross
     )
 
 

@@ -17,7 +17,7 @@ def text_alignment(frames_BFD: Tensor, texts_BD: Tensor) -> Tensor:
 
 
 def temporal_consistency(frames_BFD: Tensor) -> Tensor:
-    """100 x the cosine between adjacent frames, mean over the F - 1 pairs, of unit vectors; [B] in -100..100."""
+    """100 x the cosine between adjacent frames, mean over F - 1 pairs of unit vectors; [B] in -100..100."""
     return 100 * (frames_BFD[:, 1:] * frames_BFD[:, :-1]).sum(-1).mean(1)
 
 
@@ -29,14 +29,14 @@ def _embed(clip: ClipEncoder, clips_BFCHW: Tensor) -> Tensor:
 class ClipSim(PerSampleMetric):
     """CLIPSIM: 100 x the cosine of frame and prompt, averaged over frames.
 
-    Scaled as torchmetrics' CLIPScore, but negative cosines are kept instead of clamped at 0, so that the mean has no
-    bias. The float model's clips are scored as well (reference_value, per_sample_reference).
+    Scaled as torchmetrics' CLIPScore, but negative cosines are kept instead of clamped at 0, so that the mean
+    has no bias. The float model's clips are scored as well (reference_value, per_sample_reference).
     """
 
     higher_is_better = True
 
     def __init__(self, clip: ClipEncoder, name: str) -> None:
-        super().__init__(name, unit="100 cos", scores_references=True)
+        super().__init__(name, unit="", scores_references=True)
         self.clip = clip
 
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
@@ -55,12 +55,14 @@ class ClipTemp(PerSampleMetric):
     higher_is_better = True
 
     def __init__(self, clip: ClipEncoder, name: str) -> None:
-        super().__init__(name, unit="100 cos", scores_references=True)
+        super().__init__(name, unit="", scores_references=True)
         self.clip = clip
 
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Two values per pair, [B] each."""
         if batch.samples.shape[1] < 2:
-            raise UserError(f"{self.name} compares adjacent frames and got images. Use metric=image for image models.")
+            raise UserError(
+                f"{self.name} compares adjacent frames and got images. Use metric=image for image models."
+            )
         clips = zip(self.columns, (batch.samples, batch.references), strict=True)
         return {column: temporal_consistency(_embed(self.clip, c)) for column, c in clips}

@@ -1,6 +1,7 @@
 """A CLIP model that turns frames and prompts into unit vectors, from a folder or the hub.
 
-Frames are resized in torch as preprocessor_config.json says: the processors of transformers want PIL or torchvision.
+Frames are resized in torch as preprocessor_config.json says: the processors of transformers want PIL images
+or torchvision.
 Axes: N frames or prompts, C channels, H height, W width, D embedding.
 """
 
@@ -22,7 +23,7 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How pixels enter the image tower: shortest edge to `edge` px, centre crop to `crop` px, then (x - mean) / std."""
+    """Pixels for the image tower: shortest edge to `edge` px, centre crop to `crop` px, (x - mean) / std."""
 
     edge: int
     crop: int
@@ -34,6 +35,10 @@ class Preprocess:
     def from_config(cls, config: dict[str, Any]) -> "Preprocess":
         """Read preprocessor_config.json of a CLIP model; raises KeyError where it does not say enough."""
         edge, crop = _edge(config["size"]), _edge(config.get("crop_size", config["size"]))
+        if crop > edge:
+            raise UserError(
+                f"preprocessor_config.json crops {crop} px of {edge} px. Make crop_size at most size."
+            )
         mode = RESAMPLE[config.get("resample", 3)]
         return cls(edge, crop, mode, tuple(config["image_mean"]), tuple(config["image_std"]))
 
@@ -50,8 +55,10 @@ class Preprocess:
 
 
 def _edge(size: int | dict[str, int]) -> int:
-    """The side in pixels from either form that CLIP configs use."""
-    return size if isinstance(size, int) else size["shortest_edge"] if "shortest_edge" in size else size["height"]
+    """The side in pixels from any form of CLIP configs: a number, shortest_edge, or height (= width)."""
+    if isinstance(size, int):
+        return size
+    return size["shortest_edge"] if "shortest_edge" in size else size["height"]
 
 
 class ClipEncoder(nn.Module):
@@ -81,22 +88,26 @@ class ClipEncoder(nn.Module):
         longest = len(tokens["input_ids"][0])
         if longest > limit:
             raise UserError(
-                f"A prompt has {longest} tokens and CLIP reads {limit}. Shorten it, or allow cutting with truncate=true."
+                f"A prompt has {longest} tokens and CLIP reads {limit}. Shorten it, or allow cutting it: "
+                "truncate=true for this CLIP."
             )
-        ids, mask = (torch.tensor(tokens[key], device=self.model.device) for key in ("input_ids", "attention_mask"))
+        ids, mask = (
+            torch.tensor(tokens[key], device=self.model.device) for key in ("input_ids", "attention_mask")
+        )
         self._refuse_other_end(ids)
         pooled = self.model.text_model(input_ids=ids, attention_mask=mask).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=-1)
 
     def _refuse_other_end(self, ids_NL: Tensor) -> None:
-        """CLIP reads a prompt at its end token and would silently read elsewhere if the tokenizer's is another."""
+        """CLIP reads a prompt at its end token, and silently elsewhere if the tokenizer has another one."""
         expected, end = self.model.config.text_config.eos_token_id, self.tokenizer.eos_token_id
         # Old configs say 2 whatever the tokenizer; transformers then reads at the highest id.
         found = ids_NL.amax(1) == end if expected == 2 else ((ids_NL == expected) & (ids_NL == end)).any(1)
         if not found.all():
             raise UserError(
-                f"CLIP reads prompts at token {'of the highest id' if expected == 2 else expected}, but its tokenizer "
-                f"ends them with {end} or not at all. Make eos_token_id of both agree and let the tokenizer add it."
+                f"CLIP reads prompts at token {'of the highest id' if expected == 2 else expected}, but its "
+                f"tokenizer ends them with {end} or not at all. Make eos_token_id of both agree and let the "
+                "tokenizer add it."
             )
 
 
@@ -111,9 +122,9 @@ def load_clip(model: str, truncate: bool = False) -> ClipEncoder:
             CLIPModel.from_pretrained(source), AutoTokenizer.from_pretrained(source), preprocess, truncate
         )
     except KeyError as error:
-        raise UserError(f"{source}/preprocessor_config.json: no usable {error}. CLIP's own file has it.") from error
+        raise UserError(f"{source}: preprocessor_config.json lacks {error}.") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"CLIP model {model!r} cannot be loaded: {error}. Give shipped:NAME, a folder with a CLIPModel, its tokenizer "
-            "and preprocessor_config.json, or a hub id."
+            f"CLIP model {model!r} cannot be loaded: {error}. Give shipped:NAME, a folder with a CLIPModel, its "
+            "tokenizer and preprocessor_config.json, or a hub id."
         ) from error

@@ -1,9 +1,9 @@
-"""Frechet distance between Gaussians fitted to the features of two sets of clips (FID for images, FVD for video).
+"""Frechet distance between Gaussians fitted to the features of two sets of clips (FID: images, FVD: video).
 
 Axes: B clips, F frames, C channels, H height, W width, D features.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ SETS = ("reference", "data")
 
 
 class Moments(NamedTuple):
-    """Sums over n features, float64: `count` 0-d, `total` [D], `outer` [D, D]."""
+    """Sums over n features, float64: `number` 0-d, `total` [D], `outer` [D, D]."""
 
-    count: Tensor
+    number: Tensor
     total: Tensor
     outer: Tensor
 
@@ -30,12 +30,12 @@ def moments(features_BD: Tensor) -> Moments:
 
 
 def _root(m: Moments) -> Tensor:
-    """A factor L [D, r] of the unbiased covariance, L L^T; directions without variance are dropped (r <= n - 1)."""
-    mean = m.total / m.count
-    covariance = (m.outer - m.count * torch.outer(mean, mean)) / (m.count - 1)
+    """A factor L [D, r] of the unbiased covariance, L L^T; directions without variance are dropped."""
+    mean = m.total / m.number
+    covariance = (m.outer - m.number * torch.outer(mean, mean)) / (m.number - 1)
     values, vectors = torch.linalg.eigh(covariance)
-    # Rounding of the sums, not of the covariance, decides what is noise: features may have a large common mean.
-    noise = len(mean) * torch.finfo(values.dtype).eps * (m.outer.diagonal().amax() / m.count)
+    # Rounding of the sums decides what is noise, not the covariance: features may share a large mean.
+    noise = len(mean) * torch.finfo(values.dtype).eps * (m.outer.diagonal().amax() / m.number)
     kept = values > torch.maximum(noise, len(mean) * torch.finfo(values.dtype).eps * values[-1])
     return vectors[:, kept] * values[kept].sqrt()
 
@@ -43,11 +43,11 @@ def _root(m: Moments) -> Tensor:
 def frechet_distance(a: Moments, b: Moments) -> Tensor:
     """|mean_a - mean_b|^2 + tr C_a + tr C_b - 2 tr (C_a C_b)^(1/2), 0-d.
 
-    With C = L L^T the last trace is the sum of the singular values of L_a^T L_b, which stays exact for fewer samples
-    than features, where a matrix square root of the singular product does not. Needs two samples on each side.
+    With C = L L^T the last trace is the sum of the singular values of L_a^T L_b, which stays exact for fewer
+    samples than features, where a square root of the singular product does not. Needs two samples a side.
     """
     root_a, root_b = _root(a), _root(b)
-    mean = (a.total / a.count - b.total / b.count).square().sum()
+    mean = (a.total / a.number - b.total / b.number).square().sum()
     cross = torch.linalg.svdvals(root_a.T @ root_b).sum()
     return (mean + root_a.square().sum() + root_b.square().sum() - 2 * cross).clamp(min=0)
 
@@ -55,9 +55,10 @@ def frechet_distance(a: Moments, b: Moments) -> Tensor:
 class FrechetDistance(StreamingMetric):
     """Frechet distance from the samples to the float model's clips or to real ones.
 
-    `features`: a module with `features(clips_BFCHW in [0, 1]) -> [B, D]`. `against`: "reference" (the float model's
-    clips) or "data" (real clips; `compute` then adds reference_value, the float model's own distance to them).
-    The distance grows as the number of samples n falls: compare at equal n only. It has no standard error (nan).
+    `features`: a module with `features(clips_BFCHW in [0, 1]) -> [B, D]`. `against`: "reference" (the float
+    model's clips) or "data" (real clips; `compute` then adds reference_value, the float model's own distance
+    to them). The distance grows as the number of samples falls: compare at equal numbers only. It has no
+    standard error (nan).
     """
 
     higher_is_better = False
@@ -65,21 +66,25 @@ class FrechetDistance(StreamingMetric):
     def __init__(self, features: nn.Module, against: str, name: str) -> None:
         if against not in SETS:
             raise UserError(f"against is {against!r}. Use one of: {', '.join(SETS)}.")
-        self.sides = ("samples", "references") if against == "reference" else ("samples", "references", "data")
+        self.sides = (
+            ("samples", "references") if against == "reference" else ("samples", "references", "data")
+        )
         states = [f"{side}_{field}" for side in self.sides for field in Moments._fields]
         super().__init__(name, unit="", **dict.fromkeys(states, torch.float64))
-        self.features = features.eval().requires_grad_(False)
+        self.features: Any = features.eval().requires_grad_(False)
 
     def update(self, batch: EvalBatch) -> None:
         """Add the features of `batch` to the running sums."""
         if "data" in self.sides and batch.data is None:
-            raise UserError(f"{self.name} compares with real clips, and this model has none. Leave the metric out.")
+            raise UserError(
+                f"{self.name} compares with real clips, and this model has none. Leave the metric out."
+            )
         for side in self.sides:
             self._add(side, moments(self.features.features(to_unit(getattr(batch, side)))))
 
     def _add(self, side: str, new: Moments) -> None:
         for field, value in new._asdict().items():
-            # One piece per process: a state's length tells how many processes took part, also if some saw nothing.
+            # One piece per process that saw anything, so lengths tell how many did.
             state, piece = f"{side}_{field}", value.flatten()
             before = self.joined(state)
             setattr(self, state, [piece + before if len(before) else piece])
@@ -87,7 +92,9 @@ class FrechetDistance(StreamingMetric):
     def _moments(self, side: str) -> Moments:
         count, total, outer = (self.joined(f"{side}_{field}") for field in Moments._fields)
         if count.sum() < 2:
-            raise UserError(f"{self.name} needs at least 2 prompts, {int(count.sum())} given. Raise the number.")
+            raise UserError(
+                f"{self.name} needs at least 2 prompts, {int(count.sum())} given. Raise the number."
+            )
         total = total.view(len(count), -1).sum(0)
         return Moments(count.sum(), total, outer.view(len(count), -1).sum(0).view(len(total), len(total)))
 

@@ -20,13 +20,18 @@ VALUE_RANGES: dict[str, Callable[[Tensor], Tensor]] = {"unit": lambda x: x, "sig
 class Paired(PerSampleMetric):
     """A stock torchmetrics metric `metric(samples_FCHW, references_FCHW)`, one value per clip.
 
-    `value_range`: what the metric wants to see, "unit" = [0, 1] or "signed" = [-1, 1]. `ceiling`: scores above it
-    count as it, which makes the infinite PSNR of identical clips finite. Without a ceiling a score that is not
-    finite raises UserError.
+    `value_range`: what the metric wants, "unit" = [0, 1] or "signed" = [-1, 1]. `ceiling`: scores above it
+    count as it, which makes the infinite PSNR of identical clips finite. Without a ceiling a score that is
+    not finite raises UserError.
     """
 
     def __init__(
-        self, metric: Metric, name: str, unit: str = "", value_range: str = "unit", ceiling: float | None = None
+        self,
+        metric: Metric,
+        name: str,
+        unit: str = "",
+        value_range: str = "unit",
+        ceiling: float | None = None,
     ) -> None:
         super().__init__(name, unit)
         if value_range not in VALUE_RANGES:
@@ -36,7 +41,7 @@ class Paired(PerSampleMetric):
         self.metric._to_sync = self.metric.sync_on_compute = False
 
     @property
-    def higher_is_better(self) -> bool | None:
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
         """As the stock metric says."""
         return self.metric.higher_is_better
 
@@ -59,8 +64,8 @@ class Paired(PerSampleMetric):
         if len(bad):
             first = int(bad[0])
             raise UserError(
-                f"{self.name} of prompt {int(index[first])} is {per_sample[first].item()}. Metrics must be finite: "
-                f"set `ceiling` of this metric (now {self.ceiling}), or leave the metric out."
+                f"{self.name} of prompt {int(index[first])} is {per_sample[first].item()}. Metrics must be "
+                f"finite: set `ceiling` of this metric (now {self.ceiling}), or leave the metric out."
             )
 
 

@@ -13,8 +13,8 @@ from viditq.metrics.batch import EvalBatch
 class StreamingMetric(Metric):
     """A metric whose states are one-dimensional and concatenated over processes.
 
-    A state starts with an empty piece of its own dtype, so that a process that has seen no sample takes part in the
-    gather (torchmetrics would send float32, which corrupts other dtypes).
+    A state starts with an empty piece of its own dtype, so that a process that has seen nothing takes part in
+    the gather (torchmetrics would send float32, which corrupts other dtypes).
     """
 
     full_state_update = False
@@ -22,7 +22,7 @@ class StreamingMetric(Metric):
     def __init__(self, name: str, unit: str, **states: torch.dtype) -> None:
         super().__init__()
         self.name, self.unit = name, unit
-        self._dtypes = states
+        self._dtypes: dict[str, torch.dtype] = states
         for state in states:
             self.add_state(state, default=[], dist_reduce_fx="cat")
         self.reset()
@@ -32,6 +32,10 @@ class StreamingMetric(Metric):
         super().reset()
         for state, dtype in self._dtypes.items():
             getattr(self, state).append(torch.zeros(0, dtype=dtype, device=self.device))
+
+    def append(self, state: str, values: Tensor) -> None:
+        """Add [n] values to a state."""
+        getattr(self, state).append(values.to(self.device, self._dtypes[state]))
 
     def update(self, batch: EvalBatch) -> None:
         """Take in the pairs of `batch`."""
@@ -58,7 +62,7 @@ class PerSampleMetric(StreamingMetric):
     """A metric that is the mean of one score per pair.
 
     `compute` gives value, standard_error, index [n] ascending and per_sample [n] in that order; with
-    `scores_references` also reference_value and per_sample_reference [n], the same score of the float model's clips.
+    `scores_references` also reference_value and per_sample_reference [n], the same of the float model.
     """
 
     def __init__(self, name: str, unit: str, scores_references: bool = False) -> None:
@@ -72,16 +76,18 @@ class PerSampleMetric(StreamingMetric):
 
     def update(self, batch: EvalBatch) -> None:
         """Score the pairs of `batch`."""
-        self.index.append(batch.index.to(self.device))
+        self.append("index", batch.index)
         for column, values in self.scores(batch).items():
-            getattr(self, column).append(values.to(self.device, torch.float64))
+            self.append(column, values)
 
     def compute(self) -> dict[str, Tensor]:
         """Sort by prompt index, so that the result does not depend on order or number of processes."""
         return summarise(self.joined("index"), **{column: self.joined(column) for column in self.columns})
 
 
-def summarise(index: Tensor, per_sample: Tensor, per_sample_reference: Tensor | None = None) -> dict[str, Any]:
+def summarise(
+    index: Tensor, per_sample: Tensor, per_sample_reference: Tensor | None = None
+) -> dict[str, Any]:
     """The result of a per-sample metric from its unsorted columns, all [n]."""
     assert len(index) > 0, "compute before any pair was seen"
     assert len(index.unique()) == len(index), "a pair was scored twice: shards must not be padded"

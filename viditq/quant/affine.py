@@ -1,6 +1,7 @@
 """Affine quantization as pure functions, in the floating-point type of the tensors given.
 
-Asymmetric: codes 0 .. 2^b - 1, scale = (hi - lo) / (2^b - 1) with lo <= 0 <= hi, zero_point = round(-lo / scale).
+Asymmetric: codes 0 .. 2^b - 1, scale = (hi - lo) / (2^b - 1) with lo <= 0 <= hi, zero_point = round(-lo /
+scale).
 Symmetric:  codes -2^(b-1) .. 2^(b-1) - 1, scale = max(|lo|, |hi|) / (2^(b-1) - 1), zero_point = 0.
 Rounding is half to even. Parameters broadcast against the tensor they belong to.
 """
@@ -53,9 +54,9 @@ def fake_quantize(
 def fake_quantize_own_range(
     x: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, inplace: bool = False
 ) -> Tensor:
-    """`fake_quantize` of `x` with the parameters of its own range: the lower clamp can then never act."""
+    """`fake_quantize` of `x` with the parameters of its own range; if asymmetric, its lower clamp never acts."""
     scale, zero_point = compute_qparams(lo, hi, bits, symmetric)
     y = x.div_(scale) if inplace else x / scale
     if symmetric:
-        return y.round_().mul_(scale)
+        return y.round_().clamp_(*code_range(bits, True)).mul_(scale)
     return torch.minimum(y.round_(), 2**bits - 1 - zero_point, out=y).mul_(scale)

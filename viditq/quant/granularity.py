@@ -1,6 +1,7 @@
 """Which elements share a scale.
 
-Legend: O out_features, C in_features, G groups, g group_size (C = G g), L leading (batch) axis of an activation.
+Legend: O out_features, C in_features, G groups, g group_size (C = G g), L leading (batch) axis of an
+activation.
 """
 
 from torch import Tensor
@@ -35,17 +36,20 @@ def weight_range(weight_OC: Tensor, granularity: str, group_size: int | None) ->
 
 
 def activation_range(x: Tensor, granularity: str, group_size: int | None) -> Range:
-    """Ranges of the very tensor being quantized (dynamic): token [..., 1], group [..., G, 1], tensor [L, 1...].
+    """Ranges of the very tensor being quantized: token [..., 1], group [..., G, 1], tensor [L, 1, ...].
 
-    "tensor" means one range per element of the leading axis, so that a sample does not depend on its batch mates.
+    "tensor" is one range per element of the leading axis: a sample must not depend on its batch mates.
     """
     view = to_groups(x, group_size)
-    dims = tuple(range(1, x.ndim)) if granularity == "tensor" else (-1,)
-    return view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)  # aminmax is 8x slower on CPU
+    if granularity == "tensor":
+        shape = (len(x),) + (1,) * (x.ndim - 1)
+        rows = x.flatten(1)
+        return rows.amin(-1).view(shape), rows.amax(-1).view(shape)
+    return view.amin(-1, keepdim=True), view.amax(-1, keepdim=True)  # aminmax is 16x slower on CPU
 
 
 def calibrated_range(minimum_C: Tensor, maximum_C: Tensor, granularity: str, group_size: int | None) -> Range:
-    """Ranges from per-channel extremes seen in calibration (static): tensor [1], channel [C], group [G, 1]."""
+    """Ranges from per-channel extremes seen in calibration: tensor [1], channel [C], group [G, 1]."""
     if granularity == "channel":
         return minimum_C, maximum_C
     return to_groups(minimum_C, group_size).amin(-1, True), to_groups(maximum_C, group_size).amax(-1, True)

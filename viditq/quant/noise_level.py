@@ -1,4 +1,4 @@
-"""Intervals of noise level. Interval i of `edges` is (edges[i], edges[i + 1]]; the first one also holds its lower edge."""
+"""Intervals of noise level: number i of `edges` is (edges[i], edges[i + 1]]; the first also holds 0."""
 
 from bisect import bisect_left
 from collections.abc import Sequence

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from viditq.errors import UserError
@@ -20,18 +20,27 @@ NUM_BUCKETS = 20
 ROWS_PER_BUCKET = 16
 EMA_DECAY = 0.95
 NO_KEY = torch.iinfo(torch.int64).max  # key of a free place in the reservoir
-REDUCTIONS = {"minimum": "min", "maximum": "max", "amax_sum": "sum", "count": "sum", "rows": "lowest", "keys": "lowest"}
+REDUCTIONS = {
+    "minimum": "min",
+    "maximum": "max",
+    "amax_sum": "sum",
+    "count": "sum",
+    "rows": "lowest",
+    "keys": "lowest",
+}
 AGGREGATES = ("ema", "max", "percentile")
 
 
 class Observer:
     """State of one Linear.
 
-    minimum, maximum [K, C]: over everything. amax_sum [K, C] float64 and count [K]: sum over samples of a sample's
-    amax over its tokens. rows [K, R, C] with keys [K, R]: the input rows of the lowest keys.
+    minimum, maximum [K, C]: over everything. amax_sum [K, C] float64 and count [K]: sum over samples of a
+    sample's amax over its tokens. rows [K, R, C] with keys [K, R]: the input rows of the lowest keys.
     """
 
-    def __init__(self, num_buckets: int, in_features: int, rows_per_bucket: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, num_buckets: int, in_features: int, rows_per_bucket: int, device: torch.device | str = "cpu"
+    ) -> None:
         shape = (num_buckets, in_features)
         self.minimum = torch.full(shape, torch.inf, device=device)
         self.maximum = torch.full(shape, -torch.inf, device=device)
@@ -40,13 +49,20 @@ class Observer:
         self.rows = torch.zeros(num_buckets, rows_per_bucket, in_features, device=device)
         self.keys = torch.full((num_buckets, rows_per_bucket), NO_KEY, device=device)
 
+    def to(self, device: torch.device) -> None:
+        """Moves the state."""
+        for name in REDUCTIONS:
+            setattr(self, name, getattr(self, name).to(device))
+
     def update(self, bucket: int, x_LNC: Tensor, candidates: Tensor, keys: Tensor, layer: str) -> None:
-        """Adds one input. candidates: indices into its L N rows; keys: theirs. NaN or inf raises UserError."""
+        """Adds one input. candidates: indices into its L N rows; keys: theirs. NaN or inf: UserError."""
         lo_LC, hi_LC = x_LNC.amin(1), x_LNC.amax(1)
         amax_LC = torch.maximum(-lo_LC, hi_LC).double()
         total_C = amax_LC.sum(0)
         if not torch.isfinite(total_C).all():
-            raise UserError(f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating")
+            raise UserError(
+                f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating"
+            )
         torch.minimum(self.minimum[bucket], lo_LC.amin(0), out=self.minimum[bucket])
         torch.maximum(self.maximum[bucket], hi_LC.amax(0), out=self.maximum[bucket])
         self.amax_sum[bucket] += total_C
@@ -67,8 +83,10 @@ class Observer:
             mine, theirs = getattr(self, name), getattr(other, name)
             if reduction == "sum":
                 mine += theirs
-            elif reduction != "lowest":
-                torch.minimum(mine, theirs, out=mine) if reduction == "min" else torch.maximum(mine, theirs, out=mine)
+            elif reduction == "min":
+                torch.minimum(mine, theirs, out=mine)
+            elif reduction == "max":
+                torch.maximum(mine, theirs, out=mine)
 
 
 def _lowest(rows: Tensor, keys: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +106,8 @@ class SegmentStats:
     def amax(self, aggregate: str = "ema", percentile: float = 99.9) -> Tensor:
         """Magnitude of each channel.
 
-        ema: mean over samples in each bucket, then 0.95 old + 0.05 new from high noise to low, the first sets it.
+        ema: mean over samples in each bucket, then 0.95 old + 0.05 new from high noise to low, the first sets
+        it.
         max: over everything. percentile: of |x| over the reservoir rows, 0 to 100.
         """
         if aggregate == "max":
@@ -120,8 +139,8 @@ class CalibrationStats:
         buckets = [i for i in overlapping(len(observer.count), lo, hi) if observer.count[i] > 0]
         if not buckets:
             raise UserError(
-                f"no calibration data for {layer} at noise levels {lo:g} to {hi:g}: no sampling step falls there; "
-                "calibrate with more sampling steps, or use wider segments"
+                f"no calibration data for {layer} at noise levels {lo:g} to {hi:g}: no sampling step "
+                "falls there; calibrate with more sampling steps, or use wider segments"
             )
         return SegmentStats(observer, buckets)
 
@@ -156,7 +175,9 @@ class CalibrationStats:
             save_file(self.to_tensors(), temporary)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write the statistics to {path}: {error}; free space or choose another folder") from error
+            raise UserError(
+                f"cannot write the statistics to {path}: {error}; free space or choose another folder"
+            ) from error
         finally:
             Path(temporary).unlink(missing_ok=True)
 
@@ -164,10 +185,11 @@ class CalibrationStats:
     def load(cls, path: str | Path) -> "CalibrationStats":
         """Raises UserError when the file is missing or damaged."""
         try:
-            with safe_open(str(path), "pt") as file:
-                return cls.from_tensors({key: file.get_tensor(key) for key in file.keys()})
+            return cls.from_tensors(load_file(path))
         except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(f"cannot read the statistics {path}: {error}; delete the file and calibrate again") from error
+            raise UserError(
+                f"cannot read the statistics {path}: {error}; delete the file and calibrate again"
+            ) from error
 
 
 def _layer_names(keys: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Codes of 2 to 8 bits, stored without gaps.
 
-Eight codes of b bits make b bytes: code i sits in bits [b i, b (i + 1)) of a little-endian word. Rows start on a
-byte; a row of n codes takes ceil(n b / 8) bytes.
+Eight codes of b bits make b bytes: code i sits in bits [b i, b (i + 1)) of a little-endian word. Rows start
+on a byte; a row of n codes takes ceil(n b / 8) bytes.
 """
 
 import torch
@@ -15,7 +15,7 @@ def packed_size(num_codes: int, bits: int) -> int:
 
 
 def _regroup(values: Tensor, width_in: int, width_out: int) -> Tensor:
-    """[..., n, k] fields of `width_in` bits -> [..., n, 8 or b] fields of `width_out` bits, through words of <= 56 bits."""
+    """[..., n, k] fields of `width_in` bits -> [..., n, 8 or b] fields of `width_out` bits."""
     num_in = values.shape[-1]
     shifts_in = torch.arange(num_in, device=values.device) * width_in
     word = (values.long() << shifts_in).sum(-1, keepdim=True)

@@ -1,10 +1,11 @@
-"""QuantPlan: which scheme each Linear uses at each noise level. Every quantized layer is listed; the rest stay float."""
+"""QuantPlan: which scheme each Linear uses at each noise level; layers that are not listed stay float."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from viditq.errors import UserError
@@ -19,7 +20,7 @@ def check_edges(edges: Any, what: str = "segments") -> tuple[float, ...]:
         raise UserError(f"{what}={edges!r}: {hint}")
     if not all(isinstance(e, int | float) and not isinstance(e, bool) for e in edges):
         raise UserError(f"{what}={list(edges)}: {hint}")
-    ascending = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+    ascending = all(a < b for a, b in pairwise(edges))
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or not ascending:
         raise UserError(f"{what}={list(edges)}: {hint}")
     return tuple(float(e) for e in edges)
@@ -27,7 +28,7 @@ def check_edges(edges: Any, what: str = "segments") -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """edges: noise levels [0, ..., 1] of n segments. schemes: by name. layers: layer -> n scheme names (None = float)."""
+    """edges: noise levels 0 .. 1 of n segments. schemes: by name. layers: n names each, None = float."""
 
     edges: tuple[float, ...]
     schemes: dict[str, LayerScheme]
@@ -39,11 +40,14 @@ class QuantPlan:
         for layer, names in self.layers.items():
             if len(names) != self.num_segments:
                 raise UserError(
-                    f"layer {layer} names {len(names)} schemes for {self.num_segments} segments; give one per segment"
+                    f"layer {layer} names {len(names)} schemes for {self.num_segments} segments; "
+                    "give one per segment"
                 )
             for name in names:
                 if name is not None and name not in self.schemes:
-                    raise UserError(f"layer {layer} names the unknown scheme {name!r}; {close_names(name, self.schemes)}")
+                    raise UserError(
+                        f"layer {layer} names the unknown scheme {name!r}; {close_names(name, self.schemes)}"
+                    )
 
     @property
     def num_segments(self) -> int:
@@ -66,19 +70,25 @@ class QuantPlan:
         A Linear or a segment left in float counts 16 bits; segments count by their width in noise level.
         Scales and zero points are not counted (`artifact.size_bytes` has them).
         """
-        return self._average(weights_numel, lambda scheme: scheme.weight.bits if scheme.weight else FLOAT_BITS)
+        return self._average(
+            weights_numel, lambda scheme: scheme.weight.bits if scheme.weight else FLOAT_BITS
+        )
 
     def average_activation_bits(self, inputs_numel: Mapping[str, int]) -> float:
-        """The same for the inputs of the Linears (layer -> in_features, or elements of its input in one step)."""
-        return self._average(inputs_numel, lambda scheme: scheme.activation.bits if scheme.activation else FLOAT_BITS)
+        """The same for the inputs of the Linears (layer -> in_features, or elements of its input)."""
+        return self._average(
+            inputs_numel, lambda scheme: scheme.activation.bits if scheme.activation else FLOAT_BITS
+        )
 
     def _average(self, numel: Mapping[str, int], bits_of: Callable[[LayerScheme], int]) -> float:
         missing = [layer for layer in self.layers if layer not in numel]
         if missing:
-            raise UserError(f"the plan quantizes {missing[0]}, which the model lacks; {close_names(missing[0], numel)}")
+            raise UserError(
+                f"the plan quantizes {missing[0]}, which the model lacks; {close_names(missing[0], numel)}"
+            )
         total = 0.0
         for layer, count in numel.items():
-            for segment, (lo, hi) in enumerate(zip(self.edges, self.edges[1:], strict=False)):
+            for segment, (lo, hi) in enumerate(pairwise(self.edges)):
                 scheme = self.scheme(layer, segment)
                 total += count * (hi - lo) * (FLOAT_BITS if scheme is None else bits_of(scheme))
         return total / sum(numel.values())

@@ -17,7 +17,8 @@ from viditq.quant.scheme import LayerScheme, QuantSpec, TransformSpec, strict_kw
 class Rule:
     """An exception for the Linears whose name matches the glob `pattern` (`*` also crosses dots).
 
-    weight, activation, smoothing replace the recipe's own (None = as in the recipe); keep_float leaves them alone.
+    weight, activation, smoothing replace the recipe's own (None = as in the recipe); keep_float leaves them
+    alone.
     """
 
     pattern: str
@@ -29,11 +30,16 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise UserError(f"a rule needs a pattern such as '*.attn1.*', got {self.pattern!r}")
-        overrides = [name for name in ("weight", "activation", "smoothing") if getattr(self, name) is not None]
+        overrides = [
+            name for name in ("weight", "activation", "smoothing") if getattr(self, name) is not None
+        ]
         if self.keep_float and overrides:
             raise UserError(f"rule {self.pattern!r} has keep_float and {overrides[0]}; give one or the other")
         if not self.keep_float and not overrides:
-            raise UserError(f"rule {self.pattern!r} changes nothing; give weight, activation, smoothing or keep_float=true")
+            raise UserError(
+                f"rule {self.pattern!r} changes nothing; "
+                "give weight, activation, smoothing or keep_float=true"
+            )
 
 
 def _as_rule(rule: Any) -> Rule:
@@ -47,8 +53,8 @@ def _as_rule(rule: Any) -> Rule:
 class Recipe:
     """How to quantize a denoiser.
 
-    segments: noise levels that tile [0, 1]; a smoothing given per segment lists its values in the same order (low
-    noise first). rules: the last one that matches a Linear decides, on top of the recipe's own settings.
+    segments: noise levels that tile [0, 1]; a smoothing given per segment lists its values in the same order
+    (low noise first). rules: the last one that matches a Linear decides, on top of the recipe's own settings.
     """
 
     def __init__(
@@ -70,6 +76,10 @@ class Recipe:
         for rule in self.rules:
             self._schemes(rule)
 
+    def with_rules(self, rules: Sequence[Rule]) -> Recipe:
+        """This recipe with `rules` in place of its own."""
+        return Recipe(self.weight, self.activation, self.smoothing, self.rounding, self.edges, rules)
+
     def _schemes(self, rule: Rule | None) -> list[LayerScheme] | None:
         """One scheme per segment under `rule`; None = float."""
         if rule is not None and rule.keep_float:
@@ -79,7 +89,10 @@ class Recipe:
         smoothing = (rule and rule.smoothing) or self.smoothing
         if weight is None and activation is None:
             if smoothing is not None and (rule is not None or not self.rules):
-                raise UserError("smoothing without quantization changes nothing: give weight or activation, or no smoothing")
+                raise UserError(
+                    "smoothing without quantization changes nothing: "
+                    "give weight or activation, or no smoothing"
+                )
             return None
         num = len(self.edges) - 1
         if smoothing is not None and not isinstance(smoothing, TransformSpec):
@@ -94,7 +107,10 @@ class Recipe:
             hits = [name for name in linear_names if fnmatchcase(name, rule.pattern)]
             if not hits:
                 bare = rule.pattern.strip("*.")
-                raise UserError(f"pattern {rule.pattern!r} matches no Linear of the model; {close_names(bare, linear_names)}")
+                raise UserError(
+                    f"pattern {rule.pattern!r} matches no Linear of the model; "
+                    f"{close_names(bare, linear_names)}"
+                )
             matched.update(dict.fromkeys(hits, rule))
         return matched
 

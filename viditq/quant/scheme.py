@@ -37,8 +37,9 @@ def is_int(value: object) -> bool:
 class QuantSpec:
     """Format of one tensor: bit-width, grid and which elements share a scale.
 
-    bits: 2 to 8. granularity: tensor | channel | token | group. For a weight, channel is an output channel; for an
-    activation, an input channel. dynamic (activations only): scales come from the very tensor being quantized.
+    bits: 2 to 8. granularity: tensor | channel | token | group. For a weight, channel is an output channel;
+    for an activation, an input channel. dynamic (activations only): scales come from the very tensor being
+    quantized.
     """
 
     bits: int
@@ -49,7 +50,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if not is_int(self.bits) or not 2 <= self.bits <= 8:
-            raise UserError(f"bits={self.bits!r} is not possible: give a whole number from 2 to 8 (null = leave in float)")
+            raise UserError(
+                f"bits={self.bits!r} is not possible: give a whole number from 2 to 8 (null = leave in float)"
+            )
         for field in ("symmetric", "dynamic"):
             if not isinstance(getattr(self, field), bool):
                 raise UserError(f"{field}={getattr(self, field)!r} must be true or false")
@@ -61,7 +64,9 @@ class QuantSpec:
     def _check_group_size(self) -> None:
         size = self.group_size
         if self.granularity == "group" and (size is None or not is_int(size) or size < 1):
-            raise UserError(f"granularity=group needs group_size, a positive whole number such as 64; got {size!r}")
+            raise UserError(
+                f"granularity=group needs group_size, a positive whole number such as 64; got {size!r}"
+            )
         if self.granularity != "group" and size is not None:
             raise UserError(f"group_size={size!r} only goes with granularity=group, not {self.granularity}")
 
@@ -83,7 +88,7 @@ class QuantSpec:
             )
         if self.granularity == "channel" and self.dynamic:
             raise UserError(
-                "a dynamic activation cannot have granularity=channel: its scales would mix the tokens of a sample; "
+                "a dynamic activation cannot have granularity=channel: its scales would mix tokens; "
                 "set dynamic=false, or granularity=token"
             )
         return self
@@ -113,7 +118,7 @@ class TransformSpec:
         return False
 
     def for_segment(self, index: int, num_segments: int) -> TransformSpec:
-        """This description with everything that is given per segment resolved; raises UserError on a mismatch."""
+        """This description with the values of one segment; raises UserError when their number differs."""
         raise NotImplementedError
 
     def fit(self, weight_OC: Tensor, stats: Any, scheme: LayerScheme) -> Any:
@@ -150,7 +155,9 @@ class LayerScheme:
         object.__setattr__(self, "transforms", tuple(self.transforms))
         for spec in (self.weight, self.activation):
             if spec is not None and not isinstance(spec, QuantSpec):
-                raise UserError(f"weight and activation take a QuantSpec (bits, granularity, ...) or null, got {spec!r}")
+                raise UserError(
+                    f"weight and activation take a QuantSpec (bits, granularity, ...) or null, got {spec!r}"
+                )
         if self.weight is not None:
             self.weight.check_weight()
         if self.activation is not None:

@@ -20,7 +20,7 @@ from viditq.tiny.text import encode, encode_null, t5_tokenizer
 from viditq.tiny.trainee import Batch, Schedule, Trainee
 
 SCHEDULES = {
-    "judge": Schedule(steps=1500, lr=2e-3, decay=0.6),
+    "judge": Schedule(steps=3000, lr=2e-3, decay=0.7),
     "vae": Schedule(steps=4500, lr=2.5e-3, decay=0.8),
     "text": Schedule(steps=400, lr=2e-3, warmup=20),
     "clip": Schedule(steps=1000, lr=1.5e-3, decay=0.8),

@@ -1,13 +1,14 @@
 """Channel balancing (SmoothQuant; ViDiT-Q fits it per range of noise levels): X' = X / s, W' = W s.
 
-s_c = A_c^alpha / (amax_o |W_oc|)^(1 - alpha) with A_c the magnitude of input channel c. Legend: O, C, n reservoir rows.
+s_c = A_c^alpha / (amax_o |W_oc|)^(1 - alpha) with A_c the magnitude of input channel c. Legend: O, C, n
+reservoir rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.quant.observers import AGGREGATES, SegmentStats
-from viditq.quant.quantizer import dequantize_weight, fake_quantize_activation, quantize_weight, static_qparams
+from viditq.quant.quantizer import (
+    dequantize_weight,
+    fake_quantize_activation,
+    quantize_weight,
+    static_qparams,
+)
 from viditq.quant.registry import TRANSFORMS
 from viditq.quant.scheme import LayerScheme, TransformSpec
 from viditq.quant.transforms.base import Transform
@@ -54,9 +60,11 @@ def smooth_scale(amax_C: Tensor, weight_amax_C: Tensor, alpha: float) -> Tensor:
 class SmoothSpec(TransformSpec):
     """Describes a Smooth.
 
-    alpha: in [0, 1], or one per segment (low noise first), or "auto" = per layer, the best of 21 by output error on
-    calibration rows. per_segment: scales from each segment's own statistics instead of those of all noise levels.
-    aggregate: how a channel's magnitude is taken (ema | max | percentile); percentile: 0 to 100, for that choice.
+    alpha: in [0, 1], or one per segment (low noise first), or "auto" = per layer, the best of 21 by output
+    error on calibration rows. per_segment: scales from each segment's own statistics instead of those of all
+    noise levels.
+    aggregate: how a channel's magnitude is taken (ema | max | percentile); percentile: 0 to 100, for that
+    choice.
     """
 
     name: ClassVar[str] = "smooth"
@@ -71,12 +79,16 @@ class SmoothSpec(TransformSpec):
         if isinstance(self.alpha, Sequence) and not isinstance(self.alpha, str):
             object.__setattr__(self, "alpha", tuple(self.alpha))
         for alpha in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
-            if alpha != "auto" and (not _is_number(alpha) or not 0 <= alpha <= 1):
-                raise UserError(f"alpha={alpha!r} is not possible: give a number in [0, 1], one per segment, or 'auto'")
+            if alpha != "auto" and not (_is_number(alpha) and 0.0 <= alpha <= 1.0):
+                raise UserError(
+                    f"alpha={alpha!r} is not possible: give a number in [0, 1], one per segment, or 'auto'"
+                )
         if self.aggregate not in AGGREGATES:
             raise UserError(f"aggregate={self.aggregate!r} is unknown; choose one of {', '.join(AGGREGATES)}")
         if not _is_number(self.percentile) or not 0 < self.percentile <= 100:
-            raise UserError(f"percentile={self.percentile!r} is not possible: give a number above 0 and up to 100")
+            raise UserError(
+                f"percentile={self.percentile!r} is not possible: give a number above 0 and up to 100"
+            )
         if not isinstance(self.per_segment, bool):
             raise UserError(f"per_segment={self.per_segment!r} must be true or false")
 
@@ -108,12 +120,12 @@ class SmoothSpec(TransformSpec):
         return Smooth(torch.empty(in_features, device="meta"))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _output_error(smooth: Smooth, weight_OC: Tensor, stats: SegmentStats, scheme: LayerScheme) -> float:
-    """Squared error of the Linear's output on the reservoir rows when quantized by `scheme` after `smooth`."""
+    """Squared error of the Linear's output on the reservoir rows, quantized by `scheme` after `smooth`."""
     x_nC = stats.rows.to(weight_OC.device)
     reference_nO = F.linear(x_nC, weight_OC)
     x_nC, weight_OC = smooth.activation(x_nC), smooth.weight(weight_OC)

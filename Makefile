@@ -1,0 +1,37 @@
+# make run: set up .venv, then run the main job.   make test: set up, then lint, types and tests.
+# Both can be repeated: set-up is skipped while pyproject.toml and constraints.txt are unchanged, finished work is found.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: run test setup lint clean
+.DEFAULT_GOAL := run
+
+run: setup
+	@echo "== main job: W4A8 with timestep-aware smoothing on the tiny video model"
+	"$(BIN)/python" run.py experiment=w4a8_ts_smooth
+
+test: setup lint
+	@echo "== tests"
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
+
+lint: setup
+	@echo "== format, lint, types"
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/ruff" check .
+	"$(BIN)/mypy"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== set-up: virtual environment $(VENV) with the tested versions (constraints.txt)"
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	"$(PYTHON)" -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	"$(BIN)/python" -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch "$(STAMP)"
+
+clean:
+	rm -rf "$(VENV)" outputs multirun

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+from viditq.errors import UserError
+from viditq.quant import StepContext
+
+
+class Spy(nn.Module):
+    def __init__(self, context: StepContext) -> None:
+        super().__init__()
+        self.context = context
+
+    def forward(self, x, encoder_hidden_states=None, timestep=None):
+        if x is None:
+            raise RuntimeError("inside")
+        return self.context.noise_level, self.context.segment
+
+
+@pytest.fixture
+def spy() -> Spy:
+    spy = Spy(StepContext((0, 0.5, 1)))
+    spy.context.attach(spy)
+    return spy
+
+
+def test_reads_the_timestep_wherever_it_is_given(spy):
+    assert spy(0, None, torch.tensor([999.0, 999.0])) == (0.999, 1)
+    assert spy(0, timestep=torch.tensor(500)) == (0.5, 0)
+    assert spy(0, timestep=0) == (0.0, 0)
+    assert spy(0, timestep=torch.full((2, 3), 501.0, dtype=torch.bfloat16))[1] in (0, 1)
+
+
+def test_forgets_it_afterwards_even_after_an_error(spy):
+    spy(0, timestep=1)
+    assert spy.context.segment is None and spy.context.noise_level is None
+    with pytest.raises(RuntimeError, match="inside"):
+        spy(None, timestep=1)
+    assert spy.context.segment is None
+
+
+def test_scale_of_the_timestep():
+    spy = Spy(StepContext((0, 0.25, 0.5, 1), timestep_scale=1.0))
+    handle = spy.context.attach(spy)
+    assert spy(0, timestep=torch.tensor([0.3])) == (pytest.approx(0.3), 1)
+    handle.remove()
+    assert spy(0, timestep=torch.tensor([0.3])) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "message"),
+    [
+        (None, "without a timestep"),
+        (torch.tensor([1.0, 2.0]), "different timesteps"),
+        (1001, r"timestep 1001 lies outside \[0, 1000\]; set timestep_scale"),
+        (-1, "lies outside"),
+        (float("nan"), "lies outside"),
+    ],
+)
+def test_bad_timesteps(spy, timestep, message):
+    with pytest.raises(UserError, match=message):
+        spy(0, timestep=timestep)
+
+
+def test_a_model_without_timestep_is_refused():
+    with pytest.raises(UserError, match=r"Linear.forward takes no argument 'timestep' \(it takes: input\)"):
+        StepContext((0, 1)).attach(nn.Linear(1, 1))

@@ -1,0 +1,84 @@
+import pytest
+
+from viditq.errors import UserError
+from viditq.quant import QuantSpec, Recipe, Rule, SmoothSpec
+
+NAMES = ["blocks.0.attn1.to_q", "blocks.0.attn1.to_k", "blocks.0.ff.net.2", "blocks.1.attn1.to_q", "proj_out"]
+W4 = QuantSpec(4, granularity="channel")
+A8 = QuantSpec(8, granularity="token", dynamic=True)
+
+
+def test_every_linear_gets_the_default():
+    plan = Recipe(W4, A8).resolve(NAMES)
+    assert list(plan.layers) == NAMES
+    assert plan.scheme("proj_out", 0).weight == W4
+
+
+def test_last_match_wins():
+    w8 = QuantSpec(8, granularity="channel")
+    rules = [Rule("*", weight=w8), Rule("*.attn1.*", keep_float=True), Rule("blocks.1.*", weight=W4)]
+    plan = Recipe(W4, A8, rules=rules).resolve(NAMES)
+    assert "blocks.0.attn1.to_q" not in plan.layers
+    assert plan.scheme("blocks.0.ff.net.2", 0).weight == w8
+    assert plan.scheme("blocks.1.attn1.to_q", 0).weight == W4
+    assert plan.scheme("proj_out", 0).activation == A8
+
+
+def test_rules_alone_quantize_what_they_name():
+    plan = Recipe(rules=[Rule("proj_out", weight=W4)]).resolve(NAMES)
+    assert list(plan.layers) == ["proj_out"]
+    assert Recipe().resolve(NAMES).layers == {}
+
+
+def test_alpha_per_segment_becomes_one_scheme_per_segment():
+    smoothing = SmoothSpec([0.1, 0.2], per_segment=True)
+    plan = Recipe(W4, A8, smoothing, segments=[0, 0.5, 1]).resolve(NAMES)
+    assert [plan.scheme("proj_out", i).transforms[0].alpha for i in (0, 1)] == [0.1, 0.2]
+    assert len(plan.schemes) == 2
+    shared = Recipe(W4, A8, SmoothSpec(0.1, per_segment=True), segments=[0, 0.5, 1]).resolve(NAMES)
+    assert list(shared.schemes) == ["w4a8_smooth"]
+
+
+def test_rules_may_be_plain_mappings():
+    assert "proj_out" not in Recipe(W4, A8, rules=[{"pattern": "proj_out", "keep_float": True}]).resolve(NAMES).layers
+
+
+def test_a_pattern_that_matches_nothing_names_close_ones():
+    recipe = Recipe(W4, A8, rules=[Rule("blocks.0.atn1.to_q", keep_float=True)])
+    with pytest.raises(UserError, match=r"'blocks.0.atn1.to_q' matches no Linear.*close names: blocks.0.attn1.to_q"):
+        recipe.resolve(NAMES)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, "half", None, True, [0.1, 2.0], float("nan")])
+def test_alpha_outside_the_unit_interval(alpha):
+    with pytest.raises(UserError, match=r"alpha=.*number in \[0, 1\]"):
+        SmoothSpec(alpha)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe(W4, A8, SmoothSpec([0.1, 0.2, 0.3]), segments=[0, 0.5, 1]), "3 values for 2 segments"),
+        (lambda: Recipe(W4, A8, SmoothSpec([0.1, 0.2])), "2 values for 1 segments"),
+        (lambda: Recipe(W4, A8, segments=[0, 0.5]), "must tile"),
+        (lambda: Recipe(A8, A8), "a weight cannot have granularity=token"),
+        (lambda: Recipe(W4, QuantSpec(8, granularity="token")), "static activation cannot have granularity=token"),
+        (lambda: Recipe(W4, A8, rounding="gtpq"), "unknown rounding 'gtpq'"),
+        (lambda: Recipe(W4, A8, smoothing=0.5), "smoothing takes a transform"),
+        (lambda: Recipe(4, A8), "take a QuantSpec"),
+        (lambda: Recipe(smoothing=SmoothSpec()), "smoothing without quantization"),
+        (lambda: Recipe(W4, A8, rules="proj_out"), "rules must be a list"),
+        (lambda: Recipe(W4, A8, rules=[{"patern": "x"}]), "a rule must be a mapping with a pattern"),
+        (lambda: Recipe(W4, A8, rules=[{"pattern": "x", "keepfloat": True}]), "a rule has no field 'keepfloat'"),
+        (lambda: Recipe(W4, A8, rules=[Rule("x", smoothing=SmoothSpec([0, 1, 1]))]), "3 values for 1 segments"),
+        (lambda: Rule("x"), "changes nothing"),
+        (lambda: Rule("x", weight=W4, keep_float=True), "keep_float and weight"),
+        (lambda: Rule(""), "a rule needs a pattern"),
+        (lambda: SmoothSpec(aggregate="mean"), "aggregate='mean' is unknown; choose one of ema, max, percentile"),
+        (lambda: SmoothSpec(percentile=0), "percentile=0"),
+        (lambda: SmoothSpec(per_segment="no"), "per_segment='no' must be true or false"),
+    ],
+)
+def test_bad_input_is_refused_before_there_is_a_model(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

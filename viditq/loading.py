@@ -1,0 +1,35 @@
+"""From an artifact back to a pipeline, without statistics, prompts or the denoiser's float weights."""
+
+from pathlib import Path
+from typing import Any
+
+from viditq.errors import UserError
+from viditq.models.adapter import DTYPES, ModelAdapter
+from viditq.models.generate import DtypeBoundary
+from viditq.quant.artifact import load_denoiser, read_meta
+
+
+def load_quantized(path: str | Path, backend: str = "fake", model_path: str | None = None) -> Any:
+    """Load a quantized pipeline, ready for `pipeline("a prompt")`.
+
+    path: an artifact (<run>/quantized) or the run's folder. model_path: the float pipeline's folder on this machine, for its
+    VAE, text encoder and scheduler, where it is not the one recorded. Raises UserError for damaged or missing files.
+    """
+    folder = Path(path)
+    if (folder / "quantized").is_dir():
+        folder = folder / "quantized"
+    return load_artifact(folder, backend, complete=True, model_path=model_path)
+
+
+def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | None = None) -> Any:
+    """The pipeline around an artifact's denoiser; without its text part unless `complete`."""
+    meta = read_meta(folder)
+    fields = meta["model"] | ({"path": model_path} if model_path is not None else {})
+    try:
+        adapter = ModelAdapter(**fields)
+    except TypeError as error:
+        raise UserError(f"{folder / 'meta.json'} describes a model this version does not know: {error}") from error
+    denoiser = load_denoiser(folder, adapter.build_denoiser, backend)[0].eval().requires_grad_(False)
+    if meta["float_dtype"] not in (None, adapter.dtype):
+        DtypeBoundary(denoiser, DTYPES[meta["float_dtype"]])
+    return adapter.load_complete(denoiser) if complete else adapter.load(denoiser)

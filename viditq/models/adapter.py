@@ -1,0 +1,147 @@
+"""One adapter for every diffusers pipeline, image or video, described by its yaml (conf/model/*.yaml)."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import gc
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from viditq.assets import resolve
+from viditq.errors import UserError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MODALITIES = ("image", "video")
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """What the framework needs to know of a pipeline.
+
+    path: a folder in the diffusers layout, or shipped:NAME. pipeline: a diffusers pipeline class. encode: keyword arguments
+    of `encode_prompt` and, in order, the names under which `__call__` takes what it returns. call: more arguments of
+    `__call__`. timestep_scale: the timestep that means pure noise. roles: role -> patterns of Linear names, for reports and
+    mixed precision; keep_float: patterns of Linears never quantized. Raises UserError on values outside these.
+    """
+
+    name: str
+    path: str
+    pipeline: str
+    modality: str
+    num_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    encode_outputs: Sequence[str]
+    max_tokens: int
+    num_frames: int = 1
+    dtype: str = "float32"
+    timestep_scale: float = 1000.0
+    denoiser: str = "transformer"
+    encode: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
+    roles: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    keep_float: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"model.dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+        if self.modality not in MODALITIES:
+            raise UserError(f"model.modality={self.modality!r} is unknown; choose image or video.")
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise UserError(f"model.num_steps={self.num_steps!r} must be a whole number of at least 1.")
+        if not hasattr(diffusers, self.pipeline):
+            raise UserError(f"model.pipeline={self.pipeline!r} is no class of diffusers {diffusers.__version__}.")
+        if not (self.folder / "model_index.json").is_file():
+            raise UserError(f"{self.folder} holds no diffusers pipeline: model_index.json is missing there.")
+
+    @property
+    def folder(self) -> Path:
+        """The pipeline's folder; raises UserError if it does not exist."""
+        return resolve(self.path)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values from which `ModelAdapter(**values)` is built again."""
+        return dataclasses.asdict(self)
+
+    def weights_fingerprint(self) -> str:
+        """Hash of the pipeline's files: names, sizes and the first and last MiB of each."""
+        digest = hashlib.sha256()
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+            digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(max(0, path.stat().st_size - (1 << 20)))
+                digest.update(file.read())
+        return digest.hexdigest()[:16]
+
+    def load_text_part(self) -> Any:
+        """The pipeline with its tokenizer and text encoder only."""
+        return self._load({name: None for name in self._components() if not name.startswith(("text_", "tokenizer"))})
+
+    def load(self, denoiser: nn.Module | None = None) -> Any:
+        """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""
+        absent: dict[str, Any] = {n: None for n in self._components() if n.startswith(("text_", "tokenizer"))}
+        return self._load(absent | ({self.denoiser: denoiser} if denoiser is not None else {}))
+
+    def load_complete(self, denoiser: nn.Module | None = None) -> Any:
+        """The whole pipeline, ready for `pipeline(prompt)`; `denoiser` replaces the stored one."""
+        return self._load({self.denoiser: denoiser} if denoiser is not None else {})
+
+    def build_denoiser(self) -> nn.Module:
+        """The denoiser's structure from its config.json: parameters on the meta device, buffers real."""
+        library, name = json.loads((self.folder / "model_index.json").read_text())[self.denoiser]
+        assert library == "diffusers", library
+        cls = getattr(diffusers, name)
+        with init_empty_weights(include_buffers=False):
+            return cls.from_config(cls.load_config(self.folder / self.denoiser))
+
+    def linear_roles(self, linear_names: Sequence[str]) -> dict[str, str]:
+        """Linear name -> role, or "float" for those kept; raises UserError naming Linears that nothing covers."""
+        patterns = {**self.roles, "float": self.keep_float}
+        found = {
+            name: role
+            for name in linear_names
+            for role, globs in patterns.items()
+            if any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+        }
+        missing = [name for name in linear_names if name not in found]
+        if missing:
+            raise UserError(
+                f"Model {self.name}: {len(missing)} Linears belong to no role, first {missing[:3]}. Add a pattern to "
+                "model.roles, or to model.keep_float to leave them in float."
+            )
+        return found
+
+    def _components(self) -> list[str]:
+        index = json.loads((self.folder / "model_index.json").read_text())
+        return [name for name, value in index.items() if isinstance(value, list)]
+
+    def _load(self, components: dict[str, Any]) -> Any:
+        cls = getattr(diffusers, self.pipeline)
+        try:
+            pipeline = cls.from_pretrained(
+                self.folder, dtype=self.torch_dtype, local_files_only=True, **components
+            )
+        except (OSError, RuntimeError, KeyError) as error:
+            raise UserError(f"The pipeline in {self.folder} cannot be loaded: {error}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+        gc.collect()
+        return pipeline

@@ -1,0 +1,38 @@
+"""Prompt embeddings: each prompt encoded alone, by the pipeline's own code, so that batches change nothing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from viditq.errors import UserError
+from viditq.models.adapter import ModelAdapter
+
+PromptEmbeds = dict[str, Tensor]
+"""Argument name of the pipeline's `__call__` -> tensor with a leading axis of 1."""
+
+
+def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> None:
+    """Raises UserError for an empty prompt or one with more tokens than the text encoder takes."""
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(f"Prompt {index} is empty. Remove the line or write a prompt.")
+        count = len(pipeline.tokenizer(prompt)["input_ids"])
+        if count > adapter.max_tokens:
+            raise UserError(
+                f"Prompt {index} has {count} tokens, {adapter.name} takes at most {adapter.max_tokens} "
+                f"(model.max_tokens): {prompt[:60]!r}... Shorten it."
+            )
+
+
+@torch.no_grad()
+def encode_prompt(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbeds:
+    """One prompt -> the embeddings (and masks, and those of the empty prompt) that the pipeline takes."""
+    returned = pipeline.encode_prompt(prompt, **adapter.encode)
+    if len(returned) != len(adapter.encode_outputs):
+        raise UserError(
+            f"{adapter.pipeline}.encode_prompt returns {len(returned)} values, model.encode_outputs names "
+            f"{len(adapter.encode_outputs)}: {list(adapter.encode_outputs)}."
+        )
+    pairs = zip(adapter.encode_outputs, returned, strict=True)
+    return {name: value.contiguous() for name, value in pairs if value is not None}

@@ -1,0 +1,40 @@
+"""Emulation in floating point: the reference every other backend must agree with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from viditq.quant.backends.base import Backend
+from viditq.quant.quantizer import fake_quantize_activation
+from viditq.quant.registry import BACKENDS
+from viditq.quant.scheme import LayerScheme
+
+if TYPE_CHECKING:
+    from viditq.quant.linear import Variant
+
+
+@BACKENDS.register("fake")
+class FakeBackend(Backend):
+    """Keeps the weight dequantized; per call only the chain, the activation's grid and a product remain."""
+
+    name = "fake"
+
+    def unsupported_field(self, scheme: LayerScheme) -> str | None:
+        return None
+
+    def prepare(self, variant: Variant) -> None:
+        variant.register_buffer("dense_weight", variant.dequantized_weight(), persistent=False)
+
+    @torch.no_grad()
+    def linear(self, variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = variant.chain.activation(x)
+        spec = variant.scheme.activation
+        if spec is not None:
+            y = fake_quantize_activation(y, spec, variant.input_qparams, inplace=y is not x)
+        weight_OC = variant.dense_weight
+        assert isinstance(weight_OC, Tensor)
+        return F.linear(y.to(weight_OC.dtype), weight_OC, bias)

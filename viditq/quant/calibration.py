@@ -1,0 +1,162 @@
+"""Calibration: ordinary sampling with observers on the inputs of the Linears.
+
+Legend: L leading axis of a Linear's input, N tokens, C in_features; P prompts, E elements of the denoiser's
+batch (E = branches P for guidance), F = L / E frames (or patches) of one element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from viditq.errors import UserError
+from viditq.quant.context import Attachment, StepContext
+from viditq.quant.noise_level import bucket_edges, interval_of
+from viditq.quant.observers import NUM_BUCKETS, ROWS_PER_BUCKET, CalibrationStats, Observer
+from viditq.quant.registry import close_names
+
+Candidates = tuple[Tensor, Tensor]
+
+
+class Calibrator:
+    """Context manager that observes the named Linears of `denoiser` while it samples.
+
+    Call `set_sample_seeds` before each batch; `stats` is always up to date. Results do not depend on the
+    order of the batches, nor, but for the rounding of sums, on how prompts are batched.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        layer_names: Sequence[str],
+        timestep_scale: float = 1000.0,
+        num_buckets: int = NUM_BUCKETS,
+        rows_per_bucket: int = ROWS_PER_BUCKET,
+    ) -> None:
+        self._denoiser = denoiser
+        self._linears = {name: _linear(denoiser, name) for name in layer_names}
+        self._context = StepContext((0, 1), timestep_scale)
+        self._edges, self._rows_per_bucket = bucket_edges(num_buckets), rows_per_bucket
+        self._sample_seeds: list[int] = []
+        self._num_elements = 0
+        self._candidates: dict[tuple[int, int], Candidates] = {}
+        self._attachment: Attachment | None = None
+        self.stats = CalibrationStats(
+            {
+                name: Observer(num_buckets, linear.in_features, rows_per_bucket, linear.weight.device)
+                for name, linear in self._linears.items()
+            }
+        )
+
+    def set_sample_seeds(self, seeds: Sequence[int]) -> None:
+        """One whole number per prompt of the coming batch, the same whenever that prompt is sampled."""
+        self._sample_seeds = list(seeds)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything observed so far, as flat tensors for safetensors."""
+        return self.stats.to_tensors()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from a `state()`; raises UserError when it was made with other layers or sizes."""
+        mine = self.stats.to_tensors()
+        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in state.items()}:
+            raise UserError(
+                "the saved calibration state has other layers or sizes than this model; "
+                "delete it and calibrate again"
+            )
+        loaded = CalibrationStats.from_tensors(state)
+        for name, observer in loaded.layers.items():
+            observer.to(self._linears[name].weight.device)
+        self.stats.layers = loaded.layers
+
+    def __enter__(self) -> Calibrator:
+        handles = [self._denoiser.register_forward_pre_hook(self._begin_step, with_kwargs=True)]
+        for name, linear in self._linears.items():
+            handles.append(linear.register_forward_pre_hook(self._observer_hook(name)))
+        self._attachment = Attachment([*handles, *self._context.attach(self._denoiser).handles])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._attachment is not None
+        self._attachment.remove()
+
+    def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [
+            value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1
+        ]
+        self._num_elements = len(tensors[0])
+        self._candidates = {}
+        if not self._sample_seeds or self._num_elements % len(self._sample_seeds):
+            raise UserError(
+                f"a batch of {self._num_elements} does not fit {len(self._sample_seeds)} sample seeds; "
+                "call set_sample_seeds with one seed per prompt before sampling"
+            )
+
+    def _observer_hook(self, name: str) -> Any:
+        @torch.no_grad()
+        def observe(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+            noise_level = self._context.noise_level
+            if noise_level is None:
+                raise UserError(f"{name} was called outside its denoiser while calibrating")
+            x_LNC = args[0].flatten(1, -2) if args[0].ndim > 2 else args[0].unsqueeze(1)
+            bucket = interval_of(self._edges, noise_level)
+            candidates, keys = self._candidates_of(x_LNC, noise_level)
+            self.stats.layers[name].update(bucket, x_LNC, candidates, keys, name)
+
+        return observe
+
+    def _candidates_of(self, x_LNC: Tensor, noise_level: float) -> Candidates:
+        """The rows of this step that the reservoir may want; shared by all Linears of the same shape."""
+        shape = (x_LNC.shape[0], x_LNC.shape[1])
+        if shape not in self._candidates:
+            keys = row_keys(*shape, self._sample_seeds, self._num_elements, noise_level).to(x_LNC.device)
+            lowest, rows = keys.topk(min(self._rows_per_bucket, len(keys)), largest=False)
+            self._candidates[shape] = (rows, lowest)
+        return self._candidates[shape]
+
+
+def row_keys(
+    num_leading: int, num_tokens: int, seeds: Sequence[int], num_elements: int, noise_level: float
+) -> Tensor:
+    """Pseudo-random order of the L N rows of one step, int64 >= 0.
+
+    A row's key depends on its prompt's seed, the noise level and its place inside that prompt's part of the
+    batch (branch-major batches, as guidance stacks them), not on its batch mates. When the leading axis is no
+    multiple of the batch (packed captions), on all seeds together.
+    """
+    if num_leading % num_elements:
+        seeds, num_elements = [hash(tuple(seeds)) & 0x7FFFFFFF], 1
+        frames = num_leading
+    else:
+        frames = num_leading // num_elements
+    element, frame = (
+        torch.arange(num_leading).div(frames, rounding_mode="floor"),
+        torch.arange(num_leading) % frames,
+    )
+    branch, prompt = element.div(len(seeds), rounding_mode="floor"), element % len(seeds)
+    key_L = _mix(torch.tensor(seeds)[prompt] + (round(noise_level * 2**24) << 32))
+    key_L = _mix(key_L + branch * frames + frame)
+    return (_mix(key_L[:, None] + torch.arange(num_tokens)) & 0x7FFFFFFFFFFFFFFE).flatten()
+
+
+def _mix(key: Tensor) -> Tensor:
+    """Finaliser of splitmix64 on int64, wrapping."""
+    key = key * -7046029254386353131  # 0x9E3779B97F4A7C15
+    key = (key ^ ((key >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    key = (key ^ ((key >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
+    return key ^ ((key >> 31) & 0x1FFFFFFFF)
+
+
+def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
+    modules = dict(denoiser.named_modules())
+    module = modules.get(name)
+    if not isinstance(module, nn.Linear):
+        linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
+        raise UserError(f"the model has no Linear {name!r}; {close_names(name, linears)}")
+    return module

@@ -1,0 +1,154 @@
+"""Swaps the Linears of a denoiser for QuantLinears, as a plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from viditq.errors import UserError
+from viditq.quant.backends import Backend, check_supported, get_backend
+from viditq.quant.context import StepContext
+from viditq.quant.granularity import check_group_size
+from viditq.quant.linear import QuantLinear, Variant, empty_variant
+from viditq.quant.observers import CalibrationStats
+from viditq.quant.plan import QuantPlan
+from viditq.quant.registry import close_names
+from viditq.quant.scheme import LayerScheme
+from viditq.quant.transforms import Chain
+
+MakeVariant = Callable[[nn.Linear, LayerScheme, float, float], Variant]
+
+
+def linear_names(denoiser: nn.Module) -> list[str]:
+    """Names of the Linears that can be quantized, in module order; one reached by two names appears once."""
+    return list(_linears(denoiser))
+
+
+def _linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
+    # MultiheadAttention reads its out_proj's weight itself: a swapped one would never be called
+    excluded = nn.modules.linear.NonDynamicallyQuantizableLinear
+    modules = denoiser.named_modules()
+    return {name: m for name, m in modules if isinstance(m, nn.Linear) and not isinstance(m, excluded)}
+
+
+def quantize_denoiser(
+    denoiser: nn.Module,
+    plan: QuantPlan,
+    stats: CalibrationStats | None,
+    backend: str = "fake",
+    timestep_scale: float = 1000.0,
+) -> StepContext:
+    """Quantizes in place and attaches the returned StepContext; everything is checked before anything is
+    changed.
+
+    Raises UserError for: layers the model or the statistics lack, missing statistics, NaN or inf in a weight,
+    group sizes that do not divide, schemes the backend cannot run.
+    """
+    if plan.needs_stats and stats is None:
+        raise UserError(
+            "this plan needs calibration statistics (static activations or smoothing); calibrate first"
+        )
+    chosen = get_backend(backend)
+    linears = _checked_linears(denoiser, plan, chosen)
+    for name in plan.layers:
+        if not torch.isfinite(linears[name].weight).all():
+            raise UserError(f"the weight of {name} contains NaN or inf; check the checkpoint and its dtype")
+        for segment in range(plan.num_segments):
+            _check_stats(plan, stats, name, segment)
+
+    def fit(name: str) -> MakeVariant:
+        return lambda linear, scheme, lo, hi: fit_variant(name, linear, scheme, stats, lo, hi)
+
+    context = StepContext(plan.edges, timestep_scale)
+    for name in plan.layers:
+        quantized = _quant_linear(name, linears[name], plan, fit(name), context, chosen)
+        quantized.prepare()
+        _replace(denoiser, linears[name], quantized)
+    context.attach(denoiser)
+    return context
+
+
+def build_quantized(
+    denoiser: nn.Module, plan: QuantPlan, backend: str = "fake", timestep_scale: float = 1000.0
+) -> StepContext:
+    """Swaps in the structure that `load_state_dict` fills; call `prepare` on each QuantLinear afterwards."""
+    chosen = get_backend(backend)
+    linears = _checked_linears(denoiser, plan, chosen)
+    context = StepContext(plan.edges, timestep_scale)
+
+    def empty(linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:
+        return empty_variant(scheme, linear.in_features, linear.out_features, linear.weight.dtype)
+
+    for name in plan.layers:
+        _replace(denoiser, linears[name], _quant_linear(name, linears[name], plan, empty, context, chosen))
+    context.attach(denoiser)
+    return context
+
+
+def fit_variant(
+    name: str, linear: nn.Linear, scheme: LayerScheme, stats: CalibrationStats | None, lo: float, hi: float
+) -> Variant:
+    """Transforms fitted in order, then the weight quantized once."""
+    weight_OC = linear.weight.detach()
+    segment = stats.segment(name, lo, hi) if stats is not None and scheme.needs_stats else None
+    everywhere = stats.segment(name, 0.0, 1.0) if stats is not None and scheme.needs_stats else None
+    chain = Chain(
+        [t.fit(weight_OC, segment if t.differs_by_segment else everywhere, scheme) for t in scheme.transforms]
+    )
+    bounds: tuple[Tensor, Tensor] | None = None
+    if segment is not None and scheme.static_activation:
+        device = weight_OC.device
+        bounds = chain.bounds(segment.minimum.to(device), segment.maximum.to(device))
+    return Variant(scheme, weight_OC, chain, bounds)
+
+
+def _checked_linears(denoiser: nn.Module, plan: QuantPlan, backend: Backend) -> dict[str, nn.Linear]:
+    linears = _linears(denoiser)
+    for name in plan.layers:
+        if name not in linears:
+            raise UserError(
+                f"the plan quantizes {name}, which is no Linear of the model; {close_names(name, linears)}"
+            )
+        for segment in range(plan.num_segments):
+            scheme = plan.scheme(name, segment)
+            if scheme is None:
+                continue
+            check_supported(backend, name, scheme)
+            for spec in (scheme.weight, scheme.activation):
+                if spec is not None:
+                    check_group_size(linears[name].in_features, spec.group_size, name)
+    return linears
+
+
+def _check_stats(plan: QuantPlan, stats: CalibrationStats | None, name: str, segment: int) -> None:
+    scheme = plan.scheme(name, segment)
+    if scheme is not None and scheme.needs_stats:
+        assert stats is not None
+        stats.segment(name, plan.edges[segment], plan.edges[segment + 1])
+
+
+def _quant_linear(
+    name: str, linear: nn.Linear, plan: QuantPlan, make: MakeVariant, context: StepContext, backend: Backend
+) -> QuantLinear:
+    """Segments whose tensors cannot differ share one variant."""
+    variants: list[Variant] = []
+    index_of: dict[tuple[str | None, int | None], int] = {}
+    segment_to_variant = []
+    for segment, scheme_name in enumerate(plan.layers[name]):
+        scheme = plan.scheme(name, segment) or LayerScheme(None, None)
+        key = (scheme_name, segment if scheme.per_segment else None)
+        if key not in index_of:
+            index_of[key] = len(variants)
+            variants.append(make(linear, scheme, plan.edges[segment], plan.edges[segment + 1]))
+        segment_to_variant.append(index_of[key])
+    return QuantLinear(name, linear.bias, variants, segment_to_variant, linear.out_features, context, backend)
+
+
+def _replace(denoiser: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` hangs, so that a shared Linear stays shared."""
+    for parent in list(denoiser.modules()):
+        for key, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, key, new)

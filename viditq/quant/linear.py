@@ -1,0 +1,156 @@
+"""QuantLinear: a Linear whose weight is stored as codes, once per variant.
+
+Legend: O out_features, C in_features, B bytes of a packed row, G groups of a row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from viditq.errors import UserError
+from viditq.quant.context import StepContext
+from viditq.quant.packing import pack, unpack
+from viditq.quant.quantizer import QuantizedWeight, dequantize_weight, static_qparams
+from viditq.quant.registry import ROUNDINGS
+from viditq.quant.scheme import LayerScheme
+from viditq.quant.transforms import Chain
+
+if TYPE_CHECKING:
+    from viditq.quant.backends.base import Backend
+
+
+class Variant(nn.Module):
+    """The canonical tensors of one Linear for one or more segments.
+
+    qweight uint8 [O, B] packed codes, weight_scale float32, weight_zero_point uint8 (asymmetric only), or
+    weight [O, C] when it stays in float; input_scale, input_zero_point float32 (static activations only); the
+    chain's own tensors. dtype: of the float Linear, which the output keeps. A backend's `prepare` adds what
+    is not stored.
+    """
+
+    weight: Tensor | None
+    qweight: Tensor | None
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor
+
+    def __init__(
+        self,
+        scheme: LayerScheme,
+        weight_OC: Tensor,
+        chain: Chain,
+        bounds: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """weight_OC: the float weight, before the chain. bounds: extremes of the chain's output, [C]."""
+        super().__init__()
+        self.scheme, self.chain = scheme, chain
+        self.dtype, self.in_features = weight_OC.dtype, weight_OC.shape[1]
+        if chain:
+            weight_OC = chain.weight(weight_OC.detach().float())
+        self._store_weight(weight_OC.detach())
+        self._store_input_range(bounds)
+
+    def _store_weight(self, weight_OC: Tensor) -> None:
+        spec = self.scheme.weight
+        quantized: QuantizedWeight | None = None
+        packed: Tensor | None = None
+        if spec is not None:
+            quantized = ROUNDINGS.get(self.scheme.rounding)(weight_OC, spec)
+            packed = pack(quantized.codes, spec.bits)
+        self.register_buffer("weight", weight_OC.to(self.dtype) if quantized is None else None)
+        self.register_buffer("qweight", packed)
+        self.register_buffer("weight_scale", None if quantized is None else quantized.scale)
+        self.register_buffer("weight_zero_point", None if quantized is None else quantized.zero_point)
+
+    def _store_input_range(self, bounds: tuple[Tensor, Tensor] | None) -> None:
+        scale = zero_point = None
+        if self.scheme.static_activation:
+            assert bounds is not None and self.scheme.activation is not None
+            scale, zero_point = static_qparams(*bounds, self.scheme.activation)
+        self.register_buffer("input_scale", scale)
+        self.register_buffer("input_zero_point", zero_point)
+
+    @property
+    def input_qparams(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero point of a static activation."""
+        return None if self.input_scale is None else (self.input_scale, self.input_zero_point)
+
+    def dequantized_weight(self) -> Tensor:
+        """What the product sees, [O, C] in `dtype`."""
+        spec = self.scheme.weight
+        if spec is None or self.qweight is None:
+            assert self.weight is not None
+            return self.weight
+        codes = unpack(self.qweight, spec.bits, self.in_features)
+        quantized = QuantizedWeight(codes, self.weight_scale, self.weight_zero_point)
+        return dequantize_weight(quantized, spec).to(self.dtype)
+
+
+class QuantLinear(nn.Module):
+    """Drop-in for nn.Linear; the context's segment chooses the variant, the backend multiplies."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        name: str,
+        bias: nn.Parameter | None,
+        variants: list[Variant],
+        segment_to_variant: list[int],
+        out_features: int,
+        context: StepContext,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        self.name, self.in_features, self.out_features = name, variants[0].in_features, out_features
+        self.variants = nn.ModuleList(variants)
+        self.segment_to_variant = segment_to_variant
+        self.register_parameter("bias", bias)
+        self.context, self.backend = context, backend
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the float Linear it stands for."""
+        return cast(Variant, self.variants[0]).dtype
+
+    def prepare(self) -> None:
+        """Lets the backend derive what it needs from the stored tensors; call once they are real."""
+        for variant in self.variants:
+            self.backend.prepare(cast(Variant, variant))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., O]."""
+        return self.backend.linear(self.current_variant(), x, self.bias)
+
+    def current_variant(self) -> Variant:
+        """Raises UserError when the answer depends on a segment and there is none."""
+        if len(self.variants) == 1:
+            return cast(Variant, self.variants[0])
+        segment = self.context.segment
+        if segment is None:
+            raise UserError(
+                f"{self.name} holds {len(self.variants)} variants but the noise level is unknown: "
+                "call it through its denoiser, which reads the timestep"
+            )
+        return cast(Variant, self.variants[self.segment_to_variant[segment]])
+
+    def extra_repr(self) -> str:
+        names = [cast(Variant, v).scheme for v in self.variants]
+        bits = ["/".join(str(s.bits) if s else "float" for s in (n.weight, n.activation)) for n in names]
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}"
+
+
+def quant_linears(denoiser: nn.Module) -> dict[str, QuantLinear]:
+    """All QuantLinears by name."""
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, QuantLinear)}
+
+
+def empty_variant(scheme: LayerScheme, in_features: int, out_features: int, dtype: torch.dtype) -> Variant:
+    """The structure of a variant on the meta device, to be filled from an artifact."""
+    weight_OC = torch.empty(out_features, in_features, dtype=dtype, device="meta")
+    bounds = (torch.empty(in_features, device="meta"), torch.empty(in_features, device="meta"))
+    return Variant(scheme, weight_OC, Chain([t.empty(in_features) for t in scheme.transforms]), bounds)

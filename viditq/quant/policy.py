@@ -1,0 +1,46 @@
+"""Policies: which plan a denoiser gets, from a recipe alone or from a file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from viditq.errors import UserError
+from viditq.quant.plan import QuantPlan
+from viditq.quant.recipe import Recipe, Rule
+
+
+class Policy(Protocol):
+    """Turns a recipe into the plan of one model (mixed precision or not)."""
+
+    def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
+        """The plan for these Linears; those matching `keep_float` stay in float unless a rule says otherwise."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same scheme everywhere, but for the recipe's own rules."""
+
+    def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
+        """The recipe with the model's kept Linears put before its rules."""
+        kept = [Rule(pattern, keep_float=True) for pattern in keep_float]
+        return recipe.with_rules([*kept, *recipe.rules]).resolve(linear_names)
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan made before: by a search, by hand, or copied from another run's artifact (plan.json)."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        if not Path(self.path).expanduser().is_file():
+            raise UserError(f"Plan file {self.path!r} does not exist. Give the path of a plan.json.")
+
+    def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
+        """The file's plan; the recipe is not consulted. Raises UserError if it names Linears the model lacks."""
+        plan = QuantPlan.from_json(Path(self.path).expanduser().read_text())
+        unknown = sorted(set(plan.layers) - set(linear_names))
+        if unknown:
+            raise UserError(f"{self.path} quantizes {unknown[0]!r}, which is no Linear of this model.")
+        return plan

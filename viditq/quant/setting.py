@@ -1,0 +1,40 @@
+"""QuantSetting: the configuration's `quant` node, a recipe with the policy that turns it into plans."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from viditq.errors import UserError
+from viditq.quant.plan import QuantPlan
+from viditq.quant.policy import Policy
+from viditq.quant.recipe import Recipe
+from viditq.quant.scheme import QuantSpec, TransformSpec
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class QuantSetting:
+    """How to quantize: see `Recipe` for the formats, smoothing, segments and rules.
+
+    float_dtype: dtype of the quantized denoiser's float arithmetic, None = the model's own.
+    Raises UserError for everything that can be seen without a model.
+    """
+
+    def __init__(
+        self,
+        weight: QuantSpec | None,
+        activation: QuantSpec | None,
+        smoothing: TransformSpec | None,
+        rounding: str,
+        segments: Sequence[float],
+        rules: Sequence[Any],
+        policy: Policy,
+        float_dtype: str | None,
+    ) -> None:
+        if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
+            raise UserError(f"quant.float_dtype={float_dtype!r}: choose null or one of {', '.join(FLOAT_DTYPES)}.")
+        self.recipe = Recipe(weight, activation, smoothing, rounding, segments, rules)
+        self.policy, self.float_dtype = policy, float_dtype
+
+    def plan(self, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
+        """The plan for a model with these Linears, of which `keep_float` patterns stay in float."""
+        return self.policy.plan(self.recipe, linear_names, keep_float)

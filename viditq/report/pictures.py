@@ -1,0 +1,90 @@
+"""Pictures that show what quantization did, pair by pair, and previews of clips.
+
+Clips are uint8. Axes: B clips, F frames (an image has F = 1), C channels, H height, W width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from viditq.report.atomic import write_atomically
+from viditq.report.canvas import scaled, strip
+from viditq.report.grid import Cell, draw_grid
+
+
+def comparison_picture(
+    samples: Tensor,
+    references: Tensor,
+    prompts: Sequence[str],
+    scores: Tensor,
+    path: Path,
+    title: str,
+    score_name: str = "PSNR",
+    unit: str = "dB",
+    higher_is_better: bool = True,
+    labels: tuple[str, str] = ("float", "quantized"),
+    max_pairs: int = 8,
+    columns: int | None = None,
+    frame_height: int | None = None,
+    max_frames: int = 8,
+) -> Path:
+    """Write a PNG of the worst pairs, worst first: the float model above, the quantized one below.
+
+    `samples`, `references` [B, F, C, H, W], `scores` [B]. A video is a strip of at most `max_frames` frames.
+    `columns` and `frame_height` (pixels) default to 4 and 128 for images, 2 and 64 for video.
+    """
+    worst = torch.as_tensor(scores).argsort(descending=not higher_is_better, stable=True)[:max_pairs].tolist()
+    columns = min(columns or (4 if samples.shape[1] == 1 else 2), len(worst))
+    height = frame_height or (128 if samples.shape[1] == 1 else 64)
+    cells = [
+        Cell(
+            [strip(clips[i], height, max_frames) for clips in (references, samples)],
+            prompts[i],
+            f"{score_name} {float(scores[i]):.4g} {unit}".strip(),
+        )
+        for i in worst
+    ]
+    subtitle = f"{len(worst)} of {len(samples)} pairs, worst first by {score_name}"
+    picture = draw_grid(cells, columns, list(labels), title, subtitle)
+    return write_atomically(
+        Path(path), lambda temporary: picture.save(temporary, format="PNG", optimize=True)
+    )
+
+
+def rows_picture(
+    rows: Sequence[tuple[str, Tensor]],
+    path: Path,
+    prompts: Sequence[str] = (),
+    title: str = "",
+    frame_height: int = 64,
+    max_frames: int = 4,
+) -> Path:
+    """Write a PNG with one labelled row per model and one column per prompt.
+
+    `rows` are (label, clips [B, F, C, H, W]) of equal shape; of a video at most `max_frames` frames show.
+    """
+    count = len(rows[0][1])
+    assert all(clips.shape == rows[0][1].shape for _, clips in rows), "rows show the same prompts at one size"
+    assert len(prompts) in (0, count), "one prompt per column, or none"
+    cells = [
+        Cell([strip(clips[i], frame_height, max_frames) for _, clips in rows], prompts[i] if prompts else "")
+        for i in range(count)
+    ]
+    picture = draw_grid(cells, count, [label for label, _ in rows], title)
+    return write_atomically(
+        Path(path), lambda temporary: picture.save(temporary, format="PNG", optimize=True)
+    )
+
+
+def save_gif(clip_FCHW: Tensor, path: Path, frames_per_second: float = 8, height: int = 128) -> Path:
+    """Write a clip [F, C, H, W] as an endlessly looping GIF; a preview, since GIF keeps only 256 colours."""
+    first, *others = [scaled(frame, height) for frame in clip_FCHW]
+    options = {
+        "save_all": True,
+        "append_images": others,
+        "duration": round(1000 / frames_per_second),
+        "loop": 0,
+    }
+    return write_atomically(Path(path), lambda temporary: first.save(temporary, format="GIF", **options))

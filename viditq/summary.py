@@ -1,0 +1,45 @@
+"""What the metrics computed, as plain numbers for metrics.json and per_prompt.json."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from viditq.errors import UserError
+
+
+def _number(value: Tensor) -> float | None:
+    """A float, or None where it is undefined (JSON has no NaN)."""
+    return float(value) if math.isfinite(float(value)) else None
+
+
+def summarize(results: dict[str, dict[str, Tensor]], labels: dict[str, Any]) -> dict[str, Any]:
+    """Metric name -> value, standard error, the float model's own value where it has one, and per-prompt values."""
+    per_prompt = {}
+    for name, result in results.items():
+        if "per_sample" in result:
+            per_prompt[name] = [float(v) for v in result["per_sample"]]
+        if "per_sample_reference" in result:
+            per_prompt[f"{name}_float"] = [float(v) for v in result["per_sample_reference"]]
+    return {
+        "metrics": {name: _number(r["value"]) for name, r in results.items()},
+        "standard_errors": {name: _number(r["standard_error"]) for name, r in results.items()},
+        "float_metrics": {name: _number(r["reference_value"]) for name, r in results.items() if "reference_value" in r},
+        "labels": labels,
+        "per_prompt": per_prompt,
+    }
+
+
+def worst_first(per_prompt: dict[str, Any], labels: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Scores that rank the pairs, and how to name them: PSNR where it was measured, else the first per-prompt metric.
+
+    Raises UserError if no metric has one value per prompt.
+    """
+    names = [name for name in labels if name in per_prompt]
+    if not names:
+        raise UserError("No metric has a value per prompt, so pairs cannot be ranked. Add psnr: metric=[psnr,...].")
+    name = "psnr" if "psnr" in names else names[0]
+    label = labels[name]
+    naming = {"score_name": label["label"], "unit": label["unit"], "higher_is_better": label["higher_is_better"]}
+    return torch.tensor(per_prompt[name]), naming
