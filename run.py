@@ -7,18 +7,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from viditq import config
+from viditq import cli, config
 
 config.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    from viditq.cli import guarded_run
-
-    guarded_run(cfg, Path(HydraConfig.get().runtime.output_dir))
+    cli.guarded_run(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":
     sys.argv[0] = "run.py"
-    main()
+    sys.exit(cli.guarded_main(main))

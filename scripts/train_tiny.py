@@ -4,7 +4,7 @@
     python scripts/train_tiny.py --stages judge vae    # some of them
     python scripts/train_tiny.py --max-steps 3 --work /tmp/try --out /tmp/try/assets   # a quick look
 
-Each stage trains with Lightning (checkpoints every 200 steps, a csv log) and writes <work>/<stage>.safetensors when done.
+Each stage trains with Lightning (checkpoints every 200 steps, csv logs) and ends by writing <work>/<stage>.safetensors.
 The export stage lays the pipelines out as diffusers folders under --out; `scripts/judge_tiny.py` checks the gate.
 """
 
@@ -16,7 +16,9 @@ from viditq.tiny.stages import STAGES, Workshop
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("outputs/train_tiny"), help="checkpoints, logs, finished stages")
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/train_tiny"), help="checkpoints, logs, finished stages"
+    )
     parser.add_argument("--out", type=Path, default=Path("viditq/assets"), help="where the pipelines are exported to")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--seed", type=int, default=0)

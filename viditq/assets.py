@@ -20,5 +20,7 @@ def resolve(path: str) -> Path:
         return folder
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"Folder {path!r} does not exist. Give an existing folder, or shipped:NAME for a shipped model.")
+        raise UserError(
+            f"Folder {path!r} does not exist. Give an existing folder, or shipped:NAME for a shipped model."
+        )
     return folder

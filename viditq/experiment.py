@@ -1,7 +1,8 @@
 """The objects of one run, built from the configuration and checked before any slow work starts."""
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 
-from viditq.config import STAGES
+from viditq.config import STAGES, CalibrationConfig, RootConfig
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.backends import get_backend
+from viditq.quant.convert import linear_names
+from viditq.quant.plan import QuantPlan
 from viditq.quant.setting import QuantSetting
+from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
 UNTRACKED = ("stages", "trainer", "logger", "debug", "cache_dir", "batch_size")
@@ -24,7 +28,11 @@ UNTRACKED = ("stages", "trainer", "logger", "debug", "cache_dir", "batch_size")
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything a stage needs; `tracked` is the configuration that determines the results."""
+    """Everything a stage needs.
+
+    weights: fingerprint of the model's files. tracked: what determines the results, that is the configuration and
+    fingerprints of the files it names.
+    """
 
     name: str
     seed: int
@@ -36,22 +44,32 @@ class Experiment:
     cache_dir: Path
     adapter: ModelAdapter
     quant: QuantSetting
+    plan: QuantPlan
+    weights: str
     data: PromptData
     make_metrics: Callable[[], dict[str, Metric]]
     make_trainer: Callable[[], L.Trainer]
-    make_logger: Callable[[Path], Any] | None
+    make_logger: Callable[..., Any] | None
     tracked: Mapping[str, Any]
 
 
 def build(cfg: DictConfig) -> Experiment:
     """Instantiate the configuration; raises UserError (or Hydra's own message) for anything that cannot work."""
+    _check_keys(cfg)
     stages = _stages(cfg.stages)
-    for name in ("batch_size", "seed"):
-        if cfg[name] < (1 if name == "batch_size" else 0):
-            raise UserError(f"{name}={cfg[name]} is too small.")
+    _check_number("seed", cfg.seed, 0)
+    _check_number("batch_size", cfg.batch_size, 1)
+    _check_number("calibration.num_buckets", cfg.calibration.num_buckets, 1)
+    _check_number("calibration.rows_per_bucket", cfg.calibration.rows_per_bucket, 1)
     get_backend(cfg.backend)
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
+    adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
+    quant: QuantSetting = instantiate(cfg.quant, _convert_="all")
+    data: PromptData = instantiate(cfg.data, _convert_="all")
+    plan, weights = _plan(adapter, quant), adapter.weights_fingerprint()
+    prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
+    inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     experiment = Experiment(
         name=cfg.name,
         seed=cfg.seed,
@@ -61,23 +79,65 @@ def build(cfg: DictConfig) -> Experiment:
         backend=cfg.backend,
         stages=stages,
         cache_dir=Path(cfg.cache_dir),
-        adapter=instantiate(cfg.model, _convert_="all"),
-        quant=instantiate(cfg.quant, _convert_="all"),
-        data=instantiate(cfg.data, _convert_="all"),
+        adapter=adapter,
+        quant=quant,
+        plan=plan,
+        weights=weights,
+        data=data,
         make_metrics=lambda: instantiate(cfg.metric, _convert_="all"),
         make_trainer=lambda: _trainer(cfg.trainer),
-        make_logger=instantiate(cfg.logger, _partial_=True, _convert_="all") if cfg.logger else None,
-        tracked={str(k): v for k, v in tracked.items() if k not in UNTRACKED},
+        make_logger=_make_logger(cfg.logger) if cfg.logger else None,
+        tracked={str(k): v for k, v in tracked.items() if k not in UNTRACKED} | {"inputs": inputs},
     )
     experiment.make_trainer()
     return experiment
 
 
+def _check_keys(cfg: DictConfig) -> None:
+    """`+key=value` passes Hydra's check of the root; the rest is refused by the constructors."""
+    for prefix, given, schema in (
+        ("", cfg, RootConfig),
+        ("calibration.", cfg.calibration, CalibrationConfig),
+    ):
+        allowed = [field.name for field in fields(schema)]
+        for key in given:
+            if key not in allowed:
+                raise UserError(f"Unknown key {prefix}{key}. Known here are {', '.join(allowed)}.")
+
+
+def _check_number(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise UserError(f"{name}={value} must be a whole number of at least {lowest}.")
+
+
+def _plan(adapter: ModelAdapter, quant: QuantSetting) -> QuantPlan:
+    """The plan for this model; unknown layers and Linears without a role are refused here."""
+    names = linear_names(adapter.build_denoiser())
+    adapter.linear_roles(names)
+    return quant.plan(names, adapter.keep_float)
+
+
 def _stages(wanted: Any) -> tuple[str, ...]:
+    if not wanted:
+        raise UserError(f"stages=[] does nothing. Stages are {', '.join(STAGES)}.")
     for stage in wanted:
         if stage not in STAGES:
             raise UserError(f"Unknown stage {stage!r}. Stages are {', '.join(STAGES)}.")
     return tuple(stage for stage in STAGES if stage in wanted)
+
+
+def _make_logger(node: Any) -> Callable[..., Any]:
+    """The logger's function with its own settings; it takes (folder, name, group, run_id)."""
+    make = instantiate(node, _partial_=True, _convert_="all")
+    try:
+        inspect.signature(make).bind("folder", "name", "group", "run_id")
+    except (TypeError, ValueError) as error:
+        given = ", ".join(str(key) for key in node if key != "_target_")
+        raise UserError(
+            f"The logger does not take the keys it was given ({given}). conf/logger shows the known ones; "
+            "logger=csv and logger=none need none."
+        ) from error
+    return make
 
 
 def _trainer(node: Any) -> L.Trainer:
@@ -86,8 +146,14 @@ def _trainer(node: Any) -> L.Trainer:
     except Exception as error:
         cause = error.__cause__
         if isinstance(cause, MisconfigurationException | ValueError | TypeError):
-            raise UserError(f"The trainer settings {dict(node)} cannot work: {cause}") from error
+            given = ", ".join(f"trainer.{key}={value}" for key, value in node.items() if key != "_target_")
+            raise UserError(
+                f"The trainer cannot be built: {cause} Given: {given}. Use trainer=cpu or trainer=gpu with "
+                "trainer.devices=1."
+            ) from error
         raise
     if trainer.world_size != 1:
-        raise UserError(f"trainer.devices={node.devices}: one process per run for now; give 1 and use -m for sweeps.")
+        raise UserError(
+            f"trainer.devices={node.devices}: one process per run for now. Give 1, and use -m for sweeps."
+        )
     return trainer

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from viditq.errors import UserError
 
 
 @contextmanager
@@ -33,3 +36,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a safetensors file."""
     with atomic(path) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+
+
+def read_json(path: Path, remedy: str = "Delete it and run the command again.") -> Any:
+    """The values of a JSON file; raises UserError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}). {remedy}") from error
+
+
+def read_tensors(path: Path, remedy: str = "Delete it and run the command again.") -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises UserError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}). {remedy}") from error

@@ -24,12 +24,15 @@ def load_quantized(path: str | Path, backend: str = "fake", model_path: str | No
 def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | None = None) -> Any:
     """The pipeline around an artifact's denoiser; without its text part unless `complete`."""
     meta = read_meta(folder)
-    fields = meta["model"] | ({"path": model_path} if model_path is not None else {})
     try:
-        adapter = ModelAdapter(**fields)
-    except TypeError as error:
-        raise UserError(f"{folder / 'meta.json'} describes a model this version does not know: {error}") from error
+        float_dtype = meta["float_dtype"]
+        adapter = ModelAdapter(**meta["model"] | ({"path": model_path} if model_path is not None else {}))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'meta.json'} is damaged or describes a model this version does not know ({error}). "
+            "Delete the folder and quantize again."
+        ) from error
     denoiser = load_denoiser(folder, adapter.build_denoiser, backend)[0].eval().requires_grad_(False)
-    if meta["float_dtype"] not in (None, adapter.dtype):
-        DtypeBoundary(denoiser, DTYPES[meta["float_dtype"]])
+    if float_dtype not in (None, adapter.dtype):
+        DtypeBoundary(denoiser, DTYPES[float_dtype])
     return adapter.load_complete(denoiser) if complete else adapter.load(denoiser)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.files import write_json
+from viditq.files import read_json, write_json
 
 
 def fingerprint(key: Mapping[str, Any]) -> str:
@@ -52,13 +52,13 @@ class RunDir:
     def _check_same(self, file: Path) -> None:
         if not file.is_file():
             if self.path.is_file() or (self.path.is_dir() and not os.access(self.path, os.W_OK)):
-                raise UserError(f"{self.path} cannot be written to. Choose another with hydra.run.dir=FOLDER.")
+                raise UserError(
+                    f"{self.path} cannot be written to. Choose another with hydra.run.dir=FOLDER."
+                )
             write_json(file, self.config)
             return
-        try:
-            old, new = flatten(json.loads(file.read_text())), flatten(self.config)
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}). Delete the folder or choose another with hydra.run.dir=.") from error
+        remedy = "Delete the folder or choose another with hydra.run.dir=FOLDER."
+        old, new = flatten(read_json(file, remedy)), flatten(self.config)
         absent = "(absent)"
         changed = [k for k in sorted({*old, *new}) if old.get(k, absent) != new.get(k, absent)]
         if changed:
@@ -113,4 +113,4 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
 def read_seconds(folder: Path) -> dict[str, float]:
     """Stage -> seconds, as recorded in `folder`."""
     file = folder / "seconds.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}

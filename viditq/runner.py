@@ -1,6 +1,5 @@
 """One run, top to bottom: build the objects, go through the stages, report."""
 
-import json
 import logging
 import os
 import sys
@@ -13,9 +12,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from viditq.experiment import build
 from viditq.console import print_summary
 from viditq.engine.logging import log_run
+from viditq.experiment import build
+from viditq.files import read_json
 from viditq.run_dir import RunDir
 from viditq.stages import Stages
 
@@ -27,16 +27,20 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """
     quiet_libraries()
     experiment = build(cfg)
+    if "evaluate" in experiment.stages and not (folder / "metrics.json").is_file():
+        experiment.make_metrics()  # one that cannot be built is seen now, not after hours of sampling
     run_dir = RunDir(folder, experiment.tracked)
     stages = Stages(experiment, run_dir)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{experiment.name}[/bold] on {experiment.adapter.name} -> {folder}")
     new_metrics = not run_dir.metrics.is_file()
     for number, stage in enumerate(experiment.stages, 1):
-        console.print(f"[{number}/{len(experiment.stages)}] {stage}: {getattr(stages, stage)()}", markup=False)
+        console.print(
+            f"[{number}/{len(experiment.stages)}] {stage}: {getattr(stages, stage)()}", markup=False
+        )
     if not run_dir.metrics.is_file():
         return None
-    metrics = json.loads(run_dir.metrics.read_text())
+    metrics = read_json(run_dir.metrics)
     if new_metrics and experiment.make_logger is not None:
         logger = experiment.make_logger(folder, experiment.name, sweep_name(), run_dir.fingerprint)
         log_run(logger, experiment.tracked, run_dir, metrics)

@@ -1,8 +1,7 @@
 """The stages of a run; each does only what is missing on disk and leaves a file for the next."""
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from viditq.engine.evaluation import Pairs, Results, evaluate
 from viditq.engine.sampling import Calibration, Generation, batches_of, load_partial, run_batches
 from viditq.errors import UserError
 from viditq.experiment import Experiment
-from viditq.files import write_json, write_tensors
+from viditq.files import read_json, read_tensors, write_json, write_tensors
 from viditq.loading import load_artifact
 from viditq.models.text import PromptEmbeds, check_prompts, encode_prompt
 from viditq.quant.artifact import save_denoiser, size_bytes
 from viditq.quant.calibration import Calibrator
 from viditq.quant.convert import linear_names, quantize_denoiser
 from viditq.quant.observers import CalibrationStats
-from viditq.quant.plan import QuantPlan
-from viditq.run_dir import Cache, RunDir, fingerprint, read_seconds, timed
 from viditq.report.pictures import comparison_picture
+from viditq.run_dir import Cache, RunDir, fingerprint, read_seconds, timed
 from viditq.summary import summarize, worst_first
 
 Say = Callable[[str], None]
@@ -36,17 +34,15 @@ class Stages:
 
     experiment: Experiment
     run_dir: RunDir
-    weights: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.cache = Cache(self.experiment.cache_dir)
-        self.weights = self.experiment.adapter.weights_fingerprint()
 
     # Where things are ------------------------------------------------------------------------------------------------
 
     @cached_property
     def _base_key(self) -> dict[str, Any]:
-        return {"model": self.experiment.adapter.to_dict(), "weights": self.weights}
+        return {"model": self.experiment.adapter.to_dict(), "weights": self.experiment.weights}
 
     @cached_property
     def embeds_dir(self) -> Path:
@@ -64,14 +60,17 @@ class Stages:
         sizes = {"num_buckets": e.num_buckets, "rows_per_bucket": e.rows_per_bucket}
         return self.cache.entry("stats", {**self._base_key, "seed": e.seed, **prompts, **sizes})
 
+    @property
+    def _stats_file(self) -> Path:
+        return self.stats_dir / "stats.safetensors"
+
     def embeds_path(self, prompt: str) -> Path:
         """The cached embeddings of one prompt."""
         return self.embeds_dir / f"{fingerprint({'prompt': prompt})}.safetensors"
 
     def _load_embeds(self, prompts: list[str]) -> Callable[[int], PromptEmbeds]:
-        from safetensors.torch import load_file
-
-        return lambda index: load_file(self.embeds_path(prompts[index]))
+        remedy = "Delete it and run the command again, with the stage prompts."
+        return lambda index: read_tensors(self.embeds_path(prompts[index]), remedy)
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
@@ -91,20 +90,29 @@ class Stages:
 
     def reference(self) -> str:
         """Generate the evaluation prompts with the float model."""
-        return self._generate(self.reference_dir, "float", lambda: self.experiment.adapter.load(), self.reference_dir)
+        return self._generate(
+            self.reference_dir, "float", lambda: self.experiment.adapter.load(), self.reference_dir
+        )
 
     def calibrate(self) -> str:
         """Observe the float model on the calibration prompts; resumes after the last finished batch."""
-        target, partial = self.stats_dir / "stats.safetensors", self.stats_dir / "partial.safetensors"
-        if not self._plan().needs_stats:
+        if not self.experiment.plan.needs_stats:
             return "not needed: this recipe takes no statistics"
-        if target.is_file():
-            return f"already done ({target})"
-        with timed(self.stats_dir, "calibrate"):
-            stats = self._calibrate(partial)
-            stats.save(target)
-            partial.unlink(missing_ok=True)
-        return f"{len(self.experiment.data.calibration_prompts)} prompts observed ({target})"
+        already = self._stats_file.is_file()
+        self.statistics()
+        what = (
+            "already done" if already else f"{len(self.experiment.data.calibration_prompts)} prompts observed"
+        )
+        return f"{what} ({self._stats_file})"
+
+    def statistics(self) -> CalibrationStats:
+        """The calibration statistics, from disk or by calibrating now."""
+        if not self._stats_file.is_file():
+            with timed(self.stats_dir, "calibrate"):
+                partial = self.stats_dir / "partial.safetensors"
+                self._calibrate(partial).save(self._stats_file)
+                partial.unlink(missing_ok=True)
+        return CalibrationStats.load(self._stats_file)
 
     def quantize(self) -> str:
         """Resolve the plan, fit transforms, quantize the weights, write the artifact."""
@@ -112,12 +120,14 @@ class Stages:
         if folder.is_dir():
             return f"already done ({folder})"
         with timed(self.run_dir.path, "quantize"):
-            e, plan = self.experiment, self._plan()
-            stats = CalibrationStats.load(self.stats_dir / "stats.safetensors") if plan.needs_stats else None
+            e, plan = self.experiment, self.experiment.plan
+            stats = self.statistics() if plan.needs_stats else None
             denoiser = getattr(e.adapter.load(), e.adapter.denoiser)
             if e.quant.float_dtype is not None:
                 denoiser.to(getattr(torch, e.quant.float_dtype))
-            numel = {name: m.weight.numel() for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+            numel = {
+                name: m.weight.numel() for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)
+            }
             inputs = {name: m.in_features for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
             float_size = sum(2 * p.numel() for p in denoiser.parameters())
             quantize_denoiser(denoiser, plan, stats, e.backend, e.adapter.timestep_scale)
@@ -126,7 +136,12 @@ class Stages:
                 "average_activation_bits": plan.average_activation_bits(inputs),
                 "float_size_bytes": float_size,
             }
-            meta = {"model": e.adapter.to_dict(), "weights": self.weights, "float_dtype": e.quant.float_dtype, **bits}
+            meta = {
+                "model": e.adapter.to_dict(),
+                "weights": self.experiment.weights,
+                "float_dtype": e.quant.float_dtype,
+                **bits,
+            }
             save_denoiser(folder, denoiser, plan, {**meta, "stats": self.stats_dir.name if stats else None})
         return f"{len(plan.layers)} of {len(numel)} Linears, {size_bytes(folder) / 1e6:.2f} MB ({folder})"
 
@@ -143,13 +158,16 @@ class Stages:
             count = len(e.data.prompts)
             for folder in (self.reference_dir, self.run_dir.samples):
                 if gone := missing_samples(folder, count, e.adapter.modality):
-                    raise UserError(f"{len(gone)} samples are missing in {folder}. Run the stages before evaluate too.")
+                    raise UserError(
+                        f"{len(gone)} samples are missing in {folder}. Run the stages before evaluate too."
+                    )
             metrics = e.make_metrics()
             batches = batches_of(count, 16)
             pairs = Pairs(self.run_dir.samples, self.reference_dir, e.data, e.adapter.modality, batches)
             results = evaluate(e.make_trainer(), metrics, pairs)
         described = {
-            name: {"label": m.name, "unit": m.unit, "higher_is_better": m.higher_is_better} for name, m in metrics.items()
+            name: {"label": m.name, "unit": m.unit, "higher_is_better": m.higher_is_better}
+            for name, m in metrics.items()
         }
         self._write_metrics(results, described)
         return f"{len(results)} metrics ({self.run_dir.metrics})"
@@ -163,8 +181,8 @@ class Stages:
             raise UserError(f"{self.run_dir.per_prompt} is missing. Run the stage evaluate before report.")
         with timed(self.run_dir.path, "report"):
             e, count = self.experiment, len(self.experiment.data.prompts)
-            per_prompt = json.loads(self.run_dir.per_prompt.read_text())
-            scores, name = worst_first(per_prompt, json.loads(self.run_dir.metrics.read_text())["labels"])
+            per_prompt = read_json(self.run_dir.per_prompt)
+            scores, name = worst_first(per_prompt, read_json(self.run_dir.metrics)["labels"])
             folders = (self.run_dir.samples, self.reference_dir)
             paths = [[sample_path(folder, i, e.adapter.modality) for i in range(count)] for folder in folders]
             samples, references = (torch.stack([load_sample(p) for p in group]) for group in paths)
@@ -173,12 +191,6 @@ class Stages:
         return f"picture drawn ({path})"
 
     # Parts -----------------------------------------------------------------------------------------------------------
-
-    def _plan(self) -> QuantPlan:
-        e = self.experiment
-        names = linear_names(e.adapter.build_denoiser())
-        e.adapter.linear_roles(names)
-        return e.quant.plan(names, e.adapter.keep_float)
 
     def _load_quantized(self) -> Any:
         return load_artifact(self.run_dir.artifact, backend=self.experiment.backend, complete=False)
@@ -204,7 +216,9 @@ class Stages:
         e = self.experiment
         pipeline = e.adapter.load()
         denoiser = getattr(pipeline, e.adapter.denoiser)
-        calibrator = Calibrator(denoiser, linear_names(denoiser), e.adapter.timestep_scale, e.num_buckets, e.rows_per_bucket)
+        calibrator = Calibrator(
+            denoiser, linear_names(denoiser), e.adapter.timestep_scale, e.num_buckets, e.rows_per_bucket
+        )
         num_done = 0
         if partial.is_file():
             num_done, state = load_partial(partial)
@@ -219,9 +233,13 @@ class Stages:
     def _write_metrics(self, results: Results, labels: dict[str, Any]) -> None:
         e, folder = self.experiment, self.run_dir.artifact
         summary = summarize(results, labels)
-        meta = json.loads((folder / "meta.json").read_text())
-        seconds = {**read_seconds(self.reference_dir), **read_seconds(self.stats_dir), **read_seconds(self.run_dir.path)}
-        if not self._plan().needs_stats:
+        meta = read_json(folder / "meta.json")
+        seconds = {
+            **read_seconds(self.reference_dir),
+            **read_seconds(self.stats_dir),
+            **read_seconds(self.run_dir.path),
+        }
+        if not self.experiment.plan.needs_stats:
             seconds.pop("calibrate", None)
         write_json(self.run_dir.per_prompt, {"prompts": e.data.prompts, **summary.pop("per_prompt")})
         write_json(

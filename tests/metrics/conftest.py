@@ -29,15 +29,11 @@ PROMPTS = [f"a {color} {shape}" for color in WORDS[5:8] for shape in WORDS[8:10]
 def smooth_clips(count: int, frames: int, size: int, generator: torch.Generator) -> Tensor:
     """Float clips in [0, 1] whose frames resemble each other, [count, frames, 3, size, size]."""
     coarse = torch.rand(count, 3, 3, 4, 4, generator=generator)
-    clips = F.interpolate(
-        coarse.transpose(1, 2), size=(frames, size, size), mode="trilinear", align_corners=True
-    )
+    clips = F.interpolate(coarse.transpose(1, 2), size=(frames, size, size), mode="trilinear", align_corners=True)
     return clips.transpose(1, 2)
 
 
-def random_pairs(
-    count: int, frames: int = 4, noise: float = 0.05, size: int = 20, seed: int = 0
-) -> EvalBatch:
+def random_pairs(count: int, frames: int = 4, noise: float = 0.05, size: int = 20, seed: int = 0) -> EvalBatch:
     """Pairs that differ by Gaussian noise of `noise` (of 1), other clips as data; prompt numbers descend."""
     generator = torch.Generator().manual_seed(seed)
     references = smooth_clips(count, frames, size, generator)
@@ -52,9 +48,7 @@ def random_pairs(
 def select(batch: EvalBatch, rows: list[int]) -> EvalBatch:
     """The pairs numbered `rows`."""
     prompts = [batch.prompts[i] for i in rows]
-    return EvalBatch(
-        batch.samples[rows], batch.references[rows], prompts, batch.index[rows], batch.data[rows]
-    )
+    return EvalBatch(batch.samples[rows], batch.references[rows], prompts, batch.index[rows], batch.data[rows])
 
 
 class TinyFeatures(nn.Module):
@@ -68,9 +62,7 @@ class TinyFeatures(nn.Module):
 
     def features(self, clips_BFCHW: Tensor) -> Tensor:
         assert clips_BFCHW.is_floating_point() and clips_BFCHW.max() <= 1
-        pooled = (
-            F.adaptive_avg_pool2d(clips_BFCHW.flatten(0, 1), 5).flatten(1).unflatten(0, clips_BFCHW.shape[:2])
-        )
+        pooled = F.adaptive_avg_pool2d(clips_BFCHW.flatten(0, 1), 5).flatten(1).unflatten(0, clips_BFCHW.shape[:2])
         return torch.cat([self.still(pooled.mean(1)), self.change(pooled.diff(dim=1).abs().sum(1))], 1).tanh()
 
 
@@ -78,9 +70,7 @@ def write_clip(folder: Path, image_size: int = 24) -> Path:
     """A folder with a random CLIPModel, a word tokenizer and its preprocessor config."""
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
-    words = [WORDS[i] for i in (0, 1, 3, 2)] + WORDS[
-        4:
-    ]  # the end token is number 3: 2 means "old config" to CLIP
+    words = [WORDS[i] for i in (0, 1, 3, 2)] + WORDS[4:]  # the end token is number 3: 2 means "old config" to CLIP
     config = CLIPConfig(
         text_config={**tower, **ends, "vocab_size": len(words), "max_position_embeddings": 8},
         vision_config={**tower, "image_size": image_size, "patch_size": 8},
@@ -94,9 +84,7 @@ def write_clip(folder: Path, image_size: int = 24) -> Path:
     model.save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 3)]
-    )
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 3)])
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     preprocess = {

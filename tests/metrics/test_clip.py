@@ -84,9 +84,7 @@ def test_shuffled_frames_lower_clip_temp_and_leave_clipsim(pairs, clip_folder):
 def test_another_prompt_changes_clipsim(pairs, clip_folder):
     clip, batch = load_clip(str(clip_folder)), pairs(2, frames=1)
     other = replace(batch, prompts=["a green square right"] * 2)
-    difference = (
-        result_of(ClipSim(clip, "sim"), batch)["value"] - result_of(ClipSim(clip, "sim"), other)["value"]
-    )
+    difference = result_of(ClipSim(clip, "sim"), batch)["value"] - result_of(ClipSim(clip, "sim"), other)["value"]
     assert abs(difference) > 0.1
 
 
@@ -122,6 +120,15 @@ def test_unreadable_folders_are_refused(clip_folder, tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="image_mean"):
         load_clip(str(folder))
+
+
+def test_half_precision_weights_are_used_in_float32(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "half")
+    CLIPModel.from_pretrained(clip_folder).half().save_pretrained(folder)
+    half, full = load_clip(str(folder)), load_clip(str(clip_folder))
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    frames = torch.rand(70, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(half.images(frames), full.images(frames), rtol=0, atol=1e-2)
 
 
 def test_a_crop_larger_than_the_picture_is_refused():

@@ -28,10 +28,7 @@ def by_features(a: np.ndarray, b: np.ndarray) -> float:
     scaled_a, scaled_b = (x / np.sqrt(len(x) - 1) for x in (centred_a, centred_b))
     cross = np.linalg.svd(scaled_a @ scaled_b.T, compute_uv=False).sum()
     return float(
-        np.square(a.mean(0) - b.mean(0)).sum()
-        + np.square(scaled_a).sum()
-        + np.square(scaled_b).sum()
-        - 2 * cross
+        np.square(a.mean(0) - b.mean(0)).sum() + np.square(scaled_a).sum() + np.square(scaled_b).sum() - 2 * cross
     )
 
 

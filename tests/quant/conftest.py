@@ -35,7 +35,9 @@ class TinyDenoiser(nn.Module):
         return x
 
 
-def calibrate(denoiser: nn.Module, seeds: list[int], timesteps: list[int], names: list[str] | None = None) -> CalibrationStats:
+def calibrate(
+    denoiser: nn.Module, seeds: list[int], timesteps: list[int], names: list[str] | None = None
+) -> CalibrationStats:
     """Statistics of a run over prompts whose noise depends on their seed alone."""
     with Calibrator(denoiser, names or linear_names(denoiser)) as calibrator, torch.no_grad():
         calibrator.set_sample_seeds(seeds)

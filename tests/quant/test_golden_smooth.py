@@ -1,8 +1,8 @@
 """Timestep-aware smoothing of one Linear against numbers of the original public code.
 
-It ran its calibration from t = 0 up and averaged in that order; we average from high noise down, so t is fed as
-noise level 1 - t / 1000. Its token scales are shared over the batch; `shared_tokens` emulates that with our own
-tensors, laying the batch out along the features.
+It ran its calibration from t = 0 up and averaged in that order; we average from high noise down, so t is fed
+as noise level 1 - t / 1000. Its token scales are shared over the batch; `shared_tokens` emulates that with
+our own tensors, laying the batch out along the features.
 """
 
 from pathlib import Path
@@ -91,7 +91,10 @@ def test_the_statistic_after_each_batch(golden_smooth):
 
 
 def test_the_statistic_does_not_depend_on_the_order_of_batches(golden_smooth):
-    forward, backward = calibrate(golden_smooth, list(range(12))), calibrate(golden_smooth, list(range(12))[::-1])
+    forward, backward = (
+        calibrate(golden_smooth, list(range(12))),
+        calibrate(golden_smooth, list(range(12))[::-1]),
+    )
     for key, value in forward.to_tensors().items():
         assert torch.equal(value, backward.to_tensors()[key]), key
 

@@ -36,7 +36,21 @@ def test_needs_stats_only_when_a_used_scheme_does():
 
 
 @pytest.mark.parametrize(
-    "edges", [[0, 0.5], [0.1, 1], [0, 0.7, 0.5, 1], [0, 0.5, 0.5, 1], [1, 0], [0], [], "0,1", 3, None, [0, "x", 1], [False, True]]
+    "edges",
+    [
+        [0, 0.5],
+        [0.1, 1],
+        [0, 0.7, 0.5, 1],
+        [0, 0.5, 0.5, 1],
+        [1, 0],
+        [0],
+        [],
+        "0,1",
+        3,
+        None,
+        [0, "x", 1],
+        [False, True],
+    ],
 )
 def test_segments_must_tile_the_unit_interval(edges):
     with pytest.raises(UserError, match=r"must tile \[0, 1\]"):

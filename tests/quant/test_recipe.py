@@ -58,23 +58,38 @@ def test_alpha_outside_the_unit_interval(alpha):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Recipe(W4, A8, SmoothSpec([0.1, 0.2, 0.3]), segments=[0, 0.5, 1]), "3 values for 2 segments"),
+        (
+            lambda: Recipe(W4, A8, SmoothSpec([0.1, 0.2, 0.3]), segments=[0, 0.5, 1]),
+            "3 values for 2 segments",
+        ),
         (lambda: Recipe(W4, A8, SmoothSpec([0.1, 0.2])), "2 values for 1 segments"),
         (lambda: Recipe(W4, A8, segments=[0, 0.5]), "must tile"),
         (lambda: Recipe(A8, A8), "a weight cannot have granularity=token"),
-        (lambda: Recipe(W4, QuantSpec(8, granularity="token")), "static activation cannot have granularity=token"),
+        (
+            lambda: Recipe(W4, QuantSpec(8, granularity="token")),
+            "static activation cannot have granularity=token",
+        ),
         (lambda: Recipe(W4, A8, rounding="gtpq"), "unknown rounding 'gtpq'"),
         (lambda: Recipe(W4, A8, smoothing=0.5), "smoothing takes a transform"),
         (lambda: Recipe(4, A8), "take a QuantSpec"),
         (lambda: Recipe(smoothing=SmoothSpec()), "smoothing without quantization"),
         (lambda: Recipe(W4, A8, rules="proj_out"), "rules must be a list"),
         (lambda: Recipe(W4, A8, rules=[{"patern": "x"}]), "a rule must be a mapping with a pattern"),
-        (lambda: Recipe(W4, A8, rules=[{"pattern": "x", "keepfloat": True}]), "a rule has no field 'keepfloat'"),
-        (lambda: Recipe(W4, A8, rules=[Rule("x", smoothing=SmoothSpec([0, 1, 1]))]), "3 values for 1 segments"),
+        (
+            lambda: Recipe(W4, A8, rules=[{"pattern": "x", "keepfloat": True}]),
+            "a rule has no field 'keepfloat'",
+        ),
+        (
+            lambda: Recipe(W4, A8, rules=[Rule("x", smoothing=SmoothSpec([0, 1, 1]))]),
+            "3 values for 1 segments",
+        ),
         (lambda: Rule("x"), "changes nothing"),
         (lambda: Rule("x", weight=W4, keep_float=True), "keep_float and weight"),
         (lambda: Rule(""), "a rule needs a pattern"),
-        (lambda: SmoothSpec(aggregate="mean"), "aggregate='mean' is unknown; choose one of ema, max, percentile"),
+        (
+            lambda: SmoothSpec(aggregate="mean"),
+            "aggregate='mean' is unknown; choose one of ema, max, percentile",
+        ),
         (lambda: SmoothSpec(percentile=0), "percentile=0"),
         (lambda: SmoothSpec(per_segment="no"), "per_segment='no' must be true or false"),
     ],

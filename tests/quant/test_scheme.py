@@ -68,7 +68,10 @@ def test_dict_round_trip(scheme):
         ({"weight": 4}, "QuantSpec must be a mapping of fields, got 4"),
         ({"transforms": [{"name": "os.system"}]}, "unknown transform 'os.system'"),
         ({"transforms": [{"alpha": 0.5}]}, "a transform must be a mapping with a 'name'"),
-        ({"transforms": [{"name": "smooth", "alfa": 1}]}, "transform smooth has no field 'alfa'; close names: alpha"),
+        (
+            {"transforms": [{"name": "smooth", "alfa": 1}]},
+            "transform smooth has no field 'alfa'; close names: alpha",
+        ),
         ({"transforms": [{"name": "smooth", "alpha": [0.1, 0.2]}]}, "2 values for 1 segments"),
         ({"rounding": "up"}, "unknown rounding 'up'; known names: nearest"),
     ],

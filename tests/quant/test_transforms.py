@@ -99,4 +99,6 @@ def test_smoothing_helps_where_it_should(problem):
     scheme = LayerScheme(QuantSpec(8, granularity="channel"), QuantSpec(4, granularity="token", dynamic=True))
     stats = stats_of(x)
     smooth = SmoothSpec(0.5).fit(weight, stats, scheme)
-    assert _output_error(smooth, weight, stats, scheme) < 0.5 * _output_error(Smooth(torch.ones(32)), weight, stats, scheme)
+    assert _output_error(smooth, weight, stats, scheme) < 0.5 * _output_error(
+        Smooth(torch.ones(32)), weight, stats, scheme
+    )

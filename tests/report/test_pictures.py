@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-from viditq.report.atomic import write_atomically
 from viditq.report.canvas import font, scaled, strip, wrap
 from viditq.report.pictures import comparison_picture, rows_picture, save_gif
 
@@ -26,9 +25,7 @@ def centre(pixels: np.ndarray, level: int) -> tuple[float, float]:
 def test_worst_pair_first_and_float_above(tmp_path):
     references, samples = plain(40, 80, 120), plain(42, 82, 122)
     scores = torch.tensor([30.0, 10.0, 20.0])
-    path = comparison_picture(
-        samples, references, ["a", "b", "c"], scores, tmp_path / "p.png", "title", max_pairs=2
-    )
+    path = comparison_picture(samples, references, ["a", "b", "c"], scores, tmp_path / "p.png", "title", max_pairs=2)
     pixels = np.array(Image.open(path))
     (worst_x, worst_y), (next_x, next_y) = centre(pixels, 80), centre(pixels, 120)
     assert worst_y == next_y and worst_x < next_x
@@ -64,9 +61,7 @@ def test_long_prompts_and_titles_stay_inside(tmp_path):
 
 
 def test_rows_stack_in_the_order_given(tmp_path):
-    rows = [
-        (label, plain(level, level + 1)) for label, level in (("float", 40), ("naive", 80), ("ours", 120))
-    ]
+    rows = [(label, plain(level, level + 1)) for label, level in (("float", 40), ("naive", 80), ("ours", 120))]
     path = rows_picture(rows, tmp_path / "r.png", ["a", "b"], frame_height=128)
     pixels = np.array(Image.open(path))
     places = [centre(pixels, level) for level in (40, 80, 120)]
@@ -101,16 +96,3 @@ def test_gif_has_all_frames(tmp_path):
     clip = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     with Image.open(save_gif(clip, tmp_path / "a.gif", frames_per_second=10, height=32)) as gif:
         assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (5, (32, 32), 100, 0)
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "p.png"
-    path.write_text("old")
-
-    def full_disk(temporary):
-        temporary.write_text("half")
-        raise OSError("No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, full_disk)
-    assert [p.name for p in tmp_path.iterdir()] == ["p.png"] and path.read_text() == "old"

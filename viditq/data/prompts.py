@@ -72,7 +72,11 @@ class PromptFile:
     def __post_init__(self) -> None:
         _check_counts(self.num_prompts, self.num_calibration_prompts)
         prompts = read_prompts(self.path)
-        rest = read_prompts(self.calibration_path) if self.calibration_path else prompts[self.num_prompts :] or prompts
+        rest = (
+            read_prompts(self.calibration_path)
+            if self.calibration_path
+            else prompts[self.num_prompts :] or prompts
+        )
         self.prompts = prompts[: self.num_prompts]
         self.calibration_prompts = rest[: self.num_calibration_prompts]
 

@@ -34,7 +34,9 @@ def load_sample(path: Path) -> Tensor:
             return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
         return load_file(path)["frames"]
     except (OSError, SafetensorError, KeyError, SyntaxError) as error:
-        raise UserError(f"Sample {path} is missing or damaged ({error}). Delete it and run the command again.") from error
+        raise UserError(
+            f"Sample {path} is missing or damaged ({error}). Delete it and run the command again."
+        ) from error
 
 
 def missing_samples(folder: Path, count: int, modality: str) -> list[int]:

@@ -51,7 +51,9 @@ class Evaluation(L.LightningModule):
         self.metrics = nn.ModuleDict(metrics)
         self.results: Results = {}
 
-    def transfer_batch_to_device(self, batch: EvalBatch, device: torch.device, dataloader_idx: int) -> EvalBatch:
+    def transfer_batch_to_device(
+        self, batch: EvalBatch, device: torch.device, dataloader_idx: int
+    ) -> EvalBatch:
         """Lightning does not move frozen dataclasses by itself."""
         tensors = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)}
         return dataclasses.replace(batch, **tensors)

@@ -10,11 +10,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from viditq.run_dir import RunDir, flatten
 
 
-def wandb_logger(folder: Path, name: str, group: str | None, run_id: str, project: str, entity: str | None) -> Logger:
+def wandb_logger(
+    folder: Path, name: str, group: str | None, run_id: str, project: str, entity: str | None
+) -> Logger:
     """One W&B run per run folder; a stable id makes a repeated run continue it. Offline unless WANDB_MODE is set."""
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    return WandbLogger(name=name, group=group, id=run_id, save_dir=folder, project=project, entity=entity, resume="allow")
+    return WandbLogger(
+        name=name, group=group, id=run_id, save_dir=folder, project=project, entity=entity, resume="allow"
+    )
 
 
 def csv_logger(folder: Path, name: str, group: str | None, run_id: str) -> Logger:
@@ -26,7 +30,9 @@ def no_logger(folder: Path, name: str, group: str | None, run_id: str) -> None:
     """Log nothing."""
 
 
-def log_run(logger: Logger | None, config: Mapping[str, Any], run_dir: RunDir, metrics: Mapping[str, Any]) -> None:
+def log_run(
+    logger: Logger | None, config: Mapping[str, Any], run_dir: RunDir, metrics: Mapping[str, Any]
+) -> None:
     """Send configuration, metrics and pictures of a finished run."""
     if logger is None:
         return

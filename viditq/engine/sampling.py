@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from viditq.errors import UserError
 from viditq.files import write_tensors
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate
@@ -76,8 +78,9 @@ def run_batches(trainer: L.Trainer, module: L.LightningModule, batches: Sequence
 
 def load_partial(path: Path) -> tuple[int, dict[str, Tensor]]:
     """Number of finished batches and the observers' state of an interrupted calibration."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        num_done = int(file.metadata()["num_done"])
+    try:
+        with safe_open(path, "pt") as file:
+            num_done = int(file.metadata()["num_done"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}). Delete it: calibration then starts anew.") from error
     return num_done, load_file(path)

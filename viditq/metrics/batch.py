@@ -25,14 +25,10 @@ class EvalBatch:
 
     def __post_init__(self) -> None:
         for clips in (self.samples, self.references, self.data):
-            assert clips is None or (clips.dtype == torch.uint8 and clips.ndim == 5), (
-                "clips are uint8 [B, F, C, H, W]"
-            )
+            assert clips is None or (clips.dtype == torch.uint8 and clips.ndim == 5), "clips are uint8 [B, F, C, H, W]"
             assert clips is None or len(clips) == len(self.samples), "one clip of each kind per pair"
         assert self.samples.shape == self.references.shape, "samples and references differ in shape"
-        assert self.index.dtype == torch.int64 and self.index.shape == (len(self.samples),), (
-            "index is int64 [B]"
-        )
+        assert self.index.dtype == torch.int64 and self.index.shape == (len(self.samples),), "index is int64 [B]"
         assert len(self.prompts) == len(self.samples), "one prompt per pair"
 
 

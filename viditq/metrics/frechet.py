@@ -66,9 +66,7 @@ class FrechetDistance(StreamingMetric):
     def __init__(self, features: nn.Module, against: str, name: str) -> None:
         if against not in SETS:
             raise UserError(f"against is {against!r}. Use one of: {', '.join(SETS)}.")
-        self.sides = (
-            ("samples", "references") if against == "reference" else ("samples", "references", "data")
-        )
+        self.sides = ("samples", "references") if against == "reference" else ("samples", "references", "data")
         states = [f"{side}_{field}" for side in self.sides for field in Moments._fields]
         super().__init__(name, unit="", **dict.fromkeys(states, torch.float64))
         self.features: Any = features.eval().requires_grad_(False)
@@ -76,9 +74,7 @@ class FrechetDistance(StreamingMetric):
     def update(self, batch: EvalBatch) -> None:
         """Add the features of `batch` to the running sums."""
         if "data" in self.sides and batch.data is None:
-            raise UserError(
-                f"{self.name} compares with real clips, and this model has none. Leave the metric out."
-            )
+            raise UserError(f"{self.name} compares with real clips, and this model has none. Leave the metric out.")
         for side in self.sides:
             self._add(side, moments(self.features.features(to_unit(getattr(batch, side)))))
 
@@ -92,9 +88,7 @@ class FrechetDistance(StreamingMetric):
     def _moments(self, side: str) -> Moments:
         count, total, outer = (self.joined(f"{side}_{field}") for field in Moments._fields)
         if count.sum() < 2:
-            raise UserError(
-                f"{self.name} needs at least 2 prompts, {int(count.sum())} given. Raise the number."
-            )
+            raise UserError(f"{self.name} needs at least 2 prompts, {int(count.sum())} given. Raise the number.")
         total = total.view(len(count), -1).sum(0)
         return Moments(count.sum(), total, outer.view(len(count), -1).sum(0).view(len(total), len(total)))
 

@@ -28,7 +28,9 @@ class ShapesJudge(nn.Module):
         stages = [(3, width, 1), (width, width, 2), (width, 2 * width, 2), (2 * width, 2 * width, 2)]
         self.frames = nn.Sequential(*[_stage(*s) for s in stages], nn.Flatten(), nn.Linear(32 * width, 128))
         self.appearance = nn.Sequential(nn.SiLU(), nn.Linear(128, appearance))
-        self.motion = nn.Sequential(nn.Conv1d(128, 64, 3, padding=1), nn.SiLU(), nn.Conv1d(64, 64, 3, padding=1), nn.SiLU())
+        self.motion = nn.Sequential(
+            nn.Conv1d(128, 64, 3, padding=1), nn.SiLU(), nn.Conv1d(64, 64, 3, padding=1), nn.SiLU()
+        )
         self.motion_out = nn.Linear(64, motion)
         self.heads = nn.ModuleDict(
             {k: nn.Linear(motion if k == "motion" else appearance, n) for k, n in classes.items()}

@@ -85,9 +85,7 @@ class PerSampleMetric(StreamingMetric):
         return summarise(self.joined("index"), **{column: self.joined(column) for column in self.columns})
 
 
-def summarise(
-    index: Tensor, per_sample: Tensor, per_sample_reference: Tensor | None = None
-) -> dict[str, Any]:
+def summarise(index: Tensor, per_sample: Tensor, per_sample_reference: Tensor | None = None) -> dict[str, Any]:
     """The result of a per-sample metric from its unsorted columns, all [n]."""
     assert len(index) > 0, "compute before any pair was seen"
     assert len(index.unique()) == len(index), "a pair was scored twice: shards must not be padded"

@@ -6,7 +6,6 @@ import dataclasses
 import fnmatch
 import gc
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,16 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from torch import nn
 
 from viditq.assets import resolve
 from viditq.errors import UserError
+from viditq.files import read_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODALITIES = ("image", "video")
+COPY_AGAIN = "Copy the model's folder again."
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,25 @@ class ModelAdapter:
             raise UserError(f"model.dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
         if self.modality not in MODALITIES:
             raise UserError(f"model.modality={self.modality!r} is unknown; choose image or video.")
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise UserError(f"model.num_steps={self.num_steps!r} must be a whole number of at least 1.")
+        for key in ("num_steps", "num_frames", "height", "width", "max_tokens"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"model.{key}={value!r} must be a whole number of at least 1.")
+        for key in ("guidance_scale", "timestep_scale"):
+            value = getattr(self, key)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+                raise UserError(f"model.{key}={value!r} must be a number above 0.")
         if not hasattr(diffusers, self.pipeline):
-            raise UserError(f"model.pipeline={self.pipeline!r} is no class of diffusers {diffusers.__version__}.")
+            raise UserError(
+                f"model.pipeline={self.pipeline!r} is no class of diffusers {diffusers.__version__}."
+            )
         if not (self.folder / "model_index.json").is_file():
             raise UserError(f"{self.folder} holds no diffusers pipeline: model_index.json is missing there.")
+        if self.denoiser not in self._components():
+            parts = ", ".join(self._components())
+            raise UserError(
+                f"model.denoiser={self.denoiser!r} is no part of the pipeline; choose one of {parts}."
+            )
 
     @property
     def folder(self) -> Path:
@@ -91,7 +106,9 @@ class ModelAdapter:
 
     def load_text_part(self) -> Any:
         """The pipeline with its tokenizer and text encoder only."""
-        return self._load({name: None for name in self._components() if not name.startswith(("text_", "tokenizer"))})
+        return self._load(
+            {name: None for name in self._components() if not name.startswith(("text_", "tokenizer"))}
+        )
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
         """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""
@@ -104,11 +121,12 @@ class ModelAdapter:
 
     def build_denoiser(self) -> nn.Module:
         """The denoiser's structure from its config.json: parameters on the meta device, buffers real."""
-        library, name = json.loads((self.folder / "model_index.json").read_text())[self.denoiser]
+        library, name = self._index()[self.denoiser]
         assert library == "diffusers", library
         cls = getattr(diffusers, name)
+        config = read_json(self.folder / self.denoiser / "config.json", COPY_AGAIN)
         with init_empty_weights(include_buffers=False):
-            return cls.from_config(cls.load_config(self.folder / self.denoiser))
+            return cls.from_config(config)
 
     def linear_roles(self, linear_names: Sequence[str]) -> dict[str, str]:
         """Linear name -> role, or "float" for those kept; raises UserError naming Linears that nothing covers."""
@@ -127,9 +145,11 @@ class ModelAdapter:
             )
         return found
 
+    def _index(self) -> dict[str, Any]:
+        return read_json(self.folder / "model_index.json", COPY_AGAIN)
+
     def _components(self) -> list[str]:
-        index = json.loads((self.folder / "model_index.json").read_text())
-        return [name for name, value in index.items() if isinstance(value, list)]
+        return [name for name, value in self._index().items() if isinstance(value, list)]
 
     def _load(self, components: dict[str, Any]) -> Any:
         cls = getattr(diffusers, self.pipeline)
@@ -137,11 +157,21 @@ class ModelAdapter:
             pipeline = cls.from_pretrained(
                 self.folder, dtype=self.torch_dtype, local_files_only=True, **components
             )
-        except (OSError, RuntimeError, KeyError) as error:
-            raise UserError(f"The pipeline in {self.folder} cannot be loaded: {error}") from error
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"The pipeline in {self.folder} cannot be loaded: {error}. {COPY_AGAIN}"
+            ) from error
         pipeline.set_progress_bar_config(disable=True)
-        for component in pipeline.components.values():
+        for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
-                component.eval().requires_grad_(False)
+                self._check_finite(name, component.eval().requires_grad_(False))
         gc.collect()
         return pipeline
+
+    def _check_finite(self, component: str, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise UserError(
+                    f"{component}.{name} of {self.folder} contains NaN or inf as {self.dtype}. Check the checkpoint, or "
+                    f"load it in a wider type: model.dtype={' or '.join(d for d in DTYPES if d != self.dtype)}."
+                )

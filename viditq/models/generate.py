@@ -35,7 +35,9 @@ def group_by_shape(embeds: list[PromptEmbeds]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def generate(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int) -> Tensor:
+def generate(
+    adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int
+) -> Tensor:
     """Generate one sample per prompt: uint8 [B, F, C, H, W].
 
     Raises UserError if a sample is not finite (which low bit-widths in float16 can cause).
@@ -44,19 +46,28 @@ def generate(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], i
     for group in group_by_shape(embeds):
         out = _call(adapter, pipeline, [embeds[i] for i in group], [indices[i] for i in group], seed, "pt")
         clips_BFCHW = out if out.ndim == 5 else out[:, None]
-        samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), strict=True))
+        samples |= dict(
+            zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), strict=True)
+        )
     return torch.stack([samples[i] for i in range(len(embeds))])
 
 
 @torch.no_grad()
-def denoise(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int) -> None:
+def denoise(
+    adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int
+) -> None:
     """Run the sampling loop without decoding: all that calibration needs."""
     for group in group_by_shape(embeds):
         _call(adapter, pipeline, [embeds[i] for i in group], [indices[i] for i in group], seed, "latent")
 
 
 def _call(
-    adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int, output: str
+    adapter: ModelAdapter,
+    pipeline: Any,
+    embeds: list[PromptEmbeds],
+    indices: list[int],
+    seed: int,
+    output: str,
 ) -> Tensor:
     device = next(getattr(pipeline, adapter.denoiser).parameters()).device
     arguments: dict[str, Any] = {k: v.to(device) for k, v in _stack(embeds).items()}
@@ -64,17 +75,22 @@ def _call(
         arguments["negative_prompt"] = None
     if adapter.modality == "video" and "num_frames" in inspect.signature(pipeline.__call__).parameters:
         arguments["num_frames"] = adapter.num_frames
-    out = pipeline(
-        **arguments,
-        **adapter.call,
-        num_inference_steps=adapter.num_steps,
-        guidance_scale=adapter.guidance_scale,
-        height=adapter.height,
-        width=adapter.width,
-        generator=[noise_generator(seed, i) for i in indices],
-        output_type=output,
-        return_dict=False,
-    )[0]
+    try:
+        out = pipeline(
+            **arguments,
+            **adapter.call,
+            num_inference_steps=adapter.num_steps,
+            guidance_scale=adapter.guidance_scale,
+            height=adapter.height,
+            width=adapter.width,
+            generator=[noise_generator(seed, i) for i in indices],
+            output_type=output,
+            return_dict=False,
+        )[0]
+    except UserError:
+        raise
+    except ValueError as error:  # the pipeline's own check of sizes and steps
+        raise UserError(f"{adapter.pipeline} refuses the settings of model: {error}") from error
     if not torch.isfinite(out).all():
         raise UserError(f"Samples of prompts {indices} are not finite. Use model.dtype=float32 or more bits.")
     return out
@@ -89,7 +105,9 @@ class DtypeBoundary:
         denoiser.register_forward_pre_hook(self._enter, with_kwargs=True)
         denoiser.register_forward_hook(self._leave)
 
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _enter(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
         self.outer = tensors[0].dtype
         kept = {k: v if k == "timestep" else _cast(v, self.dtype) for k, v in kwargs.items()}

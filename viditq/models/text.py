@@ -13,15 +13,14 @@ PromptEmbeds = dict[str, Tensor]
 
 
 def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> None:
-    """Raises UserError for an empty prompt or one with more tokens than the text encoder takes."""
-    for index, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise UserError(f"Prompt {index} is empty. Remove the line or write a prompt.")
+    """Raises UserError for a prompt with more tokens than the text encoder takes."""
+    for prompt in prompts:
+        assert prompt.strip(), "PromptData gives no empty prompts"
         count = len(pipeline.tokenizer(prompt)["input_ids"])
         if count > adapter.max_tokens:
             raise UserError(
-                f"Prompt {index} has {count} tokens, {adapter.name} takes at most {adapter.max_tokens} "
-                f"(model.max_tokens): {prompt[:60]!r}... Shorten it."
+                f"The prompt {prompt[:60]!r}... has {count} tokens, {adapter.name} takes at most "
+                f"{adapter.max_tokens} (model.max_tokens). Shorten it."
             )
 
 

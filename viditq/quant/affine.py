@@ -54,7 +54,7 @@ def fake_quantize(
 def fake_quantize_own_range(
     x: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, inplace: bool = False
 ) -> Tensor:
-    """`fake_quantize` of `x` with the parameters of its own range; if asymmetric, its lower clamp never acts."""
+    """`fake_quantize` with the parameters of the own range of `x`: lower codes >= 0 need no clamp."""
     scale, zero_point = compute_qparams(lo, hi, bits, symmetric)
     y = x.div_(scale) if inplace else x / scale
     if symmetric:

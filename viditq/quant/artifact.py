@@ -23,14 +23,14 @@ from viditq.quant.plan import QuantPlan
 
 FORMAT_VERSION = 1
 META, PLAN, MODEL = "meta.json", "plan.json", "model.safetensors"
-OWN_KEYS = ("format_version", "timestep_scale", "dtypes", "sha256")
+OWN_KEYS = ("format_version", "timestep_scale", "dtypes", "widened", "sha256")
 
 
 def save_denoiser(folder: str | Path, denoiser: nn.Module, plan: QuantPlan, meta: Mapping[str, Any]) -> None:
     """Writes the artifact under a temporary name and renames it to `folder`, replacing an older one.
 
-    meta: JSON values about where the model comes from. Codes stay packed; what is left in float keeps its
-    dtype.
+    meta: JSON values about where the model comes from. Codes stay packed; what is left in float is stored in
+    float16 where that loses nothing (checkpoints in float16 run in float32 on a CPU) and widened again on load.
     """
     assert not set(meta) & set(OWN_KEYS), f"meta may not use {OWN_KEYS}"
     folder = Path(folder)
@@ -38,20 +38,21 @@ def save_denoiser(folder: str | Path, denoiser: nn.Module, plan: QuantPlan, meta
     try:
         temporary.mkdir(parents=True)
         (temporary / PLAN).write_text(plan.to_json())
-        save_file(_unshared(denoiser.state_dict()), temporary / MODEL)
+        tensors = _unshared(denoiser.state_dict())
+        narrow = {name: t.half() for name, t in tensors.items() if _fits_half(t)}
+        save_file(tensors | narrow, temporary / MODEL)
         own = {
             "format_version": FORMAT_VERSION,
             "timestep_scale": _context_of(denoiser).timestep_scale,
             "dtypes": {name: _dtype_name(layer.dtype) for name, layer in quant_linears(denoiser).items()},
+            "widened": sorted(narrow),
             "sha256": {name: _sha256(temporary / name) for name in (PLAN, MODEL)},
         }
         (temporary / META).write_text(json.dumps({**meta, **own}, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write the artifact {folder}: {error}; free space or choose another folder"
-        ) from error
+        raise UserError(f"cannot write the artifact {folder}: {error}; free space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -74,6 +75,7 @@ def load_denoiser(
         for variant in layer.variants:
             variant.dtype = getattr(torch, meta["dtypes"][name])
     tensors = load_file(folder / MODEL)
+    tensors |= {name: tensors[name].float() for name in meta["widened"]}
     _check_fits(denoiser, tensors, folder)
     denoiser.load_state_dict(tensors, assign=True)
     on_meta = [name for name, t in (*denoiser.named_parameters(), *denoiser.named_buffers()) if t.is_meta]
@@ -95,14 +97,10 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / META} is damaged; quantize again") from None
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {version}; this program reads {FORMAT_VERSION}; quantize again"
-        )
+        raise UserError(f"{folder} has format version {version}; this program reads {FORMAT_VERSION}; quantize again")
     for name in (PLAN, MODEL):
         if _sha256(folder / name) != digests.get(name):
-            raise UserError(
-                f"{folder / name} is truncated or was altered (its sha256 does not match); quantize again"
-            )
+            raise UserError(f"{folder / name} is truncated or was altered (its sha256 does not match); quantize again")
     return meta
 
 
@@ -132,6 +130,10 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
     return out
+
+
+def _fits_half(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor)
 
 
 def _context_of(denoiser: nn.Module) -> StepContext:

@@ -65,8 +65,7 @@ class Calibrator:
         mine = self.stats.to_tensors()
         if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in state.items()}:
             raise UserError(
-                "the saved calibration state has other layers or sizes than this model; "
-                "delete it and calibrate again"
+                "the saved calibration state has other layers or sizes than this model; delete it and calibrate again"
             )
         loaded = CalibrationStats.from_tensors(state)
         for name, observer in loaded.layers.items():
@@ -87,9 +86,7 @@ class Calibrator:
         self._attachment.remove()
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [
-            value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1
-        ]
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
         self._num_elements = len(tensors[0])
         self._candidates = {}
         if not self._sample_seeds or self._num_elements % len(self._sample_seeds):
@@ -121,9 +118,7 @@ class Calibrator:
         return self._candidates[shape]
 
 
-def row_keys(
-    num_leading: int, num_tokens: int, seeds: Sequence[int], num_elements: int, noise_level: float
-) -> Tensor:
+def row_keys(num_leading: int, num_tokens: int, seeds: Sequence[int], num_elements: int, noise_level: float) -> Tensor:
     """Pseudo-random order of the L N rows of one step, int64 >= 0.
 
     A row's key depends on its prompt's seed, the noise level and its place inside that prompt's part of the

@@ -80,7 +80,5 @@ def _single_value(timestep: Tensor | float) -> float:
     values = timestep.detach().flatten()
     first = float(values[0])
     if values.numel() > 1 and not bool((values == values[0]).all()):
-        raise UserError(
-            f"one batch has different timesteps ({values.tolist()[:4]} ...); sample all prompts in step"
-        )
+        raise UserError(f"one batch has different timesteps ({values.tolist()[:4]} ...); sample all prompts in step")
     return first

@@ -12,7 +12,7 @@ from viditq.quant.backends import Backend, check_supported, get_backend
 from viditq.quant.context import StepContext
 from viditq.quant.granularity import check_group_size
 from viditq.quant.linear import QuantLinear, Variant, empty_variant
-from viditq.quant.observers import CalibrationStats
+from viditq.quant.observers import CalibrationStats, SegmentStats
 from viditq.quant.plan import QuantPlan
 from viditq.quant.registry import close_names
 from viditq.quant.scheme import LayerScheme
@@ -47,9 +47,7 @@ def quantize_denoiser(
     group sizes that do not divide, schemes the backend cannot run.
     """
     if plan.needs_stats and stats is None:
-        raise UserError(
-            "this plan needs calibration statistics (static activations or smoothing); calibrate first"
-        )
+        raise UserError("this plan needs calibration statistics (static activations or smoothing); calibrate first")
     chosen = get_backend(backend)
     linears = _checked_linears(denoiser, plan, chosen)
     for name in plan.layers:
@@ -61,11 +59,11 @@ def quantize_denoiser(
     def fit(name: str) -> MakeVariant:
         return lambda linear, scheme, lo, hi: fit_variant(name, linear, scheme, stats, lo, hi)
 
-    context = StepContext(plan.edges, timestep_scale)
+    context, places = StepContext(plan.edges, timestep_scale), _places(denoiser)
     for name in plan.layers:
         quantized = _quant_linear(name, linears[name], plan, fit(name), context, chosen)
         quantized.prepare()
-        _replace(denoiser, linears[name], quantized)
+        _replace(places[linears[name]], quantized)
     context.attach(denoiser)
     return context
 
@@ -76,13 +74,13 @@ def build_quantized(
     """Swaps in the structure that `load_state_dict` fills; call `prepare` on each QuantLinear afterwards."""
     chosen = get_backend(backend)
     linears = _checked_linears(denoiser, plan, chosen)
-    context = StepContext(plan.edges, timestep_scale)
+    context, places = StepContext(plan.edges, timestep_scale), _places(denoiser)
 
     def empty(linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:
         return empty_variant(scheme, linear.in_features, linear.out_features, linear.weight.dtype)
 
     for name in plan.layers:
-        _replace(denoiser, linears[name], _quant_linear(name, linears[name], plan, empty, context, chosen))
+        _replace(places[linears[name]], _quant_linear(name, linears[name], plan, empty, context, chosen))
     context.attach(denoiser)
     return context
 
@@ -90,17 +88,21 @@ def build_quantized(
 def fit_variant(
     name: str, linear: nn.Linear, scheme: LayerScheme, stats: CalibrationStats | None, lo: float, hi: float
 ) -> Variant:
-    """Transforms fitted in order, then the weight quantized once."""
+    """Transforms fitted, then the weight quantized once; [lo, hi]: the noise levels of its segment."""
     weight_OC = linear.weight.detach()
-    segment = stats.segment(name, lo, hi) if stats is not None and scheme.needs_stats else None
-    everywhere = stats.segment(name, 0.0, 1.0) if stats is not None and scheme.needs_stats else None
-    chain = Chain(
-        [t.fit(weight_OC, segment if t.differs_by_segment else everywhere, scheme) for t in scheme.transforms]
+
+    def seen(per_segment: bool) -> SegmentStats | None:
+        return None if stats is None else stats.segment(name, *((lo, hi) if per_segment else (0.0, 1.0)))
+
+    fitted = (
+        t.fit(weight_OC, seen(t.differs_by_segment) if t.needs_stats else None, scheme) for t in scheme.transforms
     )
+    chain = Chain(list(fitted))
     bounds: tuple[Tensor, Tensor] | None = None
-    if segment is not None and scheme.static_activation:
-        device = weight_OC.device
-        bounds = chain.bounds(segment.minimum.to(device), segment.maximum.to(device))
+    if scheme.static_activation:
+        segment = seen(per_segment=True)
+        assert segment is not None
+        bounds = chain.bounds(segment.minimum.to(weight_OC.device), segment.maximum.to(weight_OC.device))
     return Variant(scheme, weight_OC, chain, bounds)
 
 
@@ -108,9 +110,7 @@ def _checked_linears(denoiser: nn.Module, plan: QuantPlan, backend: Backend) -> 
     linears = _linears(denoiser)
     for name in plan.layers:
         if name not in linears:
-            raise UserError(
-                f"the plan quantizes {name}, which is no Linear of the model; {close_names(name, linears)}"
-            )
+            raise UserError(f"the plan quantizes {name}, which is no Linear of the model; {close_names(name, linears)}")
         for segment in range(plan.num_segments):
             scheme = plan.scheme(name, segment)
             if scheme is None:
@@ -146,9 +146,16 @@ def _quant_linear(
     return QuantLinear(name, linear.bias, variants, segment_to_variant, linear.out_features, context, backend)
 
 
-def _replace(denoiser: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever `old` hangs, so that a shared Linear stays shared."""
-    for parent in list(denoiser.modules()):
-        for key, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, key, new)
+def _places(denoiser: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Module -> every (parent, attribute) it hangs from: a shared Linear must stay shared."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in denoiser.modules():
+        for key, child in parent._modules.items():  # named_children skips a child's second name
+            if child is not None:
+                places.setdefault(child, []).append((parent, key))
+    return places
+
+
+def _replace(places: list[tuple[nn.Module, str]], new: nn.Module) -> None:
+    for parent, key in places:
+        setattr(parent, key, new)

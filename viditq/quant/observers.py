@@ -95,13 +95,19 @@ def _lowest(rows: Tensor, keys: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 class SegmentStats:
-    """What the buckets of one segment say about one Linear, per input channel (float32 [C]); rows [n, C]."""
+    """What the buckets of one segment say about one Linear, per input channel (float32 [C])."""
 
     def __init__(self, observer: Observer, buckets: list[int]) -> None:
         self._mean_KC = observer.amax_sum[buckets] / observer.count[buckets][:, None]
         self.minimum = observer.minimum[buckets].amin(0)
         self.maximum = observer.maximum[buckets].amax(0)
-        self.rows = observer.rows[buckets][observer.keys[buckets] != NO_KEY]
+        self._observer, self._buckets = observer, buckets
+
+    @property
+    def rows(self) -> Tensor:
+        """Input rows [n, C] kept from the segment."""
+        observer, buckets = self._observer, self._buckets
+        return observer.rows[buckets][observer.keys[buckets] != NO_KEY]
 
     def amax(self, aggregate: str = "ema", percentile: float = 99.9) -> Tensor:
         """Magnitude of each channel.

@@ -40,8 +40,7 @@ class QuantPlan:
         for layer, names in self.layers.items():
             if len(names) != self.num_segments:
                 raise UserError(
-                    f"layer {layer} names {len(names)} schemes for {self.num_segments} segments; "
-                    "give one per segment"
+                    f"layer {layer} names {len(names)} schemes for {self.num_segments} segments; give one per segment"
                 )
             for name in names:
                 if name is not None and name not in self.schemes:
@@ -70,22 +69,16 @@ class QuantPlan:
         A Linear or a segment left in float counts 16 bits; segments count by their width in noise level.
         Scales and zero points are not counted (`artifact.size_bytes` has them).
         """
-        return self._average(
-            weights_numel, lambda scheme: scheme.weight.bits if scheme.weight else FLOAT_BITS
-        )
+        return self._average(weights_numel, lambda scheme: scheme.weight.bits if scheme.weight else FLOAT_BITS)
 
     def average_activation_bits(self, inputs_numel: Mapping[str, int]) -> float:
         """The same for the inputs of the Linears (layer -> in_features, or elements of its input)."""
-        return self._average(
-            inputs_numel, lambda scheme: scheme.activation.bits if scheme.activation else FLOAT_BITS
-        )
+        return self._average(inputs_numel, lambda scheme: scheme.activation.bits if scheme.activation else FLOAT_BITS)
 
     def _average(self, numel: Mapping[str, int], bits_of: Callable[[LayerScheme], int]) -> float:
         missing = [layer for layer in self.layers if layer not in numel]
         if missing:
-            raise UserError(
-                f"the plan quantizes {missing[0]}, which the model lacks; {close_names(missing[0], numel)}"
-            )
+            raise UserError(f"the plan quantizes {missing[0]}, which the model lacks; {close_names(missing[0], numel)}")
         total = 0.0
         for layer, count in numel.items():
             for segment, (lo, hi) in enumerate(pairwise(self.edges)):

@@ -40,17 +40,13 @@ def dequantize_weight(quantized: QuantizedWeight, spec: QuantSpec) -> Tensor:
     """float32 [O, C]."""
     view = granularity.to_groups(quantized.codes, spec.group_size)
     zero_point = quantized.zero_point
-    offset = (
-        torch.tensor(float(_shift(spec)), device=view.device) if zero_point is None else zero_point.float()
-    )
+    offset = torch.tensor(float(_shift(spec)), device=view.device) if zero_point is None else zero_point.float()
     return affine.dequantize(view, quantized.scale.float(), offset).view(quantized.codes.shape)
 
 
 def static_qparams(minimum_C: Tensor, maximum_C: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """float32 scale and zero point of a static activation from its per-channel extremes."""
-    lo, hi = granularity.calibrated_range(
-        minimum_C.float(), maximum_C.float(), spec.granularity, spec.group_size
-    )
+    lo, hi = granularity.calibrated_range(minimum_C.float(), maximum_C.float(), spec.granularity, spec.group_size)
     return affine.compute_qparams(lo, hi, spec.bits, spec.symmetric)
 
 

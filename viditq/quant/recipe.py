@@ -30,15 +30,12 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise UserError(f"a rule needs a pattern such as '*.attn1.*', got {self.pattern!r}")
-        overrides = [
-            name for name in ("weight", "activation", "smoothing") if getattr(self, name) is not None
-        ]
+        overrides = [name for name in ("weight", "activation", "smoothing") if getattr(self, name) is not None]
         if self.keep_float and overrides:
             raise UserError(f"rule {self.pattern!r} has keep_float and {overrides[0]}; give one or the other")
         if not self.keep_float and not overrides:
             raise UserError(
-                f"rule {self.pattern!r} changes nothing; "
-                "give weight, activation, smoothing or keep_float=true"
+                f"rule {self.pattern!r} changes nothing; give weight, activation, smoothing or keep_float=true"
             )
 
 
@@ -90,8 +87,7 @@ class Recipe:
         if weight is None and activation is None:
             if smoothing is not None and (rule is not None or not self.rules):
                 raise UserError(
-                    "smoothing without quantization changes nothing: "
-                    "give weight or activation, or no smoothing"
+                    "smoothing without quantization changes nothing: give weight or activation, or no smoothing"
                 )
             return None
         num = len(self.edges) - 1
@@ -108,8 +104,7 @@ class Recipe:
             if not hits:
                 bare = rule.pattern.strip("*.")
                 raise UserError(
-                    f"pattern {rule.pattern!r} matches no Linear of the model; "
-                    f"{close_names(bare, linear_names)}"
+                    f"pattern {rule.pattern!r} matches no Linear of the model; {close_names(bare, linear_names)}"
                 )
             matched.update(dict.fromkeys(hits, rule))
         return matched

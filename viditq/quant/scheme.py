@@ -64,9 +64,7 @@ class QuantSpec:
     def _check_group_size(self) -> None:
         size = self.group_size
         if self.granularity == "group" and (size is None or not is_int(size) or size < 1):
-            raise UserError(
-                f"granularity=group needs group_size, a positive whole number such as 64; got {size!r}"
-            )
+            raise UserError(f"granularity=group needs group_size, a positive whole number such as 64; got {size!r}")
         if self.granularity != "group" and size is not None:
             raise UserError(f"group_size={size!r} only goes with granularity=group, not {self.granularity}")
 

@@ -20,9 +20,7 @@ class Cell:
     note: str = ""
 
 
-def draw_grid(
-    cells: list[Cell], columns: int, labels: list[str], title: str, subtitle: str = ""
-) -> Image.Image:
+def draw_grid(cells: list[Cell], columns: int, labels: list[str], title: str, subtitle: str = "") -> Image.Image:
     """Cells from left to right, then down; strips i of all cells carry `labels[i]` and have one size."""
     has_text = any(cell.caption or cell.note for cell in cells)
     cell_width = max(strip.width for cell in cells for strip in cell.strips)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from viditq.report.atomic import write_atomically
+from viditq.files import atomic
 from viditq.report.canvas import scaled, strip
 from viditq.report.grid import Cell, draw_grid
 
@@ -48,9 +49,7 @@ def comparison_picture(
     ]
     subtitle = f"{len(worst)} of {len(samples)} pairs, worst first by {score_name}"
     picture = draw_grid(cells, columns, list(labels), title, subtitle)
-    return write_atomically(
-        Path(path), lambda temporary: picture.save(temporary, format="PNG", optimize=True)
-    )
+    return save_picture(picture, path)
 
 
 def rows_picture(
@@ -73,9 +72,7 @@ def rows_picture(
         for i in range(count)
     ]
     picture = draw_grid(cells, count, [label for label, _ in rows], title)
-    return write_atomically(
-        Path(path), lambda temporary: picture.save(temporary, format="PNG", optimize=True)
-    )
+    return save_picture(picture, path)
 
 
 def save_gif(clip_FCHW: Tensor, path: Path, frames_per_second: float = 8, height: int = 128) -> Path:
@@ -87,4 +84,13 @@ def save_gif(clip_FCHW: Tensor, path: Path, frames_per_second: float = 8, height
         "duration": round(1000 / frames_per_second),
         "loop": 0,
     }
-    return write_atomically(Path(path), lambda temporary: first.save(temporary, format="GIF", **options))
+    with atomic(path) as temporary:
+        first.save(temporary, format="GIF", **options)
+    return path
+
+
+def save_picture(picture: Image.Image, path: Path) -> Path:
+    """Write a PNG that is either whole or absent."""
+    with atomic(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
+    return path

@@ -1,5 +1,7 @@
 """Losses of the tiny models. Legend: B batch, F frames, C channels, H/W frame or latent size, T tokens, D width."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,15 +24,15 @@ def draw_frames(generator: torch.Generator, count: int) -> Batch:
     return {"frames": clips[:, [0, 3]].flatten(0, 1)}
 
 
-def judge_loss(net: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy over the attributes, on clips that are blurred and noised at random so that samples are in range."""
+def judge_loss(net: Any, batch: Batch) -> Tensor:
+    """Cross-entropy over the attributes, on clips with some noise, which generated samples have too."""
     clips = batch["clips"]
     noise = 0.06 * torch.rand(len(clips), 1, 1, 1, 1) * torch.randn_like(clips)
     logits = net((clips + noise).clamp(0, 1).to(BF16))
     return sum((F.cross_entropy(v.float(), batch["labels"][k]) for k, v in logits.items()), torch.zeros(()))
 
 
-def vae_loss(net: nn.Module, batch: Batch) -> Tensor:
+def vae_loss(net: Any, batch: Batch) -> Tensor:
     """L1 + 2 MSE + 1e-4 KL."""
     x_BCHW = batch["frames"] * 2 - 1
     posterior = net.encode(x_BCHW.to(BF16)).latent_dist
@@ -39,9 +41,9 @@ def vae_loss(net: nn.Module, batch: Batch) -> Tensor:
 
 
 class TextProbe(nn.Module):
-    """A text encoder with linear heads on the mean token: trained alone until its output tells the attributes apart."""
+    """A text encoder with linear heads on the mean token: trained until its output tells the attributes apart."""
 
-    def __init__(self, encoder: nn.Module, classes: dict[str, int]) -> None:
+    def __init__(self, encoder: Any, classes: dict[str, int]) -> None:
         super().__init__()
         self.encoder = encoder
         self.heads = nn.ModuleDict({k: nn.Linear(encoder.config.d_model, n) for k, n in classes.items()})
@@ -51,13 +53,13 @@ class TextProbe(nn.Module):
         return {k: head(mean) for k, head in self.heads.items()}
 
 
-def text_loss(net: nn.Module, batch: Batch) -> Tensor:
+def text_loss(net: Any, batch: Batch) -> Tensor:
     """Cross-entropy of every attribute from the encoder's mean output."""
     logits = net(batch["tokens"])
     return sum((F.cross_entropy(logits[k].float(), v) for k, v in batch["labels"].items()), torch.zeros(()))
 
 
-def clip_loss(net: nn.Module, batch: Batch) -> Tensor:
+def clip_loss(net: Any, batch: Batch) -> Tensor:
     """Symmetric contrastive loss over distinct captions."""
     out = net(input_ids=batch["tokens"], attention_mask=batch["mask"], pixel_values=batch["pixels"].to(BF16))
     target = torch.arange(len(batch["tokens"]))
@@ -66,14 +68,14 @@ def clip_loss(net: nn.Module, batch: Batch) -> Tensor:
 
 
 def flow_pair(z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rectified flow: x = (1 - s) z + s eps, target eps - z, timestep 1000 s, s = sigmoid(shift + N(0, 1)) per sample."""
+    """Rectified flow: x = (1 - s) z + s eps, target eps - z, timestep 1000 s, s = sigmoid(shift + N(0, 1))."""
     s = torch.sigmoid(shift + torch.randn(len(z)))
     noise = torch.randn_like(z)
     s_view = s.view(-1, *[1] * (z.ndim - 1))
     return (1 - s_view) * z + s_view * noise, noise - z, 1000 * s
 
 
-def image_loss(net: nn.Module, batch: Batch) -> Tensor:
+def image_loss(net: Any, batch: Batch) -> Tensor:
     """Flow matching of single frames; the caption's mask is PixArt's."""
     x, target, timestep = flow_pair(batch["latents"], torch.full((len(batch["latents"]),), 0.5))
     out = net(
@@ -86,7 +88,7 @@ def image_loss(net: nn.Module, batch: Batch) -> Tensor:
     return F.mse_loss(out.float(), target)
 
 
-def video_loss(net: nn.Module, batch: Batch) -> Tensor:
+def video_loss(net: Any, batch: Batch) -> Tensor:
     """Flow matching of clips; more than half of them very noisy, where motion is decided."""
     z = batch["latents"]
     shift = torch.where(torch.rand(len(z)) < 0.45, 1.0, 3.7)

@@ -1,4 +1,4 @@
-"""The architectures of the tiny pipelines and judges: stock diffusers and transformers classes, small configurations."""
+"""Architectures of the tiny pipelines and judges: small configurations of stock diffusers and transformers classes."""
 
 from typing import TypeVar
 

@@ -67,7 +67,7 @@ class MasterAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(masters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_addcdiv_(masters, means, scale, -group["lr"] / (1 - beta1**step))
         torch._foreach_lerp_(emas, masters, 1 - min(group["ema_decay"], (1 + step) / (10 + step)))
-        torch._foreach_copy_(params, masters)
+        torch._foreach_copy_(list[Tensor](params), masters)
 
     def average(self) -> dict[nn.Parameter, Tensor]:
         """Parameter -> its exponential moving average, float32."""

@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from viditq.data.moving_shapes import ATTRIBUTES, draw_scenes, labels, render
 from viditq.tiny import losses, networks
@@ -40,7 +42,9 @@ class Workshop:
     seed: int = 0
     max_steps: int | None = None
 
-    def train(self, stage: str, net: nn.Module, draw: Callable[[torch.Generator], Batch], loss: Callable) -> nn.Module:
+    def train(
+        self, stage: str, net: Any, draw: Callable[[torch.Generator], Batch], loss: Callable[[Any, Batch], Tensor]
+    ) -> Any:
         """Train `net` unless its file exists; resumes from the stage's last checkpoint."""
         target = self.work / f"{stage}.safetensors"
         if target.exists():
@@ -62,20 +66,20 @@ class Workshop:
         )
         last = folder / "last.ckpt"
         print(f"{stage}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {steps} steps")
-        steps_left = torch.utils.data.DataLoader(torch.arange(steps), batch_size=1)
+        steps_left: DataLoader[int] = DataLoader(list(range(steps)), batch_size=1)
         trainer.fit(trainee, steps_left, ckpt_path=str(last) if last.exists() else None, weights_only=True)
         net = trainee.averaged()
         _save(net, target)
         return net
 
     @cached_property
-    def vae(self) -> nn.Module:
+    def vae(self) -> Any:
         net = networks.vae()
         net.load_state_dict(load_file(self.work / "vae_unit.safetensors"))
         return net.eval().requires_grad_(False)
 
     @cached_property
-    def text_encoder(self) -> nn.Module:
+    def text_encoder(self) -> Any:
         net = networks.text_encoder()
         probe = losses.TextProbe(net, {k: len(v) for k, v in ATTRIBUTES.items()})
         probe.load_state_dict(load_file(self.work / "text.safetensors"))
@@ -171,7 +175,7 @@ def _latent_pool(shop: Workshop) -> dict[str, Tensor]:
 
 
 def _text_table(shop: Workshop, video: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings of every scene's caption and, last, of the empty prompt [S + 1, T, D], and their masks [S + 1, T]."""
+    """Embeddings of all captions, then of the empty prompt [S + 1, T, D]; masks [S + 1, T]; the last row's number."""
     tokenizer = t5_tokenizer()
     text = encode(shop.text_encoder, tokenizer, [s.caption(video) for s in losses.SCENES])
     null, null_mask = encode_null(shop.text_encoder, tokenizer, text.shape[1])

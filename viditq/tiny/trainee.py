@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from viditq.tiny.optimizer import MasterAdamW
@@ -30,13 +31,13 @@ class Schedule:
 
 
 class Trainee(L.LightningModule):
-    """Trains `net` in bfloat16 with float32 masters; every step draws its batch from (seed, step), so runs resume exactly."""
+    """Trains `net` in bfloat16 with float32 masters; each step draws its batch from (seed, step): resuming is exact."""
 
     def __init__(
         self,
         net: nn.Module,
         draw: Callable[[torch.Generator], Batch],
-        loss: Callable[[nn.Module, Batch], Tensor],
+        loss: Callable[[Any, Batch], Tensor],
         schedule: Schedule,
         seed: int,
     ) -> None:
@@ -61,7 +62,7 @@ class Trainee(L.LightningModule):
     def averaged(self) -> nn.Module:
         """The network with its averaged weights, float32, in evaluation mode."""
         optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
+        assert isinstance(optimizer, LightningOptimizer) and isinstance(optimizer.optimizer, MasterAdamW)
         average = optimizer.optimizer.average()
         for param, value in average.items():
             param.data = value.clone()

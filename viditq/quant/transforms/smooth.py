@@ -80,15 +80,11 @@ class SmoothSpec(TransformSpec):
             object.__setattr__(self, "alpha", tuple(self.alpha))
         for alpha in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
             if alpha != "auto" and not (_is_number(alpha) and 0.0 <= alpha <= 1.0):
-                raise UserError(
-                    f"alpha={alpha!r} is not possible: give a number in [0, 1], one per segment, or 'auto'"
-                )
+                raise UserError(f"alpha={alpha!r} is not possible: give a number in [0, 1], one per segment, or 'auto'")
         if self.aggregate not in AGGREGATES:
             raise UserError(f"aggregate={self.aggregate!r} is unknown; choose one of {', '.join(AGGREGATES)}")
         if not _is_number(self.percentile) or not 0 < self.percentile <= 100:
-            raise UserError(
-                f"percentile={self.percentile!r} is not possible: give a number above 0 and up to 100"
-            )
+            raise UserError(f"percentile={self.percentile!r} is not possible: give a number above 0 and up to 100")
         if not isinstance(self.per_segment, bool):
             raise UserError(f"per_segment={self.per_segment!r} must be true or false")
 

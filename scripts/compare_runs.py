@@ -1,0 +1,71 @@
+"""Set runs of the same model, seed and prompts side by side: pictures in rows and paired differences.
+
+    python scripts/compare_runs.py outputs/tiny_video/w4a8_naive outputs/tiny_video/w4a8_ts_smooth \\
+        --prompts 0 3 5 --out comparison.png
+
+The first row is the float model. Differences are per prompt against the first run, with their standard error.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from viditq.data.samples import load_sample
+from viditq.errors import UserError
+from viditq.report.pictures import rows_picture
+
+
+def clips(folder: Path, indices: list[int]) -> Tensor:
+    """The samples of these prompts, uint8 [B, F, C, H, W]."""
+    files = {int(path.stem): path for path in folder.iterdir() if path.stem.isdigit()}
+    absent = [i for i in indices if i not in files]
+    if absent:
+        raise UserError(f"{folder} has no sample of prompt {absent[0]}; it has {len(files)}.")
+    return torch.stack([load_sample(files[i]) for i in indices])
+
+
+def read(run: Path) -> dict[str, Any]:
+    """A finished run's per_prompt.json."""
+    if not (run / "per_prompt.json").is_file():
+        raise UserError(f"{run} is no finished run: per_prompt.json is missing.")
+    return json.loads((run / "per_prompt.json").read_text())
+
+
+def print_differences(names: list[str], results: list[dict[str, Any]]) -> None:
+    """For every metric with one value per prompt: later runs minus the first."""
+    for name, other in zip(names[1:], results[1:], strict=True):
+        print(f"{name} minus {names[0]}, {len(other['prompts'])} prompts")
+        for metric in (m for m in other["metrics"] if m in results[0]["metrics"] and not m.endswith("_float")):
+            difference = torch.tensor(other["metrics"][metric]) - torch.tensor(results[0]["metrics"][metric])
+            error = difference.std() / len(difference) ** 0.5
+            print(f"  {metric:12s} {difference.mean():+9.4f} ± {error:.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--prompts", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--labels", nargs="+", help="one per run (default: its folder's name)")
+    parser.add_argument("--out", type=Path, default=Path("comparison.png"))
+    args = parser.parse_args()
+    try:
+        results = [read(run) for run in args.runs]
+        if any(r["prompts"] != results[0]["prompts"] for r in results):
+            raise UserError("These runs have different prompts, so their samples cannot be paired.")
+        labels = args.labels or [run.name for run in args.runs]
+        rows = [("float", clips(Path(results[0]["reference"]), args.prompts))]
+        rows += [(label, clips(run / "samples", args.prompts)) for label, run in zip(labels, args.runs, strict=True)]
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    rows_picture(rows, args.out, [results[0]["prompts"][i] for i in args.prompts])
+    print_differences(labels, results)
+    print(f"picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

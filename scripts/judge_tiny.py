@@ -1,0 +1,98 @@
+"""Do the tiny models draw what they are told? The gate for shipping them.
+
+    python scripts/judge_tiny.py                  # 256 guided samples of both models
+    python scripts/judge_tiny.py --models tiny_video --count 64
+
+Prints the share of samples whose attributes the judge (checked on real clips first) reads as captioned. Exit status 1
+if colour < 0.98, shape < 0.95, a motion direction < 0.95, or the judge itself < 0.99. Saves a contact sheet each.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import Tensor
+from tqdm import tqdm
+
+from viditq import config
+from viditq.data.moving_shapes import ATTRIBUTES, SCENES, Scene, draw_scenes, labels, render
+from viditq.metrics.shapes import ShapesJudge, load_judge
+from viditq.models.adapter import ModelAdapter
+from viditq.models.generate import generate
+from viditq.models.text import encode_prompt
+from viditq.report.pictures import rows_picture
+from viditq.runner import quiet_libraries
+
+GATE = {"color": 0.98, "shape": 0.95, "size": 0.95, "background": 0.95}
+DIRECTION_GATE, JUDGE_GATE = 0.95, 0.99
+
+
+@torch.no_grad()
+def accuracies(judge: ShapesJudge, clips_BFCHW: Tensor, scenes: list[Scene], video: bool) -> dict[str, float]:
+    """Attribute -> share read as captioned; for video also each motion direction on its own."""
+    predicted = {name: logits.argmax(1) for name, logits in judge(clips_BFCHW.float() / 255).items()}
+    wanted = labels(scenes)
+    right = {name: (predicted[name] == wanted[name]).float() for name in ATTRIBUTES if video or name != "motion"}
+    shares = {name: float(r.mean()) for name, r in right.items() if name != "motion"}
+    for number, direction in enumerate(ATTRIBUTES["motion"] if video else ()):
+        shares[f"motion {direction}"] = float(right["motion"][wanted["motion"] == number].mean())
+    return shares
+
+
+def sample(adapter: ModelAdapter, scenes: list[Scene], seed: int, batch_size: int = 16) -> Tensor:
+    """Guided samples of the scenes' captions, uint8 [B, F, C, H, W]."""
+    text = adapter.load_text_part()
+    embeds = [encode_prompt(adapter, text, s.caption(adapter.modality == "video")) for s in scenes]
+    pipeline = adapter.load()
+    starts = range(0, len(scenes), batch_size)
+    parts = []
+    for start in tqdm(starts, desc=adapter.name):
+        indices = list(range(start, min(start + batch_size, len(scenes))))
+        parts.append(generate(adapter, pipeline, [embeds[i] for i in indices], indices, seed))
+    return torch.cat(parts)
+
+
+def judge_itself(judge: ShapesJudge) -> dict[str, float]:
+    """The judge's accuracies on 1,024 fresh real clips."""
+    generator = torch.Generator().manual_seed(12_345)
+    scenes = draw_scenes(1024, generator)
+    clips = (render(scenes, generator) * 255).round().to(torch.uint8)
+    return accuracies(judge, clips, scenes, video=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny_image", "tiny_video"])
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("outputs/judge_tiny"))
+    args = parser.parse_args()
+    quiet_libraries()
+    config.register()
+    judge = load_judge("shipped:judge")
+    rows = {"judge on real clips": (judge_itself(judge), dict.fromkeys(ATTRIBUTES, JUDGE_GATE))}
+    order = torch.randperm(len(SCENES), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    scenes = [SCENES[order[i % len(SCENES)]] for i in range(args.count)]
+    for name in args.models:
+        with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+            adapter = instantiate(compose("config", [f"model={name}"]).model, _convert_="all")
+        clips = sample(adapter, scenes, args.seed)
+        rows[name] = (accuracies(judge, clips, scenes, adapter.modality == "video"), GATE)
+        prompts = [s.caption(adapter.modality == "video") for s in scenes[:12]]
+        rows_picture([("float", clips[:12])], args.out / f"{name}.png", prompts, name)
+        print(f"{name}: {args.out / name}.png")
+    failed = False
+    for name, (shares, gate) in rows.items():
+        print(name)
+        for attribute, share in shares.items():
+            least = DIRECTION_GATE if attribute.startswith("motion") else gate.get(attribute, 0.0)
+            failed |= share < least
+            print(f"  {attribute:14s} {share:.4f}  (gate {least:.2f}) {'' if share >= least else 'FAILED'}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

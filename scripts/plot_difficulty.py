@@ -1,0 +1,136 @@
+"""Measure and plot what makes a model hard to quantize.
+
+    python scripts/plot_difficulty.py model=tiny_video            # any model and override that run.py takes
+    python scripts/plot_difficulty.py model=tiny_image data.num_calibration_prompts=32
+
+Calibrates once (the same cached statistics that experiments use) and writes, under outputs/difficulty/<model>/,
+difficulty.png (variation of activations over channels and noise levels, kurtosis of weights) and difficulty.json.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from hydra import compose, initialize_config_dir
+from matplotlib.axes import Axes
+from torch import Tensor, nn
+
+from viditq import config
+from viditq.experiment import build
+from viditq.files import atomic, write_json
+from viditq.quant.observers import CalibrationStats
+from viditq.run_dir import RunDir
+from viditq.runner import quiet_libraries
+from viditq.stages import Stages
+
+
+def bucket_amax(stats: CalibrationStats, layer: str) -> tuple[Tensor, Tensor]:
+    """Noise levels [K] of the buckets that were seen, and the largest |x| of every channel in them [K, C]."""
+    observer = stats.layers[layer]
+    seen = observer.count > 0
+    middles = (torch.arange(len(seen)) + 0.5) / len(seen)
+    return middles[seen], torch.maximum(-observer.minimum, observer.maximum)[seen]
+
+
+def kurtosis(weight: Tensor) -> float:
+    """Excess kurtosis: 0 for a Gaussian, -1.2 for a uniform, large for heavy tails."""
+    x = weight.double().flatten()
+    x = x - x.mean()
+    return float((x**4).mean() / (x**2).mean() ** 2 - 3)
+
+
+def measure(stats: CalibrationStats, denoiser: nn.Module, roles: dict[str, str]) -> list[dict[str, Any]]:
+    """One row per quantized Linear: channel ratio, noise-level ratio, kurtosis."""
+    rows = []
+    modules = dict(denoiser.named_modules())
+    for layer, role in roles.items():
+        if role == "float":
+            continue
+        amax_KC = bucket_amax(stats, layer)[1]
+        channels, levels = amax_KC.amax(0), amax_KC.amax(1)
+        rows.append(
+            {
+                "layer": layer,
+                "role": role,
+                "channel_ratio": float(channels.max() / channels.median().clamp(min=1e-12)),
+                "noise_level_ratio": float(levels.max() / levels.min().clamp(min=1e-12)),
+                "kurtosis": kurtosis(modules[layer].weight),
+            }
+        )
+    return rows
+
+
+def plot_heat(axes: Axes, stats: CalibrationStats, layer: str, role: str) -> None:
+    """Channel magnitudes (sorted) over noise level, for one layer."""
+    levels, amax_KC = bucket_amax(stats, layer)
+    order = amax_KC.amax(0).argsort(descending=True)
+    image = axes.pcolormesh(range(len(order)), levels, amax_KC[:, order].clamp(min=1e-6).log10(), shading="nearest")
+    axes.set(title=f"{role}\n{layer}", xlabel="input channel, sorted", ylabel="noise level")
+    axes.title.set_fontsize(8)
+    axes.figure.colorbar(image, ax=axes, label="log10 amax")
+
+
+def plot_rows(axes: Axes, rows: list[dict[str, Any]], key: str, title: str, logarithmic: bool) -> None:
+    """One dot per layer, grouped by role."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        groups[row["role"]].append(row[key])
+    for place, values in enumerate(groups.values()):
+        spread = [place + 0.5 * ((i + 0.5) / len(values) - 0.5) for i in range(len(values))]
+        axes.scatter(spread, values, s=14, alpha=0.8)
+    axes.set_xticks(range(len(groups)), [role.replace("_", "\n") for role in groups], fontsize=8)
+    axes.set_title(title, fontsize=9)
+    if logarithmic:
+        axes.set_yscale("log")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def plot(stats: CalibrationStats, rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """The page: above, one heat map per role (its layer of largest channel ratio); below, all layers."""
+    worst = {}
+    for row in sorted(rows, key=lambda r: r["channel_ratio"]):
+        worst[row["role"]] = row["layer"]
+    figure = plt.figure(figsize=(4 * max(3, len(worst)), 7.5), layout="constrained")
+    halves: Any = figure.subfigures(2, 1)
+    upper, lower = halves
+    for axes, (role, layer) in zip(upper.subplots(1, len(worst), squeeze=False)[0], worst.items(), strict=True):
+        plot_heat(axes, stats, layer, role)
+    left, middle, right = lower.subplots(1, 3)
+    plot_rows(left, rows, "channel_ratio", "activations over channels: amax, largest / median", True)
+    plot_rows(middle, rows, "noise_level_ratio", "activations over noise levels: amax, largest / smallest", True)
+    plot_rows(right, rows, "kurtosis", "weights: excess kurtosis (0 = Gaussian)", False)
+    figure.suptitle(title)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
+def main(overrides: list[str]) -> None:
+    quiet_libraries()
+    config.register()
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        cfg = compose("config", ["name=difficulty", "logger=none", *overrides])
+    experiment = build(cfg)
+    folder = Path("outputs/difficulty") / experiment.adapter.name
+    stages = Stages(experiment, RunDir(folder, experiment.tracked))
+    stages.prompts()
+    stats = stages.statistics()
+    denoiser = getattr(experiment.adapter.load(), experiment.adapter.denoiser)
+    rows = measure(stats, denoiser, experiment.adapter.linear_roles(list(stats.layers)))
+    write_json(folder / "difficulty.json", rows)
+    plot(stats, rows, f"What makes {experiment.adapter.name} hard to quantize", folder / "difficulty.png")
+    for key in ("channel_ratio", "noise_level_ratio", "kurtosis"):
+        top = max(rows, key=lambda row: row[key])
+        median = torch.tensor([row[key] for row in rows]).median()
+        print(f"{key:18s} median {float(median):8.2f}   largest {top[key]:8.2f} ({top['layer']})")
+    print(f"picture: {folder / 'difficulty.png'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""Configurations, runs and copies of the shipped models that the whole-program tests share."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports transformers: tests use no network
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from viditq import config
+from viditq.assets import SHIPPED
+
+ROOT = Path(__file__).parents[1]
+# Two prompts and two steps (noise levels 0.999 and 0.666); batches of one, so that there is something to resume.
+SHRUNK = [
+    "experiment=smoke",
+    "model.num_steps=2",
+    "data.num_prompts=2",
+    "quant.segments=[0.0,0.8,1.0]",
+    "batch_size=1",
+    "logger=none",
+]
+
+config.register()
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """conf/config.yaml with overrides, as `run.py` gets it."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def run_shrunk(folder: Path, cache: Path, *overrides: str) -> dict[str, Any] | None:
+    """`runner.run` of the shrunk smoke experiment."""
+    from viditq.runner import run
+
+    return run(compose_config(*SHRUNK, f"cache_dir='{cache}'", *overrides), folder)
+
+
+@pytest.fixture(scope="session")
+def configure() -> Callable[..., DictConfig]:
+    """Overrides -> configuration."""
+    return compose_config
+
+
+@pytest.fixture(scope="session")
+def shrunk() -> list[str]:
+    """Overrides of the shrunk smoke experiment."""
+    return SHRUNK
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., dict[str, Any] | None]:
+    """(folder, cache, *overrides) -> metrics of the shrunk smoke experiment."""
+    return run_shrunk
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder with the embeddings, reference samples and statistics of the shrunk run."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
+    """The folder of an undisturbed shrunk run, only to be read."""
+    folder = tmp_path_factory.mktemp("runs") / "finished run"
+    run_shrunk(folder, shared_cache)
+    return folder
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def model_copy(tmp_path: Path) -> Path:
+    """A copy of the shipped image pipeline that a test may damage."""
+    return Path(shutil.copytree(SHIPPED / "tiny_image", tmp_path / "model"))

@@ -1,0 +1,390 @@
+"""Bad input ends in one clear message and exit status 2, before slow work where possible, and leaves nothing broken."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra.errors import HydraException
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from viditq.cli import guarded_run, user_message
+from viditq.errors import UserError
+from viditq.models.adapter import ModelAdapter
+from viditq.run_dir import RunDir
+
+ROOT = Path(__file__).parents[1]
+Refuse = Callable[..., str]
+
+# Overrides, and the words without which the message would be of no help: what was given, what is allowed, what to do.
+WITHOUT_SLOW_WORK = {
+    "unknown key of the root": (["+foo=1"], ["Unknown key foo", "batch_size"]),
+    "unknown key of calibration": (["+calibration.foo=1"], ["calibration.foo", "num_buckets"]),
+    "unknown key of model": (["+model.foo=1"], ["model.foo", "--cfg job"]),
+    "unknown key of a format": (["+quant.weight.foo=1"], ["quant.weight.foo", "--cfg job"]),
+    "unknown key of data": (["+data.foo=1"], ["data.foo", "--cfg job"]),
+    "unknown key of a metric": (["+metric.psnr.foo=1"], ["metric.psnr.foo", "--cfg job"]),
+    "unknown key of the logger": (["+logger.foo=1"], ["foo", "conf/logger"]),
+    "unknown key of the trainer": (["+trainer.foo=1"], ["foo", "trainer=cpu"]),
+    "unknown stage": (["stages=[prompts,train]"], ["'train'", "prompts, reference, calibrate"]),
+    "no stage": (["stages=[]"], ["stages=[]", "prompts, reference, calibrate"]),
+    "unknown backend": (["backend=cuda"], ["'cuda'", "fake"]),
+    "unknown layer pattern": (
+        ["quant.rules=[{pattern: '*.attn9.*', keep_float: true}]"],
+        ["'*.attn9.*'", "matches no Linear", "transformer_blocks.0.attn1.to_k"],
+    ),
+    "0 bits": (["quant.weight.bits=0"], ["bits=0", "2 to 8"]),
+    "17 bits": (["quant.activation.bits=17"], ["bits=17", "2 to 8"]),
+    "bits in words": (["quant.weight.bits=four"], ["bits='four'", "2 to 8"]),
+    "alpha above 1": (["quant.smoothing.alpha=1.5"], ["alpha=1.5", "[0, 1]"]),
+    "alpha below 0": (["quant.smoothing.alpha=[0.5,-0.1]"], ["alpha=-0.1", "[0, 1]"]),
+    "alpha in words": (["quant.smoothing.alpha=half"], ["alpha='half'", "auto"]),
+    "too many alphas": (["quant.smoothing.alpha=[0.1,0.2,0.3]"], ["3 values for 2 segments", "one per segment"]),
+    "segments that end early": (["quant.segments=[0,0.5]"], ["[0, 0.5]", "tile [0, 1]", "end at 1"]),
+    "segments that start late": (["quant.segments=[0.1,0.5,1]"], ["[0.1, 0.5, 1]", "start at 0"]),
+    "segments in disorder": (["quant.segments=[0,0.6,0.5,1]"], ["ascending"]),
+    "unknown rounding": (["quant.rounding=up"], ["'up'", "nearest"]),
+    "unknown dtype": (["model.dtype=float8"], ["'float8'", "float32, float16, bfloat16"]),
+    "unknown dtype of the quantized": (["quant.float_dtype=int8"], ["'int8'", "null", "float16"]),
+    "missing model folder": (["model.path=/no/such/folder"], ["/no/such/folder", "shipped:NAME"]),
+    "unknown shipped model": (["model.path=shipped:opensora"], ["shipped:opensora", "shipped:tiny_video"]),
+    "folder without pipeline": (["model.path={tmp}"], ["model_index.json", "no diffusers pipeline"]),
+    "unknown pipeline class": (["model.pipeline=Sora"], ["'Sora'", "diffusers"]),
+    "unknown denoiser": (["model.denoiser=unet"], ["'unet'", "transformer"]),
+    "Linears without a role": (["model.roles.mlp=[]"], ["ff.net", "model.roles", "model.keep_float"]),
+    "size in words": (["model.height=tall"], ["model.height='tall'", "whole number"]),
+    "no steps": (["model.num_steps=0"], ["model.num_steps=0", "at least 1"]),
+    "empty prompt file": (["data=prompt_file", "data.path={tmp}/empty.txt"], ["holds no prompt", "one prompt a line"]),
+    "missing prompt file": (["data=prompt_file", "data.path={tmp}/gone.txt"], ["gone.txt", "does not exist"]),
+    "binary prompt file": (["data=prompt_file", "data.path={tmp}/binary.txt"], ["not UTF-8"]),
+    "prompt file not given": (["data=prompt_file"], ["data.path", "data.path=..."]),
+    "no prompts": (["data.num_prompts=0"], ["data.num_prompts=0", "at least 1"]),
+    "no calibration prompts": (["data.num_calibration_prompts=0"], ["num_calibration_prompts=0", "at least 1"]),
+    "missing plan file": (["quant/policy=plan_file", "quant.policy.path=gone.json"], ["gone.json", "plan.json"]),
+    "plan file not given": (["quant/policy=plan_file"], ["quant.policy.path=..."]),
+    "plan file of another kind": (
+        ["quant/policy=plan_file", "quant.policy.path='{tmp}/empty.txt'"],
+        ["not valid JSON"],
+    ),
+    "negative devices": (["trainer.devices=-3"], ["trainer.devices=-3", "> 0", "trainer.devices=1"]),
+    "several devices": (["trainer.devices=2"], ["trainer.devices=2", "-m"]),
+    "batch size 0": (["batch_size=0"], ["batch_size=0", "at least 1"]),
+    "negative seed": (["seed=-1"], ["seed=-1", "at least 0"]),
+    "no buckets": (["calibration.num_buckets=0"], ["calibration.num_buckets=0", "at least 1"]),
+}
+AT_COMPOSITION = {
+    "experiment": (["experiment=w3a3"], ["experiment/w3a3", "w4a8_ts_smooth"]),
+    "model": (["model=opensora"], ["model/opensora", "tiny_video"]),
+    "key": (["foo=1"], ["'foo'", "--cfg job"]),
+    "key of a group": (["model.num_stepz=4"], ["model.num_stepz", "--cfg job"]),
+    "devices at the root": (["devices=-3"], ["'devices'", "--cfg job"]),
+    "type": (["batch_size=many"], ["batch_size=many", "Integer"]),
+}
+
+
+@pytest.fixture
+def refuse(configure: Callable, shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """(*overrides, folder=, cache=) -> the message of a run that has to be refused."""
+
+    def refuse(*overrides: str, folder: Path = tmp_path / "refused", cache: Path = tmp_path / "cache") -> str:
+        cfg = configure(*shrunk, f"cache_dir='{cache}'", *overrides)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            guarded_run(cfg, folder)
+        stderr = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert stderr.count("\nerror: ") == 1 and "Traceback" not in stderr
+        assert not unfinished_files(tmp_path, cache)
+        return stderr[stderr.index("\nerror: ") :]
+
+    return refuse
+
+
+def unfinished_files(*folders: Path) -> list[Path]:
+    return [path for folder in folders for path in folder.rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("case", WITHOUT_SLOW_WORK)
+def test_refused_before_anything_is_loaded_or_written(
+    case: str, refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for slow in ("load", "load_text_part", "load_complete"):
+        monkeypatch.setattr(ModelAdapter, slow, lambda *_: pytest.fail("loaded a model"))
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
+    overrides, words = WITHOUT_SLOW_WORK[case]
+    message = refuse(*(override.replace("{tmp}", str(tmp_path)) for override in overrides))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "refused").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("case", AT_COMPOSITION)
+def test_refused_by_hydra(case: str, configure: Callable, shrunk: list[str]) -> None:
+    overrides, words = AT_COMPOSITION[case]
+    with pytest.raises(HydraException) as error:
+        configure(*shrunk, *overrides)
+    message = user_message(error.value)
+    assert message is not None and all(word in message for word in words), message
+
+
+def test_debug_shows_the_traceback(configure: Callable, shrunk: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="seed=-1"):
+        guarded_run(configure(*shrunk, "seed=-1", "debug=true"), tmp_path / "run")
+
+
+def test_bugs_keep_their_traceback() -> None:
+    assert user_message(KeyError("x")) is None
+    assert user_message(TypeError("y")) is None
+
+
+# Models and prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_prompts_longer_than_the_encoder_takes(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("a red circle\n" + "red " * 40 + "\n")
+    message = refuse("data=prompt_file", f"data.path={tmp_path}/long.txt")
+    assert "'red red red" in message and "41 tokens" in message and "at most 16" in message
+    assert "model.max_tokens" in message and "Shorten" in message
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_nan_in_weights(refuse: Refuse, model_copy: Path, tmp_path: Path) -> None:
+    file = model_copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer_blocks.1.attn2.to_v.weight"][3, 5] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = refuse(f"model.path={model_copy}")
+    assert "transformer.transformer_blocks.1.attn2.to_v.weight" in message and "NaN" in message
+    assert "Check the checkpoint" in message
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
+)
+def test_truncated_model_folder(file: str, refuse: Refuse, model_copy: Path) -> None:
+    truncate(model_copy / file)
+    message = refuse(f"model.path={model_copy}")
+    assert str(model_copy) in message and "Copy the model's folder again" in message
+
+
+def test_size_that_the_pipeline_refuses(refuse: Refuse) -> None:
+    assert "divisible by 8" in refuse("model.height=33")
+
+
+def test_segment_without_a_sampling_step(refuse: Refuse, shared_cache: Path, finished_run: Path) -> None:
+    message = refuse("quant.segments=[0,0.5,1]", cache=shared_cache)
+    assert "0 to 0.5" in message and "more sampling steps, or use wider segments" in message
+
+
+# The run's own files --------------------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def alter(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "meta.json"])
+@pytest.mark.parametrize("damage", [truncate, remove, alter])
+def test_damaged_artifact(
+    damage: Callable[[Path], None], name: str, refuse: Refuse, run_copy: Path, shared_cache: Path
+) -> None:
+    damage(run_copy / "quantized" / name)
+    shutil.rmtree(run_copy / "samples")
+    message = refuse(folder=run_copy, cache=shared_cache)
+    assert str(run_copy / "quantized") in message and name in message and "quantize again" in message
+    assert not (run_copy / "samples").exists()
+
+
+@pytest.mark.parametrize("key", ["model", "float_dtype", "format_version", "sha256"])
+def test_artifact_whose_meta_lacks_a_key(key: str, refuse: Refuse, run_copy: Path, shared_cache: Path) -> None:
+    file = run_copy / "quantized" / "meta.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    shutil.rmtree(run_copy / "samples")
+    message = refuse(folder=run_copy, cache=shared_cache)
+    assert "meta.json" in message and "quantize again" in message
+
+
+def test_artifact_of_another_format_version(refuse: Refuse, run_copy: Path, shared_cache: Path) -> None:
+    file = run_copy / "quantized" / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 99}))
+    shutil.rmtree(run_copy / "samples")
+    assert "99" in refuse(folder=run_copy, cache=shared_cache)
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.json"])
+def test_damaged_json(name: str, refuse: Refuse, run_copy: Path, shared_cache: Path) -> None:
+    truncate(run_copy / name)
+    message = refuse(folder=run_copy, cache=shared_cache)
+    assert str(run_copy / name) in message and "damaged" in message and "elete" in message
+
+
+def test_damaged_sample(refuse: Refuse, run_copy: Path, shared_cache: Path) -> None:
+    truncate(run_copy / "samples" / "000001.png")
+    (run_copy / "metrics.json").unlink()
+    message = refuse(folder=run_copy, cache=shared_cache)
+    assert "000001.png" in message and "Delete it and run the command again" in message
+
+
+@pytest.mark.parametrize("kind", ["prompts", "stats"])
+def test_damaged_cache(
+    kind: str, refuse: Refuse, shared_cache: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(shared_cache, tmp_path / "damaged")
+    for file in (cache / kind).rglob("*.safetensors"):
+        truncate(file)
+    shutil.rmtree(cache / "reference")
+    message = refuse(cache=cache)
+    assert f"{cache}/{kind}/" in message and "elete" in message and "again" in message
+
+
+def test_damaged_partial_statistics(
+    refuse: Refuse, shared_cache: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(shared_cache, tmp_path / "damaged")
+    (stats,) = cache.rglob("stats.safetensors")
+    stats.rename(stats.with_name("partial.safetensors"))
+    truncate(stats.with_name("partial.safetensors"))
+    message = refuse(cache=cache)
+    assert "partial.safetensors" in message and "Delete it" in message
+
+
+def test_stage_without_the_stages_before_it(refuse: Refuse) -> None:
+    assert "with the stage prompts" in refuse("stages=[reference]")
+
+
+def test_run_folder_that_is_a_file(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    message = refuse(folder=tmp_path / "taken")
+    assert "taken" in message and "hydra.run.dir=FOLDER" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_run_folder(refuse: Refuse, tmp_path: Path) -> None:
+    folder = tmp_path / "read only"
+    folder.mkdir(mode=0o500)
+    message = refuse(folder=folder)
+    assert "read only" in message and "hydra.run.dir=FOLDER" in message
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_folder_that_cannot_be_written(code: int, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, *_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    message = refuse()
+    assert "run.json" in message and "hydra.run.dir=FOLDER" in message
+
+
+# A full disk ----------------------------------------------------------------------------------------------------------
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk_in_safetensors(*_: object, **__: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("target", "writer"),
+    [
+        ("viditq.files.save_file", full_disk_in_safetensors),  # the first embeddings
+        ("viditq.files.os.replace", full_disk),  # the first file of all
+        ("viditq.data.samples.Image.Image.save", full_disk),  # a sample
+        ("viditq.quant.observers.save_file", full_disk_in_safetensors),  # the statistics
+        ("viditq.quant.artifact.save_file", full_disk_in_safetensors),  # the artifact
+        ("viditq.stages.comparison_picture", full_disk),  # the picture
+    ],
+)
+def test_full_disk(
+    target: str,
+    writer: Callable,
+    refuse: Refuse,
+    run: Callable,
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(target, writer)
+        message = refuse()
+        assert "disk is full" in message or "free space" in message, message
+    wanted = json.loads((finished_run / "metrics.json").read_text())
+    assert run(tmp_path / "refused", tmp_path / "cache")["metrics"] == wanted["metrics"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_really_full_disk(refuse: Refuse, small_disk: Path, shared_cache: Path, finished_run: Path) -> None:
+    message = refuse(folder=small_disk / "run", cache=shared_cache)
+    assert "small disk" in message and "No space left on device" in message and "free space" in message
+    assert not (small_disk / "run" / "quantized").exists()
+
+
+# As a user meets it ---------------------------------------------------------------------------------------------------
+
+
+def run_py(*arguments: str) -> SimpleNamespace:
+    """`python run.py ...` in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    command = [sys.executable, "run.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["experiment=w3a3"], ["experiment/w3a3", "w4a8_ts_smooth"]),
+        (["experiment=smoke", "foo=1"], ["'foo'", "--cfg job"]),
+        (["experiment=smoke", "devices=-3"], ["'devices'", "--cfg job"]),
+        (["experiment=smoke", "trainer.devices=-3"], ["trainer.devices=-3", "trainer.devices=1"]),
+        (["experiment=smoke", "hydra.run.dir=/dev/null/x"], ["/dev/null", "hydra.run.dir=FOLDER"]),
+    ],
+)
+def test_command_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    where = [] if "hydra.run.dir" in arguments[-1] else [f"hydra.run.dir={tmp_path}/run"]
+    done = run_py(*where, *arguments)
+    assert done.code == 2
+    assert "Traceback" not in done.err and done.err.count("\nerror: ") == 1
+    assert all(word in done.err for word in words), done.err
+
+
+def test_failing_job_does_not_stop_a_sweep(tmp_path: Path, shared_cache: Path) -> None:
+    sweep = [f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir='${quant.weight.bits}'", "stages=[prompts]"]
+    done = run_py("-m", "experiment=smoke", *sweep, f"cache_dir='{shared_cache}'", "quant.weight.bits=four,4")
+    assert done.code != 0
+    assert "error: bits='four'" in done.err and "Traceback" not in done.err
+    assert RunDir(tmp_path / "4", json.loads((tmp_path / "4" / "run.json").read_text())).path.is_dir()
+    assert not (tmp_path / "four" / "run.json").exists()

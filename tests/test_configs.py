@@ -1,0 +1,130 @@
+"""Everything under conf composes and builds; each experiment's first comment is the command that runs it."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from viditq.experiment import build
+from viditq.quant.convert import linear_names
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.setting import QuantSetting
+
+ROOT = Path(__file__).parents[1]
+Configure = Callable[..., DictConfig]
+
+
+def options(group: str) -> list[str]:
+    """Names of the yaml files of a group."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+PRESETS = [name for name in options("quant") if name != "base"]
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_experiment_builds(name: str, configure: Configure, tmp_path: Path) -> None:
+    cfg = configure(f"experiment={name}", f"cache_dir='{tmp_path}'")
+    experiment = build(cfg)
+    assert experiment.name == name
+    linears = linear_names(experiment.adapter.build_denoiser())
+    assert set(experiment.plan.layers) <= set(linears)
+    quantized = cfg.quant.weight is not None or cfg.quant.activation is not None
+    assert bool(experiment.plan.layers) == quantized
+    roles = experiment.adapter.linear_roles(linears)
+    if quantized:
+        assert set(experiment.plan.layers) == {layer for layer, role in roles.items() if role != "float"}
+    assert experiment.make_metrics()
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_first_comment_is_the_command(name: str) -> None:
+    lines = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert re.fullmatch(rf"# python run\.py experiment={name}( .*)?", lines[1])
+    assert lines[2].startswith("# ") and lines[2].endswith(".")
+    assert len(lines) <= 20
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_builds(name: str, model: str, configure: Configure) -> None:
+    experiment = build(configure(f"quant={name}", f"model={model}", "name=preset"))
+    bits = [int(digit) for digit in re.findall(r"\d", name)]
+    schemes = experiment.plan.schemes.values()
+    assert all([s.bits for s in (scheme.weight, scheme.activation) if s] == bits for scheme in schemes)
+    assert bool(schemes) == bool(bits)
+    assert experiment.adapter.name == model
+
+
+@pytest.mark.parametrize("name", options("quant/smoothing"))
+def test_smoothing_composes(name: str, configure: Configure) -> None:
+    quant: QuantSetting = instantiate(configure(f"quant/smoothing={name}", "name=x").quant, _convert_="all")
+    assert (quant.recipe.smoothing is None) == (name == "none")
+
+
+@pytest.mark.parametrize("name", options("quant/rounding"))
+def test_rounding_composes(name: str, configure: Configure) -> None:
+    cfg = configure(f"quant/rounding={name}", "name=x")
+    assert cfg.quant.rounding == name
+    build(cfg)
+
+
+@pytest.mark.parametrize("name", options("quant/policy"))
+def test_policy_composes(name: str, configure: Configure, tmp_path: Path) -> None:
+    overrides = [f"quant/policy={name}", "name=x"]
+    if name == "plan_file":
+        (tmp_path / "plan.json").write_text(build(configure("name=x", "quant=w6a6")).plan.to_json())
+        overrides.append(f"quant.policy.path='{tmp_path}/plan.json'")
+    experiment = build(configure(*overrides))
+    wanted = 6 if name == "plan_file" else 4
+    assert {scheme.weight.bits for scheme in experiment.plan.schemes.values() if scheme.weight} == {wanted}
+
+
+@pytest.mark.parametrize("name", options("quant/format"))
+def test_format_composes(name: str, configure: Configure) -> None:
+    side = "activation" if "token" in name or "tensor" in name else "weight"
+    cfg = configure("quant=w8", f"+quant/format@quant.{side}={name}", "name=x")
+    spec = instantiate(cfg.quant[side])
+    assert isinstance(spec, QuantSpec) and name.startswith(f"int{spec.bits}_")
+    build(cfg)
+
+
+@pytest.mark.parametrize("group", ["data", "logger", "trainer", "metric", "model"])
+def test_group_composes(group: str, configure: Configure) -> None:
+    for name in options(group):
+        node = configure(f"{group}={name}", "name=x")[group]
+        assert node is None or OmegaConf.is_dict(node)
+
+
+def test_metrics_compose_one_by_one_and_together(configure: Configure) -> None:
+    assert set(configure("metric=[psnr,ssim]", "name=x").metric) == {"psnr", "ssim"}
+    assert set(configure("metric=fvd", "name=x").metric) == {"fvd"}
+
+
+def test_command_line_of_the_issue(configure: Configure) -> None:
+    """quant=w4a8 quant/smoothing=timestep_aware quant.smoothing.alpha=[0.3,0.2]"""
+    alpha = "quant.smoothing.alpha=[0.3,0.2]"
+    plan = build(configure("quant=w4a8", "quant/smoothing=timestep_aware", alpha, "name=x")).plan
+    low, high = next(iter(plan.layers.values()))
+    assert plan.edges == (0.0, 0.5, 1.0)
+    assert [plan.schemes[str(name)].transforms[0].to_dict()["alpha"] for name in (low, high)] == [0.3, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["experiment", "quant/smoothing", "timestep_aware", "w4a8_ts_smooth"]),
+        (["--cfg", "job", "experiment=w4a8_ts_smooth"], ["name: w4a8_ts_smooth", "bits: 4", "per_segment: true"]),
+    ],
+)
+def test_help_and_cfg(arguments: list[str], words: list[str]) -> None:
+    command = [sys.executable, "run.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert all(word in done.stdout for word in words), done.stdout

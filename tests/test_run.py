@@ -1,0 +1,277 @@
+"""A whole run: what it leaves, that repeating it does only what is missing, and that its artifact stands alone."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from viditq import stages
+from viditq.engine import sampling
+from viditq.errors import UserError
+from viditq.models.adapter import ModelAdapter
+
+ROOT = Path(__file__).parents[1]
+STABLE_KEYS = {
+    "metrics": dict,
+    "model": str,
+    "experiment": str,
+    "average_weight_bits": float,
+    "average_activation_bits": float,
+    "size_bytes": int,
+    "float_size_bytes": int,
+    "seconds": dict,
+    "prompts": int,
+    "fingerprint": str,
+}
+Run = Callable[..., dict[str, Any] | None]
+
+
+class Killed(Exception):
+    """Stands for whatever ends a run early."""
+
+
+def strict_json(file: Path) -> Any:
+    """The file's values; NaN and infinity, which JSON does not know, fail."""
+    return json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{file} holds {word}"))
+
+
+def without_seconds(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if key != "seconds"}
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Path -> time of the last change and bytes."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def refuse_work(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Make every slow function that a stage calls fail, or those named."""
+    slow = ("run_batches", "quantize_denoiser", "evaluate", "encode_prompt", "comparison_picture", "load_artifact")
+    for name in names or slow:
+        monkeypatch.setattr(stages, name, lambda *_, **__: pytest.fail("work was done twice"))
+    for name in () if names else ("load", "load_text_part", "load_complete"):
+        monkeypatch.setattr(ModelAdapter, name, lambda *_, **__: pytest.fail("a model was loaded"))
+
+
+def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[Path]:
+    """The samples written from now on; the one numbered `fail_at` raises instead."""
+    written: list[Path] = []
+    save = stages.save_sample
+
+    def spy(path: Path, clip: torch.Tensor) -> None:
+        if len(written) == fail_at:
+            raise Killed
+        written.append(path)
+        save(path, clip)
+
+    monkeypatch.setattr(stages, "save_sample", spy)
+    return written
+
+
+# What a run leaves ----------------------------------------------------------------------------------------------------
+
+
+def test_every_file_is_there(finished_run: Path, shared_cache: Path) -> None:
+    files = {"run.json", "metrics.json", "per_prompt.json", "seconds.json", "comparison.png"}
+    files |= {f"quantized/{name}" for name in ("plan.json", "meta.json", "model.safetensors")}
+    files |= {"samples/000000.png", "samples/000001.png"}
+    assert set(contents(finished_run)) == files
+    for kind in ("prompts", "reference", "stats"):
+        for entry in (shared_cache / kind).iterdir():
+            assert strict_json(entry / "key.json")["model"]["name"] == "tiny_image"
+
+
+def test_metrics_json(finished_run: Path) -> None:
+    metrics = strict_json(finished_run / "metrics.json")
+    for key, kind in STABLE_KEYS.items():
+        assert isinstance(metrics[key], kind), key
+    assert set(metrics["metrics"]) == {"psnr", "ssim", "relative_l2", "fid", "fid_data", "clipsim"}
+    assert all(math.isfinite(value) for value in metrics["metrics"].values())
+    assert set(metrics["seconds"]) == {"prompts", "reference", "calibrate", "quantize", "generate", "evaluate"}
+    assert all(value >= 0 for value in metrics["seconds"].values())
+    assert (metrics["model"], metrics["experiment"], metrics["prompts"]) == ("tiny_image", "smoke", 2)
+    assert 4 < metrics["average_weight_bits"] < 16 and 8 < metrics["average_activation_bits"] < 16
+    assert strict_json(finished_run / "per_prompt.json")["prompts"]
+
+
+def test_size_is_that_of_the_files(finished_run: Path) -> None:
+    metrics = strict_json(finished_run / "metrics.json")
+    files = (finished_run / "quantized").iterdir()
+    assert metrics["size_bytes"] == sum(file.stat().st_size for file in files)
+    assert metrics["size_bytes"] < metrics["float_size_bytes"]
+
+
+# Repeating ------------------------------------------------------------------------------------------------------------
+
+
+def test_second_run_only_prints(
+    run: Run,
+    finished_run: Path,
+    shared_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = contents(finished_run), contents(shared_cache)
+    refuse_work(monkeypatch)
+    assert run(finished_run, shared_cache) == strict_json(finished_run / "metrics.json")
+    assert (contents(finished_run), contents(shared_cache)) == before
+    out = capsys.readouterr().out
+    assert out.count("already") == 7 and "PSNR" in out and str(finished_run / "comparison.png") in out
+
+
+def test_settings_that_change_no_result_continue_a_run(
+    run: Run, finished_run: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_work(monkeypatch)
+    run(finished_run, shared_cache, "batch_size=2", "logger=csv", "debug=true", "stages=[prompts,reference,generate]")
+
+
+def test_deleted_samples_are_made_again(
+    run: Run, run_copy: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(run_copy)
+    (run_copy / "samples" / "000001.png").unlink()
+    written = count_samples(monkeypatch)
+    refuse_work(monkeypatch, "quantize_denoiser", "encode_prompt")
+    metrics = run(run_copy, shared_cache)
+    after = contents(run_copy)
+    assert [path.name for path in written] == ["000001.png"]
+    assert after["samples/000000.png"] == before["samples/000000.png"]
+    assert after["samples/000001.png"][1] == before["samples/000001.png"][1]
+    assert after["comparison.png"][1] == before["comparison.png"][1]
+    assert without_seconds(metrics or {}) == without_seconds(json.loads(before["metrics.json"][1]))
+
+
+def test_killed_and_repeated_run_equals_an_undisturbed_one(
+    run: Run, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    with monkeypatch.context() as patch:  # after the first float sample
+        count_samples(patch, fail_at=1)
+        pytest.raises(Killed, run, folder, cache)
+    batches: list[list[int]] = []
+    denoise = sampling.denoise
+
+    def spy(adapter: Any, pipeline: Any, embeds: Any, indices: list[int], seed: int) -> None:
+        if batches and not (folder / "tried").exists():
+            raise Killed
+        batches.append(indices)
+        denoise(adapter, pipeline, embeds, indices, seed)
+
+    monkeypatch.setattr(sampling, "denoise", spy)
+    pytest.raises(Killed, run, folder, cache)  # after the first batch of the calibration
+    assert len(batches) == 1 and len(list(cache.rglob("*.png"))) == 2
+    (folder / "tried").touch()
+    with monkeypatch.context() as patch:  # after the first quantized sample
+        count_samples(patch, fail_at=1)
+        pytest.raises(Killed, run, folder, cache)
+    assert len(batches) == 2 and batches[0] != batches[1]
+    metrics = run(folder, cache)
+    assert without_seconds(metrics or {}) == without_seconds(strict_json(finished_run / "metrics.json"))
+    assert not list(tmp_path.rglob("*.tmp")) and not list(cache.rglob("partial.safetensors"))
+
+
+@pytest.mark.parametrize("dying", ["write_json", "comparison_picture", "save_denoiser"])
+def test_killed_while_writing(
+    dying: str, run: Run, finished_run: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(stages, dying)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, dying, fail)
+        pytest.raises(Killed, run, tmp_path / "run", shared_cache)
+    metrics = run(tmp_path / "run", shared_cache)
+    assert without_seconds(metrics or {}) == without_seconds(strict_json(finished_run / "metrics.json"))
+
+
+# Other configurations -------------------------------------------------------------------------------------------------
+
+
+def test_changed_configuration_is_refused(run: Run, run_copy: Path, shared_cache: Path) -> None:
+    before = contents(run_copy)
+    with pytest.raises(UserError) as error:
+        run(run_copy, shared_cache, "seed=1", "quant.smoothing.alpha=[0.3,0.2]")
+    message = str(error.value)
+    assert "seed: 0 there, 1 now" in message
+    assert "quant.smoothing.alpha: 0.5 there, [0.3, 0.2] now" in message
+    assert "model" not in message.split("differs in")[1] and "hydra.run.dir=FOLDER" in message
+    assert contents(run_copy) == before
+
+
+def test_changed_files_are_refused(run: Run, run_copy: Path, model_copy: Path, shared_cache: Path, tmp_path: Path) -> None:
+    """The configuration only names them, so their content counts too."""
+    prompts = tmp_path / "prompts.txt"
+    overrides = ("data=prompt_file", f"data.path={prompts}", f"model.path={model_copy}", "stages=[prompts]")
+    prompts.write_text("a small red circle on a white background\n")
+    run(tmp_path / "own", tmp_path / "cache", *overrides)
+    prompts.write_text("a small blue circle on a white background\n")
+    with pytest.raises(UserError, match=r"inputs\.prompts: "):
+        run(tmp_path / "own", tmp_path / "cache", *overrides)
+    prompts.write_text("a small red circle on a white background\n")
+    (model_copy / "README.md").write_text("another model")
+    with pytest.raises(UserError, match=r"inputs\.weights: "):
+        run(tmp_path / "own", tmp_path / "cache", *overrides)
+
+
+def test_experiments_share_reference_and_statistics(
+    run: Run, finished_run: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(shared_cache)
+    written = count_samples(monkeypatch)
+    monkeypatch.setattr(sampling, "denoise", lambda *_: pytest.fail("calibrated again"))
+    changes = ("quant.weight.bits=8", "quant.smoothing.alpha=0.3", "quant.segments=[0.0,0.7,1.0]")
+    metrics = run(tmp_path / "other bits", shared_cache, *changes)
+    assert contents(shared_cache) == before
+    assert {path.parent.name for path in written} == {"samples"}
+    assert metrics and metrics["size_bytes"] > strict_json(finished_run / "metrics.json")["size_bytes"]
+    assert metrics["fingerprint"] != strict_json(finished_run / "metrics.json")["fingerprint"]
+
+
+# The artifact ---------------------------------------------------------------------------------------------------------
+
+USE_ARTIFACT = """
+import json, sys, torch, viditq
+from pathlib import Path
+from safetensors.torch import save_file
+from viditq.models.adapter import ModelAdapter
+from viditq.models.generate import generate
+from viditq.models.text import encode_prompt
+
+folder, prompts, out = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+pipeline = viditq.load_quantized(folder)
+adapter = ModelAdapter(**json.loads((folder / "quantized" / "meta.json").read_text())["model"])
+embeds = [encode_prompt(adapter, pipeline, prompt) for prompt in prompts]
+samples = torch.cat([generate(adapter, pipeline, [e], [i], seed=0) for i, e in enumerate(embeds)])
+picture = pipeline("a small red circle on a white background", num_inference_steps=2, output_type="pt").images
+save_file({"samples": samples, "picture": picture}, out)
+"""
+
+
+def test_artifact_alone_gives_the_same_samples(finished_run: Path, tmp_path: Path) -> None:
+    """A fresh process that sees neither statistics nor cache nor run, only the artifact's folder."""
+    shutil.copytree(finished_run / "quantized", tmp_path / "alone" / "quantized")
+    prompts = strict_json(finished_run / "per_prompt.json")["prompts"]
+    arguments = [str(tmp_path / "alone"), json.dumps(prompts), str(tmp_path / "out.safetensors")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", USE_ARTIFACT, *arguments], check=True, cwd=tmp_path, env=environment)
+    out = load_file(tmp_path / "out.safetensors")
+    assert out["picture"].shape == (1, 3, 32, 32) and out["picture"].isfinite().all()
+    for index in range(2):
+        stored = np.array(Image.open(finished_run / "samples" / f"{index:06d}.png"))
+        assert (out["samples"][index, 0].permute(1, 2, 0).numpy() == stored).all()
