@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports transformers: tests use no network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: the tensors are too small for more
 
 import pytest
 from hydra import compose, initialize_config_dir

@@ -214,7 +214,17 @@ def test_damaged_artifact(
     assert not (run_copy / "samples").exists()
 
 
-@pytest.mark.parametrize("key", ["model", "float_dtype", "format_version", "sha256"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model",
+        "float_dtype",
+        "format_version",
+        "sha256",
+        "timestep_scale",
+        "dtypes",
+    ],
+)
 def test_artifact_whose_meta_lacks_a_key(key: str, refuse: Refuse, run_copy: Path, shared_cache: Path) -> None:
     file = run_copy / "quantized" / "meta.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
@@ -245,9 +255,7 @@ def test_damaged_sample(refuse: Refuse, run_copy: Path, shared_cache: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["prompts", "stats"])
-def test_damaged_cache(
-    kind: str, refuse: Refuse, shared_cache: Path, finished_run: Path, tmp_path: Path
-) -> None:
+def test_damaged_cache(kind: str, refuse: Refuse, shared_cache: Path, finished_run: Path, tmp_path: Path) -> None:
     cache = shutil.copytree(shared_cache, tmp_path / "damaged")
     for file in (cache / kind).rglob("*.safetensors"):
         truncate(file)
@@ -256,9 +264,7 @@ def test_damaged_cache(
     assert f"{cache}/{kind}/" in message and "elete" in message and "again" in message
 
 
-def test_damaged_partial_statistics(
-    refuse: Refuse, shared_cache: Path, finished_run: Path, tmp_path: Path
-) -> None:
+def test_damaged_partial_statistics(refuse: Refuse, shared_cache: Path, finished_run: Path, tmp_path: Path) -> None:
     cache = shutil.copytree(shared_cache, tmp_path / "damaged")
     (stats,) = cache.rglob("stats.safetensors")
     stats.rename(stats.with_name("partial.safetensors"))

@@ -36,6 +36,7 @@ def test_experiment_builds(name: str, configure: Configure, tmp_path: Path) -> N
     assert set(experiment.plan.layers) <= set(linears)
     quantized = cfg.quant.weight is not None or cfg.quant.activation is not None
     assert bool(experiment.plan.layers) == quantized
+    assert (experiment.plan.edges == (0.0, 1.0)) != ("_ts_" in name or name == "smoke")
     roles = experiment.adapter.linear_roles(linears)
     if quantized:
         assert set(experiment.plan.layers) == {layer for layer, role in roles.items() if role != "float"}
@@ -89,7 +90,7 @@ def test_policy_composes(name: str, configure: Configure, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", options("quant/format"))
 def test_format_composes(name: str, configure: Configure) -> None:
     side = "activation" if "token" in name or "tensor" in name else "weight"
-    cfg = configure("quant=w8", f"+quant/format@quant.{side}={name}", "name=x")
+    cfg = configure("quant=w8a8", f"quant/format@quant.{side}={name}", "name=x")
     spec = instantiate(cfg.quant[side])
     assert isinstance(spec, QuantSpec) and name.startswith(f"int{spec.bits}_")
     build(cfg)

@@ -160,7 +160,8 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
     folder, cache = tmp_path / "run", tmp_path / "cache"
     with monkeypatch.context() as patch:  # after the first float sample
         count_samples(patch, fail_at=1)
-        pytest.raises(Killed, run, folder, cache)
+        with pytest.raises(Killed):
+            run(folder, cache)
     batches: list[list[int]] = []
     denoise = sampling.denoise
 
@@ -171,12 +172,14 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
         denoise(adapter, pipeline, embeds, indices, seed)
 
     monkeypatch.setattr(sampling, "denoise", spy)
-    pytest.raises(Killed, run, folder, cache)  # after the first batch of the calibration
+    with pytest.raises(Killed):  # after the first batch of the calibration
+        run(folder, cache)
     assert len(batches) == 1 and len(list(cache.rglob("*.png"))) == 2
     (folder / "tried").touch()
     with monkeypatch.context() as patch:  # after the first quantized sample
         count_samples(patch, fail_at=1)
-        pytest.raises(Killed, run, folder, cache)
+        with pytest.raises(Killed):
+            run(folder, cache)
     assert len(batches) == 2 and batches[0] != batches[1]
     metrics = run(folder, cache)
     assert without_seconds(metrics or {}) == without_seconds(strict_json(finished_run / "metrics.json"))
@@ -195,9 +198,18 @@ def test_killed_while_writing(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, dying, fail)
-        pytest.raises(Killed, run, tmp_path / "run", shared_cache)
+        with pytest.raises(Killed):
+            run(tmp_path / "run", shared_cache)
     metrics = run(tmp_path / "run", shared_cache)
     assert without_seconds(metrics or {}) == without_seconds(strict_json(finished_run / "metrics.json"))
+
+
+def test_run_killed_before_logging_logs_when_repeated(run: Run, run_copy: Path, shared_cache: Path) -> None:
+    (run_copy / "comparison.png").unlink()
+    run(run_copy, shared_cache, "logger=csv", "stages=[evaluate]")
+    assert not (run_copy / "csv").exists()
+    run(run_copy, shared_cache, "logger=csv")
+    assert (run_copy / "csv" / "metrics.csv").is_file()
 
 
 # Other configurations -------------------------------------------------------------------------------------------------
@@ -214,7 +226,9 @@ def test_changed_configuration_is_refused(run: Run, run_copy: Path, shared_cache
     assert contents(run_copy) == before
 
 
-def test_changed_files_are_refused(run: Run, run_copy: Path, model_copy: Path, shared_cache: Path, tmp_path: Path) -> None:
+def test_changed_files_are_refused(
+    run: Run, run_copy: Path, model_copy: Path, shared_cache: Path, tmp_path: Path
+) -> None:
     """The configuration only names them, so their content counts too."""
     prompts = tmp_path / "prompts.txt"
     overrides = ("data=prompt_file", f"data.path={prompts}", f"model.path={model_copy}", "stages=[prompts]")
@@ -243,6 +257,21 @@ def test_experiments_share_reference_and_statistics(
     assert metrics["fingerprint"] != strict_json(finished_run / "metrics.json")["fingerprint"]
 
 
+@pytest.mark.parametrize(
+    ("model", "quant", "dtype"),
+    [("tiny_image", "none", "float16"), ("tiny_video", "none", "bfloat16"), ("tiny_video", "w8a8_naive", "float16")],
+)
+def test_half_precision(model: str, quant: str, dtype: str, run: Run, shared_cache: Path, tmp_path: Path) -> None:
+    """The denoiser runs in half precision inside a float32 pipeline, close to its float self."""
+    changes = (f"model={model}", f"quant={quant}", "quant/smoothing=none", f"quant.float_dtype={dtype}")
+    metrics = run(tmp_path / "half", shared_cache, *changes)
+    assert metrics and metrics["model"] == model
+    if quant == "none":
+        assert metrics["metrics"]["psnr"] > 20
+        assert metrics["average_weight_bits"] == metrics["average_activation_bits"] == 16
+        assert abs(metrics["size_bytes"] / metrics["float_size_bytes"] - 1) < 0.05
+
+
 # The artifact ---------------------------------------------------------------------------------------------------------
 
 USE_ARTIFACT = """
@@ -258,7 +287,7 @@ pipeline = viditq.load_quantized(folder)
 adapter = ModelAdapter(**json.loads((folder / "quantized" / "meta.json").read_text())["model"])
 embeds = [encode_prompt(adapter, pipeline, prompt) for prompt in prompts]
 samples = torch.cat([generate(adapter, pipeline, [e], [i], seed=0) for i, e in enumerate(embeds)])
-picture = pipeline("a small red circle on a white background", num_inference_steps=2, output_type="pt").images
+picture = pipeline("a small red circle on a white background", output_type="pt").images
 save_file({"samples": samples, "picture": picture}, out)
 """
 

@@ -28,9 +28,7 @@ DISK_ERRORS = {
     errno.ENOTDIR: f"a file is where a folder has to be. {ELSEWHERE}",
     errno.EEXIST: f"a file is where a folder has to be. {ELSEWHERE}",
 }
-ALL_KEYS = (
-    "`python run.py --cfg job` (with the same choices) shows every key, `--help` the choices of each group."
-)
+ALL_KEYS = "`python run.py --cfg job` (with the same choices) shows every key, `--help` the choices of each group."
 
 
 class JobFailed(Exception):

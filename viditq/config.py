@@ -39,7 +39,7 @@ class RootConfig:
 
 
 def run_name(name: str, overrides: str) -> str:
-    """Folder name of a run: its name, then the command line's other overrides (hashed when too long for a file name)."""
+    """Folder name of a run: its name, then the command line's other overrides (hashed when too long for a file)."""
     parts = [part for part in overrides.split(",") if part and part != f"quant={name}"]
     full = ",".join([name, *parts]).replace("/", ".")
     return full if len(full) <= 150 else f"{full[:130]}-{hashlib.sha256(full.encode()).hexdigest()[:12]}"

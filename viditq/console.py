@@ -26,15 +26,11 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
 
 def print_summary(console: Console, metrics: Mapping[str, Any], run_dir: RunDir) -> None:
     """The table, bits and bytes, seconds, and where the picture and the artifact are."""
-    title = (
-        f"{metrics['experiment']} on {metrics['model']}: {metrics['prompts']} pairs, mean ± standard error"
-    )
+    title = f"{metrics['experiment']} on {metrics['model']}: {metrics['prompts']} pairs, mean ± standard error"
     console.print(metrics_table(metric_rows(metrics), title))
     bits = f"W{metrics['average_weight_bits']:.2f} A{metrics['average_activation_bits']:.2f} bits on average"
     size, full = metrics["size_bytes"] / 1e6, metrics["float_size_bytes"] / 1e6
-    console.print(
-        f"{bits}; denoiser {size:.2f} MB on disk, {full:.2f} MB in fp16 ({full / size:.2f}x smaller)"
-    )
+    console.print(f"{bits}; denoiser {size:.2f} MB on disk, {full:.2f} MB in fp16 ({full / size:.2f}x smaller)")
     console.print("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in metrics["seconds"].items()))
     for what, path in (
         ("picture", run_dir.picture),

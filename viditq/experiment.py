@@ -102,7 +102,7 @@ def _check_keys(cfg: DictConfig) -> None:
         allowed = [field.name for field in fields(schema)]
         for key in given:
             if key not in allowed:
-                raise UserError(f"Unknown key {prefix}{key}. Known here are {', '.join(allowed)}.")
+                raise UserError(f"Unknown key {prefix}{key!s}. Known here are {', '.join(allowed)}.")
 
 
 def _check_number(name: str, value: int, lowest: int) -> None:
@@ -153,7 +153,5 @@ def _trainer(node: Any) -> L.Trainer:
             ) from error
         raise
     if trainer.world_size != 1:
-        raise UserError(
-            f"trainer.devices={node.devices}: one process per run for now. Give 1, and use -m for sweeps."
-        )
+        raise UserError(f"trainer.devices={node.devices}: one process per run for now. Give 1, and use -m for sweeps.")
     return trainer

@@ -5,15 +5,16 @@ from typing import Any
 
 from viditq.errors import UserError
 from viditq.models.adapter import DTYPES, ModelAdapter
-from viditq.models.generate import DtypeBoundary
+from viditq.models.generate import DtypeBoundary, with_settings
 from viditq.quant.artifact import load_denoiser, read_meta
 
 
 def load_quantized(path: str | Path, backend: str = "fake", model_path: str | None = None) -> Any:
     """Load a quantized pipeline, ready for `pipeline("a prompt")`.
 
-    path: an artifact (<run>/quantized) or the run's folder. model_path: the float pipeline's folder on this machine, for its
-    VAE, text encoder and scheduler, where it is not the one recorded. Raises UserError for damaged or missing files.
+    path: an artifact (<run>/quantized) or the run's folder. model_path: the float pipeline's folder on this machine,
+    for its VAE, text encoder and scheduler, where it is not the one recorded. The model's settings (steps, guidance,
+    size) are defaults of the call. Raises UserError for damaged or missing files.
     """
     folder = Path(path)
     if (folder / "quantized").is_dir():
@@ -34,5 +35,5 @@ def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | 
         ) from error
     denoiser = load_denoiser(folder, adapter.build_denoiser, backend)[0].eval().requires_grad_(False)
     if float_dtype not in (None, adapter.dtype):
-        DtypeBoundary(denoiser, DTYPES[float_dtype])
-    return adapter.load_complete(denoiser) if complete else adapter.load(denoiser)
+        DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype)
+    return with_settings(adapter, adapter.load_complete(denoiser)) if complete else adapter.load(denoiser)

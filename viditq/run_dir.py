@@ -52,9 +52,7 @@ class RunDir:
     def _check_same(self, file: Path) -> None:
         if not file.is_file():
             if self.path.is_file() or (self.path.is_dir() and not os.access(self.path, os.W_OK)):
-                raise UserError(
-                    f"{self.path} cannot be written to. Choose another with hydra.run.dir=FOLDER."
-                )
+                raise UserError(f"{self.path} cannot be written to. Choose another with hydra.run.dir=FOLDER.")
             write_json(file, self.config)
             return
         remedy = "Delete the folder or choose another with hydra.run.dir=FOLDER."
@@ -94,7 +92,7 @@ class RunDir:
 
     def forget_evaluation(self) -> None:
         """Remove what was computed from samples that have changed."""
-        for path in (self.metrics, self.per_prompt, self.picture):
+        for path in (self.metrics, self.per_prompt, self.picture, self.picture.with_suffix(".gif")):
             path.unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 
 from viditq.console import print_summary
 from viditq.engine.logging import log_run
@@ -32,16 +33,14 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     run_dir = RunDir(folder, experiment.tracked)
     stages = Stages(experiment, run_dir)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{experiment.name}[/bold] on {experiment.adapter.name} -> {folder}")
-    new_metrics = not run_dir.metrics.is_file()
+    console.print(f"[bold]{experiment.name}[/bold] on {experiment.adapter.name} -> {escape(str(folder))}")
+    to_log = not run_dir.metrics.is_file() or ("report" in experiment.stages and not run_dir.picture.is_file())
     for number, stage in enumerate(experiment.stages, 1):
-        console.print(
-            f"[{number}/{len(experiment.stages)}] {stage}: {getattr(stages, stage)()}", markup=False
-        )
+        console.print(f"[{number}/{len(experiment.stages)}] {stage}: {getattr(stages, stage)()}", markup=False)
     if not run_dir.metrics.is_file():
         return None
     metrics = read_json(run_dir.metrics)
-    if new_metrics and experiment.make_logger is not None:
+    if to_log and experiment.make_logger is not None:
         logger = experiment.make_logger(folder, experiment.name, sweep_name(), run_dir.fingerprint)
         log_run(logger, experiment.tracked, run_dir, metrics)
     print_summary(console, metrics, run_dir)

@@ -21,7 +21,7 @@ from viditq.quant.artifact import save_denoiser, size_bytes
 from viditq.quant.calibration import Calibrator
 from viditq.quant.convert import linear_names, quantize_denoiser
 from viditq.quant.observers import CalibrationStats
-from viditq.report.pictures import comparison_picture
+from viditq.report.pictures import comparison_gif, comparison_picture
 from viditq.run_dir import Cache, RunDir, fingerprint, read_seconds, timed
 from viditq.summary import summarize, worst_first
 
@@ -90,9 +90,7 @@ class Stages:
 
     def reference(self) -> str:
         """Generate the evaluation prompts with the float model."""
-        return self._generate(
-            self.reference_dir, "float", lambda: self.experiment.adapter.load(), self.reference_dir
-        )
+        return self._generate(self.reference_dir, "float", lambda: self.experiment.adapter.load(), self.reference_dir)
 
     def calibrate(self) -> str:
         """Observe the float model on the calibration prompts; resumes after the last finished batch."""
@@ -100,9 +98,7 @@ class Stages:
             return "not needed: this recipe takes no statistics"
         already = self._stats_file.is_file()
         self.statistics()
-        what = (
-            "already done" if already else f"{len(self.experiment.data.calibration_prompts)} prompts observed"
-        )
+        what = "already done" if already else f"{len(self.experiment.data.calibration_prompts)} prompts observed"
         return f"{what} ({self._stats_file})"
 
     def statistics(self) -> CalibrationStats:
@@ -125,9 +121,7 @@ class Stages:
             denoiser = getattr(e.adapter.load(), e.adapter.denoiser)
             if e.quant.float_dtype is not None:
                 denoiser.to(getattr(torch, e.quant.float_dtype))
-            numel = {
-                name: m.weight.numel() for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)
-            }
+            numel = {name: m.weight.numel() for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
             inputs = {name: m.in_features for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
             float_size = sum(2 * p.numel() for p in denoiser.parameters())
             quantize_denoiser(denoiser, plan, stats, e.backend, e.adapter.timestep_scale)
@@ -158,9 +152,7 @@ class Stages:
             count = len(e.data.prompts)
             for folder in (self.reference_dir, self.run_dir.samples):
                 if gone := missing_samples(folder, count, e.adapter.modality):
-                    raise UserError(
-                        f"{len(gone)} samples are missing in {folder}. Run the stages before evaluate too."
-                    )
+                    raise UserError(f"{len(gone)} samples are missing in {folder}. Run the stages before evaluate too.")
             metrics = e.make_metrics()
             batches = batches_of(count, 16)
             pairs = Pairs(self.run_dir.samples, self.reference_dir, e.data, e.adapter.modality, batches)
@@ -181,12 +173,14 @@ class Stages:
             raise UserError(f"{self.run_dir.per_prompt} is missing. Run the stage evaluate before report.")
         with timed(self.run_dir.path, "report"):
             e, count = self.experiment, len(self.experiment.data.prompts)
-            per_prompt = read_json(self.run_dir.per_prompt)
+            per_prompt = read_json(self.run_dir.per_prompt)["metrics"]
             scores, name = worst_first(per_prompt, read_json(self.run_dir.metrics)["labels"])
             folders = (self.run_dir.samples, self.reference_dir)
             paths = [[sample_path(folder, i, e.adapter.modality) for i in range(count)] for folder in folders]
             samples, references = (torch.stack([load_sample(p) for p in group]) for group in paths)
             title = f"{e.name} on {e.adapter.name}, seed {e.seed}"
+            if e.adapter.modality == "video":
+                comparison_gif(samples, references, scores, path.with_suffix(".gif"), name["higher_is_better"])
             comparison_picture(samples, references, e.data.prompts, scores, path, title, **name)
         return f"picture drawn ({path})"
 
@@ -241,7 +235,8 @@ class Stages:
         }
         if not self.experiment.plan.needs_stats:
             seconds.pop("calibrate", None)
-        write_json(self.run_dir.per_prompt, {"prompts": e.data.prompts, **summary.pop("per_prompt")})
+        per_prompt = {"prompts": e.data.prompts, "reference": str(self.reference_dir.resolve())}
+        write_json(self.run_dir.per_prompt, {**per_prompt, "metrics": summary.pop("per_prompt")})
         write_json(
             self.run_dir.metrics,
             {

@@ -25,9 +25,7 @@ def summarize(results: dict[str, dict[str, Tensor]], labels: dict[str, Any]) -> 
     return {
         "metrics": {name: _number(r["value"]) for name, r in results.items()},
         "standard_errors": {name: _number(r["standard_error"]) for name, r in results.items()},
-        "float_metrics": {
-            name: _number(r["reference_value"]) for name, r in results.items() if "reference_value" in r
-        },
+        "float_metrics": {name: _number(r["reference_value"]) for name, r in results.items() if "reference_value" in r},
         "labels": labels,
         "per_prompt": per_prompt,
     }
@@ -40,9 +38,7 @@ def worst_first(per_prompt: dict[str, Any], labels: dict[str, Any]) -> tuple[Ten
     """
     names = [name for name in labels if name in per_prompt]
     if not names:
-        raise UserError(
-            "No metric has a value per prompt, so pairs cannot be ranked. Add psnr: metric=[psnr,...]."
-        )
+        raise UserError("No metric has a value per prompt, so pairs cannot be ranked. Add psnr: metric=[psnr,...].")
     name = "psnr" if "psnr" in names else names[0]
     label = labels[name]
     naming = {

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from viditq.report.canvas import font, scaled, strip, wrap
-from viditq.report.pictures import comparison_picture, rows_picture, save_gif
+from viditq.report.pictures import comparison_gif, comparison_picture, rows_picture, save_gif
 
 
 def plain(*levels: int, frames: int = 1, size: int = 32) -> torch.Tensor:
@@ -90,6 +90,16 @@ def test_wrap_keeps_all_words_and_the_width():
     assert " ".join(lines) == text and all(face.getlength(line) <= 120 for line in lines) and len(lines) > 2
     assert wrap(text, face, 120, 2)[1].endswith("…") and len(wrap(text, face, 120, 2)) == 2
     assert "".join(wrap("x" * 100, face, 50, 99)) == "x" * 100 and wrap("", face, 50, 3) == []
+
+
+def test_comparison_gif_shows_the_worst_pairs_float_above_quantized(tmp_path):
+    references, samples = (torch.full((3, 2, 3, 8, 8), v, dtype=torch.uint8) for v in (0, 128))
+    path = comparison_gif(samples, references, torch.tensor([30.0, 10.0, 20.0]), tmp_path / "c.gif", max_pairs=2)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 1 or gif.n_frames == 2  # PIL merges equal frames
+        picture = gif.convert("RGB")
+        assert picture.size == (3 * 2 * 12, 3 * 2 * 12)
+        assert picture.getpixel((18, 18)) == (0, 0, 0) and picture.getpixel((18, 54)) == (128, 128, 128)
 
 
 def test_gif_has_all_frames(tmp_path):

@@ -30,7 +30,7 @@ def _check_counts(num_prompts: int, num_calibration_prompts: int) -> None:
 
 @dataclass
 class MovingShapes:
-    """Captions of the procedural clips: evaluation and calibration draw from disjoint scenes, the same for every seed."""
+    """Captions of the procedural clips; evaluation and calibration scenes are disjoint, the same for every seed"""
 
     modality: str
     num_prompts: int
@@ -72,11 +72,7 @@ class PromptFile:
     def __post_init__(self) -> None:
         _check_counts(self.num_prompts, self.num_calibration_prompts)
         prompts = read_prompts(self.path)
-        rest = (
-            read_prompts(self.calibration_path)
-            if self.calibration_path
-            else prompts[self.num_prompts :] or prompts
-        )
+        rest = read_prompts(self.calibration_path) if self.calibration_path else prompts[self.num_prompts :] or prompts
         self.prompts = prompts[: self.num_prompts]
         self.calibration_prompts = rest[: self.num_calibration_prompts]
 

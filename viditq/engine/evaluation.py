@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -48,14 +49,13 @@ class Evaluation(L.LightningModule):
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         super().__init__()
-        self.metrics = nn.ModuleDict(metrics)
+        self.metrics = dict(metrics)
+        self.registered = nn.ModuleDict(metrics)  # moved to the device with this module
         self.results: Results = {}
 
-    def transfer_batch_to_device(
-        self, batch: EvalBatch, device: torch.device, dataloader_idx: int
-    ) -> EvalBatch:
+    def transfer_batch_to_device(self, batch: EvalBatch, device: torch.device, dataloader_idx: int) -> EvalBatch:
         """Lightning does not move frozen dataclasses by itself."""
-        tensors = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)}
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)}
         return dataclasses.replace(batch, **tensors)
 
     def test_step(self, batch: EvalBatch, batch_idx: int) -> None:

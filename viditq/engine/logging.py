@@ -10,9 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from viditq.run_dir import RunDir, flatten
 
 
-def wandb_logger(
-    folder: Path, name: str, group: str | None, run_id: str, project: str, entity: str | None
-) -> Logger:
+def wandb_logger(folder: Path, name: str, group: str | None, run_id: str, project: str, entity: str | None) -> Logger:
     """One W&B run per run folder; a stable id makes a repeated run continue it. Offline unless WANDB_MODE is set."""
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -30,9 +28,7 @@ def no_logger(folder: Path, name: str, group: str | None, run_id: str) -> None:
     """Log nothing."""
 
 
-def log_run(
-    logger: Logger | None, config: Mapping[str, Any], run_dir: RunDir, metrics: Mapping[str, Any]
-) -> None:
+def log_run(logger: Logger | None, config: Mapping[str, Any], run_dir: RunDir, metrics: Mapping[str, Any]) -> None:
     """Send configuration, metrics and pictures of a finished run."""
     if logger is None:
         return
@@ -43,7 +39,7 @@ def log_run(
     numbers |= {f"seconds/{k}": v for k, v in metrics["seconds"].items()}
     keys = ("average_weight_bits", "average_activation_bits", "size_bytes", "float_size_bytes")
     logger.log_metrics(numbers | {k: metrics[k] for k in keys})
-    if isinstance(logger, WandbLogger):
+    if isinstance(logger, WandbLogger) and run_dir.picture.is_file():
         logger.log_image("comparison", [str(run_dir.picture)])
     logger.save()
     logger.finalize("success")

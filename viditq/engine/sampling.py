@@ -8,7 +8,7 @@ import lightning as L
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from viditq.errors import UserError
 from viditq.files import write_tensors
@@ -21,7 +21,7 @@ LoadEmbeds = Callable[[int], PromptEmbeds]
 
 
 def batches_of(count: int, batch_size: int) -> list[list[int]]:
-    """Indices 0..count-1 in batches that do not depend on what is already done, so that a resumed run repeats itself."""
+    """Indices 0..count-1 in batches that do not depend on what is done already, so that a resumed run repeats them."""
     return [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
 
 
@@ -70,9 +70,20 @@ class Calibration(PipelineModule):
 CALIBRATION_OFFSET = 1_000_000
 
 
+class _Batches(Dataset[list[int]]):
+    def __init__(self, batches: Sequence[list[int]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> list[int]:
+        return self.batches[number]
+
+
 def run_batches(trainer: L.Trainer, module: L.LightningModule, batches: Sequence[list[int]]) -> None:
     """`trainer.predict` over lists of indices."""
-    loader: DataLoader[list[int]] = DataLoader(list(batches), batch_size=None, collate_fn=lambda batch: batch)
+    loader = DataLoader(_Batches(batches), batch_size=None, collate_fn=lambda batch: batch)
     trainer.predict(module, loader, return_predictions=False)
 
 

@@ -30,10 +30,11 @@ COPY_AGAIN = "Copy the model's folder again."
 class ModelAdapter:
     """What the framework needs to know of a pipeline.
 
-    path: a folder in the diffusers layout, or shipped:NAME. pipeline: a diffusers pipeline class. encode: keyword arguments
-    of `encode_prompt` and, in order, the names under which `__call__` takes what it returns. call: more arguments of
-    `__call__`. timestep_scale: the timestep that means pure noise. roles: role -> patterns of Linear names, for reports and
-    mixed precision; keep_float: patterns of Linears never quantized. Raises UserError on values outside these.
+    path: a folder in the diffusers layout, or shipped:NAME. pipeline: a diffusers pipeline class. encode: keyword
+    arguments of `encode_prompt`; encode_outputs: in order, the names under which `__call__` takes what it returns.
+    call: more arguments of `__call__`, for embeddings made before. timestep_scale: the timestep that means pure noise.
+    roles: role -> patterns of Linear names, for reports and mixed precision; keep_float: patterns of Linears never
+    quantized. Raises UserError on values outside these.
     """
 
     name: str
@@ -69,16 +70,12 @@ class ModelAdapter:
             if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
                 raise UserError(f"model.{key}={value!r} must be a number above 0.")
         if not hasattr(diffusers, self.pipeline):
-            raise UserError(
-                f"model.pipeline={self.pipeline!r} is no class of diffusers {diffusers.__version__}."
-            )
+            raise UserError(f"model.pipeline={self.pipeline!r} is no class of diffusers {diffusers.__version__}.")
         if not (self.folder / "model_index.json").is_file():
             raise UserError(f"{self.folder} holds no diffusers pipeline: model_index.json is missing there.")
         if self.denoiser not in self._components():
             parts = ", ".join(self._components())
-            raise UserError(
-                f"model.denoiser={self.denoiser!r} is no part of the pipeline; choose one of {parts}."
-            )
+            raise UserError(f"model.denoiser={self.denoiser!r} is no part of the pipeline; choose one of {parts}.")
 
     @property
     def folder(self) -> Path:
@@ -106,9 +103,7 @@ class ModelAdapter:
 
     def load_text_part(self) -> Any:
         """The pipeline with its tokenizer and text encoder only."""
-        return self._load(
-            {name: None for name in self._components() if not name.startswith(("text_", "tokenizer"))}
-        )
+        return self._load({name: None for name in self._components() if not name.startswith(("text_", "tokenizer"))})
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
         """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""
@@ -154,13 +149,9 @@ class ModelAdapter:
     def _load(self, components: dict[str, Any]) -> Any:
         cls = getattr(diffusers, self.pipeline)
         try:
-            pipeline = cls.from_pretrained(
-                self.folder, dtype=self.torch_dtype, local_files_only=True, **components
-            )
+            pipeline = cls.from_pretrained(self.folder, dtype=self.torch_dtype, local_files_only=True, **components)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(
-                f"The pipeline in {self.folder} cannot be loaded: {error}. {COPY_AGAIN}"
-            ) from error
+            raise UserError(f"The pipeline in {self.folder} cannot be loaded: {error}. {COPY_AGAIN}") from error
         pipeline.set_progress_bar_config(disable=True)
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
@@ -172,6 +163,6 @@ class ModelAdapter:
         for name, parameter in module.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise UserError(
-                    f"{component}.{name} of {self.folder} contains NaN or inf as {self.dtype}. Check the checkpoint, or "
-                    f"load it in a wider type: model.dtype={' or '.join(d for d in DTYPES if d != self.dtype)}."
+                    f"{component}.{name} of {self.folder} contains NaN or inf as {self.dtype}. Check the checkpoint, "
+                    f"or load it in a wider type: model.dtype={' or '.join(d for d in DTYPES if d != self.dtype)}."
                 )

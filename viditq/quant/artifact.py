@@ -22,6 +22,7 @@ from viditq.quant.linear import quant_linears
 from viditq.quant.plan import QuantPlan
 
 FORMAT_VERSION = 1
+AGAIN = "delete the folder and quantize again"
 META, PLAN, MODEL = "meta.json", "plan.json", "model.safetensors"
 OWN_KEYS = ("format_version", "timestep_scale", "dtypes", "widened", "sha256")
 
@@ -48,7 +49,9 @@ def save_denoiser(folder: str | Path, denoiser: nn.Module, plan: QuantPlan, meta
             "widened": sorted(narrow),
             "sha256": {name: _sha256(temporary / name) for name in (PLAN, MODEL)},
         }
-        (temporary / META).write_text(json.dumps({**meta, **own}, indent=1) + "\n")
+        full = json.loads(json.dumps({**meta, **own}))
+        full["sha256"][META] = _meta_sha256(full)
+        (temporary / META).write_text(json.dumps(full, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -90,17 +93,18 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     for name in (META, PLAN, MODEL):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} is no quantized model: {name} is missing; quantize again")
+            raise UserError(f"{folder} is no quantized model: {name} is missing; {AGAIN}")
     try:
         meta = json.loads((folder / META).read_text())
-        version, digests = meta["format_version"], meta["sha256"]
+        version, digests = meta["format_version"], dict(meta["sha256"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / META} is damaged; quantize again") from None
+        raise UserError(f"{folder / META} is damaged; {AGAIN}") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{folder} has format version {version}; this program reads {FORMAT_VERSION}; quantize again")
-    for name in (PLAN, MODEL):
-        if _sha256(folder / name) != digests.get(name):
-            raise UserError(f"{folder / name} is truncated or was altered (its sha256 does not match); quantize again")
+        raise UserError(f"{folder} has format version {version}; this program reads {FORMAT_VERSION}; {AGAIN}")
+    found = {PLAN: _sha256(folder / PLAN), MODEL: _sha256(folder / MODEL), META: _meta_sha256(meta)}
+    for name, digest in found.items():
+        if digest != digests.get(name):
+            raise UserError(f"{folder / name} is truncated or was altered (its sha256 does not match); {AGAIN}")
     return meta
 
 
@@ -143,6 +147,12 @@ def _context_of(denoiser: nn.Module) -> StepContext:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _meta_sha256(meta: Mapping[str, Any]) -> str:
+    """Digest of everything in meta.json but the digests."""
+    rest = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

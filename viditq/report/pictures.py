@@ -75,6 +75,21 @@ def rows_picture(
     return save_picture(picture, path)
 
 
+def comparison_gif(
+    samples: Tensor, references: Tensor, scores: Tensor, path: Path, higher_is_better: bool = True, max_pairs: int = 6
+) -> Path:
+    """Write a GIF of the worst pairs in motion: the float model's clips above, the quantized ones below."""
+    worst = torch.as_tensor(scores).argsort(descending=not higher_is_better, stable=True)[:max_pairs]
+    rows = [torch.cat([_framed(clip) for clip in clips[worst]], -1) for clips in (references, samples)]
+    both_FCHW = torch.cat(rows, -2)
+    return save_gif(both_FCHW, path, height=3 * both_FCHW.shape[-2])
+
+
+def _framed(clip_FCHW: Tensor) -> Tensor:
+    """The clip with a white margin of two pixels."""
+    return torch.nn.functional.pad(clip_FCHW, (2, 2, 2, 2), value=255)
+
+
 def save_gif(clip_FCHW: Tensor, path: Path, frames_per_second: float = 8, height: int = 128) -> Path:
     """Write a clip [F, C, H, W] as an endlessly looping GIF; a preview, since GIF keeps only 256 colours."""
     first, *others = [scaled(frame, height) for frame in clip_FCHW]

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from viditq.data.moving_shapes import ATTRIBUTES, draw_scenes, labels, render
 from viditq.tiny import losses, networks
@@ -27,7 +27,7 @@ SCHEDULES = {
     "text": Schedule(steps=400, lr=2e-3, warmup=20),
     "clip": Schedule(steps=1000, lr=1.5e-3, decay=0.8),
     "image": Schedule(steps=3500, lr=1.5e-3, decay=0.5),
-    "video": Schedule(steps=3500, lr=1e-3, decay=0.5),
+    "video": Schedule(steps=4500, lr=1e-3, decay=0.5),
 }
 POOL_CLIPS = 16384
 CAPTION_DROPOUT = 0.1
@@ -66,8 +66,8 @@ class Workshop:
         )
         last = folder / "last.ckpt"
         print(f"{stage}: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {steps} steps")
-        steps_left: DataLoader[int] = DataLoader(list(range(steps)), batch_size=1)
-        trainer.fit(trainee, steps_left, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        ticks = DataLoader(TensorDataset(torch.arange(steps)))  # batches are drawn by the trainee
+        trainer.fit(trainee, ticks, ckpt_path=str(last) if last.exists() else None, weights_only=True)
         net = trainee.averaged()
         _save(net, target)
         return net

@@ -45,7 +45,7 @@ class Trainee(L.LightningModule):
         self.net = net.to(torch.bfloat16).train()
         self.draw, self.loss, self.schedule, self.seed = draw, loss, schedule, seed
 
-    def training_step(self, _: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, _: list[Tensor], batch_idx: int) -> Tensor:
         """Draw, forward, log."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
         torch.manual_seed(self.seed * 1_000_003 + self.global_step)

@@ -1,0 +1,91 @@
+"""The tools beside run.py, on real runs."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(path: str) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(folder: Path, experiment: str, seed: int, psnr: float) -> Path:
+    folder.mkdir(parents=True)
+    label = {"label": "PSNR", "unit": "dB", "higher_is_better": True}
+    metrics = {"model": "m", "experiment": experiment, "seed": seed, "prompts": 4, "metrics": {"psnr": psnr}}
+    metrics |= {"labels": {"psnr": label}, "float_metrics": {}, "average_weight_bits": 4.5, "size_bytes": 2_000_000}
+    metrics |= {"average_activation_bits": 8.5, "seconds": {"generate": 3.0}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def test_results_table_means_over_seeds_and_orders_best_first(tmp_path, monkeypatch, capsys):
+    runs = [write_run(tmp_path / f"a{i}", "good", i, 40.0 + i) for i in range(3)]
+    runs += [write_run(tmp_path / "b", "bad", 0, 20.0), tmp_path]  # the last holds no metrics.json
+    monkeypatch.setattr(sys, "argv", ["results_table.py", *map(str, runs)])
+    load("scripts/results_table.py").main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert lines[1].startswith("| good | 3 | 4.50 | 8.50 | 2.00 | 41.00 ± 0.58 |")
+    assert lines[2].startswith("| bad | 1 |") and "| 20 |" in lines[2]
+
+
+def test_results_table_of_nothing_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["results_table.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"none of these folders holds a metrics\.json"):
+        load("scripts/results_table.py").main()
+
+
+def test_compare_runs_draws_rows_and_pairs_prompts(finished_run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "rows.png"
+    arguments = [str(finished_run), str(finished_run), "--prompts", "1", "0", "--labels", "a", "b", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", *arguments])
+    load("scripts/compare_runs.py").main()
+    assert out.read_bytes().startswith(b"\x89PNG") and "+0.0000 ± 0.0000" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(finished_run), "--prompts", "99", "--out", str(out)])
+    with pytest.raises(SystemExit, match="no sample of prompt 99"):
+        load("scripts/compare_runs.py").main()
+
+
+def test_kurtosis_of_known_distributions():
+    kurtosis = load("scripts/plot_difficulty.py").kurtosis
+    generator = torch.Generator().manual_seed(0)
+    assert kurtosis(torch.randn(200_000, generator=generator)) == pytest.approx(0.0, abs=0.05)
+    assert kurtosis(torch.rand(200_000, generator=generator)) == pytest.approx(-1.2, abs=0.02)
+
+
+def test_plot_difficulty_measures_every_quantized_linear(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    overrides = ["model=tiny_image", "model.num_steps=2", "data.num_calibration_prompts=1", "data.num_prompts=1"]
+    load("scripts/plot_difficulty.py").main(overrides)
+    folder = tmp_path / "outputs" / "difficulty" / "tiny_image"
+    rows = json.loads((folder / "difficulty.json").read_text())
+    assert (folder / "difficulty.png").is_file() and "kurtosis" in capsys.readouterr().out
+    assert len(rows) == 40 and all(row["channel_ratio"] >= 1 and row["noise_level_ratio"] >= 1 for row in rows)
+
+
+def test_the_gate_reads_real_clips_and_notices_wrong_ones():
+    script = load("scripts/judge_tiny.py")
+    from viditq.data.moving_shapes import draw_scenes, render
+
+    generator = torch.Generator().manual_seed(1)
+    scenes = draw_scenes(128, generator)
+    clips = (render(scenes, generator) * 255).round().to(torch.uint8)
+    judge = script.load_judge("shipped:judge")
+    right = script.accuracies(judge, clips, scenes, video=True)
+    assert len(right) == 9 and min(right.values()) > 0.99
+    frozen = clips[:, :1].expand_as(clips)
+    still = script.accuracies(judge, frozen, scenes, video=True)
+    assert still["motion left"] < 0.2 and still["motion still"] > 0.9 and still["color"] > 0.9

@@ -1,0 +1,64 @@
+"""Three steps of everything that scripts/train_tiny.py trains."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import pytest
+from hydra.utils import instantiate
+
+from viditq.metrics.clip_encoder import load_clip
+from viditq.metrics.shapes import load_judge
+from viditq.models.generate import with_settings
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tiny.py"
+
+
+def train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stages, three steps each."""
+    options = ["--max-steps", "3", "--work", str(folder / "work"), "--out", str(folder / "assets")]
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *options])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        train(folder, patch)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tiny_image", "tiny_video"])
+def test_exported_pipeline_runs(name: str, trained: Path, configure: Callable) -> None:
+    adapter = instantiate(configure(f"model={name}", "model.num_steps=2", "name=x").model, _convert_="all")
+    adapter = replace(adapter, path=str(trained / "assets" / name))
+    pipeline = with_settings(adapter, adapter.load_complete())
+    out = pipeline("a small red circle on a white background", output_type="pt", return_dict=False)[0]
+    assert out.isfinite().all() and out.shape[-3:] == (3, 32, 32)
+    files = (trained / "assets" / name).rglob("*")
+    assert sum(file.stat().st_size for file in files if file.is_file()) <= 20e6
+
+
+def test_exported_judges_load(trained: Path) -> None:
+    load_clip(str(trained / "assets" / "clip"))
+    load_judge(str(trained / "assets" / "judge"))
+
+
+def test_training_leaves_logs(trained: Path) -> None:
+    stages = {path.name for path in (trained / "work" / "logs").iterdir()}
+    assert {"judge", "vae", "text", "image", "video", "clip"} <= stages
+
+
+def test_second_call_trains_nothing(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = weights(trained)
+    monkeypatch.setattr(L.Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
+    train(trained, monkeypatch)
+    assert weights(trained) == before
