@@ -266,9 +266,8 @@ def test_damaged_cache(kind: str, refuse: Refuse, shared_cache: Path, finished_r
 
 def test_damaged_partial_statistics(refuse: Refuse, shared_cache: Path, finished_run: Path, tmp_path: Path) -> None:
     cache = shutil.copytree(shared_cache, tmp_path / "damaged")
-    (stats,) = cache.rglob("stats.safetensors")
-    stats.rename(stats.with_name("partial.safetensors"))
-    truncate(stats.with_name("partial.safetensors"))
+    for stats in list(cache.rglob("stats.safetensors")):
+        truncate(stats.rename(stats.with_name("partial.safetensors")))
     message = refuse(cache=cache)
     assert "partial.safetensors" in message and "Delete it" in message
 

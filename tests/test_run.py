@@ -90,7 +90,7 @@ def test_every_file_is_there(finished_run: Path, shared_cache: Path) -> None:
     assert set(contents(finished_run)) == files
     for kind in ("prompts", "reference", "stats"):
         for entry in (shared_cache / kind).iterdir():
-            assert strict_json(entry / "key.json")["model"]["name"] == "tiny_image"
+            assert strict_json(entry / "key.json")["model"]["pipeline"] == "PixArtAlphaPipeline"
 
 
 def test_metrics_json(finished_run: Path) -> None:

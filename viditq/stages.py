@@ -25,7 +25,9 @@ from viditq.report.pictures import comparison_gif, comparison_picture
 from viditq.run_dir import Cache, RunDir, fingerprint, read_seconds, timed
 from viditq.summary import summarize, worst_first
 
-Say = Callable[[str], None]
+# What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
+NOT_SAMPLING = ("name", "path", "roles", "keep_float")
+OF_TEXT = ("pipeline", "dtype", "encode", "encode_outputs", "max_tokens")
 
 
 @dataclass
@@ -42,11 +44,13 @@ class Stages:
 
     @cached_property
     def _base_key(self) -> dict[str, Any]:
-        return {"model": self.experiment.adapter.to_dict(), "weights": self.experiment.weights}
+        model = {k: v for k, v in self.experiment.adapter.to_dict().items() if k not in NOT_SAMPLING}
+        return {"model": model, "weights": self.experiment.weights}
 
     @cached_property
     def embeds_dir(self) -> Path:
-        return self.cache.entry("prompts", self._base_key)
+        model = {k: self._base_key["model"][k] for k in OF_TEXT}
+        return self.cache.entry("prompts", {"model": model, "weights": self.experiment.weights})
 
     @cached_property
     def reference_dir(self) -> Path:
