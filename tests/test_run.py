@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -304,3 +305,23 @@ def test_artifact_alone_gives_the_same_samples(finished_run: Path, tmp_path: Pat
     for index in range(2):
         stored = np.array(Image.open(finished_run / "samples" / f"{index:06d}.png"))
         assert (out["samples"][index, 0].permute(1, 2, 0).numpy() == stored).all()
+
+
+def test_sigterm_stops_between_batches_and_the_same_command_resumes(
+    run: Run, shared_cache: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning notes SIGTERM in `predict` and goes on; what `kill` or a scheduler sends must stop a run."""
+    folder, save = tmp_path / "run", stages.save_sample
+
+    def save_and_terminate(path: Path, clip: torch.Tensor) -> None:
+        save(path, clip)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "save_sample", save_and_terminate)
+        with pytest.raises(SystemExit) as stopped:
+            run(folder, shared_cache)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [p.name for p in (folder / "samples").iterdir()] == ["000000.png"]
+    metrics = run(folder, shared_cache)
+    assert without_seconds(metrics or {}) == without_seconds(strict_json(finished_run / "metrics.json"))

@@ -1,5 +1,6 @@
 """Generation and calibration as Lightning `predict` loops over batches of prompt indices."""
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ class PipelineModule(L.LightningModule):
         self.adapter, self.pipeline, self.load_embeds, self.seed = adapter, pipeline, load_embeds, seed
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         self.parts = nn.ModuleDict(parts)
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Stop at SIGTERM: Lightning only takes note of it, and heeds it in training alone."""
+        if self.trainer.received_sigterm:
+            raise SystemExit(128 + signal.SIGTERM)
 
 
 class Generation(PipelineModule):
