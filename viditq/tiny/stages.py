@@ -207,7 +207,7 @@ def train_image(shop: Workshop) -> None:
 
 
 def train_video(shop: Workshop) -> None:
-    """Inflate the image denoiser, then train the Latte denoiser on clips, most of them very noisy: motion comes first."""
+    """Inflate the image denoiser, then train the Latte denoiser on clips, most very noisy: motion comes first."""
     torch.manual_seed(shop.seed)
     image, video = networks.image_denoiser(), networks.video_denoiser()
     image.load_state_dict(load_file(shop.work / "image.safetensors"))
