@@ -219,10 +219,10 @@ def test_run_killed_before_logging_logs_when_repeated(run: Run, run_copy: Path, 
 def test_changed_configuration_is_refused(run: Run, run_copy: Path, shared_cache: Path) -> None:
     before = contents(run_copy)
     with pytest.raises(UserError) as error:
-        run(run_copy, shared_cache, "seed=1", "quant.smoothing.alpha=[0.3,0.2]")
+        run(run_copy, shared_cache, "seed=1", "quant.smoothing.alpha=[0.4,0.2]")
     message = str(error.value)
     assert "seed: 0 there, 1 now" in message
-    assert "quant.smoothing.alpha: 0.5 there, [0.3, 0.2] now" in message
+    assert "quant.smoothing.alpha: 0.3 there, [0.4, 0.2] now" in message
     assert "model" not in message.split("differs in")[1] and "hydra.run.dir=FOLDER" in message
     assert contents(run_copy) == before
 
