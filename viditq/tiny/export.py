@@ -20,7 +20,7 @@ def export(shop: Any) -> None:
     """Write tiny_image/, tiny_video/, clip/ and judge/ under `shop.out`, weights in fp16."""
     image, video = networks.image_denoiser(), networks.video_denoiser()
     image.load_state_dict(load_file(shop.work / "image.safetensors"))
-    video.load_state_dict(load_file(shop.work / "refine.safetensors"))
+    video.load_state_dict(load_file(shop.work / "video.safetensors"))
     for name, pipeline, net in (("tiny_image", PixArtAlphaPipeline, image), ("tiny_video", LattePipeline, video)):
         _pipeline(pipeline, shop, net, name).to(torch.float16).save_pretrained(shop.out / name)
     clip = networks.clip()

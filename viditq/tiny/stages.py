@@ -28,7 +28,6 @@ SCHEDULES = {
     "clip": Schedule(steps=1000, lr=1.5e-3, decay=0.8),
     "image": Schedule(steps=3500, lr=1.5e-3, decay=0.5),
     "video": Schedule(steps=4500, lr=1e-3, decay=0.5),
-    "refine": Schedule(steps=2000, lr=1e-3, decay=0.8),
 }
 POOL_CLIPS = 16384
 CAPTION_DROPOUT = 0.1
@@ -212,17 +211,6 @@ def train_video(shop: Workshop) -> None:
     image, video = networks.image_denoiser(), networks.video_denoiser()
     image.load_state_dict(load_file(shop.work / "image.safetensors"))
     networks.inflate(image, video)
-    shop.train("video", video, _draw_videos(shop), partial(losses.video_loss, shifts={1.0: 0.45, 3.7: 0.55}))
-
-
-def refine_video(shop: Workshop) -> None:
-    """Train on with the noise levels between, where colours settle and the first round seldom went."""
-    video = networks.video_denoiser()
-    video.load_state_dict(load_file(shop.work / "video.safetensors"))
-    shop.train("refine", video, _draw_videos(shop), partial(losses.video_loss, shifts={1.0: 0.3, 2.3: 0.4, 3.7: 0.3}))
-
-
-def _draw_videos(shop: Workshop) -> Callable[[torch.Generator], Batch]:
     pool, table = _latent_pool(shop), _text_table(shop, video=True)
 
     def draw(generator: torch.Generator) -> Batch:
@@ -230,7 +218,7 @@ def _draw_videos(shop: Workshop) -> Callable[[torch.Generator], Batch]:
         latents = pool["latents"][clips].float().transpose(1, 2).contiguous()
         return {"latents": latents, **_captions(table, pool["scenes"][clips], generator)}
 
-    return draw
+    shop.train("video", video, draw, losses.video_loss)
 
 
 STAGES: dict[str, Callable[[Workshop], None]] = {
@@ -239,7 +227,6 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "text": train_text,
     "image": train_image,
     "video": train_video,
-    "refine": refine_video,
     "clip": train_clip,
     "export": export,
 }
