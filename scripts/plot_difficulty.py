@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from viditq import config
+from viditq.cli import guarded_main
 from viditq.experiment import build
 from viditq.files import atomic, write_json
 from viditq.quant.observers import CalibrationStats
@@ -118,6 +119,7 @@ def main(overrides: list[str]) -> None:
         cfg = compose("config", ["name=difficulty", "logger=none", *overrides])
     experiment = build(cfg)
     folder = Path("outputs/difficulty") / experiment.adapter.name
+    (folder / "run.json").unlink(missing_ok=True)  # the pictures there are made anew
     stages = Stages(experiment, RunDir(folder, experiment.tracked))
     stages.prompts()
     stats = stages.statistics()
@@ -133,4 +135,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(guarded_main(lambda: main(sys.argv[1:])))

@@ -37,20 +37,29 @@ def mean_and_error(values: list[float]) -> str:
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
+def values(runs: list[Metrics], name: str) -> list[float]:
+    """A metric of all seeds; empty if one of them did not measure it."""
+    found = [run["metrics"].get(name) for run in runs]
+    return [] if None in found else found
+
+
 def table(experiments: dict[str, list[Metrics]]) -> str:
     """One markdown table, best first by the first metric."""
-    first = next(iter(experiments.values()))[0]
+    first = max((runs[0] for runs in experiments.values()), key=lambda run: len(run["metrics"]))
     names = list(first["metrics"])
     labels = [f"{first['labels'][n]['label']} {first['labels'][n]['unit']}".strip() for n in names]
     sign = -1 if first["labels"][names[0]]["higher_is_better"] else 1
     lines = ["| experiment | seeds | W bits | A bits | MB | " + " | ".join(labels) + " | seconds |"]
     lines.append("|---" * (6 + len(names)) + "|")
-    order = sorted(experiments, key=lambda e: sign * statistics.fmean(r["metrics"][names[0]] for r in experiments[e]))
+    order = sorted(
+        experiments, key=lambda e: statistics.fmean([sign * v for v in values(experiments[e], names[0])] or [math.inf])
+    )
     for experiment in order:
         runs = experiments[experiment]
         bits = f"{runs[0]['average_weight_bits']:.2f} | {runs[0]['average_activation_bits']:.2f}"
         size = f"{runs[0]['size_bytes'] / 1e6:.2f}"
-        cells = [mean_and_error([r["metrics"][name] for r in runs]) for name in names]
+        measured = [values(runs, name) for name in names]
+        cells = [mean_and_error(found) if found else "-" for found in measured]
         seconds = statistics.median(r["seconds"].get("generate", math.nan) for r in runs)
         lines.append(f"| {experiment} | {len(runs)} | {bits} | {size} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     return "\n".join(lines)
