@@ -10,6 +10,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from viditq import config
 from viditq.experiment import build
 from viditq.quant.convert import linear_names
 from viditq.quant.scheme import QuantSpec
@@ -129,3 +130,12 @@ def test_help_and_cfg(arguments: list[str], words: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
     assert all(word in done.stdout for word in words), done.stdout
+
+
+def test_names_that_are_too_long_stay_distinct() -> None:
+    """Folders take 255 bytes, W&B groups 128 characters."""
+    long = ["a" * 200 + end for end in "xy"]
+    short = [config.shorten(text, 120) for text in long]
+    assert [len(text) for text in short] == [120, 120] and short[0] != short[1]
+    assert config.shorten("a" * 120, 120) == "a" * 120
+    assert config.run_name("w8a8", "quant=w8a8,seed=1,data.path=a/b") == "w8a8,seed=1,data.path=a.b"

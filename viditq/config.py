@@ -41,8 +41,12 @@ class RootConfig:
 def run_name(name: str, overrides: str) -> str:
     """Folder name of a run: its name, then the command line's other overrides (hashed when too long for a file)."""
     parts = [part for part in overrides.split(",") if part and part != f"quant={name}"]
-    full = ",".join([name, *parts]).replace("/", ".")
-    return full if len(full) <= 150 else f"{full[:130]}-{hashlib.sha256(full.encode()).hexdigest()[:12]}"
+    return shorten(",".join([name, *parts]).replace("/", "."), 150)
+
+
+def shorten(text: str, limit: int) -> str:
+    """`text` if it fits, else its beginning and a hash of it all."""
+    return text if len(text) <= limit else f"{text[: limit - 13]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def register() -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
+from viditq.config import shorten
 from viditq.console import print_summary
 from viditq.engine.logging import log_run
 from viditq.experiment import build
@@ -51,7 +52,7 @@ def sweep_name() -> str | None:
     """The overrides of the multirun this job belongs to: the group of its W&B runs; None for a single run."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    return " ".join(argument for argument in sys.argv[1:] if not argument.startswith("-"))
+    return shorten(" ".join(argument for argument in sys.argv[1:] if not argument.startswith("-")), 120)
 
 
 def quiet_libraries() -> None:
