@@ -30,7 +30,10 @@ def _check_counts(num_prompts: int, num_calibration_prompts: int) -> None:
 
 @dataclass
 class MovingShapes:
-    """Captions of the procedural clips; evaluation and calibration scenes are disjoint, the same for every seed"""
+    """Captions of the procedural clips, the same for every seed; evaluation and calibration scenes are disjoint.
+
+    Image captions leave the motion out, so as captions (not as noise) they recur: there are only 136 of them.
+    """
 
     modality: str
     num_prompts: int
