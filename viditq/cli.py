@@ -16,6 +16,7 @@ from hydra.errors import (
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from viditq.config import COMMAND_VARIABLE
 from viditq.errors import UserError
 
 ELSEWHERE = "Choose another with hydra.run.dir=FOLDER and cache_dir=FOLDER"
@@ -38,6 +39,7 @@ class JobFailed(Exception):
 def guarded_main(hydra_main: Callable[[], None]) -> int:
     """Compose and run; the exit status. What goes wrong before or around a run gets its message here."""
     debug = "debug=true" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ[COMMAND_VARIABLE] = " ".join(word for word in sys.argv[1:] if not word.startswith("-"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own way
     try:
         hydra_main()

@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 STAGES = ("prompts", "reference", "calibrate", "quantize", "generate", "evaluate", "report")
+COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to processes with an argv of their own
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
-from viditq.config import shorten
+from viditq.config import COMMAND_VARIABLE, shorten
 from viditq.console import print_summary
 from viditq.engine.logging import log_run
 from viditq.experiment import build
@@ -49,10 +48,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
 
 
 def sweep_name() -> str | None:
-    """The overrides of the multirun this job belongs to: the group of its W&B runs; None for a single run."""
+    """The command line of the multirun this job belongs to: the group of its W&B runs; None for a single run."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    return shorten(" ".join(argument for argument in sys.argv[1:] if not argument.startswith("-")), 120)
+    return shorten(os.environ[COMMAND_VARIABLE], 120)
 
 
 def quiet_libraries() -> None:
