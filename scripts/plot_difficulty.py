@@ -25,10 +25,12 @@ from viditq import config
 from viditq.cli import guarded_main
 from viditq.experiment import build
 from viditq.files import atomic, write_json
+from viditq.job import Job
 from viditq.quant.observers import CalibrationStats
 from viditq.run_dir import RunDir
 from viditq.runner import quiet_libraries
-from viditq.stages import Stages
+from viditq.stages.calibrate import observe
+from viditq.stages.prompts import prompts
 
 
 def bucket_amax(stats: CalibrationStats, layer: str) -> tuple[Tensor, Tensor]:
@@ -119,10 +121,10 @@ def main(overrides: list[str]) -> None:
         cfg = compose("config", ["name=difficulty", "logger=none", *overrides])
     experiment = build(cfg)
     folder = Path("outputs/difficulty") / experiment.adapter.name
-    (folder / "run.json").unlink(missing_ok=True)  # the pictures there are made anew
-    stages = Stages(experiment, RunDir(folder, experiment.tracked))
-    stages.prompts()
-    stats = stages.statistics()
+    job = Job(experiment, RunDir(folder, experiment.tracked))
+    prompts(job)
+    observe(job)
+    stats = CalibrationStats.load(job.stats_file)
     denoiser = getattr(experiment.adapter.load(), experiment.adapter.denoiser)
     rows = measure(stats, denoiser, experiment.adapter.linear_roles(list(stats.layers)))
     write_json(folder / "difficulty.json", rows)

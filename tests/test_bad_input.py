@@ -34,8 +34,8 @@ WITHOUT_SLOW_WORK = {
     "unknown key of a metric": (["+metric.psnr.foo=1"], ["metric.psnr.foo", "--cfg job"]),
     "unknown key of the logger": (["+logger.foo=1"], ["foo", "conf/logger"]),
     "unknown key of the trainer": (["+trainer.foo=1"], ["foo", "trainer=cpu"]),
-    "unknown stage": (["stages=[prompts,train]"], ["'train'", "prompts, reference, calibrate"]),
-    "no stage": (["stages=[]"], ["stages=[]", "prompts, reference, calibrate"]),
+    "unknown stage": (["stages=[prompts,train]"], ["'train'", "prompts, reference, noise_floor"]),
+    "no stage": (["stages=[]"], ["stages=[]", "prompts, reference, noise_floor"]),
     "unknown backend": (["backend=cuda"], ["'cuda'", "fake"]),
     "unknown layer pattern": (
         ["quant.rules=[{pattern: '*.attn9.*', keep_float: true}]"],
@@ -75,9 +75,14 @@ WITHOUT_SLOW_WORK = {
         ["not valid JSON"],
     ),
     "negative devices": (["trainer.devices=-3"], ["trainer.devices=-3", "> 0", "trainer.devices=1"]),
-    "several devices": (["trainer.devices=2"], ["trainer.devices=2", "-m"]),
+    "several devices without ddp": (
+        ["trainer=ddp_cpu", "trainer.strategy=ddp_spawn"],
+        ["trainer.strategy=ddp_spawn", "trainer.devices=2", "trainer=ddp_cpu"],
+    ),
+    "several nodes without a launcher": (["trainer=ddp_cpu", "trainer.num_nodes=2"], ["num_nodes=2", "torchrun"]),
     "batch size 0": (["batch_size=0"], ["batch_size=0", "at least 1"]),
     "negative seed": (["seed=-1"], ["seed=-1", "at least 0"]),
+    "negative noise floor": (["noise_floor.num_prompts=-1"], ["noise_floor.num_prompts=-1", "at least 0"]),
     "no buckets": (["calibration.num_buckets=0"], ["calibration.num_buckets=0", "at least 1"]),
 }
 AT_COMPOSITION = {
@@ -192,22 +197,14 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def alter(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-2] ^= 1
-    file.write_bytes(bytes(content))
-
-
-def remove(file: Path) -> None:
-    file.unlink()
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "meta.json"])
-@pytest.mark.parametrize("damage", [truncate, remove, alter])
-def test_damaged_artifact(
-    damage: Callable[[Path], None], name: str, refuse: Refuse, run_copy: Path, shared_cache: Path
+@pytest.mark.parametrize(("name", "old", "new"), [("model.safetensors", b"", b"\0"), ("plan.json", b"8", b"7")])
+def test_altered_artifact(
+    name: str, old: bytes, new: bytes, refuse: Refuse, run_copy: Path, shared_cache: Path
 ) -> None:
-    damage(run_copy / "quantized" / name)
+    """Whole, but not what was written."""
+    file = run_copy / "quantized" / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if not old else content.replace(old, new))
     shutil.rmtree(run_copy / "samples")
     message = refuse(folder=run_copy, cache=shared_cache)
     assert str(run_copy / "quantized") in message and name in message and "quantize again" in message
@@ -240,36 +237,11 @@ def test_artifact_of_another_format_version(refuse: Refuse, run_copy: Path, shar
     assert "99" in refuse(folder=run_copy, cache=shared_cache)
 
 
-@pytest.mark.parametrize("name", ["run.json", "metrics.json"])
-def test_damaged_json(name: str, refuse: Refuse, run_copy: Path, shared_cache: Path) -> None:
-    truncate(run_copy / name)
+def test_damaged_run_json(refuse: Refuse, run_copy: Path, shared_cache: Path) -> None:
+    """Whether this is the same run cannot be told any more."""
+    (run_copy / "run.json").write_text("{")
     message = refuse(folder=run_copy, cache=shared_cache)
-    assert str(run_copy / name) in message and "damaged" in message and "elete" in message
-
-
-def test_damaged_sample(refuse: Refuse, run_copy: Path, shared_cache: Path) -> None:
-    truncate(run_copy / "samples" / "000001.png")
-    (run_copy / "metrics.json").unlink()
-    message = refuse(folder=run_copy, cache=shared_cache)
-    assert "000001.png" in message and "Delete it and run the command again" in message
-
-
-@pytest.mark.parametrize("kind", ["prompts", "stats"])
-def test_damaged_cache(kind: str, refuse: Refuse, shared_cache: Path, finished_run: Path, tmp_path: Path) -> None:
-    cache = shutil.copytree(shared_cache, tmp_path / "damaged")
-    for file in (cache / kind).rglob("*.safetensors"):
-        truncate(file)
-    shutil.rmtree(cache / "reference")
-    message = refuse(cache=cache)
-    assert f"{cache}/{kind}/" in message and "elete" in message and "again" in message
-
-
-def test_damaged_partial_statistics(refuse: Refuse, shared_cache: Path, finished_run: Path, tmp_path: Path) -> None:
-    cache = shutil.copytree(shared_cache, tmp_path / "damaged")
-    for stats in list(cache.rglob("stats.safetensors")):
-        truncate(stats.rename(stats.with_name("partial.safetensors")))
-    message = refuse(cache=cache)
-    assert "partial.safetensors" in message and "Delete it" in message
+    assert str(run_copy / "run.json") in message and "damaged" in message and "elete" in message
 
 
 def test_stage_without_the_stages_before_it(refuse: Refuse) -> None:
@@ -319,7 +291,7 @@ def full_disk_in_safetensors(*_: object, **__: object) -> None:
         ("viditq.data.samples.Image.Image.save", full_disk),  # a sample
         ("viditq.quant.observers.save_file", full_disk_in_safetensors),  # the statistics
         ("viditq.quant.artifact.save_file", full_disk_in_safetensors),  # the artifact
-        ("viditq.stages.comparison_picture", full_disk),  # the picture
+        ("viditq.stages.report.comparison_picture", full_disk),  # the picture
     ],
 )
 def test_full_disk(

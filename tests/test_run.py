@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from viditq import stages
 from viditq.engine import sampling
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
+from viditq.stages import samples
 
 ROOT = Path(__file__).parents[1]
+MODULES = ("prompts", "samples", "calibrate", "quantize", "evaluate", "report")
 STABLE_KEYS = {
     "metrics": dict,
     "model": str,
@@ -35,6 +36,8 @@ STABLE_KEYS = {
     "prompts": int,
     "fingerprint": str,
 }
+STAGES = [sys.modules[f"viditq.stages.{name}"] for name in MODULES]
+SLOW = ("run_batches", "quantize_denoiser", "measure", "encode_prompt", "comparison_picture", "load_artifact")
 Run = Callable[..., dict[str, Any] | None]
 
 
@@ -59,9 +62,9 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def refuse_work(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Make every slow function that a stage calls fail, or those named."""
-    slow = ("run_batches", "quantize_denoiser", "evaluate", "encode_prompt", "comparison_picture", "load_artifact")
-    for name in names or slow:
-        monkeypatch.setattr(stages, name, lambda *_, **__: pytest.fail("work was done twice"))
+    for name in names or SLOW:
+        for stage in (s for s in STAGES if hasattr(s, name)):
+            monkeypatch.setattr(stage, name, lambda *_, **__: pytest.fail("work was done twice"))
     for name in () if names else ("load", "load_text_part", "load_complete"):
         monkeypatch.setattr(ModelAdapter, name, lambda *_, **__: pytest.fail("a model was loaded"))
 
@@ -69,7 +72,7 @@ def refuse_work(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[Path]:
     """The samples written from now on; the one numbered `fail_at` raises instead."""
     written: list[Path] = []
-    save = stages.save_sample
+    save = samples.save_sample
 
     def spy(path: Path, clip: torch.Tensor) -> None:
         if len(written) == fail_at:
@@ -77,7 +80,7 @@ def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -
         written.append(path)
         save(path, clip)
 
-    monkeypatch.setattr(stages, "save_sample", spy)
+    monkeypatch.setattr(samples, "save_sample", spy)
     return written
 
 
@@ -85,11 +88,11 @@ def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -
 
 
 def test_every_file_is_there(finished_run: Path, shared_cache: Path) -> None:
-    files = {"run.json", "metrics.json", "per_prompt.json", "seconds.json", "comparison.png"}
+    files = {".lock", "run.json", "metrics.json", "per_prompt.json", "seconds.json", "comparison.png"}
     files |= {f"quantized/{name}" for name in ("plan.json", "meta.json", "model.safetensors")}
     files |= {"samples/000000.png", "samples/000001.png"}
     assert set(contents(finished_run)) == files
-    for kind in ("prompts", "reference", "stats"):
+    for kind in ("prompts", "stats"):
         for entry in (shared_cache / kind).iterdir():
             assert strict_json(entry / "key.json")["model"]["pipeline"] == "PixArtAlphaPipeline"
 
@@ -129,14 +132,14 @@ def test_second_run_only_prints(
     assert run(finished_run, shared_cache) == strict_json(finished_run / "metrics.json")
     assert (contents(finished_run), contents(shared_cache)) == before
     out = capsys.readouterr().out
-    assert out.count("already") == 7 and "PSNR" in out and str(finished_run / "comparison.png") in out
+    assert out.count("already") == 9 and "PSNR" in out and str(finished_run / "comparison.png") in out
 
 
 def test_settings_that_change_no_result_continue_a_run(
-    run: Run, finished_run: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, run_copy: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_work(monkeypatch)
-    run(finished_run, shared_cache, "batch_size=2", "logger=csv", "debug=true", "stages=[prompts,reference,generate]")
+    run(run_copy, shared_cache, "batch_size=2", "logger=csv", "debug=true", "stages=[prompts,reference,generate]")
 
 
 def test_deleted_samples_are_made_again(
@@ -175,7 +178,7 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
     monkeypatch.setattr(sampling, "denoise", spy)
     with pytest.raises(Killed):  # after the first batch of the calibration
         run(folder, cache)
-    assert len(batches) == 1 and len(list(cache.rglob("*.png"))) == 2
+    assert len(batches) == 1 and len(list(cache.rglob("*.png"))) == 6
     (folder / "tried").touch()
     with monkeypatch.context() as patch:  # after the first quantized sample
         count_samples(patch, fail_at=1)
@@ -184,21 +187,22 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
     assert len(batches) == 2 and batches[0] != batches[1]
     metrics = run(folder, cache)
     assert without_seconds(metrics or {}) == without_seconds(strict_json(finished_run / "metrics.json"))
-    assert not list(tmp_path.rglob("*.tmp")) and not list(cache.rglob("partial.safetensors"))
+    assert not list(tmp_path.rglob("*.tmp")) and not list(cache.rglob("partial-*"))
 
 
 @pytest.mark.parametrize("dying", ["write_json", "comparison_picture", "save_denoiser"])
 def test_killed_while_writing(
     dying: str, run: Run, finished_run: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = getattr(stages, dying)
+    (stage,) = (s for s in STAGES if dying in vars(s))
+    real = getattr(stage, dying)
 
     def fail(*args: Any, **kwargs: Any) -> None:
         real(*args, **kwargs)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, dying, fail)
+        patch.setattr(stage, dying, fail)
         with pytest.raises(Killed):
             run(tmp_path / "run", shared_cache)
     metrics = run(tmp_path / "run", shared_cache)
@@ -280,6 +284,7 @@ import json, sys, torch, viditq
 from pathlib import Path
 from safetensors.torch import save_file
 from viditq.models.adapter import ModelAdapter
+from viditq.stages import samples
 from viditq.models.generate import generate
 from viditq.models.text import encode_prompt
 
@@ -311,14 +316,14 @@ def test_sigterm_stops_between_batches_and_the_same_command_resumes(
     run: Run, shared_cache: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning notes SIGTERM in `predict` and goes on; what `kill` or a scheduler sends must stop a run."""
-    folder, save = tmp_path / "run", stages.save_sample
+    folder, save = tmp_path / "run", samples.save_sample
 
     def save_and_terminate(path: Path, clip: torch.Tensor) -> None:
         save(path, clip)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "save_sample", save_and_terminate)
+        patch.setattr(samples, "save_sample", save_and_terminate)
         with pytest.raises(SystemExit) as stopped:
             run(folder, shared_cache)
     assert stopped.value.code == 128 + signal.SIGTERM

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from viditq.config import COMMAND_VARIABLE
-from viditq.errors import UserError
+from viditq.errors import AlreadyReported, UserError
 
 ELSEWHERE = "Choose another with hydra.run.dir=FOLDER and cache_dir=FOLDER"
 DISK_ERRORS = {
@@ -55,19 +55,33 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
 
 
 def guarded_run(cfg: DictConfig, folder: Path) -> None:
-    """`runner.run`, with user errors turned into a message on stderr: exit status 2, or JobFailed in a sweep."""
+    """`runner.run` with its errors as an exit status and a message, or JobFailed in a sweep."""
     from viditq.runner import run, sweep_name
 
+    status = guarded(cfg, lambda: run(cfg, folder))
+    if status and sweep_name() is not None:
+        raise JobFailed
+    if status:
+        sys.exit(status)
+
+
+def guarded(cfg: DictConfig, work: Callable[[], object]) -> int:
+    """Exit status of `work`: 0, or 2 for an error that a user can mend, with its message on stderr."""
+    from viditq.engine.processes import lost_peer
+
     try:
-        run(cfg, folder)
+        work()
+    except AlreadyReported:
+        return 2
     except Exception as error:
+        if lost_peer(error):
+            return 2
         message = user_message(error)
         if message is None or cfg.debug:
             raise
         print_error(message)
-        if sweep_name() is not None:
-            raise JobFailed(message) from None
-        sys.exit(2)
+        return 2
+    return 0
 
 
 def print_error(message: str) -> None:

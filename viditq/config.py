@@ -1,13 +1,14 @@
 """The root schema of the configuration: unknown or mistyped top-level keys fail when the config is composed."""
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-STAGES = ("prompts", "reference", "calibrate", "quantize", "generate", "evaluate", "report")
+STAGES = ("prompts", "reference", "noise_floor", "calibrate", "quantize", "generate", "evaluate", "report")
 COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to processes with an argv of their own
 
 
@@ -17,6 +18,13 @@ class CalibrationConfig:
 
     num_buckets: int = 20
     rows_per_bucket: int = 16
+
+
+@dataclass
+class NoiseFloorConfig:
+    """Number of prompts, the first ones, on which the float model is set against itself; 0 = not at all."""
+
+    num_prompts: int = 32
 
 
 @dataclass
@@ -30,6 +38,8 @@ class RootConfig:
     cache_dir: str = "outputs/_cache"
     debug: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    noise_floor: NoiseFloorConfig = field(default_factory=NoiseFloorConfig)
+    gate: dict[str, str] = field(default_factory=dict)
     model: Any = MISSING
     quant: Any = MISSING
     data: Any = MISSING
@@ -50,7 +60,24 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 13]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
+def local_processes(default: int | str) -> int | str:
+    """Processes per node as torchrun or srun says, else `default`."""
+    for variable in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return default
+
+
+def nodes() -> int:
+    """Nodes as torchrun or srun says, else 1."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    return int(os.environ.get("SLURM_NNODES", 1))
+
+
 def register() -> None:
     """Make the schema and the resolver known to Hydra."""
     ConfigStore.instance().store(name="schema", node=RootConfig)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("local_processes", local_processes, replace=True)
+    OmegaConf.register_new_resolver("nodes", nodes, replace=True)

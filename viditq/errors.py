@@ -1,4 +1,4 @@
-"""The one exception whose message is written for the user, not for a developer."""
+"""Exceptions whose message is written for the user, not for a developer."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,11 @@ class UserError(ValueError):
 
     `run.py` prints it without a traceback and exits with status 2 (`debug=true` shows the traceback).
     """
+
+
+class AlreadyReported(Exception):
+    """The run failed in another process, which has said why: exit status 2 without another word."""
+
+
+class GateFailed(Exception):
+    """The run is complete and its numbers do not pass `gate`: exit status 3."""

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 
-from viditq.config import STAGES, CalibrationConfig, RootConfig
+from viditq.config import STAGES, CalibrationConfig, NoiseFloorConfig, RootConfig
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
@@ -23,7 +23,7 @@ from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
-UNTRACKED = ("stages", "trainer", "logger", "debug", "cache_dir", "batch_size")
+UNTRACKED = ("stages", "trainer", "logger", "debug", "cache_dir", "batch_size", "gate")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Experiment:
     batch_size: int
     num_buckets: int
     rows_per_bucket: int
+    floor_prompts: int
+    gate: Mapping[str, str]
     backend: str
     stages: tuple[str, ...]
     cache_dir: Path
@@ -50,7 +52,18 @@ class Experiment:
     make_metrics: Callable[[], dict[str, Metric]]
     make_trainer: Callable[[], L.Trainer]
     make_logger: Callable[..., Any] | None
+    logger_name: str
     tracked: Mapping[str, Any]
+
+    @property
+    def floor_seed(self) -> int:
+        """The other seed of the noise floor; the next one, whose samples a sweep over seeds shares."""
+        return self.seed + 1
+
+    @property
+    def floor_dtype(self) -> str:
+        """The other dtype of the noise floor."""
+        return "float32" if self.adapter.dtype == "bfloat16" else "bfloat16"
 
 
 def build(cfg: DictConfig) -> Experiment:
@@ -61,6 +74,7 @@ def build(cfg: DictConfig) -> Experiment:
     _check_number("batch_size", cfg.batch_size, 1)
     _check_number("calibration.num_buckets", cfg.calibration.num_buckets, 1)
     _check_number("calibration.rows_per_bucket", cfg.calibration.rows_per_bucket, 1)
+    _check_number("noise_floor.num_prompts", cfg.noise_floor.num_prompts, 0)
     get_backend(cfg.backend)
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
@@ -76,6 +90,8 @@ def build(cfg: DictConfig) -> Experiment:
         batch_size=cfg.batch_size,
         num_buckets=cfg.calibration.num_buckets,
         rows_per_bucket=cfg.calibration.rows_per_bucket,
+        floor_prompts=cfg.noise_floor.num_prompts,
+        gate={str(key): str(value) for key, value in cfg.gate.items()},
         backend=cfg.backend,
         stages=stages,
         cache_dir=Path(cfg.cache_dir),
@@ -87,6 +103,7 @@ def build(cfg: DictConfig) -> Experiment:
         make_metrics=lambda: instantiate(cfg.metric, _convert_="all"),
         make_trainer=lambda: _trainer(cfg.trainer),
         make_logger=_make_logger(cfg.logger) if cfg.logger else None,
+        logger_name=str(cfg.logger["_target_"]) if cfg.logger else "none",
         tracked={str(k): v for k, v in tracked.items() if k not in UNTRACKED} | {"inputs": inputs},
     )
     experiment.make_trainer()
@@ -98,6 +115,7 @@ def _check_keys(cfg: DictConfig) -> None:
     for prefix, given, schema in (
         ("", cfg, RootConfig),
         ("calibration.", cfg.calibration, CalibrationConfig),
+        ("noise_floor.", cfg.noise_floor, NoiseFloorConfig),
     ):
         allowed = [field.name for field in fields(schema)]
         for key in given:
@@ -152,6 +170,10 @@ def _trainer(node: Any) -> L.Trainer:
                 "trainer.devices=1."
             ) from error
         raise
-    if trainer.world_size != 1:
-        raise UserError(f"trainer.devices={node.devices}: one process per run for now. Give 1, and use -m for sweeps.")
+    strategy = node.get("strategy", "auto")
+    if trainer.world_size > 1 and strategy not in ("auto", "ddp"):
+        raise UserError(
+            f"trainer.strategy={strategy} with trainer.devices={node.devices}: processes share a run by prompts, which "
+            "is trainer.strategy=ddp (trainer=ddp_cpu, trainer=ddp)."
+        )
     return trainer

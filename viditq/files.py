@@ -1,12 +1,15 @@
-"""Files that are either whole or absent: written under a temporary name, then renamed."""
+"""Files that are either whole or absent: written under a temporary name, then renamed; and locks on folders."""
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -52,3 +55,88 @@ def read_tensors(path: Path, remedy: str = "Delete it and run the command again.
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is missing or damaged ({error}). {remedy}") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and was not cut off: its format's end is where it must be. Its values are not read."""
+    check = ENDS.get(path.suffix, lambda _: True)
+    try:
+        return check(path)
+    except (OSError, ValueError, KeyError, struct.error):
+        return False
+
+
+def _ends_with(*endings: bytes) -> Callable[[Path], bool]:
+    def check(path: Path) -> bool:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 16))
+            return file.read().rstrip().endswith(endings)
+
+    return check
+
+
+def _is_json(path: Path) -> bool:
+    json.loads(path.read_text())
+    return True
+
+
+def _holds_all_tensors(path: Path) -> bool:
+    """A safetensors file is 8 bytes of length, that many of header, and the data up to the largest end offset."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if 8 + length > path.stat().st_size:
+            return False
+        header = json.loads(file.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return path.stat().st_size == 8 + length + max(ends, default=0)
+
+
+ENDS: dict[str, Callable[[Path], bool]] = {  # by the ending of the file's name
+    ".png": _ends_with(b"IEND\xaeB`\x82"),
+    ".gif": _ends_with(b";"),
+    ".html": _ends_with(b"</html>"),
+    ".json": _is_json,
+    ".safetensors": _holds_all_tensors,
+}
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def lock(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold `folder` for this process; the system lets go of it when the process ends, however it ends.
+
+    `on_wait` is called once if another process holds it: it may raise, or say that this one waits.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        held.acquire(poll_interval=0.2)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What killed or still running writers have in `folder` and below."""
+    return [*folder.rglob("*.tmp")]
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what killed writers left in `folder` and below; call it with the lock held."""
+    for path in unfinished(folder):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """Files directly in `folder` that were cut off."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in files if path.suffix in ENDS and path.is_file() and not is_whole(path)]

@@ -37,3 +37,10 @@ def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | 
     if float_dtype not in (None, adapter.dtype):
         DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype)
     return with_settings(adapter, adapter.load_complete(denoiser)) if complete else adapter.load(denoiser)
+
+
+def in_dtype(adapter: ModelAdapter, pipeline: Any, dtype: str) -> Any:
+    """The pipeline with its denoiser computing in `dtype`; noise, text and decoder stay as they are."""
+    denoiser = getattr(pipeline, adapter.denoiser).to(DTYPES[dtype])
+    DtypeBoundary(denoiser, DTYPES[dtype], adapter.torch_dtype)
+    return pipeline

@@ -1,4 +1,4 @@
-"""What is on disk already: fingerprints, the shared cache, and the folder of one run."""
+"""What is on disk already: fingerprints, entries of the shared cache, and the folder of one run."""
 
 import hashlib
 import json
@@ -6,11 +6,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.files import read_json, write_json
+from viditq.files import lock, read_json, write_json
 
 
 def fingerprint(key: Mapping[str, Any]) -> str:
@@ -28,31 +30,48 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class Cache:
-    """Outputs that experiments share; each entry lies beside `key.json`, the values its fingerprint was made from."""
+@dataclass(frozen=True)
+class Entry:
+    """One output that experiments share, <kind folder>/<hash of key>; `key.json` beside it holds the key."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    kind: Path
+    key: Mapping[str, Any]
 
-    def entry(self, kind: str, key: Mapping[str, Any]) -> Path:
-        """The folder of this entry, made if it is new."""
-        path = self.folder / kind / fingerprint(key)
-        if not (path / "key.json").is_file():
-            write_json(path / "key.json", key)
-        return path
+    @cached_property
+    def path(self) -> Path:
+        return self.kind / fingerprint(self.key)
+
+    @property
+    def key_file(self) -> Path:
+        return self.path / "key.json"
 
 
+@dataclass(frozen=True)
 class RunDir:
-    """The folder of one run: refuses another configuration, remembers how long each stage took."""
+    """The folder of one run and what lies in it."""
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self.path, self.config = path, config
-        self._check_same(path / "run.json")
+    path: Path
+    config: Mapping[str, Any]
 
-    def _check_same(self, file: Path) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no other process work on this run; raises UserError if one does, or if the folder cannot be written."""
+
+        def on_wait() -> None:
+            raise UserError(
+                f"Another process is working on {self.path}. Wait for it, stop it, or choose another folder with "
+                "hydra.run.dir=FOLDER."
+            )
+
+        if self.path.is_file() or (self.path.is_dir() and not os.access(self.path, os.W_OK)):
+            raise UserError(f"{self.path} cannot be written to. Choose another with hydra.run.dir=FOLDER.")
+        with lock(self.path, on_wait):
+            yield
+
+    def claim(self) -> None:
+        """Write run.json, or raise UserError if the folder was made by another configuration."""
+        file = self.path / "run.json"
         if not file.is_file():
-            if self.path.is_file() or (self.path.is_dir() and not os.access(self.path, os.W_OK)):
-                raise UserError(f"{self.path} cannot be written to. Choose another with hydra.run.dir=FOLDER.")
             write_json(file, self.config)
             return
         remedy = "Delete the folder or choose another with hydra.run.dir=FOLDER."
@@ -90,9 +109,22 @@ class RunDir:
     def picture(self) -> Path:
         return self.path / "comparison.png"
 
+    @property
+    def errors(self) -> Path:
+        return self.path / "errors.json"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def logged(self) -> Path:
+        return self.path / "logged.json"
+
     def forget_evaluation(self) -> None:
         """Remove what was computed from samples that have changed."""
-        for path in (self.metrics, self.per_prompt, self.picture, self.picture.with_suffix(".gif")):
+        pictures = (self.picture, self.picture.with_suffix(".gif"), self.page)
+        for path in (self.metrics, self.per_prompt, self.logged, *pictures):
             path.unlink(missing_ok=True)
 
 

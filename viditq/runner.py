@@ -1,50 +1,103 @@
-"""One run, top to bottom: build the objects, go through the stages, report."""
+"""One run, top to bottom: build the objects, go through the stages, conclude."""
 
 import logging
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
 from viditq.config import COMMAND_VARIABLE, shorten
 from viditq.console import print_summary
+from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
-from viditq.experiment import build
-from viditq.files import read_json
+from viditq.engine.processes import Processes, environment, joined
+from viditq.errors import UserError
+from viditq.experiment import Experiment, build
+from viditq.files import is_whole, read_json, write_json
+from viditq.job import Job
 from viditq.run_dir import RunDir
-from viditq.stages import Stages
+from viditq.stages import FUNCTIONS
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
-    """Run the configured stages in `folder`; returns metrics.json's content once it exists.
+    """Run the configured stages in `folder`; returns metrics.json's content once it exists (on the first process).
 
-    Finished work is found on disk and skipped. Raises UserError for bad input, before anything slow where possible.
+    Finished work is found on disk and skipped. With trainer.devices above 1 the stages run in processes of their own,
+    unless torchrun or srun has started this one as one of several. Raises UserError for bad input, before anything
+    slow where possible.
     """
     quiet_libraries()
     experiment = build(cfg)
-    if "evaluate" in experiment.stages and not (folder / "metrics.json").is_file():
-        experiment.make_metrics()  # one that cannot be built is seen now, not after hours of sampling
     run_dir = RunDir(folder, experiment.tracked)
-    stages = Stages(experiment, run_dir)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{experiment.name}[/bold] on {experiment.adapter.name} -> {escape(str(folder))}")
-    to_log = not run_dir.metrics.is_file() or ("report" in experiment.stages and not run_dir.picture.is_file())
+    count = processes_to_launch(experiment)
+    if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
+        experiment.make_metrics()  # one that cannot be built is seen now, not after hours of sampling
+    with joined() as processes, run_dir.held() if processes.first else nullcontext():
+        processes.first_does(run_dir.claim)
+        if count > 1:
+            launch(OmegaConf.to_yaml(cfg, resolve=True), folder, count)
+        else:
+            run_stages(experiment, run_dir, processes)
+        return conclude(experiment, run_dir) if processes.first else None
+
+
+def processes_to_launch(experiment: Experiment) -> int:
+    """Number of processes that this one has to start; 1 = none, it does the work itself."""
+    trainer = experiment.make_trainer()
+    if environment() is not None:
+        return 1
+    if trainer.num_nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes={trainer.num_nodes}: start one process per device with torchrun or srun "
+            "(docs/processes.md), or give trainer.num_nodes=1."
+        )
+    return trainer.num_devices
+
+
+def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) -> None:
+    """All stages in order; called by every process of a run whose folder is held."""
+    console = terminal(quiet=not processes.first)
+    job = Job(experiment, run_dir, processes, say=lambda line: console.print(line, markup=False))
+    with_others = f" in {processes.count} processes" if processes.count > 1 else ""
+    path = escape(str(run_dir.path))
+    console.print(f"[bold]{experiment.name}[/bold] on {experiment.adapter.name}{with_others} -> {path}")
+    processes.first_does(job.tidy_run)
     for number, stage in enumerate(experiment.stages, 1):
-        console.print(f"[{number}/{len(experiment.stages)}] {stage}: {getattr(stages, stage)()}", markup=False)
+        console.print(f"[{number}/{len(experiment.stages)}] {stage}: {FUNCTIONS[stage](job)}", markup=False)
+
+
+def conclude(experiment: Experiment, run_dir: RunDir) -> dict[str, Any] | None:
+    """Log what is new, and print the summary."""
     if not run_dir.metrics.is_file():
         return None
     metrics = read_json(run_dir.metrics)
-    if to_log and experiment.make_logger is not None:
-        logger = experiment.make_logger(folder, experiment.name, sweep_name(), run_dir.fingerprint)
-        log_run(logger, experiment.tracked, run_dir, metrics)
-    print_summary(console, metrics, run_dir)
+    log(experiment, run_dir, metrics)
+    print_summary(terminal(), metrics, run_dir)
     return metrics
+
+
+def log(experiment: Experiment, run_dir: RunDir, metrics: dict[str, Any]) -> None:
+    """Hand a reported run to its logger, once per kind of logger."""
+    if experiment.make_logger is None or not is_whole(run_dir.picture):
+        return
+    done = read_json(run_dir.logged) if is_whole(run_dir.logged) else []
+    if experiment.logger_name not in done:
+        logger = experiment.make_logger(run_dir.path, experiment.name, sweep_name(), run_dir.fingerprint)
+        if logger is not None:
+            log_run(logger, experiment.tracked, run_dir, metrics)
+            write_json(run_dir.logged, [*done, experiment.logger_name])
+
+
+def terminal(quiet: bool = False) -> Console:
+    """Where a run prints."""
+    return Console(highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def sweep_name() -> str | None:

@@ -30,6 +30,7 @@ CONFIG = {"name": "w4a8", "quant": {"weight": {"bits": 4}}}
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
     directory = RunDir(tmp_path / "run", CONFIG)
+    directory.claim()
     Image.new("RGB", (8, 8)).save(directory.picture)
     return directory
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.files import atomic, write_tensors
+from viditq.files import atomic, is_whole, write_tensors
 
 
 def sample_path(folder: Path, index: int, modality: str) -> Path:
@@ -40,5 +40,5 @@ def load_sample(path: Path) -> Tensor:
 
 
 def missing_samples(folder: Path, count: int, modality: str) -> list[int]:
-    """Indices of the prompts whose sample is not on disk."""
-    return [i for i in range(count) if not sample_path(folder, i, modality).is_file()]
+    """Indices of the prompts whose sample is not on disk, or cut off there."""
+    return [i for i in range(count) if not is_whole(sample_path(folder, i, modality))]

@@ -14,24 +14,30 @@ from torchmetrics import Metric
 from viditq.data.prompts import PromptData
 from viditq.data.samples import load_sample, sample_path
 from viditq.metrics.batch import EvalBatch
+from viditq.metrics.streaming import summarise
 
 Results = dict[str, dict[str, Tensor]]
 
 
-class Pairs(Dataset[EvalBatch]):
-    """Batches of (sample, reference) pairs, with real clips where the data has them."""
+class Pairs(Dataset[EvalBatch | None]):
+    """Batches of (sample, reference) pairs, with real clips where the data has them.
+
+    Without any batch it holds one that is None: a process with nothing to score must take part in the synchronisation.
+    """
 
     def __init__(
         self, samples: Path, references: Path, data: PromptData, modality: str, batches: Sequence[list[int]]
     ) -> None:
         self.samples, self.references, self.data = samples, references, data
-        self.modality, self.batches = modality, batches
+        self.modality, self.batches = modality, batches or [[]]
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> EvalBatch:
+    def __getitem__(self, number: int) -> EvalBatch | None:
         indices = self.batches[number]
+        if not indices:
+            return None
         return EvalBatch(
             samples=self._load(self.samples, indices),
             references=self._load(self.references, indices),
@@ -53,14 +59,18 @@ class Evaluation(L.LightningModule):
         self.registered = nn.ModuleDict(metrics)  # moved to the device with this module
         self.results: Results = {}
 
-    def transfer_batch_to_device(self, batch: EvalBatch, device: torch.device, dataloader_idx: int) -> EvalBatch:
+    def transfer_batch_to_device(
+        self, batch: EvalBatch | None, device: torch.device, dataloader_idx: int
+    ) -> EvalBatch | None:
         """Lightning does not move frozen dataclasses by itself."""
+        if batch is None:
+            return None
         tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)}
         return dataclasses.replace(batch, **tensors)
 
-    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
+    def test_step(self, batch: EvalBatch | None, batch_idx: int) -> None:
         """Update all metrics with one batch of pairs."""
-        for metric in self.metrics.values():
+        for metric in self.metrics.values() if batch is not None else ():
             metric.update(batch)
 
     def on_test_epoch_end(self) -> None:
@@ -68,8 +78,17 @@ class Evaluation(L.LightningModule):
         self.results = {name: metric.compute() for name, metric in self.metrics.items()}
 
 
-def evaluate(trainer: L.Trainer, metrics: Mapping[str, Metric], pairs: Pairs) -> Results:
-    """Name -> what the metric computed (value, standard_error, per_sample ...)."""
+def measure(trainer: L.Trainer, metrics: Mapping[str, Metric], pairs: Pairs) -> Results:
+    """Name -> what the metric computed (value, standard_error, per_sample ...) from these pairs alone."""
+    for metric in metrics.values():
+        metric.reset()
     module = Evaluation(metrics)
-    trainer.test(module, DataLoader(pairs, batch_size=None), verbose=False)
+    trainer.test(module, DataLoader(pairs, batch_size=None, collate_fn=lambda batch: batch), verbose=False)
     return module.results
+
+
+def first_prompts(result: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """A per-sample metric's result restricted to the prompts 0 .. count - 1."""
+    kept = result["index"] < count
+    columns = {key: value[kept] for key, value in result.items() if key.startswith("per_sample")}
+    return summarise(result["index"][kept], **columns) if bool(kept.any()) else {}

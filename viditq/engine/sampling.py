@@ -2,17 +2,13 @@
 
 import signal
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from viditq.errors import UserError
-from viditq.files import write_tensors
+from viditq.engine.partials import Partial, Partials
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate
 from viditq.models.text import PromptEmbeds
@@ -31,6 +27,7 @@ class PipelineModule(L.LightningModule):
 
     def __init__(self, adapter: ModelAdapter, pipeline: Any, load_embeds: LoadEmbeds, seed: int) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # more processes than batches
         self.adapter, self.pipeline, self.load_embeds, self.seed = adapter, pipeline, load_embeds, seed
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         self.parts = nn.ModuleDict(parts)
@@ -57,47 +54,42 @@ class Generation(PipelineModule):
 
 
 class Calibration(PipelineModule):
-    """Samples with observers attached; after each batch the state so far is on disk."""
+    """Samples with observers attached; after each batch the state so far is on disk. Batches carry their number."""
 
-    def __init__(self, *args: Any, calibrator: Calibrator, partial: Path, num_done: int) -> None:
+    def __init__(self, *args: Any, calibrator: Calibrator, partials: Partials, rank: int) -> None:
         super().__init__(*args)
-        self.calibrator, self.partial, self.num_done = calibrator, partial, num_done
+        self.calibrator, self.partials, self.rank = calibrator, partials, rank
+        before = partials.load(rank)
+        self.done = before.done
+        if before.state:
+            calibrator.load_state(before.state)
 
-    def predict_step(self, indices: list[int], batch_idx: int) -> None:
+    def predict_step(self, batch: tuple[int, list[int]], batch_idx: int) -> None:
         """One batch of calibration prompts; noise indices are kept apart from those of the evaluation."""
+        number, indices = batch
         seeds = [CALIBRATION_OFFSET + i for i in indices]
         self.calibrator.set_sample_seeds(seeds)
         with self.calibrator:
             denoise(self.adapter, self.pipeline, [self.load_embeds(i) for i in indices], seeds, self.seed)
-        self.num_done += 1
-        write_tensors(self.partial, self.calibrator.state(), {"num_done": str(self.num_done)})
+        self.done |= {number}
+        self.partials.save(self.rank, Partial(self.done, self.calibrator.state()))
 
 
 CALIBRATION_OFFSET = 1_000_000
 
 
-class _Batches(Dataset[list[int]]):
-    def __init__(self, batches: Sequence[list[int]]) -> None:
+class _Batches(Dataset[Any]):
+    def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> list[int]:
+    def __getitem__(self, number: int) -> Any:
         return self.batches[number]
 
 
-def run_batches(trainer: L.Trainer, module: L.LightningModule, batches: Sequence[list[int]]) -> None:
-    """`trainer.predict` over lists of indices."""
+def run_batches(trainer: L.Trainer, module: L.LightningModule, batches: Sequence[Any]) -> None:
+    """`trainer.predict` over this process's batches (lists of indices); a process without any takes part, idle."""
     loader = DataLoader(_Batches(batches), batch_size=None, collate_fn=lambda batch: batch)
     trainer.predict(module, loader, return_predictions=False)
-
-
-def load_partial(path: Path) -> tuple[int, dict[str, Tensor]]:
-    """Number of finished batches and the observers' state of an interrupted calibration."""
-    try:
-        with safe_open(path, "pt") as file:
-            num_done = int(file.metadata()["num_done"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}). Delete it: calibration then starts anew.") from error
-    return num_done, load_file(path)

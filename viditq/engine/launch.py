@@ -1,0 +1,52 @@
+"""Several processes on this machine for one run, started and watched by torch's elastic agent."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from viditq.errors import AlreadyReported, UserError
+
+AGAIN = "Finished work is kept: run the same command again."
+
+
+def launch(config: str, folder: Path, count: int) -> None:
+    """Run the stages of `config` (yaml, resolved) in `folder` with `count` processes; returns when all are done.
+
+    When one process ends early the others are stopped. Raises AlreadyReported if it said why, UserError if it could
+    not (a signal).
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says it in its own way, at length
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    setting = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"viditq-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        shutdown_timeout=10,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "config.yaml"
+        file.write_text(config)
+        try:
+            elastic_launch(setting, sys.executable)("-m", "viditq.worker", str(file), str(folder))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode >= 0:
+                raise AlreadyReported from None
+            name = signal.Signals(-failure.exitcode).name
+            why = " (the system's memory may be full)" if name == "SIGKILL" else ""
+            raise UserError(f"Process {rank} of {count} was ended by {name}{why}. {AGAIN}") from None
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()

@@ -1,0 +1,171 @@
+"""One run's experiment, folders and processes: what every stage is handed."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from viditq.engine.processes import Processes
+from viditq.experiment import Experiment
+from viditq.files import damaged_files, is_whole, lock, read_tensors, remove_temporary, unfinished, write_json
+from viditq.models.text import PromptEmbeds
+from viditq.quant.artifact import META, MODEL, PLAN
+from viditq.run_dir import Entry, RunDir, fingerprint, timed
+
+# What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
+NOT_SAMPLING = ("name", "path", "roles", "keep_float")
+OF_TEXT = ("pipeline", "dtype", "encode", "encode_outputs", "max_tokens")
+
+
+@dataclass
+class Job:
+    """`say` prints a line for the user (on the first process)."""
+
+    experiment: Experiment
+    run_dir: RunDir
+    processes: Processes = field(default_factory=Processes)
+    say: Callable[[str], None] = print
+
+    # Where things are ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _base_key(self) -> dict[str, Any]:
+        model = {k: v for k, v in self.experiment.adapter.to_dict().items() if k not in NOT_SAMPLING}
+        return {"model": model, "weights": self.experiment.weights}
+
+    def _entry(self, kind: str, key: Mapping[str, Any]) -> Entry:
+        return Entry(self.experiment.cache_dir / kind, key)
+
+    @cached_property
+    def embeds(self) -> Entry:
+        """Embeddings of prompts."""
+        model = {k: self._base_key["model"][k] for k in OF_TEXT}
+        return self._entry("prompts", {"model": model, "weights": self.experiment.weights})
+
+    @cached_property
+    def reference(self) -> Entry:
+        """The float model's samples of the evaluation prompts."""
+        return self.float_samples(self.experiment.seed, None)
+
+    def float_samples(self, seed: int, denoiser_dtype: str | None) -> Entry:
+        """The same from another seed, or with the denoiser in another dtype (None = the model's own)."""
+        key = {**self._base_key, "seed": seed, "prompts": self.experiment.data.prompts}
+        return self._entry("reference", key | ({"denoiser_dtype": denoiser_dtype} if denoiser_dtype else {}))
+
+    @cached_property
+    def stats(self) -> Entry:
+        """Calibration statistics."""
+        e = self.experiment
+        prompts = {"calibration_prompts": e.data.calibration_prompts, "batch_size": e.batch_size}
+        sizes = {"num_buckets": e.num_buckets, "rows_per_bucket": e.rows_per_bucket}
+        return self._entry("stats", {**self._base_key, "seed": e.seed, **prompts, **sizes})
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of evaluation prompts."""
+        return len(self.experiment.data.prompts)
+
+    @property
+    def floor_size(self) -> int:
+        """Number of prompts of the noise floor, the first ones; 0 = there is none."""
+        return min(self.experiment.floor_prompts, self.num_prompts)
+
+    @cached_property
+    def floors(self) -> dict[str, Entry]:
+        """Samples that differ from the reference as the float model itself does: by seed, by dtype."""
+        e = self.experiment
+        if not self.floor_size:
+            return {}
+        samples = self.float_samples
+        return {"seed": samples(e.floor_seed, None), e.floor_dtype: samples(e.seed, e.floor_dtype)}
+
+    @property
+    def stats_file(self) -> Path:
+        return self.stats.path / "stats.safetensors"
+
+    @cached_property
+    def floor_results(self) -> Entry:
+        """What the metrics say of the noise floor's samples, set against the reference."""
+        keys = {name: entry.path.name for name, entry in self.floors.items()}
+        inputs = {"reference": self.reference.path.name, "floors": keys, "num_prompts": self.floor_size}
+        return self._entry("noise_floor", {**inputs, "metrics": self.experiment.tracked["metric"]})
+
+    def embeds_path(self, prompt: str) -> Path:
+        """The cached embeddings of one prompt."""
+        return self.embeds.path / f"{fingerprint({'prompt': prompt})}.safetensors"
+
+    def load_embeds(self, prompts: list[str]) -> Callable[[int], PromptEmbeds]:
+        """Index of a prompt -> its embeddings."""
+        remedy = "Delete it and run the command again, with the stage prompts."
+        return lambda index: read_tensors(self.embeds_path(prompts[index]), remedy)
+
+    # Work that others may be doing too -------------------------------------------------------------------------------
+
+    @contextmanager
+    def holding(self, entry: Entry) -> Iterator[None]:
+        """Let nobody else work on a cache entry; waits for another run that does, then finds its work done."""
+
+        def on_wait() -> None:
+            self.say(f"      waiting for another run that works on {entry.path}")
+
+        if not self.processes.first:
+            self.processes.wait()
+            yield
+            self.processes.wait()
+            return
+        with lock(entry.path, on_wait):
+            self._tidy_entry(entry)
+            self.processes.wait()
+            yield
+            self.processes.wait()
+
+    @contextmanager
+    def timed(self, folder: Path, stage: str) -> Iterator[None]:
+        """Record the seconds of the enclosed work, once."""
+        if not self.processes.first:
+            yield
+            return
+        with timed(folder, stage):
+            yield
+
+    def sweep_up(self, entry: Entry, leftovers: str = "*.tmp") -> None:
+        """Tidy a finished cache entry that a killed run left in disorder, unless another run is at it."""
+        path = entry.path
+        if self.processes.first and (unfinished(path) or damaged_files(path) or [*path.glob(leftovers)]):
+            with suppress(Busy), lock(path, _busy):
+                self._tidy_entry(entry)
+                for leftover in path.glob(leftovers):
+                    leftover.unlink()
+
+    def _tidy_entry(self, entry: Entry) -> None:
+        self.tidy(entry.path)
+        if not is_whole(entry.key_file):
+            write_json(entry.key_file, entry.key)
+
+    def tidy(self, folder: Path) -> None:
+        """Remove what a kill left behind, and files that were cut off, so that they are made again."""
+        remove_temporary(folder)
+        for path in damaged_files(folder):
+            self.say(f"      {path} is damaged and will be made again")
+            path.unlink()
+
+    def tidy_run(self) -> None:
+        """The same for the folder of the run."""
+        run = self.run_dir
+        self.tidy(run.path)
+        self.tidy(run.samples)
+        broken = [run.artifact / name for name in (PLAN, META, MODEL) if not is_whole(run.artifact / name)]
+        if run.artifact.is_dir() and broken:
+            self.say(f"      {broken[0]} is damaged and will be made again")
+            shutil.rmtree(run.artifact)
+
+
+class Busy(Exception):
+    """Another run holds the lock."""
+
+
+def _busy() -> None:
+    raise Busy

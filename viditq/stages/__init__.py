@@ -1,0 +1,21 @@
+"""The stages of a run; each does only what is missing on disk and leaves a file for the next."""
+
+from collections.abc import Callable, Mapping
+
+from viditq.config import STAGES
+from viditq.job import Job
+from viditq.stages import calibrate, evaluate, prompts, quantize, report, samples
+
+FUNCTIONS: Mapping[str, Callable[[Job], str]] = {
+    "prompts": prompts.prompts,
+    "reference": samples.reference,
+    "noise_floor": samples.noise_floor,
+    "calibrate": calibrate.calibrate,
+    "quantize": quantize.quantize,
+    "generate": samples.generate,
+    "evaluate": evaluate.evaluate,
+    "report": report.report,
+}
+"""Name -> function, in order; each returns a line that says what it did."""
+
+assert tuple(FUNCTIONS) == STAGES

@@ -1,0 +1,103 @@
+"""Stage `evaluate`: metrics over (sample, reference) pairs, and what the noise floor scores in the same metrics."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchmetrics import Metric
+
+from viditq.data.samples import missing_samples
+from viditq.engine.evaluation import Pairs, Results, first_prompts, measure
+from viditq.engine.sampling import batches_of
+from viditq.errors import UserError
+from viditq.files import is_whole, read_json, read_tensors, write_json, write_tensors
+from viditq.job import Job
+from viditq.quant.artifact import size_bytes
+from viditq.run_dir import read_seconds
+from viditq.summary import summarize
+
+PAIRS_AT_ONCE = 16
+
+
+def evaluate(job: Job) -> str:
+    """Compare the pairs, each process its share; writes metrics.json and per_prompt.json."""
+    run_dir, processes = job.run_dir, job.processes
+    if processes.first_does(lambda: is_whole(run_dir.metrics) and is_whole(run_dir.per_prompt)):
+        return f"already done ({run_dir.metrics})"
+    metrics = job.experiment.make_metrics()
+    with job.timed(run_dir.path, "evaluate"):
+        results = _measured(job, metrics, run_dir.samples, job.num_prompts)
+        whole = {name: metric for name, metric in metrics.items() if "per_sample" not in results[name]}
+        shared = {name: first_prompts(r, job.floor_size) for name, r in results.items() if name not in whole}
+        if whole and job.floor_size:
+            shared |= _measured(job, whole, run_dir.samples, job.floor_size)
+        floors = _floor_results(job, metrics)
+    if processes.first:
+        labels = {
+            name: {"label": m.name, "unit": m.unit, "higher_is_better": m.higher_is_better}
+            for name, m in metrics.items()
+        }
+        _write(job, results, shared, floors, labels)
+    processes.wait()
+    return f"{len(results)} metrics ({run_dir.metrics})"
+
+
+def _measured(job: Job, metrics: Mapping[str, Metric], samples: Path, count: int) -> Results:
+    """What each metric computes from the first `count` pairs of `samples` and the float reference."""
+    e, modality = job.experiment, job.experiment.adapter.modality
+    for folder in (job.reference.path, samples):
+        if gone := job.processes.first_does(partial(missing_samples, folder, count, modality)):
+            raise UserError(f"{len(gone)} samples are missing in {folder}. Run the stages before evaluate too.")
+    batches = job.processes.share(batches_of(count, PAIRS_AT_ONCE))
+    return measure(e.make_trainer(), metrics, Pairs(samples, job.reference.path, e.data, modality, batches))
+
+
+def _floor_results(job: Job, metrics: Mapping[str, Metric]) -> dict[str, Results]:
+    """Floor -> results on its prompts, from the cache or measured now."""
+    if not job.floors:
+        return {}
+    entry = job.floor_results
+    file = entry.path / "results.safetensors"
+    if not job.processes.first_does(lambda: is_whole(file)):
+        with job.holding(entry):
+            measured = {name: _measured(job, metrics, f.path, job.floor_size) for name, f in job.floors.items()}
+            flat = {
+                f"{f}/{m}/{k}": v for f, r in measured.items() for m, values in r.items() for k, v in values.items()
+            }
+            if job.processes.first:
+                write_tensors(file, flat)
+    floors: dict[str, Results] = {name: {} for name in job.floors}
+    for key, value in read_tensors(file).items():
+        floor, metric, field = key.split("/")
+        floors[floor].setdefault(metric, {})[field] = value
+    return floors
+
+
+def _write(
+    job: Job, results: Results, shared: Results, floors: Mapping[str, Results], labels: Mapping[str, Any]
+) -> None:
+    e, run_dir = job.experiment, job.run_dir
+    summary = summarize(results, dict(labels))
+    meta = read_json(run_dir.artifact / "meta.json")
+    seconds = {**read_seconds(job.reference.path), **read_seconds(job.stats.path), **read_seconds(run_dir.path)}
+    if not e.plan.needs_stats:
+        seconds.pop("calibrate", None)
+    per_prompt = {"prompts": e.data.prompts, "reference": str(job.reference.path.resolve())}
+    write_json(run_dir.per_prompt, {**per_prompt, "metrics": summary.pop("per_prompt")})
+    write_json(
+        run_dir.metrics,
+        {
+            **summary,
+            "model": e.adapter.name,
+            "experiment": e.name,
+            "seed": e.seed,
+            "average_weight_bits": meta["average_weight_bits"],
+            "average_activation_bits": meta["average_activation_bits"],
+            "size_bytes": size_bytes(run_dir.artifact),
+            "float_size_bytes": meta["float_size_bytes"],
+            "prompts": job.num_prompts,
+            "seconds": seconds,
+            "fingerprint": run_dir.fingerprint,
+        },
+    )

@@ -1,0 +1,31 @@
+"""Stage `prompts`: every prompt is encoded once; the text encoder is freed before the denoiser is loaded."""
+
+from viditq.files import is_whole, write_tensors
+from viditq.job import Job
+from viditq.models.text import check_prompts, encode_prompt
+
+
+def prompts(job: Job) -> str:
+    """Encode what is not in the cache yet, on the first process."""
+    data = job.experiment.data
+    wanted = list(dict.fromkeys([*data.prompts, *data.calibration_prompts]))
+
+    def missing() -> list[str]:
+        return [p for p in wanted if not is_whole(job.embeds_path(p))]
+
+    if not job.processes.first_does(missing):
+        job.sweep_up(job.embeds)
+        return f"{len(wanted)} prompts already encoded"
+    with job.holding(job.embeds), job.timed(job.run_dir.path, "prompts"):
+        count = job.processes.first_does(lambda: _encode(job, missing()))
+    return f"{count} of {len(wanted)} prompts encoded"
+
+
+def _encode(job: Job, missing: list[str]) -> int:
+    adapter = job.experiment.adapter
+    if missing:
+        pipeline = adapter.load_text_part()
+        check_prompts(adapter, pipeline, missing)
+        for prompt in missing:
+            write_tensors(job.embeds_path(prompt), encode_prompt(adapter, pipeline, prompt))
+    return len(missing)

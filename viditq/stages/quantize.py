@@ -1,0 +1,42 @@
+"""Stage `quantize`: plan, transforms and integer codes as an artifact."""
+
+import torch
+from torch import nn
+
+from viditq.job import Job
+from viditq.quant.artifact import save_denoiser, size_bytes
+from viditq.quant.convert import quantize_denoiser
+from viditq.quant.observers import CalibrationStats
+from viditq.stages.calibrate import observe
+
+
+def quantize(job: Job) -> str:
+    """Fit transforms, quantize the weights, write the artifact, on the first process."""
+    folder = job.run_dir.artifact
+    if job.processes.first_does(folder.is_dir):
+        return f"already done ({folder})"
+    if job.experiment.plan.needs_stats:
+        observe(job)
+    with job.timed(job.run_dir.path, "quantize"):
+        return job.processes.first_does(lambda: _quantize(job))
+
+
+def _quantize(job: Job) -> str:
+    e, plan, folder = job.experiment, job.experiment.plan, job.run_dir.artifact
+    stats = CalibrationStats.load(job.stats_file) if plan.needs_stats else None
+    denoiser = getattr(e.adapter.load(), e.adapter.denoiser)
+    if e.quant.float_dtype is not None:
+        denoiser.to(getattr(torch, e.quant.float_dtype))
+    linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+    meta = {
+        "model": e.adapter.to_dict(),
+        "weights": e.weights,
+        "float_dtype": e.quant.float_dtype,
+        "average_weight_bits": plan.average_weight_bits({name: m.weight.numel() for name, m in linears.items()}),
+        "average_activation_bits": plan.average_activation_bits({name: m.in_features for name, m in linears.items()}),
+        "float_size_bytes": sum(2 * p.numel() for p in denoiser.parameters()),
+        "stats": job.stats.path.name if stats else None,
+    }
+    quantize_denoiser(denoiser, plan, stats, e.backend, e.adapter.timestep_scale)
+    save_denoiser(folder, denoiser, plan, meta)
+    return f"{len(plan.layers)} of {len(linears)} Linears, {size_bytes(folder) / 1e6:.2f} MB ({folder})"

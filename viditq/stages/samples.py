@@ -1,0 +1,88 @@
+"""Stages `reference`, `noise_floor` and `generate`: samples of the evaluation prompts, each in a file of its own."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from viditq.data.samples import missing_samples, sample_path, save_sample
+from viditq.engine.sampling import Generation, batches_of, run_batches
+from viditq.job import Job
+from viditq.loading import in_dtype, load_artifact
+from viditq.run_dir import Entry
+
+
+def reference(job: Job) -> str:
+    """Generate the evaluation prompts with the float model."""
+    return _float_samples(job, job.reference, job.experiment.seed, None, job.num_prompts, "float")
+
+
+def noise_floor(job: Job) -> str:
+    """Generate some of them as the float model would with another seed, and in another dtype from the same noise."""
+    if not job.floor_size:
+        return "switched off (noise_floor.num_prompts=0)"
+    e = job.experiment
+    lines = [
+        _float_samples(job, entry, seed, dtype, job.floor_size, f"float {name}")
+        for name, (entry, seed, dtype) in {
+            f"seed {e.floor_seed}": (job.floors["seed"], e.floor_seed, None),
+            e.floor_dtype: (job.floors[e.floor_dtype], e.seed, e.floor_dtype),
+        }.items()
+    ]
+    return "; ".join(lines)
+
+
+def generate(job: Job) -> str:
+    """Reload the artifact and generate the same prompts from the same noise."""
+    folder, e = job.run_dir.samples, job.experiment
+
+    def load() -> Any:
+        return load_artifact(job.run_dir.artifact, backend=e.backend, complete=False)
+
+    timed = job.timed(job.run_dir.path, "generate")
+    return _generate(job, folder, job.num_prompts, "quantized", load, e.seed, timed)
+
+
+def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, count: int, what: str) -> str:
+    adapter = job.experiment.adapter
+    if not job.processes.first_does(lambda: missing_samples(entry.path, count, adapter.modality)):
+        job.sweep_up(entry)
+        return f"all {count} {what} samples already there ({entry.path})"
+
+    def load() -> Any:
+        return adapter.load() if dtype is None else in_dtype(adapter, adapter.load(), dtype)
+
+    with job.holding(entry):
+        return _generate(job, entry.path, count, what, load, seed, job.timed(entry.path, "reference"))
+
+
+def _generate(
+    job: Job,
+    folder: Path,
+    count: int,
+    what: str,
+    load: Callable[[], Any],
+    seed: int,
+    timed: AbstractContextManager[None],
+) -> str:
+    """Make the samples that `folder` lacks, each process its share of the batches."""
+    e, modality = job.experiment, job.experiment.adapter.modality
+    missing = set(job.processes.first_does(lambda: missing_samples(folder, count, modality)))
+    if not missing:
+        return f"all {count} {what} samples already there ({folder})"
+    if job.processes.first:
+        job.run_dir.forget_evaluation()
+
+    def sink(index: int, clip: Tensor) -> None:
+        if index in missing:
+            save_sample(sample_path(folder, index, modality), clip)
+
+    with timed:
+        # Batches are cut from all prompts, whatever is missing, so that a resumed run repeats them to the bit.
+        batches = [b for b in batches_of(job.num_prompts, e.batch_size) if missing & set(b)]
+        module = Generation(e.adapter, load(), job.load_embeds(e.data.prompts), seed, sink=sink)
+        run_batches(e.make_trainer(), module, job.processes.share(batches))
+        job.processes.wait()
+    return f"{len(missing)} of {count} {what} samples generated ({folder})"

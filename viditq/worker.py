@@ -1,0 +1,34 @@
+"""One of the processes that `launch` starts: `python -m viditq.worker CONFIG FOLDER`."""
+
+import ctypes
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from viditq import cli
+from viditq.engine.processes import joined
+from viditq.experiment import build
+from viditq.run_dir import RunDir
+from viditq.runner import quiet_libraries, run_stages
+
+PR_SET_PDEATHSIG = 1
+
+
+def run(cfg: DictConfig, folder: Path) -> None:
+    """The stages of a run whose folder the launching process holds."""
+    quiet_libraries()
+    experiment = build(cfg)
+    with joined() as processes:
+        run_stages(experiment, RunDir(folder, experiment.tracked), processes)
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":  # a launcher that is killed cannot stop its processes, so the system does
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    config = OmegaConf.load(sys.argv[1])
+    assert isinstance(config, DictConfig)
+    work = partial(run, config, Path(sys.argv[2]))
+    sys.exit(cli.guarded(config, work))
