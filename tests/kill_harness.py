@@ -1,4 +1,4 @@
-"""Kill runs at random moments of every stage, repeat them, and compare: `kill_harness.py FOLDER KILLS SEED [OVERRIDE...]`.
+"""Kill runs at random moments of every stage and repeat them: `kill_harness.py FOLDER KILLS SEED [OVERRIDE...]`.
 
 One run is killed in several of its stages one after the other (SIGKILL, a random part into the stage), then finished;
 runs follow until there were enough kills. A finished run must have the undisturbed one's metrics.json but for seconds,

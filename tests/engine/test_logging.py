@@ -1,38 +1,153 @@
-"""What a finished run sends to its logger."""
+"""What a finished run sends to its logger, read back from the files it left."""
 
+import base64
 import csv
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 from hydra.utils import instantiate
 from PIL import Image
+from wandb_records import OfflineRun, offline_runs
 
+from viditq.data.samples import sample_path, save_sample
+from viditq.engine import wandb_objects
 from viditq.engine.logging import log_run
+from viditq.engine.wandb_objects import worst_indices
+from viditq.files import write_json
+from viditq.report.pictures import save_gif
 from viditq.run_dir import RunDir
 
 METRICS: dict[str, Any] = {
-    "metrics": {"psnr": 31.5, "fid": None},
-    "standard_errors": {"psnr": 0.5, "fid": None},
-    "float_metrics": {"fid": 12.0},
+    "metrics": {"psnr": 31.5, "clipsim": 90.0, "fid": None},
+    "standard_errors": {"psnr": 0.5, "clipsim": 0.25, "fid": None},
+    "float_metrics": {"clipsim": 91.0, "fid": 12.0},
+    "labels": {
+        "psnr": {"label": "PSNR", "unit": "dB", "higher_is_better": True},
+        "clipsim": {"label": "CLIPSIM", "unit": "", "higher_is_better": True},
+        "fid": {"label": "FID", "unit": "", "higher_is_better": False},
+    },
+    "model": "tiny video",
+    "experiment": "w4a8/odd",
+    "seed": 0,
+    "fingerprint": "abc",
     "seconds": {"generate": 3.0},
     "average_weight_bits": 4.5,
     "average_activation_bits": 8.5,
     "size_bytes": 1000,
     "float_size_bytes": 3000,
 }
+VERDICT = {
+    "psnr": {
+        "verdict": "worse",
+        "kind": "fidelity",
+        "value": 31.5,
+        "interval": [30.5, 32.5],
+        "float": None,
+        "difference": -10.0,
+        "difference_interval": [-11.0, -9.0],
+        "noise": 0.5,
+        "floors": {"seed": 12.0, "bfloat16": 41.5},
+        "reason": "10 dB below the floor",
+    },
+    "clipsim": {
+        "verdict": "equal within noise",
+        "kind": "quality",
+        "value": 90.0,
+        "interval": None,
+        "float": 91.0,
+        "difference": -1.0,
+        "difference_interval": None,
+        "noise": None,
+        "floors": {"seed": None, "bfloat16": None},
+        "reason": "within 1",
+    },
+}
 CONFIG = {"name": "w4a8", "quant": {"weight": {"bits": 4}}}
+NUM_PROMPTS = 26
+ERRORS: dict[str, Any] = {
+    "num_prompts": 4,
+    "bucket_edges": [0, 0.5, 0.75, 1],
+    "denoiser": {"relative_error": [None, 0.2, 0.1]},
+    "layers": {
+        "blocks.0.fc1": {
+            "role": "mlp",
+            "weight_bits": [4, 8],
+            "activation_bits": [8, 16],
+            "relative_error": [None, 0.04, 0.02],
+            "total": 0.03,
+            "minimum": [None, -3.0, -1.0],
+            "maximum": [None, 1.0, 2.0],
+            "amax": [None, 3.0, 2.0],
+        },
+        "blocks.0.fc2": {
+            "role": "mlp",
+            "weight_bits": [4, 4],
+            "activation_bits": [8, 8],
+            "relative_error": [None, 0.08, 0.06],
+            "total": 0.07,
+            "minimum": [None, -1.0, -1.0],
+            "maximum": [None, 1.0, 8.0],
+            "amax": [None, 1.0, 8.0],
+        },
+    },
+}
+REPORT = "<!DOCTYPE html><html><head><title>w4a8</title></head><body>worse</body></html>"
+
+
+@pytest.fixture(autouse=True)
+def away_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's logs go to the test's folder; no setting of the machine counts."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
-    directory = RunDir(tmp_path / "run", CONFIG)
-    directory.claim()
+    """A run that has measured nothing per prompt."""
+    directory = RunDir(tmp_path / "a run", CONFIG)
     Image.new("RGB", (8, 8)).save(directory.picture)
     return directory
+
+
+@pytest.fixture(params=["image", "video"])
+def full_run(request: pytest.FixtureRequest, run_dir: RunDir) -> RunDir:
+    """A run with all its files: prompt i has a quantized sample in red and a float one in green, of 9 i."""
+    reference, num_frames = run_dir.path.parent / "cache" / "reference", 1 if request.param == "image" else 3
+    for index in range(NUM_PROMPTS):
+        for channel, folder in enumerate((run_dir.samples, reference)):
+            clip_FCHW = torch.zeros(num_frames, 3, 32, 32, dtype=torch.uint8)
+            clip_FCHW[:, channel] = 9 * index
+            for frame in range(1, num_frames):
+                clip_FCHW[frame] = 100 * frame
+            save_sample(sample_path(folder, index, request.param), clip_FCHW)
+    psnr = [40.0 - index for index in range(NUM_PROMPTS)]
+    write_json(
+        run_dir.per_prompt,
+        {
+            "prompts": [f"<b>prompt {index}</b>" for index in range(NUM_PROMPTS)],
+            "reference": str(reference),
+            "metrics": {"psnr": psnr, "clipsim": psnr, "clipsim_float": psnr},
+            "differences": {"clipsim": [0.5] * NUM_PROMPTS},
+        },
+    )
+    write_json(run_dir.path / "errors.json", ERRORS)
+    (run_dir.path / "report.html").write_text(REPORT)
+    if num_frames > 1:
+        save_gif(clip_FCHW, run_dir.picture.with_suffix(".gif"))
+    run_dir.artifact.mkdir()
+    for name in ("plan.json", "meta.json", "model.safetensors"):
+        (run_dir.artifact / name).write_text(name * 10)
+    return run_dir
 
 
 def make_logger(configure: Callable, name: str, run_dir: RunDir) -> Any:
@@ -41,20 +156,24 @@ def make_logger(configure: Callable, name: str, run_dir: RunDir) -> Any:
     return make(run_dir.path, "w4a8", "experiment=w4a8 seed=0,1", run_dir.fingerprint)
 
 
-def written_by_wandb(run_dir: RunDir) -> bytes:
-    """The offline records of the one run. W&B's service writes them after `finish` has returned: end it first."""
-    wandb.teardown()
-    (file,) = (run_dir.path / "wandb").glob(f"offline-run-*/run-{run_dir.fingerprint}.wandb")
-    return file.read_bytes()
+def logged(configure: Callable, run_dir: RunDir, metrics: dict[str, Any]) -> OfflineRun:
+    """The one offline run after logging."""
+    log_run(make_logger(configure, "wandb", run_dir), CONFIG, run_dir, metrics)
+    (run,) = offline_runs(run_dir.path)
+    return run
 
 
 def test_csv(configure: Callable, run_dir: RunDir) -> None:
-    log_run(make_logger(configure, "csv", run_dir), CONFIG, run_dir, METRICS)
+    log_run(make_logger(configure, "csv", run_dir), CONFIG, run_dir, METRICS | {"verdict": VERDICT})
     with (run_dir.path / "csv" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["metrics/psnr"]) == 31.5 and float(row["standard_errors/psnr"]) == 0.5
     assert float(row["seconds/generate"]) == 3.0 and float(row["size_bytes"]) == 1000
     assert float(row["float_metrics/fid"]) == 12.0 and "metrics/fid" not in row
+    assert (float(row["verdict/psnr"]), float(row["verdict/clipsim"])) == (-1, 0)
+    assert (float(row["interval/psnr/low"]), float(row["interval/psnr/high"])) == (30.5, 32.5)
+    assert float(row["difference/clipsim"]) == -1 and float(row["noise/psnr"]) == 0.5
+    assert "interval/clipsim/low" not in row and "noise/clipsim" not in row
 
 
 def test_none(configure: Callable, run_dir: RunDir) -> None:
@@ -63,24 +182,159 @@ def test_none(configure: Callable, run_dir: RunDir) -> None:
     assert set(run_dir.path.iterdir()) == before
 
 
-def test_wandb_offline_without_picture(configure: Callable, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+def test_wandb_without_files_or_verdict(configure: Callable, run_dir: RunDir) -> None:
+    """As after the stage evaluate, without the report's."""
     run_dir.picture.unlink()
-    log_run(make_logger(configure, "wandb", run_dir), CONFIG, run_dir, METRICS)
-    assert b"31.5" in written_by_wandb(run_dir)
+    run = logged(configure, run_dir, METRICS)
+    assert run.summary["metrics/psnr"] == 31.5 and run.exit_code == 0
+    assert not run.artifacts and not any(key.endswith("._type") for key in run.summary), "no media, no tables"
 
 
-def test_wandb_offline(configure: Callable, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_DIR", str(run_dir.path))
+def test_wandb_run(configure: Callable, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(run_dir.path.parent))
     logger = make_logger(configure, "wandb", run_dir)
-    run = logger.experiment
-    assert (run.id, run.group, run.name) == (run_dir.fingerprint, "experiment=w4a8 seed=0,1", "w4a8")
-    assert run.settings.mode == "offline"
-    log_run(logger, CONFIG, run_dir, METRICS)
+    assert logger.experiment.settings.mode == "offline"
+    log_run(logger, CONFIG, run_dir, METRICS | {"verdict": VERDICT})
+    (run,) = offline_runs(run_dir.path)
+    assert (run.run.run_id, run.run.run_group) == (run_dir.fingerprint, "experiment=w4a8 seed=0,1")
+    assert (run.run.display_name, run.run.project, run.exit_code) == ("w4a8", "viditq", 0)
     assert run.config["quant.weight.bits"] == 4
-    records = written_by_wandb(run_dir)
-    for text in (b"metrics/psnr", b"31.5", b"quant.weight.bits", b"experiment=w4a8 seed=0,1", b"comparison"):
-        assert text in records, text
-    assert list((run_dir.path / "wandb").glob("offline-run-*/files/media/images/comparison*.png"))
+    for source in (run.summary, run.history[0]):
+        assert source["metrics/psnr"] == 31.5 and source["standard_errors/clipsim"] == 0.25
+        assert (source["interval/psnr/low"], source["interval/psnr/high"]) == (30.5, 32.5)
+        assert (source["difference_interval/psnr/low"], source["verdict/psnr"]) == (-11, -1)
+        assert source["average_weight_bits"] == 4.5 and "metrics/fid" not in source
+    assert run.summary["verdict_text/clipsim"] == "equal within noise"
+    rows = run.table("verdicts")
+    assert [row["metric"] for row in rows] == ["psnr", "clipsim"]
+    assert (rows[0]["verdict"], rows[0]["interval_low"], rows[0]["interval_high"]) == ("worse", 30.5, 32.5)
+    assert (rows[0]["floor_seed"], rows[0]["floor_bfloat16"], rows[0]["reason"]) == (12, 41.5, "10 dB below the floor")
+    assert (rows[1]["float"], rows[1]["interval_low"], rows[1]["noise"]) == (91, None, None)
     assert json.loads((run_dir.path / "run.json").read_text()) == CONFIG
+
+
+def test_wandb_pairs(configure: Callable, full_run: RunDir) -> None:
+    run = logged(configure, full_run, METRICS)
+    rows = run.table("pairs")
+    assert [row["index"] for row in rows] == list(range(25, 1, -1)), "at most 24, worst first"
+    scores = {name: rows[0][name] for name in ("psnr", "clipsim", "clipsim_float", "clipsim_difference")}
+    assert rows[0]["prompt"] == "<b>prompt 25</b>"
+    assert scores == {"psnr": 15, "clipsim": 15, "clipsim_float": 15, "clipsim_difference": 0.5}
+    (artifact,) = [a for name, a in run.artifacts.items() if name.endswith("-pairs")]
+    staged = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    assert all(path.is_relative_to(full_run.path) for path in staged.values()), "the run's folder holds what it needs"
+    media = [path for name, path in staged.items() if name.startswith("media/")]
+    video = sample_path(full_run.samples, 0, "video").is_file()
+    assert len(media) == 2 * 24 and all(path.stat().st_size for path in media)
+    table = json.loads(staged["pairs.table.json"].read_text())
+    for what, channel in (("float", 1), ("quantized", 0)):
+        cell = table["data"][0][table["columns"].index(what)]
+        assert cell["_type"] == ("video-file" if video else "image-file")
+        picture = Image.open(staged[cell["path"]])
+        assert getattr(picture, "n_frames", 1) == (3 if video else 1)
+        wanted = [0, 0, 0]
+        wanted[channel] = 225
+        assert picture.convert("RGB").getpixel((5, 5)) == tuple(wanted)
+    assert not list(Path(os.environ["HOME"]).rglob("*staging*"))
+
+
+def test_wandb_errors(configure: Callable, run_dir: RunDir) -> None:
+    write_json(run_dir.path / "errors.json", ERRORS)
+    run = logged(configure, run_dir, METRICS)
+    layer = run.table("errors/layers")[0]
+    assert layer == {
+        "layer": "blocks.0.fc1",
+        "role": "mlp",
+        "weight_bits": "4/8",
+        "activation_bits": "8/16",
+        "relative_error": 0.03,
+        "minimum": -3,
+        "maximum": 2,
+        "amax": 3,
+    }
+    rows = run.table("errors/layers_by_noise_level")
+    assert [(row["layer"], row["noise_level"], row["relative_error"], row["amax"]) for row in rows] == [
+        ("blocks.0.fc1", 0.625, 0.04, 3),
+        ("blocks.0.fc1", 0.875, 0.02, 2),
+        ("blocks.0.fc2", 0.625, 0.08, 1),
+        ("blocks.0.fc2", 0.875, 0.06, 8),
+    ]
+    assert run.plot("errors/by_noise_level")["panelDefId"] == "wandb/lineseries/v0"
+    points = [tuple(row.values()) for row in run.table("errors/by_noise_level_table")]
+    mean = "mlp, mean of layers"
+    assert points == [
+        (0.625, "denoiser", 0.2),
+        (0.875, "denoiser", 0.1),
+        (0.625, mean, pytest.approx(0.06)),
+        (0.875, mean, pytest.approx(0.04)),
+    ]
+    assert run.plot("errors/by_layer")["panelDefId"] == "wandb/bar/v0"
+    bars = [tuple(row.values()) for row in run.table("errors/by_layer_table")]
+    assert bars == [("blocks.0.fc2", 0.07), ("blocks.0.fc1", 0.03)], "worst first"
+    assert run.plot("errors/activation_ranges")["stringSettings"]["xname"] == "noise level"
+    ranges = [tuple(row.values()) for row in run.table("errors/activation_ranges_table")]
+    assert ranges[:2] == [(0.625, "blocks.0.fc2", 1), (0.875, "blocks.0.fc2", 8)], "the most varying first"
+
+
+def test_errors_of_a_plan_without_layers() -> None:
+    found = wandb_objects.error_objects(ERRORS | {"layers": {}})
+    assert found["errors/layers"].data == [] and "errors/by_layer" not in found
+
+
+def test_wandb_report_pictures_and_artifact(configure: Callable, full_run: RunDir) -> None:
+    run = logged(configure, full_run, METRICS)
+    assert run.file("report").read_text() == REPORT, "not a byte is injected"
+    assert run.file("comparison").read_bytes() == full_run.picture.read_bytes()
+    gif = full_run.picture.with_suffix(".gif")
+    assert ("comparison_video.path" in run.summary) == gif.is_file()
+    artifact = run.artifacts["tiny-video-w4a8-odd"]
+    assert (artifact.type, json.loads(artifact.metadata)["fingerprint"]) == ("model", "abc")
+    entries = {entry.path: entry for entry in artifact.manifest.contents}
+    assert set(entries) == {path.name for path in full_run.artifact.iterdir()}
+    for name, entry in entries.items():
+        file = full_run.artifact / name
+        assert entry.ref == file.resolve().as_uri() and not entry.local_path, "a reference, no copy"
+        assert entry.digest == base64.b64encode(hashlib.md5(file.read_bytes()).digest()).decode()
+        assert entry.size == file.stat().st_size
+
+
+def test_logging_again_continues_the_run(
+    configure: Callable, run_dir: RunDir, capfd: pytest.CaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As after a kill just before the end of the program. Nothing is printed, not on `anonymous` nor on `resume`."""
+    for value in (31.5, 32.5):
+        log_run(make_logger(configure, "wandb", run_dir), CONFIG, run_dir, METRICS | {"metrics": {"psnr": value}})
+        wandb.teardown()  # as the end of the process would
+    runs = offline_runs(run_dir.path)
+    assert {run.run.run_id for run in runs} == {run_dir.fingerprint} and all(run.run.resume for run in runs)
+    assert runs[-1].summary["metrics/psnr"] == 32.5
+    assert capfd.readouterr() == ("", "")
+    assert not [warning for warning in recwarn if "wandb" in str(warning.filename)]
+
+
+def test_an_error_finishes_the_run_as_failed(configure: Callable, run_dir: RunDir) -> None:
+    (run_dir.path / "errors.json").write_text("{}")
+    with pytest.raises(KeyError):
+        log_run(make_logger(configure, "wandb", run_dir), CONFIG, run_dir, METRICS)
+    assert wandb.run is None
+    (run,) = offline_runs(run_dir.path)
+    assert run.exit_code == 1
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_disabled_wandb_logs_nothing(configure: Callable, full_run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log_run(make_logger(configure, "wandb", full_run), CONFIG, full_run, METRICS)
+    assert not offline_runs(full_run.path)
+
+
+def test_pairs_are_ranked_by_what_was_measured() -> None:
+    labels = {"flow": {"higher_is_better": None}, "l2": {"higher_is_better": False}, "psnr": {"higher_is_better": True}}
+    scores = {"flow": [1.0, 2.0, 3.0], "l2": [0.3, 0.1, 0.2], "psnr": [20.0, 30.0, 10.0]}
+    ranked = {"psnr": [2, 0, 1], "l2": [0, 2, 1], "flow": [1, 2, 0]}
+    for last in ("psnr", "l2", "flow", ""):
+        per_prompt = {"prompts": ["a", "b", "c"], "metrics": dict(scores), "differences": {"flow": [0.0, -4.0, 1.0]}}
+        if last == "l2":
+            per_prompt["differences"] = {}
+        assert worst_indices(per_prompt, labels) == ranked.get(last, [0, 1, 2])
+        scores.pop(last, None)

@@ -1,22 +1,46 @@
 """Loggers: what a finished run sends to W&B or to a csv file."""
 
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
+from viditq.engine.wandb_objects import artifact_reference, run_objects
 from viditq.run_dir import RunDir, flatten
 
+VERDICTS = {"worse": -1, "equal within noise": 0, "better": 1}  # as a number, to sort and plot by
+SIZES = ("average_weight_bits", "average_activation_bits", "size_bytes", "float_size_bytes")
 
-def wandb_logger(folder: Path, name: str, group: str | None, run_id: str, project: str, entity: str | None) -> Logger:
-    """One W&B run per run folder; a stable id makes a repeated run continue it. Offline unless WANDB_MODE is set."""
+
+@rank_zero_only
+def wandb_logger(
+    folder: Path, name: str, group: str | None, run_id: str, project: str, entity: str | None
+) -> Logger | None:
+    """One W&B run per run folder; a stable id makes a repeated run continue it. Offline unless WANDB_MODE is set.
+
+    None on every process but the first.
+    """
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    return WandbLogger(
-        name=name, group=group, id=run_id, save_dir=folder, project=project, entity=entity, resume="allow"
+    # Begun here, not by Lightning: that passes the setting `anonymous`, at which W&B warns.
+    run = wandb.init(
+        name=name,
+        group=group,
+        id=run_id,
+        dir=folder,
+        project=project,
+        entity=entity,
+        resume="allow",
+        reinit="create_new",
+        settings=wandb.Settings(console="off"),
     )
+    return WandbLogger(experiment=run, save_dir=folder, project=project)
 
 
 def csv_logger(folder: Path, name: str, group: str | None, run_id: str) -> Logger:
@@ -29,19 +53,54 @@ def no_logger(folder: Path, name: str, group: str | None, run_id: str) -> None:
 
 
 def log_run(logger: Logger | None, config: Mapping[str, Any], run_dir: RunDir, metrics: Mapping[str, Any]) -> None:
-    """Send configuration, metrics and pictures of a finished run."""
+    """Send a finished run: configuration and numbers; to W&B also tables, plots, samples, report and artifact."""
     if logger is None:
         return
-    logger.log_hyperparams(flatten(config))
-    numbers = {f"metrics/{k}": v for k, v in metrics["metrics"].items() if v is not None}
-    numbers |= {f"standard_errors/{k}": v for k, v in metrics["standard_errors"].items() if v is not None}
-    numbers |= {f"float_metrics/{k}": v for k, v in metrics["float_metrics"].items() if v is not None}
-    numbers |= {f"seconds/{k}": v for k, v in metrics["seconds"].items()}
-    keys = ("average_weight_bits", "average_activation_bits", "size_bytes", "float_size_bytes")
-    logger.log_metrics(numbers | {k: metrics[k] for k in keys})
-    if isinstance(logger, WandbLogger) and run_dir.picture.is_file():
-        logger.log_image("comparison", [str(run_dir.picture)])
+    run = logger.experiment if isinstance(logger, WandbLogger) else nullcontext()
+    with run:  # finishes it, as failed after an error
+        logger.log_hyperparams(flatten(config))
+        logger.log_metrics(numbers(metrics))
+        if isinstance(logger, WandbLogger):
+            log_objects(run, run_dir, metrics)
     logger.save()
     logger.finalize("success")
-    if isinstance(logger, WandbLogger):
-        logger.experiment.finish()
+
+
+def log_objects(run: Any, run_dir: RunDir, metrics: Mapping[str, Any]) -> None:
+    """What only W&B can show."""
+    run.summary.update({f"verdict_text/{name}": v["verdict"] for name, v in metrics.get("verdict", {}).items()})
+    with tempfile.TemporaryDirectory() as scratch, _staged_in(run_dir.path / "wandb" / "data"):
+        if found := run_objects(run_dir, metrics, Path(scratch)):
+            run.log(found)  # copies the scratch files
+        if run_dir.artifact.is_dir():
+            run.log_artifact(artifact_reference(run_dir.artifact, metrics))
+
+
+@contextmanager
+def _staged_in(folder: Path) -> Iterator[None]:
+    """W&B keeps copies of media until they are synced: beside the run instead of in the user's home."""
+    name = "WANDB_DATA_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of metrics.json, flat; those that are null there are left out. Verdicts as in VERDICTS."""
+    groups = {key: metrics[key] for key in ("metrics", "standard_errors", "float_metrics", "seconds")}
+    verdicts = metrics.get("verdict", {})
+    groups["verdict"] = {name: VERDICTS[v["verdict"]] for name, v in verdicts.items()}
+    for field in ("difference", "noise"):
+        groups[field] = {name: v[field] for name, v in verdicts.items()}
+    for field in ("interval", "difference_interval"):
+        intervals = {name: v[field] for name, v in verdicts.items() if v[field] is not None}
+        groups[field] = {
+            f"{name}/{end}": v[i] for name, v in intervals.items() for i, end in enumerate(("low", "high"))
+        }
+    flat = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+    return {key: value for key, value in (flat | {k: metrics[k] for k in SIZES}).items() if value is not None}

@@ -5,6 +5,7 @@ from viditq.quant.backends import Backend, get_backend
 from viditq.quant.calibration import Calibrator
 from viditq.quant.context import StepContext
 from viditq.quant.convert import build_quantized, linear_names, quantize_denoiser
+from viditq.quant.diagnosis import Diagnosis
 from viditq.quant.linear import QuantLinear, Variant
 from viditq.quant.observers import CalibrationStats, SegmentStats
 from viditq.quant.plan import QuantPlan
@@ -18,6 +19,7 @@ __all__ = [
     "CalibrationStats",
     "Calibrator",
     "Chain",
+    "Diagnosis",
     "LayerScheme",
     "QuantLinear",
     "QuantPlan",
