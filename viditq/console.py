@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
-from viditq.report.table import MetricRow, metrics_table
+from viditq.metrics.verdict import headline
+from viditq.report.table import MetricRow, metrics_table, verdict_table
 from viditq.run_dir import RunDir
+
+MIN_WIDTH = 80
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
@@ -25,9 +29,12 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
 
 
 def print_summary(console: Console, metrics: Mapping[str, Any], run_dir: RunDir) -> None:
-    """The table, bits and bytes, seconds, and where the picture and the artifact are."""
-    title = f"{metrics['experiment']} on {metrics['model']}: {metrics['prompts']} pairs, mean ± standard error"
-    console.print(metrics_table(metric_rows(metrics), title))
+    """The verdict, the table, bits and bytes, seconds, and where the picture and the artifact are."""
+    if "verdict" in metrics:
+        print_verdicts(console, metrics)
+    else:
+        title = f"{metrics['experiment']} on {metrics['model']}: {metrics['prompts']} pairs, mean ± standard error"
+        console.print(metrics_table(metric_rows(metrics), title))
     bits = f"W{metrics['average_weight_bits']:.2f} A{metrics['average_activation_bits']:.2f} bits on average"
     size, full = metrics["size_bytes"] / 1e6, metrics["float_size_bytes"] / 1e6
     console.print(f"{bits}; denoiser {size:.2f} MB on disk, {full:.2f} MB in fp16 ({full / size:.2f}x smaller)")
@@ -39,3 +46,26 @@ def print_summary(console: Console, metrics: Mapping[str, Any], run_dir: RunDir)
     ):
         if path.exists():
             console.print(f"{what}: {path}", markup=False)
+
+
+def print_verdicts(console: Console, metrics: Mapping[str, Any]) -> None:
+    """The headline, the table, and the warnings its stars stand for."""
+    verdicts, labels = metrics["verdict"], metrics["labels"]
+    console.print()
+    console.print(headline(verdicts, labels), style="bold", markup=False)
+    console.print()
+    table = titled_table(metrics)
+    if console.width < MIN_WIDTH:
+        table.width = MIN_WIDTH  # a narrower terminal wraps the lines; no number is cut
+    console.print(table)
+    for warning in dict.fromkeys(entry["warning"] for entry in verdicts.values() if entry["warning"]):
+        names = ", ".join(labels[name]["label"] for name, entry in verdicts.items() if entry["warning"] == warning)
+        console.print(f"* {names}: {warning}", style="yellow", markup=False)
+
+
+def titled_table(metrics: Mapping[str, Any]) -> Table:
+    """The table of verdicts under what it is of."""
+    title = f"{metrics['experiment']} on {metrics['model']}: mean of {metrics['prompts']} pairs"
+    floor = metrics.get("noise_floor")
+    title += f", noise floors of the first {floor['num_prompts']}" if floor else ""
+    return verdict_table(metrics["verdict"], metrics["labels"], title)

@@ -1,21 +1,20 @@
 """What the metrics computed, as plain numbers for metrics.json and per_prompt.json."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from viditq.errors import UserError
-
-
-def _number(value: Tensor) -> float | None:
-    """A float, or None where it is undefined (JSON has no NaN)."""
-    return float(value) if math.isfinite(float(value)) else None
+from viditq.metrics.comparison import finite
+from viditq.metrics.verdict import differences
 
 
 def summarize(results: dict[str, dict[str, Tensor]], labels: dict[str, Any]) -> dict[str, Any]:
-    """Metric name -> value, standard error, the float model's own value where it has one, and per-prompt values."""
+    """Metric name -> value, standard error, the float model's own value where it has one, and per-prompt values.
+
+    `per_prompt` and `differences` (quantized - float) belong into per_prompt.json, the rest into metrics.json.
+    """
     per_prompt = {}
     for name, result in results.items():
         if "per_sample" in result:
@@ -23,11 +22,12 @@ def summarize(results: dict[str, dict[str, Tensor]], labels: dict[str, Any]) -> 
         if "per_sample_reference" in result:
             per_prompt[f"{name}_float"] = [float(v) for v in result["per_sample_reference"]]
     return {
-        "metrics": {name: _number(r["value"]) for name, r in results.items()},
-        "standard_errors": {name: _number(r["standard_error"]) for name, r in results.items()},
-        "float_metrics": {name: _number(r["reference_value"]) for name, r in results.items() if "reference_value" in r},
+        "metrics": {name: finite(r["value"]) for name, r in results.items()},
+        "standard_errors": {name: finite(r["standard_error"]) for name, r in results.items()},
+        "float_metrics": {name: finite(r["reference_value"]) for name, r in results.items() if "reference_value" in r},
         "labels": labels,
         "per_prompt": per_prompt,
+        "differences": differences(results),
     }
 
 

@@ -6,7 +6,7 @@ from math import nan
 import pytest
 from rich.console import Console
 
-from viditq.report.table import MetricRow, metrics_table, value_and_error
+from viditq.report.table import MetricRow, metrics_table, short, value_and_error, verdict_table
 
 ROWS = [
     MetricRow("PSNR", 38.0234, 0.312, higher_is_better=True, unit="dB"),
@@ -50,3 +50,87 @@ def test_plain_text_without_a_terminal():
 def test_the_float_column_comes_with_a_float_value_and_narrow_screens_cut_nothing():
     assert "float model" in printed(ROWS) and "float model" not in printed(ROWS[:1])
     assert "…" not in printed(ROWS, width=60)
+
+
+LONG = "FVD to data (moving-shapes features)"
+LABELS = {
+    "psnr": {"label": "PSNR", "unit": "dB", "higher_is_better": True},
+    "clip": {"label": "CLIPSIM (moving-shapes CLIP)", "unit": "", "higher_is_better": True},
+    "motion": {"label": "motion magnitude", "unit": "px", "higher_is_better": None},
+    "fvd": {"label": LONG, "unit": "", "higher_is_better": False},
+    "ssim": {"label": "SSIM", "unit": "", "higher_is_better": True},
+}
+
+
+def entry(verdict, value, interval, difference, difference_interval, against, floors, float_=None, warning=None):
+    return {
+        "verdict": verdict,
+        "value": value,
+        "interval": interval,
+        "float": float_,
+        "against": against,
+        "difference": difference,
+        "difference_interval": difference_interval,
+        "floors": dict(zip(("seed", "bfloat16"), floors, strict=True)),
+        "warning": warning,
+    }
+
+
+EQUAL = "equal within noise"
+VERDICTS = {
+    "psnr": entry("worse", 35.4988, [34.42, 36.56], -22.51, [-23.98, -21.01], "bfloat16", (17.271, 60.052)),
+    "clip": entry(EQUAL, 91.026, [89.65, 92.17], -0.0862, [-0.81, 0.54], "float", (91.43, 91.75), 91.11),
+    "motion": entry("better", 1.71, [1.48, 1.96], 0.73, [0.64, 0.83], "float", (2.77, None), 2.44),
+    "fvd": entry(EQUAL, 31782.4, [25598.1, 38042.2], 2.24, [-0.5, 3.8], "float", (4e-4, 44.1), 34.0, "few samples"),
+    "ssim": entry(EQUAL, None, None, None, None, None, (None, None), warning="nothing can be told"),
+}
+
+
+def printed_verdicts(width: int, color: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=color, color_system="standard" if color else None)
+    console.print(verdict_table(VERDICTS, LABELS, "128 pairs"))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_verdicts_fit_and_nothing_is_cut(width):
+    text = printed_verdicts(width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text and "\x1b" not in text
+    for part in (
+        "35.5",
+        "34.4 to 36.6",
+        "-22.5 vs bf16",
+        "-24.0 to -21.0",
+        "25598 to 38042",
+        "seed  4.0e-04",
+        "not told",
+    ):
+        assert part in text
+    for label in LABELS.values():
+        for word in label["label"].split():
+            assert word in text
+
+
+def test_each_line_says_what_belongs_together():
+    lines = printed_verdicts(100).splitlines()
+    psnr = next(i for i, line in enumerate(lines) if "PSNR" in line)
+    assert lines[psnr].split() == ["↑", "PSNR,", "dB", "35.5", "-22.5", "vs", "bf16", "worse", "seed", "17.27"]
+    assert lines[psnr + 1].split() == ["34.4", "to", "36.6", "-24.0", "to", "-21.0", "bf16", "60.05"]
+    clip = next(i for i, line in enumerate(lines) if "CLIPSIM" in line)
+    assert lines[clip].split()[-7:] == ["91.0", "-0.09", "vs", "float", "equal", "float", "91.11"]
+    assert next(line for line in lines if "motion" in line).split()[:3] == ["=", "motion", "magnitude,"]
+    assert next(line for line in lines if "SSIM" in line).split() == ["↑", "SSIM*", "-", "-", "not", "told", "-"]
+
+
+def test_words_carry_the_verdict_and_colours_repeat_it():
+    colored = printed_verdicts(100, color=True)
+    for word, code in (("worse", "1;31"), ("better", "1;32"), ("equal", "2"), ("not told", "33")):
+        assert f"\x1b[{code}m{word}" in colored
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(60.052, "60.05"), (0.99951, "0.9995"), (0.003469, "0.0035"), (4e-4, "4.0e-04"), (None, "-")]
+)
+def test_short_numbers(value, text):
+    assert short(value) == text
