@@ -1,6 +1,6 @@
 """A headless Chromium spoken to over the DevTools protocol's pipe: no package beyond the browser itself.
 
-https://chromedevtools.github.io/devtools-protocol: JSON messages that end in a zero byte, over file descriptors 3 and 4.
+JSON messages that end in a zero byte go over file descriptors 3 and 4 (https://chromedevtools.github.io/devtools-protocol).
 """
 
 import json
@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--hide-scrollbars",
+]
 DEADLINE = 60.0
 # The browser reads file descriptor 3 and writes 4, whatever the pipes are called here.
 CONNECT = """
@@ -92,12 +99,14 @@ class Chromium:
             self.requests.append(params["request"]["url"])
 
     def open(self, path: Path, width: int = 1280, height: int = 900, **media: str) -> None:
-        """Load a file and wait until its clips are drawn; `media` are features such as prefers_color_scheme="dark"."""
+        """Load a file; `media` are features such as prefers_color_scheme="dark"."""
         self.messages.clear()
         self.requests.clear()
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
         self.send("Emulation.setEmulatedMedia", features=features)
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         self.send("Page.navigate", url=path.resolve().as_uri())
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 

@@ -105,7 +105,11 @@ def make_errors(num_blocks: int = 3, num_buckets: int = 20, num_steps: int = 12)
 def make_plan(layers: list[str]) -> dict[str, Any]:
     """plan.json for `layers`: every first one of a role in more bits above noise level 0.5."""
     specs = {name: {"weight": {"bits": bits}, "activation": {"bits": 8}} for name, bits in (("w4a8", 4), ("w8a8", 8))}
-    return {"edges": EDGES, "schemes": specs, "layers": {n: ["w4a8", "w4a8" if n[-1] != "0" else "w8a8"] for n in layers}}
+    return {
+        "edges": EDGES,
+        "schemes": specs,
+        "layers": {n: ["w4a8", "w4a8" if n[-1] != "0" else "w8a8"] for n in layers},
+    }
 
 
 def make_metrics(prompts: int) -> dict[str, Any]:
@@ -123,7 +127,14 @@ def make_metrics(prompts: int) -> dict[str, Any]:
         "size_bytes": 5321585,
         "float_size_bytes": 9058240,
         "prompts": prompts,
-        "seconds": {"prompts": 1.4, "reference": 32.6, "calibrate": 5.8, "quantize": 0.5, "generate": 31.4, "evaluate": 3.9},
+        "seconds": {
+            "prompts": 1.4,
+            "reference": 32.6,
+            "calibrate": 5.8,
+            "quantize": 0.5,
+            "generate": 31.4,
+            "evaluate": 3.9,
+        },
         "noise_floor": {"num_prompts": 16, "seed": 1, "dtype": "bfloat16"},
         "verdict": VERDICTS,
         "fingerprint": "3fc387206c691dd8",
@@ -138,7 +149,9 @@ def degrade(clips_BFCHW: Tensor, generator: torch.Generator, amount: float = 0.0
     return ((clips_BFCHW * 15).round() / 15 + strength * noise).clamp(0, 1)
 
 
-def make_content(count: int = 6, num_frames: int = 8, enlarge: int = 1, prompts: list[str] | None = None) -> PageContent:
+def make_content(
+    count: int = 6, num_frames: int = 8, enlarge: int = 1, prompts: list[str] | None = None
+) -> PageContent:
     """A whole page of `count` moving shapes, `enlarge` x 32 pixels wide; one frame makes it an image model."""
     generator = torch.Generator().manual_seed(0)
     scenes = draw_scenes(count, generator)

@@ -38,7 +38,9 @@ def sort_keys(content: PageContent) -> list[SortKey]:
     compared = {True: "largest drop", False: "largest rise", None: "largest change"}
     keys = []
     for name in content.scored:
-        words = compared[content.higher_is_better(name)] if f"{name}_float" in content.per_prompt["metrics"] else "worst"
+        words = (
+            compared[content.higher_is_better(name)] if f"{name}_float" in content.per_prompt["metrics"] else "worst"
+        )
         keys.append(SortKey(name, f"{content.label(name)}, {words} first"))
     return keys
 

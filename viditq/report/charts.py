@@ -76,7 +76,12 @@ def level_chart(
     values += [v for low, high, _ in bands for v in [*low, *high] if v is not None]
     if not values:
         return None
-    ticks = [float(t) for t in MaxNLocator(4, min_n_ticks=3).tick_values(min(0.0, *values), max(0.0, *values))]
+    ticks = [
+        float(t)
+        for t in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3).tick_values(
+            min(0.0, *values), max(0.0, *values)
+        )
+    ]
     x_of, y_of = _x_of, _y_of(ticks[0], ticks[-1])
     middles = centers(edges)
 
@@ -138,7 +143,9 @@ class Shades:
         known = [i for i, value in enumerate(levels) if value is not None]
         cells: dict[int, str] = {}
         for x in range(len(levels) if known else 0):
-            value = levels[min(known, key=lambda i, at=len(levels) - 1 - x: abs(i - at))]
+            bucket = len(levels) - 1 - x
+            _, nearest = min((abs(i - bucket), i) for i in known)
+            value = levels[nearest]
             assert value is not None
             cells[self.step(value)] = cells.get(self.step(value), "") + f"M{x} 0h1.02v1h-1.02z"
         return tuple(sorted(cells.items()))

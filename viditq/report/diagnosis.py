@@ -11,7 +11,9 @@ from viditq.report.wording import percent, percent_tick, three_digits
 
 MAX_WORST = 12
 NUM_COLORS = 6
-ERROR_TITLE = "Relative error of the quantized denoiser's output, and the mean over the layers of each role, by noise level"
+ERROR_TITLE = (
+    "Relative error of the quantized denoiser's output, and the mean over the layers of each role, by noise level"
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ def diagnose(errors: Mapping[str, Any], segment_edges: Sequence[float] = ()) -> 
         rows = {m.name: _row(m.name, css, m.bits, m.total, m.relative_error, shades, longest) for m in members}
         worst += [(m.total, rows[m.name]) for m in members if m.total is not None]
         total = _mean([m.total for m in members])
-        mean = _row(role.replace("_", " "), css, "", total, _means([m.relative_error for m in members]), shades, longest)
+        mean = _row(
+            role.replace("_", " "), css, "", total, _means([m.relative_error for m in members]), shades, longest
+        )
         ranges = [_range(m.name, css, [m], edges, segment_edges) for m in members]
         role_range = _range(role, css, members, edges, segment_edges)
         roles.append(Role(role, css, mean, tuple(rows.values()), role_range, tuple(r for r in ranges if r)))
@@ -152,9 +156,7 @@ def _means(lists: Sequence[Levels]) -> list[float | None]:
     return [_mean(values) for values in zip(*lists, strict=True)]
 
 
-def _row(
-    name: str, css: str, bits: str, total: float | None, levels: Levels, shades: Shades, longest: float
-) -> Row:
+def _row(name: str, css: str, bits: str, total: float | None, levels: Levels, shades: Shades, longest: float) -> Row:
     cells = tuple((None if v is None else shades.step(v), percent(v)) for v in reversed(levels))
     bar = round(100 * total / longest, 2) if total and longest else 0.0
     return Row(name, css, bits, percent(total), bar, shades.strip(levels), cells)
@@ -169,7 +171,9 @@ def _range(
     series = [Series(low, css), Series(high, css)]
     if len(members) > 1:
         series = [Series(v, f"{css} thin", thin=True) for m in members for v in (m.minimum, m.maximum)]
-    chart = level_chart(edges, series, f"Range of the inputs of {name} by noise level", three_digits, [(low, high, css)], cuts)
+    chart = level_chart(
+        edges, series, f"Range of the inputs of {name} by noise level", three_digits, [(low, high, css)], cuts
+    )
     if chart is None:
         return None
     rows = zip(bucket_words(edges), low, high, strict=True)

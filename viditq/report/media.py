@@ -115,7 +115,7 @@ def make_sheet(clip_FCHW: Tensor, encoding: Encoding) -> Sheet:
         image.paste(frame, (i % columns * width, i // columns * height))
     buffer = io.BytesIO()
     if encoding.quality is None:
-        image.save(buffer, format="PNG", optimize=True)
+        image.save(buffer, format="PNG")
     else:
         image.save(buffer, format="WEBP", quality=encoding.quality)
     data = buffer.getvalue()

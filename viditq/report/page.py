@@ -25,6 +25,7 @@ from viditq.report.wording import digits_for, finite, plain
 
 TEMPLATES = Path(__file__).parent / "templates"
 STYLES, SCRIPTS = ("page.css", "pairs.css", "charts.css"), ("clips.js", "pairs.js", "charts.js")
+MAX_PIXELATED = 128  # frames up to this side are shown with their pixels as squares
 STAGES = {
     "prompts": "encode prompts",
     "reference": "generate with float",
@@ -51,26 +52,30 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
     style, script = _joined(STYLES), _joined(SCRIPTS)
     cards = [make_card(content, pair, sheets) for pair, sheets in zip(content.pairs, media.sheets, strict=True)]
     num_frames = max((sheet.num_frames for pair in media.sheets for sheet in pair), default=1)
-    return _environment().get_template("page.html").render(
-        content=content,
-        metrics=content.metrics,
-        headline=headline(groups),
-        groups=groups,
-        media=media,
-        cards=cards,
-        pixelated=any(max(pair[0].width, pair[0].height) <= 128 for pair in media.sheets),
-        num_prompts=content.metrics.get("prompts") or len(content.per_prompt["prompts"]),
-        num_frames=num_frames,
-        sort_keys=sort_keys(content),
-        clip_data=clip_data(content, media.sheets),
-        diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
-        segment_words=segment_words(content.segments),
-        stage_seconds=_stage_seconds(content.metrics),
-        prompt_table=_prompt_table(content),
-        style=Markup(style),
-        script=Markup(script),
-        policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-        "base-uri 'none'; form-action 'none'",
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            content=content,
+            metrics=content.metrics,
+            headline=headline(groups),
+            groups=groups,
+            media=media,
+            cards=cards,
+            pixelated=all(not s.reduced and max(s.width, s.height) <= MAX_PIXELATED for s, _ in media.sheets),
+            num_prompts=content.metrics.get("prompts") or len(content.per_prompt["prompts"]),
+            num_frames=num_frames,
+            sort_keys=sort_keys(content),
+            clip_data=clip_data(content, media.sheets),
+            diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
+            segment_words=segment_words(content.segments),
+            stage_seconds=_stage_seconds(content.metrics),
+            prompt_table=_prompt_table(content),
+            style=Markup(style),
+            script=Markup(script),
+            policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+            "base-uri 'none'; form-action 'none'",
+        )
     )
 
 

@@ -84,8 +84,8 @@ class PairView {
     this.setMode("toggle");
   }
 
-  draw() {
-    if (!this.visible || this.card.hidden || !this.sheets.every((sheet) => sheet.complete && sheet.naturalWidth)) return;
+  draw(first = false) {
+    if (!(this.visible || first) || this.card.hidden || !this.sheets.every((sheet) => sheet.complete && sheet.naturalWidth)) return;
     const frame = clock.frame;
     if (this.mode === "side") this.sheets.forEach((sheet, i) => drawFrame(this.contexts[i], sheet, this.clip, frame));
     else this.drawSingle(this.contexts[2], frame);
@@ -191,7 +191,7 @@ function startPairs() {
   for (const view of views) watcher.observe(view.card);
   arrange();
   for (const view of views) {
-    Promise.all(view.sheets.map((sheet) => sheet.decode())).then(() => { view.draw(); root.dataset.drawn = "true"; });
+    Promise.all(view.sheets.map((sheet) => sheet.decode())).then(() => { view.draw(true); root.dataset.drawn = "true"; });
   }
   showClock();
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches) clock.play();
