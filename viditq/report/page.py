@@ -1,0 +1,125 @@
+"""report.html: one self-contained file that shows what quantization did, and what it cost.
+
+Nothing in it is fetched from anywhere: pictures are data: addresses, style and script are inlined and named by their
+hashes in a Content-Security-Policy that allows nothing else.
+"""
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from viditq.files import atomic
+from viditq.report import wording
+from viditq.report.cards import clip_data, make_card, sort_keys
+from viditq.report.content import PageContent
+from viditq.report.diagnosis import diagnose
+from viditq.report.media import MAX_MEDIA_BYTES, encode_pairs
+from viditq.report.plan_view import segment_words
+from viditq.report.verdicts import headline, judge_all
+from viditq.report.wording import digits_for, finite, plain
+
+TEMPLATES = Path(__file__).parent / "templates"
+STYLES, SCRIPTS = ("page.css", "pairs.css", "charts.css"), ("clips.js", "pairs.js", "charts.js")
+MAX_PIXELATED = 128  # frames up to this side are shown with their pixels as squares
+STAGES = {
+    "prompts": "encode prompts",
+    "reference": "generate with float",
+    "calibrate": "calibrate",
+    "quantize": "quantize",
+    "generate": "generate quantized",
+    "diagnose": "diagnose layers",
+    "evaluate": "evaluate",
+}
+
+
+def write_page(content: PageContent, path: Path, max_media_bytes: int = MAX_MEDIA_BYTES) -> Path:
+    """Write the page, whole or not at all; large clips are reduced until they take `max_media_bytes` at most."""
+    text = render(content, max_media_bytes)
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
+    """The page as text."""
+    media = encode_pairs([pair.clips for pair in content.pairs], max_media_bytes)
+    groups = judge_all(content.metrics)
+    style, script = _joined(STYLES), _joined(SCRIPTS)
+    cards = [make_card(content, pair, sheets) for pair, sheets in zip(content.pairs, media.sheets, strict=True)]
+    num_frames = max((sheet.num_frames for pair in media.sheets for sheet in pair), default=1)
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            content=content,
+            metrics=content.metrics,
+            headline=headline(groups),
+            groups=groups,
+            media=media,
+            cards=cards,
+            pixelated=all(not s.reduced and max(s.width, s.height) <= MAX_PIXELATED for s, _ in media.sheets),
+            num_prompts=content.metrics.get("prompts") or len(content.per_prompt["prompts"]),
+            num_frames=num_frames,
+            sort_keys=sort_keys(content),
+            clip_data=clip_data(content, media.sheets),
+            diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
+            segment_words=segment_words(content.segments),
+            stage_seconds=_stage_seconds(content.metrics),
+            prompt_table=_prompt_table(content),
+            style=Markup(style),
+            script=Markup(script),
+            policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+            "base-uri 'none'; form-action 'none'",
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = ("percent", "three_digits", "num_bytes", "seconds")
+    environment.filters.update({name: getattr(wording, name) for name in names})
+    return environment
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Our own files, which hold no end tag; surrounded by the line breaks that the template leaves as they are."""
+    return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
+
+
+def _digest(text: str) -> str:
+    """The source expression of an inlined element."""
+    return f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"
+
+
+def _stage_seconds(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(what, seconds, per cent of the longest)."""
+    taken = metrics.get("seconds", {})
+    names = sorted(taken, key=lambda name: list(STAGES).index(name) if name in STAGES else len(STAGES))
+    longest = max(taken.values(), default=0.0) or 1.0
+    return [(STAGES.get(name, name), taken[name], round(100 * taken[name] / longest, 1)) for name in names]
+
+
+def _prompt_table(content: PageContent) -> tuple[list[str], list[tuple[int, str, list[str]]]]:
+    """(column labels, rows of index, prompt and words) for all prompts, in their order."""
+    columns = {**content.per_prompt["metrics"]}
+    labels = []
+    for name in columns:
+        base = name.removesuffix("_float")
+        is_float = base != name and base in columns
+        labels.append(f"{content.label(base)}, float" if is_float else content.label(name))
+    rows = []
+    for i, prompt in enumerate(content.per_prompt["prompts"]):
+        values = [finite(values[i]) for values in columns.values()]
+        rows.append((i, prompt, [plain(value, digits_for(value)) for value in values]))
+    return labels, rows

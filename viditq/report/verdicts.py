@@ -1,0 +1,170 @@
+"""The judgement of each metric as rows of the page, from the `verdict` part of metrics.json (or without it)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from viditq.report.wording import Value, digits_for, finite, interval, plain, signed
+
+TONES = {"equal within noise": "equal", "worse": "worse", "better": "better"}
+KINDS = {
+    "fidelity": "Closeness to the float model, prompt by prompt",
+    "quality": "Quality on its own",
+    "distribution": "Distribution over all prompts",
+    "": "Metrics",
+}
+DIRECTIONS = {True: "higher is better", False: "lower is better", None: "should equal the float model"}
+FLOORS = {"seed": "other seed", "bfloat16": "bfloat16"}
+NOT_JUDGED = "not judged"
+
+
+@dataclass(frozen=True)
+class IntervalPlot:
+    """The difference, its interval and the band of noise, as percentages of the width from the left."""
+
+    zero: float
+    noise: tuple[float, float] | None
+    bounds: tuple[float, float] | None
+    difference: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One metric, every number already in words."""
+
+    name: str
+    label: str
+    short_label: str
+    direction: str
+    verdict: str
+    tone: str
+    value: str
+    interval: str
+    reference: str
+    difference: str
+    difference_interval: str
+    noise: str
+    floors: tuple[tuple[str, str], ...]
+    reason: str
+    plot: IntervalPlot | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Metrics of one kind."""
+
+    title: str
+    judgements: tuple[Judgement, ...]
+
+
+def short_labels(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """`CLIPSIM` for "CLIPSIM (some network)", as long as no other metric is called so."""
+    labels = {name: str(label.get("label", name)) for name, label in metrics.get("labels", {}).items()}
+    labels = {**{name: name for name in metrics["metrics"]}, **labels}
+    short = {name: label.split(" (")[0] for name, label in labels.items()}
+    return {n: short[n] if list(short.values()).count(short[n]) == 1 else labels[n] for n in labels}
+
+
+def judge_all(metrics: Mapping[str, Any]) -> tuple[Group, ...]:
+    """Groups in the order of KINDS; metrics in the order of metrics.json."""
+    verdicts = metrics.get("verdict") or {}
+    kinds: dict[str, list[Judgement]] = {kind: [] for kind in KINDS}
+    for name in metrics["metrics"]:
+        verdict = verdicts.get(name) or {}
+        kind = verdict.get("kind", "")
+        kinds[kind if kind in KINDS else ""].append(judge(name, metrics, verdict))
+    return tuple(Group(KINDS[kind], tuple(rows)) for kind, rows in kinds.items() if rows)
+
+
+def judge(name: str, metrics: Mapping[str, Any], verdict: Mapping[str, Any]) -> Judgement:
+    """One metric in words; what metrics.json lacks is left out or shown as –."""
+    label = metrics.get("labels", {}).get(name, {})
+    unit, error = label.get("unit", ""), metrics.get("standard_errors", {}).get(name)
+    value = finite(verdict.get("value", metrics["metrics"][name]))
+    reference = finite(verdict.get("float", metrics.get("float_metrics", {}).get(name)))
+    bounds, difference = verdict.get("interval"), finite(verdict.get("difference"))
+    difference_bounds = verdict.get("difference_interval")
+    digits = digits_for(value, _half_width(bounds) or error)
+    fine = digits_for(difference, _half_width(difference_bounds), verdict.get("noise"))
+    word = (verdict.get("verdict") if value is not None else None) or NOT_JUDGED
+    shown = interval(bounds, digits)
+    if not shown and finite(error) is not None:
+        shown = f"± {plain(error, digits)} standard error"
+    floors = verdict.get("floors") or {}
+    return Judgement(
+        name=name,
+        label=label.get("label", name),
+        short_label=short_labels(metrics)[name],
+        direction=DIRECTIONS.get(label.get("higher_is_better"), ""),
+        verdict=word,
+        tone=TONES.get(word, "unknown"),
+        value=plain(value, digits, unit),
+        interval=shown,
+        reference=plain(reference, digits, unit) if reference is not None else "",
+        difference=signed(difference, fine, unit) if difference is not None else "",
+        difference_interval=interval(difference_bounds, fine, sign=True),
+        noise=plain(verdict.get("noise"), fine, unit) if finite(verdict.get("noise")) is not None else "",
+        floors=tuple((FLOORS.get(k, k), plain(v, digits, unit)) for k, v in floors.items() if finite(v) is not None),
+        reason=verdict.get("reason") or "",
+        plot=_plot(difference, difference_bounds, finite(verdict.get("noise"))),
+    )
+
+
+def _half_width(bounds: Sequence[Value] | None) -> float | None:
+    if bounds is None or any(finite(b) is None for b in bounds):
+        return None
+    low, high = (float(b) for b in bounds if b is not None)
+    return (high - low) / 2
+
+
+def _plot(difference: float | None, bounds: Sequence[float] | None, noise: float | None) -> IntervalPlot | None:
+    """Scaled so that everything including zero fills 6 to 94 per cent of the width."""
+    if difference is None or (_half_width(bounds) is None and noise is None):
+        return None
+    ends = [0.0, difference, *(bounds or ()), *((-noise, noise) if noise is not None else ())]
+    low, high = min(ends), max(ends)
+    if low == high:
+        return None
+
+    def place(x: float) -> float:
+        return round(6 + 88 * (x - low) / (high - low), 2)
+
+    return IntervalPlot(
+        zero=place(0.0),
+        noise=(place(-noise), place(noise)) if noise is not None else None,
+        bounds=(place(bounds[0]), place(bounds[1])) if bounds is not None else None,
+        difference=place(difference),
+    )
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The verdict in one sentence; `tone` colours it, `details` names the metrics concerned."""
+
+    text: str
+    tone: str
+    details: str = ""
+
+
+def headline(groups: Sequence[Group]) -> Headline:
+    """Worse on some metrics, or on none."""
+    rows = [row for group in groups for row in group.judgements]
+    judged = [row for row in rows if row.tone != "unknown"]
+    named = {tone: [row.short_label for row in judged if row.tone == tone] for tone in TONES.values()}
+    left = f"{len(rows) - len(judged)} of {len(rows)} metrics are not judged." if len(judged) < len(rows) else ""
+    if not judged:
+        return Headline("Measured, not judged", "unknown", "This run holds no verdict: it gives the numbers alone.")
+    count = "all" if len(judged) > 1 else "the one"
+    metrics = "metrics" if len(judged) > 1 else "metric"
+    if named["worse"]:
+        every = len(named["worse"]) == len(judged)
+        on = f"{count} {len(judged)}" if every and len(judged) > 1 else f"{len(named['worse'])} of {len(judged)}"
+        rest = [f"Worse: {', '.join(named['worse'])}."]
+        rest += [f"Better: {', '.join(named['better'])}."] if named["better"] else []
+        rest += [f"Equal within noise: {', '.join(named['equal'])}."] if named["equal"] else []
+        return Headline(f"Worse than float on {on} {metrics}", "worse", " ".join([*rest, left]).strip())
+    if named["better"]:
+        rest = [f"Better: {', '.join(named['better'])}.", left]
+        return Headline(f"No worse than float on {count} {len(judged)} {metrics}", "better", " ".join(rest).strip())
+    number = f" {len(judged)}" if len(judged) > 1 else ""
+    return Headline(f"Equal to float within noise on {count}{number} {metrics}", "equal", left)
