@@ -19,7 +19,10 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from viditq.metrics.batch import EvalBatch
 from viditq.metrics.clip import ClipSim, ClipTemp
 from viditq.metrics.clip_encoder import load_clip
+from viditq.metrics.flow import load_flow
 from viditq.metrics.frechet import FrechetDistance
+from viditq.metrics.lpips import Lpips, LpipsMetric
+from viditq.metrics.motion import FlowScore, MotionMagnitude, TemporalFlicker, WarpingError
 from viditq.metrics.paired import Paired, RelativeL2
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "green", "circle", "square", "left", "right"]
@@ -99,9 +102,16 @@ def write_clip(folder: Path, image_size: int = 24) -> Path:
     return folder
 
 
+def random_lpips(backbone: str) -> Lpips:
+    """LPIPS over a random network."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Lpips(backbone)
+
+
 def every_metric(clip_folder: Path) -> dict[str, Metric]:
     """One of each, as conf/metric builds them."""
-    clip = load_clip(str(clip_folder))
+    clip, flow = load_clip(str(clip_folder)), load_flow("farneback")
     return {
         "psnr": Paired(PeakSignalNoiseRatio(data_range=1.0), "PSNR", "dB", ceiling=100.0),
         "ssim": Paired(StructuralSimilarityIndexMeasure(data_range=1.0), "SSIM"),
@@ -110,6 +120,11 @@ def every_metric(clip_folder: Path) -> dict[str, Metric]:
         "fvd_data": FrechetDistance(TinyFeatures(), "data", "FVD to data"),
         "clipsim": ClipSim(clip, "CLIPSIM"),
         "clip_temp": ClipTemp(clip, "CLIP-temp"),
+        "flow_score": FlowScore(flow, "flow score"),
+        "motion_magnitude": MotionMagnitude(flow, "motion magnitude"),
+        "flicker": TemporalFlicker("temporal flicker"),
+        "warping_error": WarpingError(flow, "warping error"),
+        "lpips": LpipsMetric(random_lpips("vgg"), "LPIPS"),
     }
 
 
@@ -126,6 +141,11 @@ def rows_of() -> Callable[[EvalBatch, list[int]], EvalBatch]:
 @pytest.fixture
 def tiny_features() -> nn.Module:
     return TinyFeatures()
+
+
+@pytest.fixture
+def lpips_of() -> Callable[[str], Lpips]:
+    return random_lpips
 
 
 @pytest.fixture(scope="session")

@@ -1,55 +1,64 @@
 """Frechet distance between Gaussians fitted to the features of two sets of clips (FID: images, FVD: video).
 
-Axes: B clips, F frames, C channels, H height, W width, D features.
+Axes: B clips, F frames, C channels, H height, W width, N clips of all batches, D features.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.metrics.batch import EvalBatch, to_unit
+from viditq.metrics.jackknife import group_jackknife
 from viditq.metrics.streaming import StreamingMetric
 
 SETS = ("reference", "data")
+GROUPS = 20  # left out one at a time for the standard error
 
 
-class Moments(NamedTuple):
-    """Sums over n features, float64: `number` 0-d, `total` [D], `outer` [D, D]."""
+def frechet_distance(a_ND: Tensor, b_MD: Tensor, gram_NM: Tensor | None = None) -> Tensor:
+    """|mean_a - mean_b|^2 + tr C_a + tr C_b - 2 tr (C_a C_b)^(1/2), covariances unbiased; 0-d float64.
 
-    number: Tensor
-    total: Tensor
-    outer: Tensor
-
-
-def moments(features_BD: Tensor) -> Moments:
-    """The sums of one batch of features."""
-    x = features_BD.double()
-    return Moments(x.new_tensor(len(x)), x.sum(0), x.T @ x)
-
-
-def _root(m: Moments) -> Tensor:
-    """A factor L [D, r] of the unbiased covariance, L L^T; directions without variance are dropped."""
-    mean = m.total / m.number
-    covariance = (m.outer - m.number * torch.outer(mean, mean)) / (m.number - 1)
-    values, vectors = torch.linalg.eigh(covariance)
-    # Rounding of the sums decides what is noise, not the covariance: features may share a large mean.
-    noise = len(mean) * torch.finfo(values.dtype).eps * (m.outer.diagonal().amax() / m.number)
-    kept = values > torch.maximum(noise, len(mean) * torch.finfo(values.dtype).eps * values[-1])
-    return vectors[:, kept] * values[kept].sqrt()
-
-
-def frechet_distance(a: Moments, b: Moments) -> Tensor:
-    """|mean_a - mean_b|^2 + tr C_a + tr C_b - 2 tr (C_a C_b)^(1/2), 0-d.
-
-    With C = L L^T the last trace is the sum of the singular values of L_a^T L_b, which stays exact for fewer
-    samples than features, where a square root of the singular product does not. Needs two samples a side.
+    With C = X^T X / (n - 1) of centred X, the last trace is the sum of the singular values of A B^T over the roots of
+    n - 1: exact for fewer samples than features, where a root of the singular product is not. A set of more samples
+    than features is replaced by its triangular factor [D, D], so no matrix is larger than the smaller dimension.
+    `gram_NM`: A B^T of these rows before centring, where it is known. Needs two samples a side.
     """
-    root_a, root_b = _root(a), _root(b)
-    mean = (a.total / a.number - b.total / b.number).square().sum()
-    cross = torch.linalg.svdvals(root_a.T @ root_b).sum()
-    return (mean + root_a.square().sum() + root_b.square().sum() - 2 * cross).clamp(min=0)
+    a_ND, b_MD = a_ND.double(), b_MD.double()
+    mean = (a_ND.mean(0) - b_MD.mean(0)).square().sum()
+    a_ND, b_MD = (_centred(x, 0) / (len(x) - 1) ** 0.5 for x in (a_ND, b_MD))
+    if gram_NM is None:
+        cross = _triangle(a_ND) @ _triangle(b_MD).T
+    else:
+        cross = _centred(_centred(gram_NM, 0), 1) / ((len(a_ND) - 1) * (len(b_MD) - 1)) ** 0.5
+    traces = a_ND.square().sum() + b_MD.square().sum()
+    return (mean + traces - 2 * torch.linalg.svdvals(cross).sum()).clamp(min=0)
+
+
+def _centred(x: Tensor, dim: int) -> Tensor:
+    return x - x.mean(dim, keepdim=True)
+
+
+def _triangle(x_ND: Tensor) -> Tensor:
+    return torch.linalg.qr(x_ND, mode="r").R if x_ND.shape[0] > x_ND.shape[1] else x_ND
+
+
+def distance_of_rows(a_ND: Tensor, b_ND: Tensor) -> Callable[[Tensor], Tensor]:
+    """`frechet_distance` of the given rows of both sets; many subsets share one product of the features."""
+    common = b_ND.double().mean(0)  # a large mean would cost digits of the product
+    a_ND, b_ND = a_ND.double() - common, b_ND.double() - common
+    gram_NN = a_ND @ b_ND.T if a_ND.shape[0] <= a_ND.shape[1] else None
+    return lambda r: frechet_distance(a_ND[r], b_ND[r], None if gram_NN is None else gram_NN[r][:, r])
+
+
+def _with_errors(statistic: Callable[[Tensor], Tensor], number: int) -> tuple[Tensor, Tensor]:
+    """A statistic of all prompts and its standard errors, nan where a smaller set has no distance."""
+    if number < 3:
+        value = statistic(torch.arange(number))
+        return value, torch.full_like(value, torch.nan)
+    return group_jackknife(statistic, number, GROUPS)
 
 
 class FrechetDistance(StreamingMetric):
@@ -57,8 +66,10 @@ class FrechetDistance(StreamingMetric):
 
     `features`: a module with `features(clips_BFCHW in [0, 1]) -> [B, D]`. `against`: "reference" (the float
     model's clips) or "data" (real clips; `compute` then adds reference_value, the float model's own distance
-    to them). The distance grows as the number of samples falls: compare at equal numbers only. It has no
-    standard error (nan).
+    to them). The distance grows as the number of samples falls: compare at equal numbers only.
+
+    `standard_error`, and for "data" `difference_error` (of value - reference_value), come from leaving out a 20th of
+    the prompts at a time, the same of all sets; nan for fewer than 3 prompts. Fewer than 2 raise UserError.
     """
 
     higher_is_better = False
@@ -67,34 +78,34 @@ class FrechetDistance(StreamingMetric):
         if against not in SETS:
             raise UserError(f"against is {against!r}. Use one of: {', '.join(SETS)}.")
         self.sides = ("samples", "references") if against == "reference" else ("samples", "references", "data")
-        states = [f"{side}_{field}" for side in self.sides for field in Moments._fields]
-        super().__init__(name, unit="", **dict.fromkeys(states, torch.float64))
+        super().__init__(name, unit="", index=torch.int64, **dict.fromkeys(self.sides, torch.float32))
         self.features: Any = features.eval().requires_grad_(False)
 
     def update(self, batch: EvalBatch) -> None:
-        """Add the features of `batch` to the running sums."""
+        """Keep the features of `batch`."""
         if "data" in self.sides and batch.data is None:
             raise UserError(f"{self.name} compares with real clips, and this model has none. Leave the metric out.")
+        self.append("index", batch.index)
         for side in self.sides:
-            self._add(side, moments(self.features.features(to_unit(getattr(batch, side)))))
-
-    def _add(self, side: str, new: Moments) -> None:
-        for field, value in new._asdict().items():
-            # One piece per process that saw anything, so lengths tell how many did.
-            state, piece = f"{side}_{field}", value.flatten()
-            before = self.joined(state)
-            setattr(self, state, [piece + before if len(before) else piece])
-
-    def _moments(self, side: str) -> Moments:
-        count, total, outer = (self.joined(f"{side}_{field}") for field in Moments._fields)
-        if count.sum() < 2:
-            raise UserError(f"{self.name} needs at least 2 prompts, {int(count.sum())} given. Raise the number.")
-        total = total.view(len(count), -1).sum(0)
-        return Moments(count.sum(), total, outer.view(len(count), -1).sum(0).view(len(total), len(total)))
+            self.append(side, self.features.features(to_unit(getattr(batch, side))).flatten())
 
     def compute(self) -> dict[str, Tensor]:
         """Distance from the samples to the set that `against` names."""
-        samples, references, *data = (self._moments(side) for side in self.sides)
-        value = frechet_distance(samples, data[0] if data else references)
-        result = {"value": value, "standard_error": torch.full_like(value, torch.nan)}
-        return result | ({"reference_value": frechet_distance(references, data[0])} if data else {})
+        index = self.joined("index")
+        number = len(index)
+        if number < 2:
+            raise UserError(f"{self.name} needs at least 2 prompts, {number} given. Raise the number.")
+        assert len(index.unique()) == number, "a pair was scored twice: shards must not be padded"
+        order = index.argsort()
+        samples, references, *data = (self.joined(side).view(number, -1)[order] for side in self.sides)
+        distances = [distance_of_rows(samples, data[0] if data else references)]
+        if data:
+            distances.append(distance_of_rows(references, data[0]))
+
+        def statistic(rows: Tensor) -> Tensor:
+            found = torch.stack([distance(rows) for distance in distances])
+            return torch.cat([found, found[:1] - found[1:]])
+
+        values, errors = _with_errors(statistic, number)
+        result = {"value": values[0], "standard_error": errors[0]}
+        return result | ({"reference_value": values[1], "difference_error": errors[2]} if data else {})

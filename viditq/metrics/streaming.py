@@ -62,16 +62,17 @@ class PerSampleMetric(StreamingMetric):
     """A metric that is the mean of one score per pair.
 
     `compute` gives value, standard_error, index [n] ascending and per_sample [n] in that order; with
-    `scores_references` also reference_value and per_sample_reference [n], the same of the float model.
+    `scores_references` also reference_value and per_sample_reference [n], the same of the float model. `shares`
+    names further columns of `scores` whose means `compute` adds.
     """
 
-    def __init__(self, name: str, unit: str, scores_references: bool = False) -> None:
+    def __init__(self, name: str, unit: str, scores_references: bool = False, shares: tuple[str, ...] = ()) -> None:
         columns = ["per_sample", "per_sample_reference"] if scores_references else ["per_sample"]
-        super().__init__(name, unit, index=torch.int64, **dict.fromkeys(columns, torch.float64))
-        self.columns = columns
+        super().__init__(name, unit, index=torch.int64, **dict.fromkeys([*columns, *shares], torch.float64))
+        self.columns, self.shares = columns, shares
 
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
-        """Return [B] scores for each of `self.columns`."""
+        """Return [B] scores for each of `self.columns` and `self.shares`."""
         raise NotImplementedError
 
     def update(self, batch: EvalBatch) -> None:
@@ -82,7 +83,9 @@ class PerSampleMetric(StreamingMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Sort by prompt index, so that the result does not depend on order or number of processes."""
-        return summarise(self.joined("index"), **{column: self.joined(column) for column in self.columns})
+        index = self.joined("index")
+        result = summarise(index, **{column: self.joined(column) for column in self.columns})
+        return result | {share: self.joined(share)[index.argsort()].mean() for share in self.shares}
 
 
 def summarise(index: Tensor, per_sample: Tensor, per_sample_reference: Tensor | None = None) -> dict[str, Any]:
