@@ -20,7 +20,21 @@ FLOORS = [
     {"quant", *(f"quant.{n}" for n in ["calibration", "convert", "artifact", "diagnosis", "sensitivity", "allocate"])},
     {"models", "data", "metrics", "report"},
     {"engine", "tiny", "run_dir"},
-    {"", "cli", "config", "console", "experiment", "gate", "job", "loading", "runner", "stages", "summary", "worker"},
+    {
+        "",
+        "cli",
+        "config",
+        "console",
+        "experiment",
+        "gate",
+        "job",
+        "loading",
+        "provenance",
+        "runner",
+        "stages",
+        "summary",
+        "worker",
+    },
 ]
 SIBLINGS = 5  # models, data, metrics and report import neither each other nor quant
 ABOVE_ONLY = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "lightning_fabric", "wandb"}

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from viditq.config import COMMAND_VARIABLE
-from viditq.errors import AlreadyReported, UserError
+from viditq.errors import AlreadyReported, GateFailed, UserError
 
 ELSEWHERE = "Choose another with hydra.run.dir=FOLDER and cache_dir=FOLDER"
 DISK_ERRORS = {
@@ -66,13 +66,16 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
 
 
 def guarded(cfg: DictConfig, work: Callable[[], object]) -> int:
-    """Exit status of `work`: 0, or 2 for an error that a user can mend, with its message on stderr."""
+    """Exit status of `work`: 0, 2 for an error that a user can mend, 3 for a failed gate; the message is on stderr."""
     from viditq.engine.processes import lost_peer
 
     try:
         work()
     except AlreadyReported:
         return 2
+    except GateFailed as error:
+        print(f"\ngate failed\n{error}", file=sys.stderr)
+        return 3
     except Exception as error:
         if lost_peer(error):
             return 2

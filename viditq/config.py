@@ -8,7 +8,17 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-STAGES = ("prompts", "reference", "noise_floor", "calibrate", "quantize", "generate", "evaluate", "report")
+STAGES = (
+    "prompts",
+    "reference",
+    "noise_floor",
+    "calibrate",
+    "quantize",
+    "generate",
+    "diagnose",
+    "evaluate",
+    "report",
+)
 COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to processes with an argv of their own
 
 
@@ -28,6 +38,13 @@ class NoiseFloorConfig:
 
 
 @dataclass
+class DiagnosisConfig:
+    """Number of prompts, the first ones, on which errors are measured by layer and noise level; 0 = not at all."""
+
+    num_prompts: int = 4
+
+
+@dataclass
 class RootConfig:
     """Everything one run needs; below the nodes typed Any, every object's constructor refuses unknown keys."""
 
@@ -39,7 +56,8 @@ class RootConfig:
     debug: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     noise_floor: NoiseFloorConfig = field(default_factory=NoiseFloorConfig)
-    gate: dict[str, str] = field(default_factory=dict)
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
+    gate: Any = None
     model: Any = MISSING
     quant: Any = MISSING
     data: Any = MISSING

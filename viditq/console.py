@@ -40,6 +40,7 @@ def print_summary(console: Console, metrics: Mapping[str, Any], run_dir: RunDir)
     console.print(f"{bits}; denoiser {size:.2f} MB on disk, {full:.2f} MB in fp16 ({full / size:.2f}x smaller)")
     console.print("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in metrics["seconds"].items()))
     for what, path in (
+        ("report", run_dir.page),
         ("picture", run_dir.picture),
         ("metrics", run_dir.metrics),
         ("artifact", run_dir.artifact),

@@ -12,9 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 
-from viditq.config import STAGES, CalibrationConfig, NoiseFloorConfig, RootConfig
+from viditq.config import STAGES, CalibrationConfig, DiagnosisConfig, NoiseFloorConfig, RootConfig
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
+from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.backends import get_backend
 from viditq.quant.convert import linear_names
@@ -40,7 +41,8 @@ class Experiment:
     num_buckets: int
     rows_per_bucket: int
     floor_prompts: int
-    gate: Mapping[str, str]
+    diagnosis_prompts: int
+    gate: Gate
     backend: str
     stages: tuple[str, ...]
     cache_dir: Path
@@ -75,9 +77,11 @@ def build(cfg: DictConfig) -> Experiment:
     _check_number("calibration.num_buckets", cfg.calibration.num_buckets, 1)
     _check_number("calibration.rows_per_bucket", cfg.calibration.rows_per_bucket, 1)
     _check_number("noise_floor.num_prompts", cfg.noise_floor.num_prompts, 0)
+    _check_number("diagnosis.num_prompts", cfg.diagnosis.num_prompts, 0)
     get_backend(cfg.backend)
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
+    gate = Gate.parse(tracked["gate"], [str(name) for name in cfg.metric])
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     quant: QuantSetting = instantiate(cfg.quant, _convert_="all")
     data: PromptData = instantiate(cfg.data, _convert_="all")
@@ -91,7 +95,8 @@ def build(cfg: DictConfig) -> Experiment:
         num_buckets=cfg.calibration.num_buckets,
         rows_per_bucket=cfg.calibration.rows_per_bucket,
         floor_prompts=cfg.noise_floor.num_prompts,
-        gate={str(key): str(value) for key, value in cfg.gate.items()},
+        diagnosis_prompts=cfg.diagnosis.num_prompts,
+        gate=gate,
         backend=cfg.backend,
         stages=stages,
         cache_dir=Path(cfg.cache_dir),
@@ -116,6 +121,7 @@ def _check_keys(cfg: DictConfig) -> None:
         ("", cfg, RootConfig),
         ("calibration.", cfg.calibration, CalibrationConfig),
         ("noise_floor.", cfg.noise_floor, NoiseFloorConfig),
+        ("diagnosis.", cfg.diagnosis, DiagnosisConfig),
     ):
         allowed = [field.name for field in fields(schema)]
         for key in given:

@@ -75,12 +75,12 @@ class Job:
 
     @cached_property
     def floors(self) -> dict[str, Entry]:
-        """Samples that differ from the reference as the float model itself does: by seed, by dtype."""
+        """Samples that differ from the reference as the float model does by itself: by seed, by bfloat16."""
         e = self.experiment
         if not self.floor_size:
             return {}
         samples = self.float_samples
-        return {"seed": samples(e.floor_seed, None), e.floor_dtype: samples(e.seed, e.floor_dtype)}
+        return {"seed": samples(e.floor_seed, None), "bfloat16": samples(e.seed, e.floor_dtype)}
 
     @property
     def stats_file(self) -> Path:

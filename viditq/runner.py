@@ -18,7 +18,7 @@ from viditq.console import print_summary
 from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
 from viditq.engine.processes import Processes, environment, joined
-from viditq.errors import UserError
+from viditq.errors import GateFailed, UserError
 from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
@@ -74,18 +74,20 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
 
 
 def conclude(experiment: Experiment, run_dir: RunDir) -> dict[str, Any] | None:
-    """Log what is new, and print the summary."""
+    """Log what is new, print the summary, and raise GateFailed if the numbers do not pass the gate."""
     if not run_dir.metrics.is_file():
         return None
     metrics = read_json(run_dir.metrics)
     log(experiment, run_dir, metrics)
     print_summary(terminal(), metrics, run_dir)
+    if failures := experiment.gate.check(metrics):
+        raise GateFailed("\n".join(failures))
     return metrics
 
 
 def log(experiment: Experiment, run_dir: RunDir, metrics: dict[str, Any]) -> None:
     """Hand a reported run to its logger, once per kind of logger."""
-    if experiment.make_logger is None or not is_whole(run_dir.picture):
+    if experiment.make_logger is None or not is_whole(run_dir.page):
         return
     done = read_json(run_dir.logged) if is_whole(run_dir.logged) else []
     if experiment.logger_name not in done:

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from viditq.errors import UserError
 from viditq.metrics.comparison import finite
 from viditq.metrics.verdict import differences
 
@@ -29,21 +27,3 @@ def summarize(results: dict[str, dict[str, Tensor]], labels: dict[str, Any]) -> 
         "per_prompt": per_prompt,
         "differences": differences(results),
     }
-
-
-def worst_first(per_prompt: dict[str, Any], labels: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Scores that rank the pairs, and how to name them: PSNR where it was measured, else the first per-prompt metric.
-
-    Raises UserError if no metric has one value per prompt.
-    """
-    names = [name for name in labels if name in per_prompt]
-    if not names:
-        raise UserError("No metric has a value per prompt, so pairs cannot be ranked. Add psnr: metric=[psnr,...].")
-    name = "psnr" if "psnr" in names else names[0]
-    label = labels[name]
-    naming = {
-        "score_name": label["label"],
-        "unit": label["unit"],
-        "higher_is_better": label["higher_is_better"],
-    }
-    return torch.tensor(per_prompt[name]), naming

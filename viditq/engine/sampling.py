@@ -13,6 +13,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate
 from viditq.models.text import PromptEmbeds
 from viditq.quant.calibration import Calibrator
+from viditq.quant.diagnosis import Diagnosis
 
 LoadEmbeds = Callable[[int], PromptEmbeds]
 
@@ -53,26 +54,56 @@ class Generation(PipelineModule):
             self.sink(index, clip)
 
 
-class Calibration(PipelineModule):
-    """Samples with observers attached; after each batch the state so far is on disk. Batches carry their number."""
+class Accumulation(PipelineModule):
+    """Samples while `accumulator` sums things up; after each batch its state is on disk. Batches carry their number."""
 
-    def __init__(self, *args: Any, calibrator: Calibrator, partials: Partials, rank: int) -> None:
+    def __init__(self, *args: Any, accumulator: Calibrator | Diagnosis, partials: Partials, rank: int) -> None:
         super().__init__(*args)
-        self.calibrator, self.partials, self.rank = calibrator, partials, rank
+        self.accumulator, self.partials, self.rank = accumulator, partials, rank
         before = partials.load(rank)
         self.done = before.done
         if before.state:
-            calibrator.load_state(before.state)
+            accumulator.load_state(before.state)
 
     def predict_step(self, batch: tuple[int, list[int]], batch_idx: int) -> None:
-        """One batch of calibration prompts; noise indices are kept apart from those of the evaluation."""
+        """One batch through the sampling loop, without decoding."""
         number, indices = batch
-        seeds = [CALIBRATION_OFFSET + i for i in indices]
-        self.calibrator.set_sample_seeds(seeds)
-        with self.calibrator:
+        seeds = self.noise_indices(indices)
+        with self.accumulator:
             denoise(self.adapter, self.pipeline, [self.load_embeds(i) for i in indices], seeds, self.seed)
         self.done |= {number}
-        self.partials.save(self.rank, Partial(self.done, self.calibrator.state()))
+        self.partials.save(self.rank, Partial(self.done, self.accumulator.state()))
+
+    def noise_indices(self, indices: list[int]) -> list[int]:
+        """Tell the accumulator which prompts come; returns the indices that their noise is drawn by."""
+        raise NotImplementedError
+
+
+class Calibration(Accumulation):
+    """Observers on the float model; noise indices are kept apart from those of the evaluation."""
+
+    accumulator: Calibrator
+
+    def noise_indices(self, indices: list[int]) -> list[int]:
+        """Also the seeds of the reservoir's choice."""
+        seeds = [CALIBRATION_OFFSET + i for i in indices]
+        self.accumulator.set_sample_seeds(seeds)
+        return seeds
+
+
+class Diagnosing(Accumulation):
+    """The quantized denoiser beside the float one, on evaluation prompts and their noise."""
+
+    accumulator: Diagnosis
+
+    def __init__(self, *args: Any, quantized: nn.Module, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.quantized = quantized  # moved to the device with this module
+
+    def noise_indices(self, indices: list[int]) -> list[int]:
+        """Those of the evaluation."""
+        self.accumulator.add_prompts(len(indices))
+        return indices
 
 
 CALIBRATION_OFFSET = 1_000_000

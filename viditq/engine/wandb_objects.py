@@ -12,6 +12,7 @@ import wandb
 from viditq.data.samples import load_sample, sample_path
 from viditq.files import read_json
 from viditq.report.pictures import save_gif
+from viditq.report.ranking import rank_pairs
 from viditq.run_dir import RunDir
 
 MAX_PAIRS = 24
@@ -28,13 +29,13 @@ def run_objects(run_dir: RunDir, metrics: Mapping[str, Any], scratch: Path) -> d
         found["verdicts"] = verdict_table(metrics["verdict"])
     if run_dir.per_prompt.is_file():
         found["pairs"] = pairs_table(read_json(run_dir.per_prompt), metrics["labels"], run_dir.samples, scratch)
-    if (errors := run_dir.path / "errors.json").is_file():
+    if (errors := run_dir.errors).is_file():
         found |= error_objects(read_json(errors))
     if run_dir.picture.is_file():
         found["comparison"] = wandb.Image(str(run_dir.picture))
     if (gif := run_dir.picture.with_suffix(".gif")).is_file():
         found["comparison_video"] = wandb.Video(str(gif))
-    if (report := run_dir.path / "report.html").is_file():
+    if (report := run_dir.page).is_file():
         found["report"] = wandb.Html(str(report), inject=False)  # the page needs nothing from elsewhere
     return found
 
@@ -72,26 +73,10 @@ def pairs_table(per_prompt: Mapping[str, Any], labels: Mapping[str, Any], sample
     scores |= {f"{name}_difference": values for name, values in per_prompt.get("differences", {}).items()}
     folders = {"float": Path(per_prompt["reference"]), "quantized": samples}
     rows = []
-    for index in worst_indices(per_prompt, labels)[:MAX_PAIRS]:
+    for index in rank_pairs(per_prompt, labels).indices[:MAX_PAIRS]:
         media = [sample_media(folder, index, scratch / f"{index:06d}-{what}.gif") for what, folder in folders.items()]
         rows.append([index, per_prompt["prompts"][index], *media, *(values[index] for values in scores.values())])
     return wandb.Table(columns=["index", "prompt", *folders, *scores], data=rows)
-
-
-def worst_indices(per_prompt: Mapping[str, Any], labels: Mapping[str, Any]) -> list[int]:
-    """Prompts ranked by PSNR where it was measured, else by the first metric that has a value per prompt.
-
-    A metric without a better direction ranks by how far the pair differs.
-    """
-    scores, differences = per_prompt["metrics"], per_prompt.get("differences", {})
-    indices = list(range(len(per_prompt["prompts"])))
-    for name in (name for name in ["psnr", *labels] if name in scores):
-        better = labels[name]["higher_is_better"]
-        if better is not None:
-            return sorted(indices, key=lambda i: scores[name][i] if better else -scores[name][i])
-        if name in differences:
-            return sorted(indices, key=lambda i: -abs(differences[name][i]))
-    return indices
 
 
 def sample_media(folder: Path, index: int, gif: Path) -> wandb.Image | wandb.Video:

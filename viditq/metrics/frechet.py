@@ -107,5 +107,6 @@ class FrechetDistance(StreamingMetric):
             return torch.cat([found, found[:1] - found[1:]])
 
         values, errors = _with_errors(statistic, number)
-        result = {"value": values[0], "standard_error": errors[0]}
+        num_features = torch.tensor(samples.shape[1])
+        result = {"value": values[0], "standard_error": errors[0], "num_features": num_features}
         return result | ({"reference_value": values[1], "difference_error": errors[2]} if data else {})

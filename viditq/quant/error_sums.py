@@ -80,3 +80,8 @@ class ErrorSums:
         sums, rows = ["squared_error", "squared_norm"], [f"layers/{name}" for name in self.layer_names]
         places = [(prefix, field, row) for field in (*sums, "minimum", "maximum") for row, prefix in enumerate(rows)]
         return places + [("denoiser", field, len(rows)) for field in sums]
+
+
+def merge_states(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Two `state()`s of the same layers and sizes, made on different prompts, as one."""
+    return {key: COMBINE[REDUCTIONS[key.rsplit("/", 1)[-1]]](value, theirs[key]) for key, value in mine.items()}

@@ -30,10 +30,12 @@ def comparison_picture(
     columns: int | None = None,
     frame_height: int | None = None,
     max_frames: int = 8,
+    num_pairs: int | None = None,
 ) -> Path:
     """Write a PNG of the worst pairs, worst first: the float model above, the quantized one below.
 
     `samples`, `references` [B, F, C, H, W], `scores` [B]. A video is a strip of at most `max_frames` frames.
+    `num_pairs`: of how many pairs these are the worst, where not all are given.
     `columns` and `frame_height` (pixels) default to 4 and 128 for images, 2 and 64 for video.
     """
     worst = torch.as_tensor(scores).argsort(descending=not higher_is_better, stable=True)[:max_pairs].tolist()
@@ -47,7 +49,7 @@ def comparison_picture(
         )
         for i in worst
     ]
-    subtitle = f"{len(worst)} of {len(samples)} pairs, worst first by {score_name}"
+    subtitle = f"{len(worst)} of {num_pairs or len(samples)} pairs, worst first by {score_name}"
     picture = draw_grid(cells, columns, list(labels), title, subtitle)
     return save_picture(picture, path)
 

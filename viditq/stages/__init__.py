@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from viditq.config import STAGES
 from viditq.job import Job
-from viditq.stages import calibrate, evaluate, prompts, quantize, report, samples
+from viditq.stages import calibrate, diagnose, evaluate, prompts, quantize, report, samples
 
 FUNCTIONS: Mapping[str, Callable[[Job], str]] = {
     "prompts": prompts.prompts,
@@ -13,6 +13,7 @@ FUNCTIONS: Mapping[str, Callable[[Job], str]] = {
     "calibrate": calibrate.calibrate,
     "quantize": quantize.quantize,
     "generate": samples.generate,
+    "diagnose": diagnose.diagnose,
     "evaluate": evaluate.evaluate,
     "report": report.report,
 }

@@ -49,7 +49,7 @@ def _observe(job: Job, partials: Partials) -> None:
     calibrator = Calibrator(denoiser, names, e.adapter.timestep_scale, e.num_buckets, e.rows_per_bucket)
     module = Calibration(
         *(e.adapter, pipeline, job.load_embeds(prompts), e.seed),
-        calibrator=calibrator,
+        accumulator=calibrator,
         partials=partials,
         rank=processes.rank,
     )

@@ -13,6 +13,7 @@ from viditq.engine.sampling import batches_of
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json, read_tensors, write_json, write_tensors
 from viditq.job import Job
+from viditq.metrics.verdict import verdicts
 from viditq.quant.artifact import size_bytes
 from viditq.run_dir import read_seconds
 from viditq.summary import summarize
@@ -84,11 +85,15 @@ def _write(
     if not e.plan.needs_stats:
         seconds.pop("calibrate", None)
     per_prompt = {"prompts": e.data.prompts, "reference": str(job.reference.path.resolve())}
-    write_json(run_dir.per_prompt, {**per_prompt, "metrics": summary.pop("per_prompt")})
+    columns = {"metrics": summary.pop("per_prompt"), "differences": summary.pop("differences")}
+    write_json(run_dir.per_prompt, per_prompt | columns)
+    floor = {"num_prompts": job.floor_size, "seed": e.floor_seed, "dtype": e.floor_dtype}
     write_json(
         run_dir.metrics,
         {
             **summary,
+            "verdict": verdicts(results, shared, floors, labels),
+            "noise_floor": floor if job.floor_size else None,
             "model": e.adapter.name,
             "experiment": e.name,
             "seed": e.seed,

@@ -1,36 +1,103 @@
-"""Stage `report`: pictures of the pairs, worst first."""
+"""Stage `report`: pictures of the pairs, worst first, and the page."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
+import yaml
+from torch import Tensor
 
+from viditq import provenance
 from viditq.data.samples import load_sample, sample_path
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.job import Job
+from viditq.quant.convert import linear_names
+from viditq.report.content import MAX_PAIRS, PageContent, Pair
+from viditq.report.page import write_page
 from viditq.report.pictures import comparison_gif, comparison_picture
-from viditq.summary import worst_first
+from viditq.report.plan_view import summarize_plan
+from viditq.report.ranking import Ranking, rank_pairs
 
 
 def report(job: Job) -> str:
-    """Draw the float model above and the quantized below, on the first process."""
-    path = job.run_dir.picture
-    if job.processes.first_does(lambda: is_whole(path)):
-        return f"already done ({path})"
-    with job.timed(job.run_dir.path, "report"):
+    """Draw and write, on the first process."""
+    run_dir = job.run_dir
+    if job.processes.first_does(lambda: is_whole(run_dir.picture) and is_whole(run_dir.page)):
+        return f"already done ({run_dir.page})"
+    with job.timed(run_dir.path, "report"):
         return job.processes.first_does(lambda: _report(job))
 
 
 def _report(job: Job) -> str:
-    e, run_dir, count = job.experiment, job.run_dir, job.num_prompts
+    run_dir = job.run_dir
     if not run_dir.per_prompt.is_file():
         raise UserError(f"{run_dir.per_prompt} is missing. Run the stage evaluate before report.")
-    per_prompt = read_json(run_dir.per_prompt)["metrics"]
-    scores, name = worst_first(per_prompt, read_json(run_dir.metrics)["labels"])
-    folders = (run_dir.samples, job.reference.path)
-    paths = [[sample_path(folder, i, e.adapter.modality) for i in range(count)] for folder in folders]
-    samples, references = (torch.stack([load_sample(p) for p in group]) for group in paths)
-    title = f"{e.name} on {e.adapter.name}, seed {e.seed}"
+    metrics, per_prompt = read_json(run_dir.metrics), read_json(run_dir.per_prompt)
+    ranking = rank_pairs(per_prompt, metrics["labels"])
+    _draw(job, ranking, metrics["labels"][ranking.metric])
+    write_page(_content(job, ranking, metrics, per_prompt), run_dir.page)
+    return f"picture and page ({run_dir.page})"
+
+
+def _clips(job: Job, index: int) -> tuple[Tensor, Tensor]:
+    """The float and the quantized clip of a prompt, uint8 [F, C, H, W]."""
+    modality = job.experiment.adapter.modality
+    folders = (job.reference.path, job.run_dir.samples)
+    float_clip, quantized_clip = (load_sample(sample_path(folder, index, modality)) for folder in folders)
+    return float_clip, quantized_clip
+
+
+def _draw(job: Job, ranking: Ranking, label: Mapping[str, Any]) -> None:
+    e, path = job.experiment, job.run_dir.picture
+    worst = ranking.indices[:MAX_PAIRS]
+    references, samples = (torch.stack(clips) for clips in zip(*(_clips(job, i) for i in worst), strict=True))
+    ranks = torch.arange(len(worst))
+    scores = torch.tensor([ranking.scores[i] for i in worst])
     if e.adapter.modality == "video":
-        gif = run_dir.picture.with_suffix(".gif")
-        comparison_gif(samples, references, scores, gif, name["higher_is_better"])
-    comparison_picture(samples, references, e.data.prompts, scores, run_dir.picture, title, **name)
-    return f"picture drawn ({run_dir.picture})"
+        comparison_gif(samples, references, ranks, path.with_suffix(".gif"))
+    comparison_picture(
+        samples,
+        references,
+        [e.data.prompts[i] for i in worst],
+        scores,
+        path,
+        title=f"{e.name} on {e.adapter.name}, seed {e.seed}",
+        score_name=label["label"],
+        unit=label["unit"],
+        higher_is_better=label["higher_is_better"] is not False,
+        num_pairs=job.num_prompts,
+    )
+
+
+def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt: Mapping[str, Any]) -> PageContent:
+    e, run_dir = job.experiment, job.run_dir
+    values = {name: column for name, column in per_prompt["metrics"].items() if name in metrics["labels"]}
+    roles = e.adapter.linear_roles(linear_names(e.adapter.build_denoiser()))
+    plan = read_json(run_dir.artifact / "plan.json")
+    return PageContent(
+        title=f"{e.name} on {e.adapter.name}",
+        experiment=e.name,
+        model=e.adapter.name,
+        seed=e.seed,
+        command=provenance.command(),
+        versions=provenance.versions(),
+        machine=provenance.machine(),
+        metrics=metrics,
+        per_prompt=per_prompt,
+        errors=read_json(run_dir.errors) if is_whole(run_dir.errors) else None,
+        segments=plan["edges"],
+        plan=summarize_plan(plan, roles),
+        configuration=yaml.safe_dump(dict(e.tracked), sort_keys=False),
+        pairs=[
+            Pair(
+                index=i,
+                prompt=e.data.prompts[i],
+                clips=partial(_clips, job, i),
+                scores={name: column[i] for name, column in values.items()},
+            )
+            for i in ranking.indices[:MAX_PAIRS]
+        ],
+        sorted_by=ranking.metric,
+    )

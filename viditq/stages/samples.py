@@ -28,7 +28,7 @@ def noise_floor(job: Job) -> str:
         _float_samples(job, entry, seed, dtype, job.floor_size, f"float {name}")
         for name, (entry, seed, dtype) in {
             f"seed {e.floor_seed}": (job.floors["seed"], e.floor_seed, None),
-            e.floor_dtype: (job.floors[e.floor_dtype], e.seed, e.floor_dtype),
+            e.floor_dtype: (job.floors["bfloat16"], e.seed, e.floor_dtype),
         }.items()
     ]
     return "; ".join(lines)

@@ -1,0 +1,42 @@
+"""Where a run's numbers come from: the command, the versions, the machine."""
+
+import os
+import platform
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+
+from viditq.report.content import Machine
+
+PACKAGES = ("viditq", "torch", "diffusers", "transformers", "torchmetrics", "lightning", "hydra-core")
+COMMAND_OF_RUN = "VIDITQ_COMMAND_OF_RUN"  # for the processes of a run, which have an argv of their own
+
+
+def command() -> str:
+    """The command line that repeats this run alone, a job of a sweep too."""
+    if COMMAND_OF_RUN in os.environ:
+        return os.environ[COMMAND_OF_RUN]
+    if not HydraConfig.initialized():
+        return "viditq.runner.run(...)  # called from Python"
+    return shlex.join(["python", "run.py", *HydraConfig.get().overrides.task])
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, of what the numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def machine() -> Machine:
+    """The processor, its cores that this process may use, and the GPU."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return Machine(_processor(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, gpu)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
