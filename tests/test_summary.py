@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from viditq.errors import UserError
-from viditq.summary import summarize, worst_first
+from viditq.summary import summarize
 
 LABELS = {
     name: {"label": name.upper(), "unit": "", "higher_is_better": name != "fvd"} for name in ("clip", "psnr", "fvd")
@@ -34,14 +33,3 @@ def test_summary_is_json():
         "per_prompt": {"clip": [3, 1, 2], "clip_float": [2, 2, 2.5], "psnr": [3, 1, 2]},
         "differences": {"clip": [1, -1, -0.5]},
     }
-
-
-def test_pairs_are_ranked_by_psnr_or_the_first_metric_that_has_scores():
-    per_prompt = summarize(results(), LABELS)["per_prompt"]
-    assert worst_first(per_prompt, LABELS)[1]["score_name"] == "PSNR"
-    del per_prompt["psnr"]
-    scores, naming = worst_first(per_prompt, LABELS)
-    assert scores.tolist() == [3, 1, 2]
-    assert naming == {"score_name": "CLIP", "unit": "", "higher_is_better": True}
-    with pytest.raises(UserError, match="No metric has a value per prompt"):
-        worst_first({}, LABELS)

@@ -19,7 +19,6 @@ from wandb_records import OfflineRun, offline_runs
 from viditq.data.samples import sample_path, save_sample
 from viditq.engine import wandb_objects
 from viditq.engine.logging import log_run
-from viditq.engine.wandb_objects import worst_indices
 from viditq.files import write_json
 from viditq.report.pictures import save_gif
 from viditq.run_dir import RunDir
@@ -115,6 +114,7 @@ def away_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run_dir(tmp_path: Path) -> RunDir:
     """A run that has measured nothing per prompt."""
     directory = RunDir(tmp_path / "a run", CONFIG)
+    directory.claim()
     Image.new("RGB", (8, 8)).save(directory.picture)
     return directory
 
@@ -326,15 +326,3 @@ def test_disabled_wandb_logs_nothing(configure: Callable, full_run: RunDir, monk
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log_run(make_logger(configure, "wandb", full_run), CONFIG, full_run, METRICS)
     assert not offline_runs(full_run.path)
-
-
-def test_pairs_are_ranked_by_what_was_measured() -> None:
-    labels = {"flow": {"higher_is_better": None}, "l2": {"higher_is_better": False}, "psnr": {"higher_is_better": True}}
-    scores = {"flow": [1.0, 2.0, 3.0], "l2": [0.3, 0.1, 0.2], "psnr": [20.0, 30.0, 10.0]}
-    ranked = {"psnr": [2, 0, 1], "l2": [0, 2, 1], "flow": [1, 2, 0]}
-    for last in ("psnr", "l2", "flow", ""):
-        per_prompt = {"prompts": ["a", "b", "c"], "metrics": dict(scores), "differences": {"flow": [0.0, -4.0, 1.0]}}
-        if last == "l2":
-            per_prompt["differences"] = {}
-        assert worst_indices(per_prompt, labels) == ranked.get(last, [0, 1, 2])
-        scores.pop(last, None)
