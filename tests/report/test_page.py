@@ -93,7 +93,7 @@ def test_the_order_of_the_sections(page):
 @pytest.mark.parametrize(
     "words",
     [
-        "Worse than float on 1 of 4 metrics",
+        "Worse than float on 1 of 3 metrics",
         "worse",
         "equal within noise",
         "34.4 to 36.5",

@@ -64,7 +64,10 @@ def test_headline(verdicts, text, tone):
     names = [f"m{i}" for i in range(len(verdicts))]
     metrics = {
         "metrics": dict.fromkeys(names, 1.0),
-        "verdict": {n: {"verdict": v, "kind": "quality"} for n, v in zip(names, verdicts, strict=True)},
+        "verdict": {
+            n: {"verdict": v, "kind": "quality", "difference_interval": [0, 1]}
+            for n, v in zip(names, verdicts, strict=True)
+        },
     }
     found = headline(judge_all(metrics))
     assert (found.text, found.tone) == (text, tone)
@@ -72,10 +75,19 @@ def test_headline(verdicts, text, tone):
 
 def test_the_headline_names_the_worse_metrics_and_says_what_is_not_judged():
     found = headline(judge_all(make_metrics(8)))
-    assert found.text == "Worse than float on 1 of 4 metrics"
+    assert found.text == "Worse than float on 1 of 3 metrics"
     assert found.details == (
-        "Worse: PSNR. Better: motion magnitude. Equal within noise: CLIPSIM, FVD. 1 of 5 metrics are not judged."
+        "Worse: PSNR. Better: motion magnitude. Equal within noise: CLIPSIM. 2 of 5 metrics are not judged."
     )
+
+
+def test_what_was_not_compared_is_not_called_equal():
+    """Too few prompts, or no noise floor: metrics.json has only three words."""
+    entry = {"verdict": "equal within noise", "kind": "fidelity", "difference_interval": None, "warning": "4 prompts"}
+    groups = judge_all({"metrics": {"psnr": 30.0}, "verdict": {"psnr": entry}})
+    (row,) = groups[0].judgements
+    assert (row.verdict, row.tone, row.warning) == ("cannot be told", "unknown", "4 prompts")
+    assert headline(groups).text == "Nothing can be told from this run"
 
 
 def test_labels_are_shortened_only_where_they_stay_distinct():

@@ -16,6 +16,7 @@ KINDS = {
 DIRECTIONS = {True: "higher is better", False: "lower is better", None: "should equal the float model"}
 FLOORS = {"seed": "other seed", "bfloat16": "bfloat16"}
 NOT_JUDGED = "not judged"
+NOT_TOLD = "cannot be told"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Judgement:
     noise: str
     floors: tuple[tuple[str, str], ...]
     reason: str
+    warning: str
     plot: IntervalPlot | None
 
 
@@ -87,6 +89,8 @@ def judge(name: str, metrics: Mapping[str, Any], verdict: Mapping[str, Any]) -> 
     digits = digits_for(value, _half_width(bounds) or error)
     fine = digits_for(difference, _half_width(difference_bounds), verdict.get("noise"))
     word = (verdict.get("verdict") if value is not None else None) or NOT_JUDGED
+    if word in TONES and difference_bounds is None:
+        word = NOT_TOLD  # nothing was compared: too few prompts, or no noise floor
     shown = interval(bounds, digits)
     if not shown and finite(error) is not None:
         shown = f"± {plain(error, digits)} standard error"
@@ -106,6 +110,7 @@ def judge(name: str, metrics: Mapping[str, Any], verdict: Mapping[str, Any]) -> 
         noise=plain(verdict.get("noise"), fine, unit) if finite(verdict.get("noise")) is not None else "",
         floors=tuple((FLOORS.get(k, k), plain(v, digits, unit)) for k, v in floors.items() if finite(v) is not None),
         reason=verdict.get("reason") or "",
+        warning=verdict.get("warning") or "",
         plot=_plot(difference, difference_bounds, finite(verdict.get("noise"))),
     )
 
@@ -152,6 +157,8 @@ def headline(groups: Sequence[Group]) -> Headline:
     judged = [row for row in rows if row.tone != "unknown"]
     named = {tone: [row.short_label for row in judged if row.tone == tone] for tone in TONES.values()}
     left = f"{len(rows) - len(judged)} of {len(rows)} metrics are not judged." if len(judged) < len(rows) else ""
+    if any(row.verdict == NOT_TOLD for row in rows) and not judged:
+        return Headline("Nothing can be told from this run", "unknown", "Open a row for the reason.")
     if not judged:
         return Headline("Measured, not judged", "unknown", "This run holds no verdict: it gives the numbers alone.")
     count = "all" if len(judged) > 1 else "the one"
