@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from viditq.cli import guarded_run
 from viditq.engine import sampling
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
-from viditq.stages import samples
+from viditq.stages import calibrate, samples
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("prompts", "samples", "calibrate", "quantize", "evaluate", "report")
+MODULES = ("prompts", "samples", "calibrate", "quantize", "diagnose", "evaluate", "report")
 STABLE_KEYS = {
     "metrics": dict,
     "model": str,
@@ -37,7 +38,7 @@ STABLE_KEYS = {
     "fingerprint": str,
 }
 STAGES = [sys.modules[f"viditq.stages.{name}"] for name in MODULES]
-SLOW = ("run_batches", "quantize_denoiser", "measure", "encode_prompt", "comparison_picture", "load_artifact")
+SLOW = ("run_batches", "quantize_denoiser", "measure", "encode_prompt", "write_page", "load_artifact")
 Run = Callable[..., dict[str, Any] | None]
 
 
@@ -89,6 +90,7 @@ def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -
 
 def test_every_file_is_there(finished_run: Path, shared_cache: Path) -> None:
     files = {".lock", "run.json", "metrics.json", "per_prompt.json", "seconds.json", "comparison.png"}
+    files |= {"errors.json", "report.html"}
     files |= {f"quantized/{name}" for name in ("plan.json", "meta.json", "model.safetensors")}
     files |= {"samples/000000.png", "samples/000001.png"}
     assert set(contents(finished_run)) == files
@@ -103,7 +105,15 @@ def test_metrics_json(finished_run: Path) -> None:
         assert isinstance(metrics[key], kind), key
     assert set(metrics["metrics"]) == {"psnr", "ssim", "relative_l2", "fid", "fid_data", "clipsim"}
     assert all(math.isfinite(value) for value in metrics["metrics"].values())
-    assert set(metrics["seconds"]) == {"prompts", "reference", "calibrate", "quantize", "generate", "evaluate"}
+    assert set(metrics["seconds"]) == {
+        "prompts",
+        "reference",
+        "calibrate",
+        "quantize",
+        "generate",
+        "diagnose",
+        "evaluate",
+    }
     assert all(value >= 0 for value in metrics["seconds"].values())
     assert (metrics["model"], metrics["experiment"], metrics["prompts"]) == ("tiny_image", "smoke", 2)
     assert 4 < metrics["average_weight_bits"] < 16 and 8 < metrics["average_activation_bits"] < 16
@@ -132,7 +142,7 @@ def test_second_run_only_prints(
     assert run(finished_run, shared_cache) == strict_json(finished_run / "metrics.json")
     assert (contents(finished_run), contents(shared_cache)) == before
     out = capsys.readouterr().out
-    assert out.count("already") == 9 and "PSNR" in out and str(finished_run / "comparison.png") in out
+    assert out.count("already") == 10 and "PSNR" in out and str(finished_run / "comparison.png") in out
 
 
 def test_settings_that_change_no_result_continue_a_run(
@@ -190,7 +200,7 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
     assert not list(tmp_path.rglob("*.tmp")) and not list(cache.rglob("partial-*"))
 
 
-@pytest.mark.parametrize("dying", ["write_json", "comparison_picture", "save_denoiser"])
+@pytest.mark.parametrize("dying", ["write_page", "comparison_picture", "save_denoiser", "summarize"])
 def test_killed_while_writing(
     dying: str, run: Run, finished_run: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,11 +220,32 @@ def test_killed_while_writing(
 
 
 def test_run_killed_before_logging_logs_when_repeated(run: Run, run_copy: Path, shared_cache: Path) -> None:
-    (run_copy / "comparison.png").unlink()
+    (run_copy / "report.html").unlink()
     run(run_copy, shared_cache, "logger=csv", "stages=[evaluate]")
     assert not (run_copy / "csv").exists()
     run(run_copy, shared_cache, "logger=csv")
-    assert (run_copy / "csv" / "metrics.csv").is_file()
+    logged = (run_copy / "csv" / "metrics.csv").read_text()
+    run(run_copy, shared_cache, "logger=csv")
+    assert (run_copy / "csv" / "metrics.csv").read_text() == logged, "logged twice"
+
+
+def test_gate_decides_the_exit_status(
+    configure: Callable[..., Any],
+    shrunk: list[str],
+    run_copy: Path,
+    shared_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On a finished run too: conditions may change, results may not."""
+    overrides = [*shrunk, f"cache_dir='{shared_cache}'"]
+    guarded_run(configure(*overrides, 'gate={psnr: ">= 1", size_bytes: "> 0"}'), run_copy)
+    with pytest.raises(SystemExit) as status:
+        guarded_run(configure(*overrides, 'gate={psnr: ">= 90", clipsim_drop: "<= 9"}'), run_copy)
+    assert status.value.code == 3
+    err = capsys.readouterr().err
+    assert (
+        "gate failed" in err and "psnr: wanted >= 90, found" in err and "clipsim" not in err and "Traceback" not in err
+    )
 
 
 # Other configurations -------------------------------------------------------------------------------------------------
@@ -253,7 +284,7 @@ def test_experiments_share_reference_and_statistics(
 ) -> None:
     before = contents(shared_cache)
     written = count_samples(monkeypatch)
-    monkeypatch.setattr(sampling, "denoise", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(calibrate, "run_batches", lambda *_: pytest.fail("calibrated again"))
     changes = ("quant.weight.bits=8", "quant.smoothing.alpha=0.3", "quant.segments=[0.0,0.7,1.0]")
     metrics = run(tmp_path / "other bits", shared_cache, *changes)
     assert contents(shared_cache) == before
@@ -284,7 +315,7 @@ import json, sys, torch, viditq
 from pathlib import Path
 from safetensors.torch import save_file
 from viditq.models.adapter import ModelAdapter
-from viditq.stages import samples
+from viditq.stages import calibrate, samples
 from viditq.models.generate import generate
 from viditq.models.text import encode_prompt
 

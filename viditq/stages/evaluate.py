@@ -84,6 +84,9 @@ def _write(
     seconds = {**read_seconds(job.reference.path), **read_seconds(job.stats.path), **read_seconds(run_dir.path)}
     if not e.plan.needs_stats:
         seconds.pop("calibrate", None)
+    if job.floors:
+        floors_took = (read_seconds(entry.path).get("reference", 0.0) for entry in job.floors.values())
+        seconds["noise_floor"] = round(sum(floors_took), 2)
     per_prompt = {"prompts": e.data.prompts, "reference": str(job.reference.path.resolve())}
     columns = {"metrics": summary.pop("per_prompt"), "differences": summary.pop("differences")}
     write_json(run_dir.per_prompt, per_prompt | columns)
