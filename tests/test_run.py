@@ -105,15 +105,10 @@ def test_metrics_json(finished_run: Path) -> None:
         assert isinstance(metrics[key], kind), key
     assert set(metrics["metrics"]) == {"psnr", "ssim", "relative_l2", "fid", "fid_data", "clipsim"}
     assert all(math.isfinite(value) for value in metrics["metrics"].values())
-    assert set(metrics["seconds"]) == {
-        "prompts",
-        "reference",
-        "calibrate",
-        "quantize",
-        "generate",
-        "diagnose",
-        "evaluate",
-    }
+    timed = {"prompts", "reference", "noise_floor", "calibrate", "quantize", "generate", "diagnose", "evaluate"}
+    assert set(metrics["seconds"]) == timed
+    assert set(metrics["verdict"]) == set(metrics["metrics"])
+    assert metrics["noise_floor"] == {"num_prompts": 2, "seed": 1, "dtype": "bfloat16"}
     assert all(value >= 0 for value in metrics["seconds"].values())
     assert (metrics["model"], metrics["experiment"], metrics["prompts"]) == ("tiny_image", "smoke", 2)
     assert 4 < metrics["average_weight_bits"] < 16 and 8 < metrics["average_activation_bits"] < 16

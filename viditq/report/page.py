@@ -29,6 +29,7 @@ MAX_PIXELATED = 128  # frames up to this side are shown with their pixels as squ
 STAGES = {
     "prompts": "encode prompts",
     "reference": "generate with float",
+    "noise_floor": "float against itself",
     "calibrate": "calibrate",
     "quantize": "quantize",
     "generate": "generate quantized",
