@@ -23,7 +23,7 @@ class Tuner(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`."""
-        self.config, self.context = config, hydra_context
+        self.config, self.hydra_context = config, hydra_context
         arguments = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
         self.launcher = Plugins.instance().instantiate_launcher(**arguments)
 

@@ -16,7 +16,7 @@ from viditq.files import read_json, write_json
 from viditq.run_dir import fingerprint
 
 SWEEP_VARIABLE = "VIDITQ_SWEEP"  # the folder of the records; launchers hand it on to the processes of the jobs
-CHANGES_NO_JOB = ("n_trials", "n_jobs", "max_batch_size")  # keys of a sweeper: how many jobs, and how many at once
+HOW_MANY = ("n_trials", "max_batch_size")  # keys of a sweeper that say how many jobs, not which
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def sweep_folder(hydra: DictConfig) -> Path:
     """`<sweep dir>/_sweeps/<hash of what is swept>`: the same sweep through another launcher has the same folder."""
     sweeper = OmegaConf.to_container(hydra.sweeper)
     assert isinstance(sweeper, dict)
-    what = {str(key): value for key, value in sweeper.items() if key not in CHANGES_NO_JOB}
-    key = {"overrides": list(hydra.overrides.task), "sweeper": what}
+    what = {str(key): value for key, value in sweeper.items() if key not in HOW_MANY}
+    overrides = [text for text in hydra.overrides.task if not text.startswith("launcher=")]
+    key = {"overrides": overrides, "sweeper": what}
     return Path(hydra.sweep.dir).resolve() / "_sweeps" / fingerprint(key)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 from viditq.errors import UserError
 from viditq.files import read_json, write_json
@@ -29,9 +30,9 @@ class Tuning:
     """What is tuned: a metric's mean, by numbers that fill in overrides (`quant.smoothing.alpha=[{low},{high}]`)."""
 
     objective: str
-    direction: str  # maximize or minimize
+    direction: Literal["maximize", "minimize"]
     n_trials: int  # in all, those of earlier calls included
-    n_jobs: int  # trials proposed together, and run together if the launcher can
+    max_batch_size: int  # trials proposed together, and run side by side if the launcher can
     seed: int
     startup_trials: int  # random ones before TPE has something to learn from
     params: dict[str, Range] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Tuning:
     def __post_init__(self) -> None:
         if self.direction not in ("maximize", "minimize"):
             raise UserError(f"hydra.sweeper.direction={self.direction}. Give maximize or minimize.")
-        for key in ("n_trials", "n_jobs"):
+        for key in ("n_trials", "max_batch_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"hydra.sweeper.{key}={getattr(self, key)}. Give 1 or more.")
         if not self.params:
@@ -109,13 +110,13 @@ def tune(tuning: Tuning, folder: Path, base: list[str], launch: Callable[[list[l
     jobs = {job.num: job for job in read_jobs(folder)}
     waiting = [n for n in range(min(len(trials), tuning.n_trials)) if n not in jobs or jobs[n].status != "done"]
     while True:
-        while len(waiting) < tuning.n_jobs and len(trials) < tuning.n_trials:
+        while len(waiting) < tuning.max_batch_size and len(trials) < tuning.n_trials:
             trials.append(tuning.propose(trials, tuning.values(read_jobs(folder))))
             waiting.append(len(trials) - 1)
             write_json(file, trials)
         if not waiting:
             break
-        batch, waiting = waiting[: tuning.n_jobs], waiting[tuning.n_jobs :]
+        batch, waiting = waiting[: tuning.max_batch_size], waiting[tuning.max_batch_size :]
         for first, numbers in contiguous(batch):
             launch([[*base, *tuning.settings(trials[n])] for n in numbers], first)
     values = {n: value for n, value in tuning.values(read_jobs(folder)).items() if n < len(trials)}
