@@ -109,13 +109,13 @@ def tune(tuning: Tuning, folder: Path, base: list[str], launch: Callable[[list[l
     trials: list[Params] = read_json(file) if file.is_file() else []
     jobs = {job.num: job for job in read_jobs(folder)}
     waiting = [n for n in range(min(len(trials), tuning.n_trials)) if n not in jobs or jobs[n].status != "done"]
-    while True:
-        while len(waiting) < tuning.max_batch_size and len(trials) < tuning.n_trials:
-            trials.append(tuning.propose(trials, tuning.values(read_jobs(folder))))
-            waiting.append(len(trials) - 1)
+    while waiting or len(trials) < tuning.n_trials:
+        if not waiting:  # a batch is proposed as a whole, from what had finished before it, cut off or not
+            finished, first = tuning.values(read_jobs(folder)), len(trials)
+            for _ in range(min(tuning.max_batch_size, tuning.n_trials - first)):
+                trials.append(tuning.propose(trials, finished))
+            waiting = list(range(first, len(trials)))
             write_json(file, trials)
-        if not waiting:
-            break
         batch, waiting = waiting[: tuning.max_batch_size], waiting[tuning.max_batch_size :]
         for first, numbers in contiguous(batch):
             launch([[*base, *tuning.settings(trials[n])] for n in numbers], first)
