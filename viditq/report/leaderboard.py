@@ -17,8 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from viditq.report.table import decimals, number, value_and_error
 
 Z95 = 1.959964  # a normal distribution's 95 % interval, in standard errors
+DIFFERS = "differ by seed"
 NOTE = (
     "± is the standard error over seeds; [ ] the 95 % interval over the prompts of a single seed. "
+    "A verdict weighs a metric against noise (metrics.json says how); equal is equal within noise. "
     "Bits and bytes count the denoiser; seconds are the quantized sampling, median over seeds."
 )
 
@@ -82,7 +84,7 @@ class Row:
         if any(v is None for v in values):
             return None
         verdicts = {m.get("verdict", {}).get(name, {}).get("verdict", "") for m in self.metrics}
-        verdict = verdicts.pop() if len(verdicts) == 1 else "differs by seed"
+        verdict = verdicts.pop() if len(verdicts) == 1 else DIFFERS
         mean = statistics.fmean(values)
         if len(values) > 1:
             return Score(mean, statistics.stdev(values) / math.sqrt(len(values)), None, verdict)
@@ -90,15 +92,14 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`worse: PSNR, SSIM; equal within noise: CLIPSIM`, worst first; empty where nothing was judged."""
-        groups: dict[str, list[str]] = {"worse": [], "differs by seed": [], "equal within noise": [], "better": []}
+        """`worse: PSNR, SSIM; 4 equal`, worst first; empty where nothing was judged."""
+        groups: dict[str, list[str]] = {"worse": [], "better": [], DIFFERS: [], "equal within noise": []}
         for name, label in self.metrics[0]["labels"].items():
             if (score := self.score(name)) and score.verdict:
-                groups.setdefault(score.verdict, []).append(short(label["label"]))
-        found = {verdict: names for verdict, names in groups.items() if names}
-        if len(found) == 1:
-            return f"{next(iter(found))} (all {len(next(iter(found.values())))})"
-        return "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in found.items())
+                groups[score.verdict].append(short(label["label"]))
+        named = [f"{verdict}: {', '.join(groups[verdict])}" for verdict in ("worse", "better") if groups[verdict]]
+        counted = [f"{len(groups[v])} {what}" for v, what in ((DIFFERS, DIFFERS), ("equal within noise", "equal"))]
+        return "; ".join([*named, *(text for text in counted if not text.startswith("0 "))])
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class Board:
 
     @property
     def headings(self) -> list[str]:
-        fixed = ["experiment", "seeds", "pairs", "W bits", "A bits", "MB"]
-        return [*fixed, *(heading(label) for label in self.metrics.values()), "verdict", "seconds"]
+        fixed = ["experiment", "verdict", "seeds", "pairs", "W bits", "A bits", "MB", "seconds"]
+        return [*fixed, *(heading(label) for label in self.metrics.values())]
 
     def cells(self, row: Row) -> list[tuple[str, float | str]]:
         """Text and sort key of each cell of a row."""
@@ -149,12 +150,12 @@ class Board:
         pairs = row.metrics[0]["prompts"]
         return [
             (row.name, row.name),
+            (row.verdict or "-", row.verdict),
             (str(len(row.seeds)), len(row.seeds)),
             (str(pairs), pairs),
             *((f"{value:.2f}", value) for value in (row.weight_bits, row.activation_bits, row.megabytes)),
-            *((score.text, score.value) if score else ("-", math.nan) for score in scores),
-            (row.verdict or "-", row.verdict),
             ("-" if math.isnan(row.seconds) else f"{row.seconds:.1f}", row.seconds),
+            *((score.text, score.value) if score else ("-", math.nan) for score in scores),
         ]
 
 

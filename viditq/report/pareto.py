@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -49,7 +50,7 @@ def pareto_front(points: Sequence[Point], higher_is_better: bool) -> list[Point]
 def pareto_picture(panels: Sequence[Panel], quality: str, higher_is_better: bool, title: str, path: Path) -> list[Path]:
     """Panels side by side; writes `path` as .png and .svg and returns both."""
     with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "viditq", "svg.fonttype": "path"}):
-        figure = Figure(figsize=(6.2 * len(panels), 5.4), layout="constrained")
+        figure = Figure(figsize=(6.4 * len(panels), 6.4), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=12, fontweight="bold", color=INK)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -95,6 +96,7 @@ def place_labels(axis: Axes, panel: Panel, higher_is_better: bool, canvas: Figur
     for point in panel.points:
         (x, y), (_, low), (_, high) = axis.transData.transform([(point.cost, v) for v in heights(point)])
         taken += [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4), Bbox.from_extents(x - 2, low, x + 2, high)]
+    taken += front_boxes(axis, pareto_front(panel.points, higher_is_better))
     for point in sorted(panel.points, key=lambda p: (p.name not in names, p.cost, p.value)):
         text = axis.annotate(
             point.name,
@@ -115,6 +117,16 @@ def place_labels(axis: Axes, panel: Panel, higher_is_better: bool, canvas: Figur
         if text.arrow_patch is not None:
             text.arrow_patch.set_visible(best >= len(ANGLES))
         taken.append(boxes[best])
+
+
+def front_boxes(axis: Axes, front: Sequence[Point]) -> list[Bbox]:
+    """Thin boxes around the steps of the drawn front."""
+    corners = axis.transData.transform([(point.cost, point.value) for point in front])
+    boxes = []
+    for (x, y), (next_x, next_y) in pairwise(corners):
+        boxes += [Bbox.from_extents(x, y - 1, next_x, y + 1)]
+        boxes += [Bbox.from_extents(next_x - 1, min(y, next_y), next_x + 1, max(y, next_y))]
+    return boxes
 
 
 def heights(point: Point) -> tuple[float, float, float]:
