@@ -1,7 +1,7 @@
 """What became of each job of a sweep: a file per job, known whichever process ran it and whatever was killed."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ HOW_MANY = ("n_trials", "max_batch_size")  # keys of a sweeper that say how many
 
 
 @dataclass(frozen=True)
-class Job:
+class JobRecord:
     """One job's record, `<num>.json` in the sweep's folder. `metrics` holds what metrics.json says, or is empty."""
 
     num: int
@@ -32,17 +32,18 @@ class Job:
     gate_failures: list[str] = field(default_factory=list)
 
     def write(self) -> None:
-        """Write or replace the record."""
+        """Write or replace the record; of several processes of one job only the first does."""
+        if not records_here():
+            return
         write_json(Path(os.environ[SWEEP_VARIABLE]) / f"{self.num:04d}.json", asdict(self))
 
     def failed(self, message: str) -> None:
         """Record why the job failed."""
         replace(self, status="failed", message=message).write()
 
-    def done(self, metrics: Mapping[str, Any] | None) -> None:
+    def done(self, metrics: Mapping[str, Any] | None, gate_failures: Sequence[str] = ()) -> None:
         """Record what the job measured, if it got so far, and the gates it failed."""
-        found = dict(metrics or {})
-        replace(self, status="done", metrics=found, gate_failures=list(found.get("gate_failures", []))).write()
+        replace(self, status="done", metrics=dict(metrics or {}), gate_failures=list(gate_failures)).write()
 
 
 class SweepFolder(Callback):
@@ -62,30 +63,38 @@ def sweep_folder(hydra: DictConfig) -> Path:
     return Path(hydra.sweep.dir).resolve() / "_sweeps" / fingerprint(key)
 
 
-def current_job(folder: Path) -> Job | None:
+def records_here() -> bool:
+    """Whether this process speaks for its job: torchrun and srun start several that do the same."""
+    from viditq.engine.processes import environment
+
+    found = environment()
+    return found is None or found.global_rank() == 0
+
+
+def current_job(folder: Path) -> JobRecord | None:
     """The job of a sweep that this process runs now, its record begun; None if this is a single run."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     hydra = HydraConfig.get()
-    job = Job(int(hydra.job.num), list(hydra.overrides.task), str(folder))
+    job = JobRecord(int(hydra.job.num), list(hydra.overrides.task), str(folder))
     job.write()
     return job
 
 
-def read_jobs(folder: Path) -> list[Job]:
+def read_jobs(folder: Path) -> list[JobRecord]:
     """Every job recorded in a sweep's folder, in order."""
     remedy = "Delete it and run the sweep again."
-    return [Job(**read_json(path, remedy)) for path in sorted(folder.glob("[0-9]*.json"))]
+    return [JobRecord(**read_json(path, remedy)) for path in sorted(folder.glob("[0-9]*.json"))]
 
 
-def exit_status(jobs: list[Job]) -> int:
+def exit_status(jobs: list[JobRecord]) -> int:
     """0 if every job is done, 2 if one failed or was killed, 3 if all that went wrong is gates."""
     if any(job.status != "done" for job in jobs):
         return 2
     return 3 if any(job.gate_failures for job in jobs) else 0
 
 
-def distinct_overrides(jobs: list[Job]) -> tuple[str, list[str]]:
+def distinct_overrides(jobs: list[JobRecord]) -> tuple[str, list[str]]:
     """What all jobs share, and what sets each apart."""
     common = [o for o in jobs[0].overrides if all(o in job.overrides for job in jobs)] if len(jobs) > 1 else []
     apart = [" ".join(o for o in job.overrides if o not in common) for job in jobs]

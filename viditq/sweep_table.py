@@ -11,13 +11,13 @@ from rich.text import Text
 
 from viditq.files import read_json
 from viditq.report.table import value_and_error
-from viditq.sweep import Job, distinct_overrides
+from viditq.sweep import JobRecord, distinct_overrides
 
 STATES = {"done": "done", "failed": "[red]failed[/red]", "running": "[yellow]unfinished[/yellow]"}
 WIDTH = 160  # of a log file; a terminal has its own
 
 
-def print_sweep(folder: Path, jobs: list[Job]) -> None:
+def print_sweep(folder: Path, jobs: list[JobRecord]) -> None:
     """The table of all jobs, what became of those that are not done, and how many are."""
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -38,8 +38,8 @@ def print_sweep(folder: Path, jobs: list[Job]) -> None:
         print_best(console, read_json(folder / "best.json"))
 
 
-def jobs_table(jobs: list[Job], title: str, apart: list[str]) -> Table:
-    """Job, state, first metric with its error, average bits, megabytes, seconds of sampling, folder."""
+def jobs_table(jobs: list[JobRecord], title: str, apart: list[str]) -> Table:
+    """JobRecord, state, first metric with its error, average bits, megabytes, seconds of sampling, folder."""
     table = Table(title=Text(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("#", justify="right")
     table.add_column("job", overflow="fold")
@@ -55,7 +55,7 @@ def jobs_table(jobs: list[Job], title: str, apart: list[str]) -> Table:
     return table
 
 
-def first_metric(job: Job) -> tuple[str, str]:
+def first_metric(job: JobRecord) -> tuple[str, str]:
     """Its name with the unit, and the value with its standard error."""
     name = next(iter(job.metrics["metrics"]))
     label, value = job.metrics["labels"][name], job.metrics["metrics"][name]
@@ -63,7 +63,7 @@ def first_metric(job: Job) -> tuple[str, str]:
     return f"{label['label']} {label['unit']}".rstrip(), shown
 
 
-def numbers(job: Job, named: bool) -> list[str]:
+def numbers(job: JobRecord, named: bool) -> list[str]:
     """The cells of a job that has metrics; `named` where the jobs' first metrics differ."""
     m, (name, value) = job.metrics, first_metric(job)
     bits = f"{m['average_weight_bits']:.2f} / {m['average_activation_bits']:.2f}"
@@ -76,7 +76,7 @@ def numbers(job: Job, named: bool) -> list[str]:
     ]
 
 
-def complaints(job: Job) -> list[str]:
+def complaints(job: JobRecord) -> list[str]:
     """Why a job is not done, and which gates it failed."""
     gates = [f"gate failed: {gate}" for gate in job.gate_failures]
     if job.status == "failed":

@@ -9,7 +9,7 @@ from typing import Literal
 
 from viditq.errors import UserError
 from viditq.files import read_json, write_json
-from viditq.sweep import Job, read_jobs
+from viditq.sweep import JobRecord, read_jobs
 
 Params = dict[str, float]
 ATTEMPTS = 20  # proposals that repeat an earlier trial before one is taken all the same
@@ -88,7 +88,7 @@ class Tuning:
                 break
         return proposal
 
-    def values(self, jobs: Sequence[Job]) -> dict[int, float]:
+    def values(self, jobs: Sequence[JobRecord]) -> dict[int, float]:
         """Trial -> objective, of those that finished with one."""
         found = {job.num: job.metrics.get("metrics", {}).get(self.objective) for job in jobs if job.status == "done"}
         return {num: value for num, value in found.items() if value is not None}

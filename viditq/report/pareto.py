@@ -73,7 +73,7 @@ def draw_points(axis: Axes, panel: Panel, higher_is_better: bool) -> None:
     """Error bars, points, and the front as steps: what can be had up to a cost."""
     front = pareto_front(panel.points, higher_is_better)
     names = {point.name for point in front}
-    for point in panel.points:
+    for point in sorted(panel.points, key=lambda p: p.name in names):  # the front on top
         colour = FRONT if point.name in names else GREY
         bars = [[max(point.value - point.low, 0)], [max(point.high - point.value, 0)]]
         axis.errorbar(point.cost, point.value, yerr=bars, color=colour, marker="o", markersize=5, capsize=2.5, lw=1)
