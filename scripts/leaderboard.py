@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from viditq.errors import UserError
 from viditq.files import atomic, read_json
@@ -68,7 +69,7 @@ def rows(runs: Runs, beside: Path) -> dict[str, list[Row]]:
         same = [f for f in rivals if runs[f][0]["experiment"] == runs[first][0]["experiment"]]
         name = runs[first][0]["experiment"] + difference(runs[first][1], [runs[f][1] for f in same])
         report = first / "report.html"
-        link = Path(os.path.relpath(report, beside)).as_posix() if report.is_file() else ""
+        link = quote(Path(os.path.relpath(report, beside)).as_posix()) if report.is_file() else ""
         found[model].append(Row(name, [runs[seeds[seed]][0] for seed in sorted(seeds)], link))
     return dict(sorted(found.items()))
 
@@ -92,6 +93,14 @@ def plot(board: Board, path: Path) -> list[Path]:
     return pareto_picture(panels, heading(label), bool(label["higher_is_better"]), title, path)
 
 
+def chosen(metric: str | None, model: str, found: list[Row]) -> str | None:
+    """The metric to rank a model by; None, and a line on stderr, where its runs did not measure the one asked for."""
+    if metric is None or any(metric in row.metrics[0]["metrics"] for row in found):
+        return metric
+    print(f"{model} was not measured by {metric}: ranked by its first metric", file=sys.stderr)
+    return None
+
+
 def write(path: Path, text: str) -> Path:
     """A text file, whole or not at all."""
     with atomic(path) as temporary:
@@ -105,8 +114,7 @@ def leaderboard(arguments: list[str], out: Path, metric: str | None) -> None:
     measured = sorted({name for found in models.values() for row in found for name in row.metrics[0]["metrics"]})
     if metric is not None and metric not in measured:
         raise UserError(f"--metric {metric} was not measured. Choose one of {', '.join(measured)}.")
-    has = {model: any(metric in row.metrics[0]["metrics"] for row in found) for model, found in models.items()}
-    boards = [make_board(model, found, metric if has[model] else None) for model, found in models.items()]
+    boards = [make_board(model, found, chosen(metric, model, found)) for model, found in models.items()]
     files, pictures = [], {}
     for board in boards:
         png, svg = plot(board, out.with_name(f"{out.name}_{board.model}"))

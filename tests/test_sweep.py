@@ -24,7 +24,7 @@ from viditq.sweep_table import print_sweep
 from viditq.tuning import Range, Tuning, contiguous, tune
 
 ROOT = Path(__file__).parents[1]
-# No picture, no noise floor, one metric: enough to see what a job did.
+# No report, no noise floor, one metric: enough to see what a job did.
 MEASURE_ONLY = [
     "stages=[prompts,reference,calibrate,quantize,generate,evaluate]",
     "noise_floor.num_prompts=0",
@@ -177,7 +177,7 @@ def launched(launcher: str, folder: Path, *arguments: str) -> subprocess.Complet
     """`python run.py -m` through a launcher, with a logger that leaves the W&B group it was given."""
     command = [sys.executable, "run.py", "-m", f"launcher={launcher}", *arguments, f"hydra.sweep.dir={folder}"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    group = ["logger=none", "logger._target_=sweep_logger.group_logger", *MEASURE_ONLY]
+    group = ["logger=none", "logger._target_=sweep_logger.group_logger", *MEASURE_ONLY[1:]]
     return subprocess.run([*command, *group], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 

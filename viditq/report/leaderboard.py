@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from viditq.errors import UserError
 from viditq.report.table import decimals, number, value_and_error
 
 Z95 = 1.959964  # a normal distribution's 95 % interval, in standard errors
@@ -169,14 +170,18 @@ def single_interval(metrics: Mapping[str, Any], name: str) -> tuple[float, float
 
 
 def make_board(model: str, rows: Sequence[Row], first: str | None = None) -> Board:
-    """Rows in order, best first by the metric `first` (default: the first one measured); unmeasured ones last.
+    """Rows in order, best first by the metric `first` (default: the first one with a better direction).
 
-    Raises KeyError if no row has that metric.
+    Rows that did not measure it come last. Raises UserError if it has no better direction.
     """
     metrics: dict[str, Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda row: -len(row.metrics[0]["metrics"])):
         metrics |= {name: label for name, label in row.metrics[0]["labels"].items() if name not in metrics}
-    first = first or next(iter(metrics))
+    directed = [name for name, label in metrics.items() if label["higher_is_better"] is not None]
+    if not directed or (first is not None and first not in directed):
+        choices = f"Choose one of {', '.join(directed)}" if directed else "Measure psnr too"
+        raise UserError(f"{first or model}: no metric that ranks runs, higher or lower being better. {choices}.")
+    first = first or directed[0]
     sign = -1 if metrics[first]["higher_is_better"] else 1
 
     def rank(row: Row) -> tuple[float, str]:
