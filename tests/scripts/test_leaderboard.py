@@ -38,7 +38,9 @@ def write_run(folder: Path, experiment: str, seed: int, psnr: float | None, **ch
 
 
 def verdict(word: str, interval: list[float] | None = None) -> dict[str, Any]:
-    return {"psnr": {"verdict": word, "interval": interval}, "flicker": {"verdict": "equal within noise"}}
+    judged = {"difference_interval": [-1.0, 1.0], "warning": None}
+    flicker = {"verdict": "equal within noise", "difference_interval": None, "warning": "nothing can be told"}
+    return {"psnr": {"verdict": word, "interval": interval, **judged}, "flicker": {"interval": None, **flicker}}
 
 
 @pytest.fixture
@@ -76,13 +78,23 @@ def test_rows_and_their_order(leaderboard: Leaderboard, tmp_path: Path, capsys: 
     board = leaderboard(f"{tmp_path}/runs/*")
     rows = table(board)
     assert list(rows) == ["good", "judged", "old", "undefined"]
-    assert rows["good"] == ["1 differ by seed; 1 equal", "3", "4", "4.50", "8.50", "2.00", "3.0", *rows["good"][7:]]
+    assert rows["good"] == [
+        "1 differ by seed; 1 cannot be told",
+        "3",
+        "4",
+        "4.50",
+        "8.50",
+        "2.00",
+        "3.0",
+        *rows["good"][7:],
+    ]
     assert rows["good"][7] == "41.00 ± 0.58"  # stdev 1 of three seeds
-    assert rows["judged"][7] == "30.0 [28.0, 33.0]" and rows["judged"][0] == "worse: PSNR; 1 equal"
+    assert rows["judged"][7] == "30.0 [28.0, 33.0]" and rows["judged"][0] == "worse: PSNR; 1 cannot be told"
     assert rows["old"][7] == "20.00 [19.02, 20.98]" and rows["old"][0] == "-"  # 1.96 standard errors
-    assert rows["old"][8] == "0.2500"
+    assert rows["old"][8] == "0.2500" and rows["judged"][8] == "0.2500*"
     assert rows["undefined"][6:8] == ["-", "-"]
     captured = capsys.readouterr()
+    assert "* flicker (8 frames): nothing can be told" in captured.out
     assert captured.out.startswith("### m (4 pairs a seed)") and "Float model: flicker (8 frames) 0.2" in captured.out
     assert "left out: " in captured.err and "unfinished has no run.json and no metrics.json" in captured.err
 

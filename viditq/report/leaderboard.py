@@ -18,7 +18,7 @@ from viditq.errors import UserError
 from viditq.report.table import decimals, number, value_and_error
 
 Z95 = 1.959964  # a normal distribution's 95 % interval, in standard errors
-DIFFERS = "differ by seed"
+DIFFERS, UNTOLD = "differ by seed", "cannot be told"
 NOTE = (
     "± is the standard error over seeds; [ ] the 95 % interval over the prompts of a single seed. "
     "A verdict weighs a metric against noise (metrics.json says how); equal is equal within noise. "
@@ -34,10 +34,15 @@ class Score:
     error: float | None
     interval: tuple[float, float] | None
     verdict: str = ""
+    warning: str = ""
 
     @property
     def text(self) -> str:
-        """`35.47 ± 0.17` or `35.50 [34.44, 36.55]`."""
+        """`35.47 ± 0.17` or `35.50 [34.44, 36.55]`, starred where there is a warning."""
+        return self._number + "*" * bool(self.warning)
+
+    @property
+    def _number(self) -> str:
         if self.interval is None:
             return value_and_error(self.value, self.error)
         low, high = self.interval
@@ -84,22 +89,25 @@ class Row:
         values = [m["metrics"].get(name) for m in self.metrics]
         if any(v is None for v in values):
             return None
-        verdicts = {m.get("verdict", {}).get(name, {}).get("verdict", "") for m in self.metrics}
+        entries = [m.get("verdict", {}).get(name) for m in self.metrics]
+        verdicts = {word(entry) for entry in entries}
         verdict = verdicts.pop() if len(verdicts) == 1 else DIFFERS
+        warning = next((entry["warning"] for entry in entries if entry and entry.get("warning")), "")
         mean = statistics.fmean(values)
         if len(values) > 1:
-            return Score(mean, statistics.stdev(values) / math.sqrt(len(values)), None, verdict)
-        return Score(mean, None, single_interval(self.metrics[0], name), verdict)
+            return Score(mean, statistics.stdev(values) / math.sqrt(len(values)), None, verdict, warning)
+        return Score(mean, None, single_interval(self.metrics[0], name), verdict, warning)
 
     @property
     def verdict(self) -> str:
         """`worse: PSNR, SSIM; 4 equal`, worst first; empty where nothing was judged."""
-        groups: dict[str, list[str]] = {"worse": [], "better": [], DIFFERS: [], "equal within noise": []}
+        groups: dict[str, list[str]] = {"worse": [], "better": [], DIFFERS: [], UNTOLD: [], "equal within noise": []}
         for name, label in self.metrics[0]["labels"].items():
             if (score := self.score(name)) and score.verdict:
                 groups[score.verdict].append(short(label["label"]))
         named = [f"{verdict}: {', '.join(groups[verdict])}" for verdict in ("worse", "better") if groups[verdict]]
-        counted = [f"{len(groups[v])} {what}" for v, what in ((DIFFERS, DIFFERS), ("equal within noise", "equal"))]
+        words = {DIFFERS: DIFFERS, UNTOLD: UNTOLD, "equal within noise": "equal"}
+        counted = [f"{len(groups[verdict])} {shown}" for verdict, shown in words.items()]
         return "; ".join([*named, *(text for text in counted if not text.startswith("0 "))])
 
 
@@ -135,6 +143,10 @@ class Board:
         if self.float_scores:
             values = ", ".join(f"{label} {value}" for label, value in self.float_scores.items())
             notes.append(f"Float model: {values}.")
+        scores = [(label["label"], row.score(name)) for name, label in self.metrics.items() for row in self.rows]
+        for warning in dict.fromkeys(score.warning for _, score in scores if score and score.warning):
+            names = dict.fromkeys(label for label, score in scores if score and score.warning == warning)
+            notes.append(f"* {', '.join(names)}: {warning}")
         if len(self.prompts) > 1:
             counts = ", ".join(map(str, self.prompts))
             notes.append(f"Rows have different numbers of pairs a seed ({counts}): they do not compare.")
@@ -158,6 +170,13 @@ class Board:
             ("-" if math.isnan(row.seconds) else f"{row.seconds:.1f}", row.seconds),
             *((score.text, score.value) if score else ("-", math.nan) for score in scores),
         ]
+
+
+def word(entry: Mapping[str, Any] | None) -> str:
+    """A verdict; empty where a metric was not judged, and said so where nothing was there to judge by."""
+    if entry is None:
+        return ""
+    return entry["verdict"] if entry["difference_interval"] is not None else UNTOLD
 
 
 def single_interval(metrics: Mapping[str, Any], name: str) -> tuple[float, float] | None:
