@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from viditq import cli, runner, sweep
-from viditq.errors import UserError
+from viditq.errors import GateFailed, UserError
 from viditq.models.adapter import ModelAdapter
 from viditq.sweep import JobRecord, exit_status, read_jobs
 from viditq.sweep_table import print_sweep
@@ -131,6 +131,39 @@ def test_options_that_do_not_exist_are_refused_before_any_job(
     assert sweep_here("-m", "quant=w8a8,w3a3") == 2
     captured = capfd.readouterr()
     assert "w3a3" in captured.err and "w4a8_naive" in captured.err and "\nsweep" not in captured.out
+
+
+def test_launcher_that_is_not_installed(sweep_here: Sweep, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep_here("-m", "quant=w8a8,w4a8", "hydra/launcher=ray") == 2
+    assert 'pip install ".[sweeps]"' in capfd.readouterr().err
+
+
+def test_optuna_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r'pip install "\.\[sweeps\]"'):
+        tune(TUNING, tmp_path, [], FakeJobs(tmp_path))
+
+
+def test_failed_gate_is_a_finished_job(
+    sweep_here: Sweep, shrunk: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 3 if gates are all that went wrong; the numbers are there all the same."""
+
+    def fail_gate(cfg: Any, folder: Path) -> None:
+        numbers = {
+            "metrics": {"psnr": 28.5},
+            "standard_errors": {},
+            "labels": {"psnr": {"label": "PSNR", "unit": "dB"}},
+        }
+        numbers |= {"average_weight_bits": 5.0, "average_activation_bits": 8.0, "size_bytes": 10**6, "seconds": {}}
+        (folder / "metrics.json").write_text(json.dumps(numbers))
+        raise GateFailed("psnr: wanted >= 30, found 28.5\nssim: wanted >= 1, found 0.9")
+
+    monkeypatch.setattr(runner, "run", fail_gate)
+    assert sweep_here("-m", *shrunk, "seed=5,6") == 3
+    out = capfd.readouterr().out
+    assert "job 1, seed=6: gate failed: psnr: wanted >= 30, found 28.5" in out and "28.50" in out
+    assert "gate failed: ssim: wanted >= 1" in out and "2 jobs: 2 done (" in out
 
 
 def test_exit_status() -> None:

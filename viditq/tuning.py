@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from viditq.errors import UserError
 from viditq.files import read_json, write_json
@@ -68,10 +68,9 @@ class Tuning:
         """
         if not trials:
             return {name: r.start for name, r in self.params.items()}
-        import optuna
-
+        optuna = import_optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        space: dict[str, optuna.distributions.BaseDistribution] = {
+        space = {
             name: optuna.distributions.FloatDistribution(r.low, r.high, step=r.step) for name, r in self.params.items()
         }
         proposal: Params = {}
@@ -105,6 +104,7 @@ def tune(tuning: Tuning, folder: Path, base: list[str], launch: Callable[[list[l
     the study goes on. `base` are the overrides that all trials share. Writes trials.json before a trial starts and
     best.json at the end.
     """
+    import_optuna()  # missing, it is missed now and not after the first trial
     file = folder / "trials.json"
     trials: list[Params] = read_json(file) if file.is_file() else []
     jobs = {job.num: job for job in read_jobs(folder)}
@@ -123,6 +123,15 @@ def tune(tuning: Tuning, folder: Path, base: list[str], launch: Callable[[list[l
     if not values:
         raise UserError(f"None of the {len(trials)} trials finished with a value of {tuning.objective}.")
     write_best(tuning, folder, base, trials, values)
+
+
+def import_optuna() -> Any:
+    """Optuna, which comes with an extra. Raises UserError where it is not installed."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError('A tuning needs Optuna: pip install ".[sweeps]" in the folder of this project.') from error
+    return optuna
 
 
 def contiguous(numbers: Sequence[int]) -> list[tuple[int, list[int]]]:
