@@ -138,6 +138,16 @@ def test_launcher_that_is_not_installed(sweep_here: Sweep, capfd: pytest.Capture
     assert 'pip install ".[sweeps]"' in capfd.readouterr().err
 
 
+def test_process_of_a_job_that_died() -> None:
+    """As joblib and submitit report it, without a traceback."""
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    from submitit.core.utils import UncompletedJobError
+
+    for error in (TerminatedWorkerError("killed by SIGKILL.\nmore"), UncompletedJobError("Job 1")):
+        message = cli.user_message(error)
+        assert message and "The same command continues" in message and "more" not in message.split(": ")[1]
+
+
 def test_optuna_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r'pip install "\.\[sweeps\]"'):
