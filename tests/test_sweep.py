@@ -24,10 +24,11 @@ from viditq.sweep_table import print_sweep
 from viditq.tuning import Range, Tuning, contiguous, tune
 
 ROOT = Path(__file__).parents[1]
-# No report, no noise floor, one metric: enough to see what a job did.
+# No report, noise floor or diagnosis, one metric: enough to see what a job did.
 MEASURE_ONLY = [
     "stages=[prompts,reference,calibrate,quantize,generate,evaluate]",
     "noise_floor.num_prompts=0",
+    "diagnosis.num_prompts=0",
     "metric=psnr",
 ]
 Sweep = Callable[..., int]
