@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from viditq.report.pareto import Panel, Point, draw_points, pareto_front, pareto_picture, place_labels
+from viditq.report.pareto import Panel, Point, draw_points, numbered, pareto_front, pareto_picture, place_labels
 
 
 def point(name: str, cost: float, value: float, error: float = 0.0) -> Point:
@@ -58,3 +58,11 @@ def test_picture_is_written_twice_the_same(tmp_path: Path) -> None:
     paths = [pareto_picture(panels, "PSNR dB", True, "m", tmp_path / name) for name in ("one", "two")]
     assert [path.suffix for path in paths[0]] == [".png", ".svg"]
     assert [path.read_bytes() for path in paths[0]] == [path.read_bytes() for path in paths[1]]
+
+
+def test_long_names_stand_below_the_plots() -> None:
+    points = [point("a", 4, 30), point("b with settings=[0.0, 0.5, 1.0]", 8, 40)]
+    panels, key = numbered([Panel("bits", points), Panel("s", points[1:])])
+    assert [[p.name for p in panel.points] for panel in panels] == [["1", "2"], ["2"]]
+    assert key == ["1  a", "2  b with settings=[0.0, 0.5, 1.0]"]
+    assert numbered([Panel("bits", points[:1])]) == ([Panel("bits", points[:1])], [])

@@ -1,7 +1,7 @@
 """Quality against cost: points with error bars, the Pareto front, labels that keep clear of each other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from viditq.files import atomic
 
 INK, GREY, FRONT = "#1c1e21", "#8a9097", "#0b57d0"
 ANGLES = [(1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1)]  # where a label may lie, best first
+LONGEST = 24  # letters of a name that may stand in a plot; with a longer one, numbers do, explained below
 DISTANCES = [6, 14, 24, 36, 50, 66, 84, 104]  # from its point, in points of 1/72 inch
 
 
@@ -48,10 +49,16 @@ def pareto_front(points: Sequence[Point], higher_is_better: bool) -> list[Point]
 
 
 def pareto_picture(panels: Sequence[Panel], quality: str, higher_is_better: bool, title: str, path: Path) -> list[Path]:
-    """Panels side by side; writes `path` as .png and .svg and returns both."""
+    """Panels side by side; writes `path` as .png and .svg and returns both.
+
+    Where a name is too long for a plot, points are numbered in the order of the first panel and named below.
+    """
+    panels, key = numbered(panels)
     with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "viditq", "svg.fonttype": "path"}):
-        figure = Figure(figsize=(6.4 * len(panels), 6.4), layout="constrained")
+        figure = Figure(figsize=(6.4 * len(panels), 6.4 + 0.18 * len(key)), layout="constrained")
         canvas = FigureCanvasAgg(figure)
+        if key:
+            figure.supxlabel("\n".join(key), x=0.01, ha="left", fontsize=8.5, color=INK)
         figure.suptitle(title, fontsize=12, fontweight="bold", color=INK)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
@@ -67,6 +74,16 @@ def pareto_picture(panels: Sequence[Panel], quality: str, higher_is_better: bool
                 kind = file.suffix[1:]
                 figure.savefig(temporary, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
     return paths
+
+
+def numbered(panels: Sequence[Panel]) -> tuple[Sequence[Panel], list[str]]:
+    """The panels with numbers for names, and what they stand for; as they are if all names are short."""
+    names = list(dict.fromkeys(point.name for panel in panels for point in panel.points))
+    if not names or max(map(len, names)) <= LONGEST:
+        return panels, []
+    number = {name: str(i) for i, name in enumerate(names, 1)}
+    short = [Panel(p.cost, [replace(point, name=number[point.name]) for point in p.points]) for p in panels]
+    return short, [f"{i}  {name}" for name, i in number.items()]
 
 
 def draw_points(axis: Axes, panel: Panel, higher_is_better: bool) -> None:
@@ -107,6 +124,7 @@ def place_labels(axis: Axes, panel: Panel, higher_is_better: bool, canvas: Figur
             color=FRONT if point.name in names else INK,
             arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 3},
         )
+        text.set_in_layout(False)
         size = text.get_window_extent(renderer)
         x, y = axis.transData.transform((point.cost, point.value))
         offsets = label_offsets(size.width / scale, size.height / scale)
