@@ -33,6 +33,9 @@ FLOORS = [
         "runner",
         "stages",
         "summary",
+        "sweep",
+        "sweep_table",
+        "tuning",
         "worker",
     },
 ]

@@ -4,8 +4,10 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -18,6 +20,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from viditq.config import COMMAND_VARIABLE
 from viditq.errors import AlreadyReported, GateFailed, UserError
+from viditq.files import read_json
+from viditq.sweep import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs, records_here
 
 ELSEWHERE = "Choose another with hydra.run.dir=FOLDER and cache_dir=FOLDER"
 DISK_ERRORS = {
@@ -29,61 +33,86 @@ DISK_ERRORS = {
     errno.ENOTDIR: f"a file is where a folder has to be. {ELSEWHERE}",
     errno.EEXIST: f"a file is where a folder has to be. {ELSEWHERE}",
 }
+JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
+REPORTED = "another of the run's processes failed, whose message is above"
 ALL_KEYS = "`python run.py --cfg job` (with the same choices) shows every key, `--help` the choices of each group."
 
 
-class JobFailed(Exception):
-    """A job of a sweep ended in a user error, whose message is on stderr already; the other jobs go on."""
-
-
 def guarded_main(hydra_main: Callable[[], None]) -> int:
-    """Compose and run; the exit status. What goes wrong before or around a run gets its message here."""
+    """Compose and run; the exit status. What goes wrong before or around a run gets its message here.
+
+    A sweep ends with a table of its jobs, whatever became of them; its status is that of `sweep.exit_status`.
+    """
     debug = "debug=true" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ[COMMAND_VARIABLE] = " ".join(word for word in sys.argv[1:] if not word.startswith("-"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own way
+    os.environ.pop(SWEEP_VARIABLE, None)
+    status = 0
+    jobs: list[JobRecord] = []
     try:
         hydra_main()
-    except JobFailed:
-        return 2
     except Exception as error:
         message = user_message(error)
         if message is None or debug:
             raise
         print_error(message)
-        return 2
-    return 0
+        status = 2
+    finally:
+        jobs = summary_of_sweep()
+    return status or exit_status(jobs)
+
+
+def summary_of_sweep() -> list[JobRecord]:
+    """Print what became of the jobs, if this was a sweep, and return them."""
+    folder = os.environ.get(SWEEP_VARIABLE)
+    jobs = read_jobs(Path(folder)) if folder else []
+    if folder and jobs and records_here():
+        from viditq.sweep_table import print_sweep
+
+        print_sweep(Path(folder), jobs)
+    return jobs
 
 
 def guarded_run(cfg: DictConfig, folder: Path) -> None:
-    """`runner.run` with its errors as an exit status and a message, or JobFailed in a sweep."""
-    from viditq.runner import run, sweep_name
+    """`runner.run` with its errors as an exit status and a message; in a sweep they go into the job's record."""
+    from viditq.runner import run
 
-    status = guarded(cfg, lambda: run(cfg, folder))
-    if status and sweep_name() is not None:
-        raise JobFailed
-    if status:
+    job = current_job(folder)
+    status = guarded(cfg, lambda: run(cfg, folder), job)
+    if status and job is None:
         sys.exit(status)
 
 
-def guarded(cfg: DictConfig, work: Callable[[], object]) -> int:
-    """Exit status of `work`: 0, 2 for an error that a user can mend, 3 for a failed gate; the message is on stderr."""
+def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = None) -> int:
+    """Exit status of `work`: 0, 3 if it is complete but fails its gate, 2 for an error that a user can mend.
+
+    The message is on stderr. A bug is raised, but not in a sweep, where the other jobs go on: there it is one more
+    failure, with its traceback, and `job` records what became of this one.
+    """
     from viditq.engine.processes import lost_peer
 
     try:
-        work()
-    except AlreadyReported:
-        return 2
+        metrics = work()
     except GateFailed as error:
         print(f"\ngate failed\n{error}", file=sys.stderr)
+        if job is not None:
+            job.done(read_json(Path(job.folder) / "metrics.json"), str(error).splitlines())
         return 3
     except Exception as error:
-        if lost_peer(error):
-            return 2
-        message = user_message(error)
-        if message is None or cfg.debug:
-            raise
-        print_error(message)
+        message: str | None = REPORTED
+        if not isinstance(error, AlreadyReported) and not lost_peer(error):
+            message = user_message(error)
+            if job is None and (message is None or cfg.debug):
+                raise
+            if message is None or cfg.debug:
+                traceback.print_exc()
+            message = message or f"{type(error).__name__}: {error}"
+            print_error(message)
+        if job is not None:
+            job.failed(str(message))
         return 2
+    if job is not None:
+        job.done(metrics)
     return 0
 
 
@@ -107,6 +136,10 @@ def user_message(error: BaseException) -> str | None:
             return f"{link.filename or 'writing'}: {DISK_ERRORS[link.errno]}."
         if "No space left on device" in str(link):
             return f"{DISK_ERRORS[errno.ENOSPC]}."
+    if type(error).__name__ in JOB_DIED:
+        why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        remedy = "The same command continues, with the jobs that had not started; fewer at once need less memory."
+        return f"The process of a job died, which ended the sweep: {why}. {remedy}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return config_message(error)
     return None
@@ -123,7 +156,9 @@ def config_message(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue) and node:
         return f"{node[1]} has no value. Give one: {node[1]}=..."
     if isinstance(error, MissingConfigException):
-        return text.split("Config search path")[0].rstrip()  # lists the choices
+        extra = 'joblib and submitit come with an extra: pip install ".[sweeps]" in the folder of this project.'
+        choices = text.split("Config search path")[0].rstrip()
+        return f"{choices}\n{extra}" if "'hydra/launcher/" in text else choices
     if isinstance(error, ConfigCompositionException):
         cause = f" {str(error.__cause__).splitlines()[0].rstrip('.')}." if error.__cause__ else ""
         return f"{text.splitlines()[0].rstrip('.')}.{cause} {ALL_KEYS}"

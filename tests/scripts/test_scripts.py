@@ -21,37 +21,6 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def write_run(folder: Path, experiment: str, seed: int, psnr: float) -> Path:
-    folder.mkdir(parents=True)
-    label = {"label": "PSNR", "unit": "dB", "higher_is_better": True}
-    metrics = {"model": "m", "experiment": experiment, "seed": seed, "prompts": 4, "metrics": {"psnr": psnr}}
-    metrics |= {"labels": {"psnr": label}, "float_metrics": {}, "average_weight_bits": 4.5, "size_bytes": 2_000_000}
-    metrics |= {"average_activation_bits": 8.5, "seconds": {"generate": 3.0}}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    return folder
-
-
-def test_results_table_means_over_seeds_and_orders_best_first(tmp_path, monkeypatch, capsys):
-    runs = [write_run(tmp_path / f"a{i}", "good", i, 40.0 + i) for i in range(3)]
-    runs += [write_run(tmp_path / "b", "bad", 0, 20.0), tmp_path]  # the last holds no metrics.json
-    other = json.loads((runs[3] / "metrics.json").read_text()) | {"experiment": "other", "metrics": {}}
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "metrics.json").write_text(json.dumps(other))
-    runs.append(tmp_path / "c")
-    monkeypatch.setattr(sys, "argv", ["results_table.py", *map(str, runs)])
-    load("scripts/results_table.py").main()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert lines[1].startswith("| good | 3 | 4.50 | 8.50 | 2.00 | 41.00 ± 0.58 |")
-    assert lines[2].startswith("| bad | 1 |") and "| 20 |" in lines[2]
-    assert lines[3].startswith("| other |") and "| - |" in lines[3]
-
-
-def test_results_table_of_nothing_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["results_table.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"none of these folders holds a metrics\.json"):
-        load("scripts/results_table.py").main()
-
-
 def test_compare_runs_draws_rows_and_pairs_prompts(finished_run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.png"
     arguments = [str(finished_run), str(finished_run), "--prompts", "1", "0", "--labels", "a", "b", "--out", str(out)]

@@ -1,0 +1,185 @@
+"""scripts/leaderboard.py on runs written here: rows, intervals, verdicts, and files that can be opened."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LABELS = {
+    "psnr": {"label": "PSNR", "unit": "dB", "higher_is_better": True},
+    "flicker": {"label": "flicker (8 frames)", "unit": "", "higher_is_better": None},
+}
+Leaderboard = Callable[..., Path]
+
+
+def write_run(folder: Path, experiment: str, seed: int, psnr: float | None, **changes: Any) -> Path:
+    """A finished run with what the leaderboard reads of one; `config` goes into run.json."""
+    config = {"name": experiment, "seed": seed, "inputs": {"prompts": f"p{seed}"}, **changes.pop("config", {})}
+    metrics = {"model": "m", "experiment": experiment, "seed": seed, "prompts": 4, "labels": LABELS}
+    metrics |= {"metrics": {"psnr": psnr, "flicker": 0.25}, "standard_errors": {"psnr": 0.5, "flicker": None}}
+    metrics |= {"float_metrics": {"flicker": 0.2}, "average_weight_bits": 4.5, "average_activation_bits": 8.5}
+    metrics |= {"size_bytes": 2_000_000, "seconds": {"generate": 3.0}, **changes}
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "run.json").write_text(json.dumps(config))
+    return folder
+
+
+def verdict(word: str, interval: list[float] | None = None) -> dict[str, Any]:
+    judged = {"difference_interval": [-1.0, 1.0], "warning": None}
+    flicker = {"verdict": "equal within noise", "difference_interval": None, "warning": "nothing can be told"}
+    return {"psnr": {"verdict": word, "interval": interval, **judged}, "flicker": {"interval": None, **flicker}}
+
+
+@pytest.fixture
+def leaderboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Leaderboard:
+    """Arguments -> what its files begin with."""
+    spec = importlib.util.spec_from_file_location("leaderboard", ROOT / "scripts/leaderboard.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(*arguments: Path | str) -> Path:
+        monkeypatch.setattr(sys, "argv", ["leaderboard.py", *map(str, arguments), "--out", str(tmp_path / "out/board")])
+        script.main()
+        return tmp_path / "out" / "board"
+
+    return run
+
+
+def table(board: Path) -> dict[str, list[str]]:
+    """Experiment -> the other cells, of the markdown table."""
+    lines = [line for line in Path(f"{board}.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
+    return {row[0].strip(): row[1:] for row in rows}
+
+
+def test_rows_and_their_order(leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means over seeds, best first; intervals of single seeds; what was not measured last."""
+    for seed in range(3):
+        word = "worse" if seed else "equal within noise"
+        write_run(tmp_path / f"runs/good{seed}", "good", seed, 40.0 + seed, verdict=verdict(word))
+    write_run(tmp_path / "runs/judged", "judged", 0, 30.0, verdict=verdict("worse", [28.0, 33.0]))
+    write_run(tmp_path / "runs/old", "old", 0, 20.0)
+    write_run(tmp_path / "runs/undefined", "undefined", 0, None, seconds={})
+    (tmp_path / "runs/unfinished").mkdir()
+    board = leaderboard(f"{tmp_path}/runs/*")
+    rows = table(board)
+    assert list(rows) == ["good", "judged", "old", "undefined"]
+    assert rows["good"] == [
+        "1 differ by seed; 1 cannot be told",
+        "3",
+        "4",
+        "4.50",
+        "8.50",
+        "2.00",
+        "3.0",
+        *rows["good"][7:],
+    ]
+    assert rows["good"][7] == "41.00 ± 0.58"  # stdev 1 of three seeds
+    assert rows["judged"][7] == "30.0 [28.0, 33.0]" and rows["judged"][0] == "worse: PSNR; 1 cannot be told"
+    assert rows["old"][7] == "20.00 [19.02, 20.98]" and rows["old"][0] == "-"  # 1.96 standard errors
+    assert rows["old"][8] == "0.2500" and rows["judged"][8] == "0.2500*"
+    assert rows["undefined"][6:8] == ["-", "-"]
+    captured = capsys.readouterr()
+    assert "* flicker (8 frames): nothing can be told" in captured.out
+    assert captured.out.startswith("### m (4 pairs a seed)") and "Float model: flicker (8 frames) 0.2" in captured.out
+    assert "left out: " in captured.err and "unfinished has no run.json and no metrics.json" in captured.err
+
+
+def test_csv(leaderboard: Leaderboard, tmp_path: Path) -> None:
+    write_run(tmp_path / "a0", "a", 0, 40.0)
+    write_run(tmp_path / "a1", "a", 1, 42.0)
+    write_run(tmp_path / "b", "b, |c|", 0, 30.0, verdict=verdict("worse", [28.0, 33.0]))
+    board = leaderboard(tmp_path / "a0", tmp_path / "a1", tmp_path / "b")
+    with open(f"{board}.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["seeds"], float(first["psnr"]), float(first["psnr_error"])) == ("0 1", 41.0, 1.0)
+    assert (second["experiment"], second["psnr_error"], second["psnr_verdict"]) == ("b, |c|", "", "worse")
+    assert (float(second["psnr_low"]), float(second["psnr_high"]), second["bytes"]) == (28.0, 33.0, "2000000")
+    assert "b, \\|c\\|" in Path(f"{board}.md").read_text()
+
+
+def test_rows_are_configurations_not_names(
+    leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep over bits has one name; the same run given twice counts once; models have tables of their own."""
+    for bits in (4, 6):
+        for seed in (0, 1):
+            config = {"quant": {"weight": {"bits": bits}, "segments": [0.0, 1.0]}}
+            write_run(tmp_path / f"w{bits},seed={seed}", "smoke", seed, bits * 5.0, config=config)
+    shutil.copytree(tmp_path / "w4,seed=0", tmp_path / "copy")
+    write_run(tmp_path / "other", "smoke", 0, 10.0, model="n")
+    runs = [tmp_path / name for name in ("w4,seed=0", "w4,seed=0/.", "copy")]
+    board = leaderboard(*runs, f"{tmp_path}/w*", tmp_path / "other")
+    assert list(table(board)) == ["smoke quant.weight.bits=6", "smoke quant.weight.bits=4", "experiment", "smoke"]
+    assert [cells[1] for cells in table(board).values()] == ["2", "2", "seeds", "1"]
+    assert capsys.readouterr().err.count("left out: ") == 1
+    assert {path.name for path in board.parent.iterdir()} == {
+        *("board.html", "board.md", "board.csv", "board_m.png", "board_m.svg", "board_n.png", "board_n.svg")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["."], "None of these folders holds a finished run"),
+        (["run", "--metric", "fvd"], "--metric fvd was not measured. Choose one of flicker, psnr"),
+        (["run", "--metric", "flicker"], "flicker: no metric that ranks runs.* Choose one of psnr"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], words: str, leaderboard: Leaderboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", "a", 0, 40.0)
+    with pytest.raises(SystemExit, match=f"error: {words}"):
+        leaderboard(*arguments)
+
+
+def test_page(leaderboard: Leaderboard, tmp_path: Path) -> None:
+    """Self-contained, escaped, with links to the runs' reports."""
+    run = write_run(tmp_path / "a b", "<script>alert(1)</script>", 0, 40.0)
+    (run / "report.html").write_text("report")
+    board = leaderboard(run)
+    page = Path(f"{board}.html").read_text()
+    assert "alert(1)" in page and "<script>alert" not in page and page.count("<script") == 1
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert [link.split(",")[0] for link in links] == ["../a%20b/report.html", "data:image/svg+xml;base64"]
+    with Image.open(board.with_name("board_m.png")) as picture:
+        assert picture.width > 1500
+
+
+def test_a_real_run(leaderboard: Leaderboard, finished_run: Path) -> None:
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    (name, cells), *others = table(leaderboard(finished_run)).items()
+    assert name == "smoke" and not others
+    assert cells[2:6] == ["2", "5.61", "8.81", f"{metrics['size_bytes'] / 1e6:.2f}"]
+    assert cells[7].startswith(f"{metrics['metrics']['psnr']:.1f}")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize(("clicks", "order"), [(0, "cba"), (1, "abc"), (2, "cba")])
+def test_a_click_sorts(clicks: int, order: str, leaderboard: Leaderboard, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, name, 0, psnr) for name, psnr in (("a", 9.5), ("b", 10.0), ("c", 100.0))]
+    page = Path(f"{leaderboard(*runs)}.html")
+    press = 'document.querySelectorAll("th button")[8].click();' * clicks
+    page.write_text(page.read_text().replace("</body>", f"<script>{press}</script></body>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    home = {**os.environ, "HOME": str(tmp_path)}
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=home).stdout
+    assert "".join(re.findall(r'<tr><td data-key="(\w)"', dom)) == order
+    assert ("aria-sort" in dom.split("<script>")[0].split("<thead>")[1]) == bool(clicks)

@@ -1,0 +1,267 @@
+"""Many finished runs in one table: markdown, csv, and a page that sorts by click.
+
+A row is one configuration of one model; its runs differ in the seed alone.
+"""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from viditq.errors import UserError
+from viditq.report.table import decimals, number, value_and_error
+
+Z95 = 1.959964  # a normal distribution's 95 % interval, in standard errors
+DIFFERS, UNTOLD = "differ by seed", "cannot be told"
+NOTE = (
+    "± is the standard error over seeds; [ ] the 95 % interval over the prompts of a single seed. "
+    "A verdict weighs a metric against noise (metrics.json says how); equal is equal within noise. "
+    "Bits and bytes count the denoiser; seconds are the quantized sampling, median over seeds."
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's value with its standard error over seeds, or with the 95 % interval of a single seed."""
+
+    value: float
+    error: float | None
+    interval: tuple[float, float] | None
+    verdict: str = ""
+    warning: str = ""
+
+    @property
+    def text(self) -> str:
+        """`35.47 ± 0.17` or `35.50 [34.44, 36.55]`, starred where there is a warning."""
+        return self._number + "*" * bool(self.warning)
+
+    @property
+    def _number(self) -> str:
+        if self.interval is None:
+            return value_and_error(self.value, self.error)
+        low, high = self.interval
+        digits = decimals(self.value, (high - low) / (2 * Z95))
+        return f"{number(self.value, digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What an error bar spans."""
+        error = self.error or 0.0
+        return self.interval or (self.value - error, self.value + error)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration; `metrics` is metrics.json of each seed, `link` a page about its first run."""
+
+    name: str
+    metrics: Sequence[Mapping[str, Any]]
+    link: str = ""
+
+    @property
+    def weight_bits(self) -> float:
+        return self.metrics[0]["average_weight_bits"]
+
+    @property
+    def activation_bits(self) -> float:
+        return self.metrics[0]["average_activation_bits"]
+
+    @property
+    def megabytes(self) -> float:
+        return self.metrics[0]["size_bytes"] / 1e6
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(m["seconds"].get("generate", math.nan) for m in self.metrics)
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(m["seed"] for m in self.metrics)
+
+    def score(self, name: str) -> Score | None:
+        """One metric over all seeds; None if a seed did not measure it or found it undefined."""
+        values = [m["metrics"].get(name) for m in self.metrics]
+        if any(v is None for v in values):
+            return None
+        entries = [m.get("verdict", {}).get(name) for m in self.metrics]
+        verdicts = {word(entry) for entry in entries}
+        verdict = verdicts.pop() if len(verdicts) == 1 else DIFFERS
+        warning = next((entry["warning"] for entry in entries if entry and entry.get("warning")), "")
+        mean = statistics.fmean(values)
+        if len(values) > 1:
+            return Score(mean, statistics.stdev(values) / math.sqrt(len(values)), None, verdict, warning)
+        return Score(mean, None, single_interval(self.metrics[0], name), verdict, warning)
+
+    @property
+    def verdict(self) -> str:
+        """`worse: PSNR, SSIM; 4 equal`, worst first; empty where nothing was judged."""
+        groups: dict[str, list[str]] = {"worse": [], "better": [], DIFFERS: [], UNTOLD: [], "equal within noise": []}
+        for name, label in self.metrics[0]["labels"].items():
+            if (score := self.score(name)) and score.verdict:
+                groups[score.verdict].append(short(label["label"]))
+        named = [f"{verdict}: {', '.join(groups[verdict])}" for verdict in ("worse", "better") if groups[verdict]]
+        words = {DIFFERS: DIFFERS, UNTOLD: UNTOLD, "equal within noise": "equal"}
+        counted = [f"{len(groups[verdict])} {shown}" for verdict, shown in words.items()]
+        return "; ".join([*named, *(text for text in counted if not text.startswith("0 "))])
+
+
+@dataclass(frozen=True)
+class Board:
+    """The rows of one model, best first by the metric `first`; `metrics` are names with label, unit and direction."""
+
+    model: str
+    rows: Sequence[Row]
+    metrics: Mapping[str, Mapping[str, Any]]
+    first: str
+
+    @property
+    def float_scores(self) -> dict[str, str]:
+        """Label -> the float model's own value, of the row with the most seeds."""
+        runs = max(self.rows, key=lambda row: len(row.metrics)).metrics
+        found = {}
+        for name, label in self.metrics.items():
+            values = [run["float_metrics"].get(name) for run in runs]
+            if all(v is not None for v in values):
+                error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+                found[heading(label)] = value_and_error(statistics.fmean(values), error)
+        return found
+
+    @property
+    def prompts(self) -> list[int]:
+        return sorted({m["prompts"] for row in self.rows for m in row.metrics})
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader has to know before comparing rows."""
+        notes = [NOTE]
+        if self.float_scores:
+            values = ", ".join(f"{label} {value}" for label, value in self.float_scores.items())
+            notes.append(f"Float model: {values}.")
+        scores = [(label["label"], row.score(name)) for name, label in self.metrics.items() for row in self.rows]
+        for warning in dict.fromkeys(score.warning for _, score in scores if score and score.warning):
+            names = dict.fromkeys(label for label, score in scores if score and score.warning == warning)
+            notes.append(f"* {', '.join(names)}: {warning}")
+        if len(self.prompts) > 1:
+            counts = ", ".join(map(str, self.prompts))
+            notes.append(f"Rows have different numbers of pairs a seed ({counts}): they do not compare.")
+        return notes
+
+    @property
+    def headings(self) -> list[str]:
+        fixed = ["experiment", "verdict", "seeds", "pairs", "W bits", "A bits", "MB", "seconds"]
+        return [*fixed, *(heading(label) for label in self.metrics.values())]
+
+    def cells(self, row: Row) -> list[tuple[str, float | str]]:
+        """Text and sort key of each cell of a row."""
+        scores = [row.score(name) for name in self.metrics]
+        pairs = row.metrics[0]["prompts"]
+        return [
+            (row.name, row.name),
+            (row.verdict or "-", row.verdict),
+            (str(len(row.seeds)), len(row.seeds)),
+            (str(pairs), pairs),
+            *((f"{value:.2f}", value) for value in (row.weight_bits, row.activation_bits, row.megabytes)),
+            ("-" if math.isnan(row.seconds) else f"{row.seconds:.1f}", row.seconds),
+            *((score.text, score.value) if score else ("-", math.nan) for score in scores),
+        ]
+
+
+def word(entry: Mapping[str, Any] | None) -> str:
+    """A verdict; empty where a metric was not judged, and said so where nothing was there to judge by."""
+    if entry is None:
+        return ""
+    return entry["verdict"] if entry["difference_interval"] is not None else UNTOLD
+
+
+def single_interval(metrics: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """The verdict's 95 % interval of a single run, or one from the standard error where it was not judged."""
+    judged = metrics.get("verdict", {}).get(name, {}).get("interval")
+    if judged:
+        return judged[0], judged[1]
+    value, error = metrics["metrics"][name], metrics.get("standard_errors", {}).get(name)
+    return None if error is None else (value - Z95 * error, value + Z95 * error)
+
+
+def make_board(model: str, rows: Sequence[Row], first: str | None = None) -> Board:
+    """Rows in order, best first by the metric `first` (default: the first one with a better direction).
+
+    Rows that did not measure it come last. Raises UserError if it has no better direction.
+    """
+    metrics: dict[str, Mapping[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: -len(row.metrics[0]["metrics"])):
+        metrics |= {name: label for name, label in row.metrics[0]["labels"].items() if name not in metrics}
+    directed = [name for name, label in metrics.items() if label["higher_is_better"] is not None]
+    if not directed or (first is not None and first not in directed):
+        choices = f"Choose one of {', '.join(directed)}" if directed else "Measure psnr too"
+        raise UserError(f"{first or model}: no metric that ranks runs, higher or lower being better. {choices}.")
+    first = first or directed[0]
+    sign = -1 if metrics[first]["higher_is_better"] else 1
+
+    def rank(row: Row) -> tuple[float, str]:
+        score = row.score(first)
+        return (sign * score.value if score else math.inf), row.name
+
+    return Board(model, sorted(rows, key=rank), metrics, first)
+
+
+def heading(label: Mapping[str, Any]) -> str:
+    """`PSNR dB`"""
+    return f"{label['label']} {label['unit']}".strip()
+
+
+def short(label: str) -> str:
+    """A label without what stands in brackets."""
+    return label.split(" (")[0]
+
+
+def markdown(boards: Sequence[Board]) -> str:
+    """A table per model, with its notes below."""
+    parts = []
+    for board in boards:
+        pairs = f"{board.prompts[0]} pairs a seed" if len(board.prompts) == 1 else "see pairs"
+        lines = [f"### {board.model} ({pairs})", "", table_line(board.headings), "|" + "---|" * len(board.headings)]
+        lines += [table_line([text for text, _ in board.cells(row)]) for row in board.rows]
+        parts.append("\n".join([*lines, "", *board.notes]))
+    return "\n\n".join(parts) + "\n"
+
+
+def table_line(cells: Sequence[str]) -> str:
+    """One line of a markdown table."""
+    escaped = (cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return "| " + " | ".join(escaped) + " |"
+
+
+def comma_separated(boards: Sequence[Board]) -> str:
+    """One line per row; a metric has its value, standard error over seeds, 95 % interval of a single seed, verdict."""
+    names = list(dict.fromkeys(name for board in boards for name in board.metrics))
+    fixed = ["model", "experiment", "seeds", "pairs", "weight_bits", "activation_bits", "bytes", "seconds"]
+    measured = [f"{name}{end}" for name in names for end in ("", "_error", "_low", "_high", "_verdict")]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*fixed, *measured], restval="", lineterminator="\n")
+    writer.writeheader()
+    for board in boards:
+        for row in board.rows:
+            line: dict[str, Any] = {"model": board.model, "experiment": row.name, "pairs": row.metrics[0]["prompts"]}
+            line |= {"seeds": " ".join(map(str, row.seeds)), "weight_bits": row.weight_bits}
+            line |= {"activation_bits": row.activation_bits, "bytes": row.metrics[0]["size_bytes"]}
+            line["seconds"] = "" if math.isnan(row.seconds) else row.seconds
+            for name in board.metrics:
+                if score := row.score(name):
+                    low, high = score.interval or ("", "")
+                    line |= {name: score.value, f"{name}_error": "" if score.error is None else score.error}
+                    line |= {f"{name}_low": low, f"{name}_high": high, f"{name}_verdict": score.verdict}
+            writer.writerow(line)
+    return out.getvalue()
+
+
+def page(boards: Sequence[Board], pictures: Mapping[str, str]) -> str:
+    """A self-contained page; `pictures` are data URIs of each model's plot. Everything from runs is escaped."""
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template("leaderboard.html").render(boards=boards, pictures=pictures)

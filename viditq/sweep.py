@@ -1,0 +1,101 @@
+"""What became of each job of a sweep: a file per job, known whichever process ran it and whatever was killed."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from viditq.config import shorten
+from viditq.files import read_json, write_json
+from viditq.run_dir import fingerprint
+
+SWEEP_VARIABLE = "VIDITQ_SWEEP"  # the folder of the records; launchers hand it on to the processes of the jobs
+HOW_MANY = ("n_trials", "max_batch_size")  # keys of a sweeper that say how many jobs, not which
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One job's record, `<num>.json` in the sweep's folder. `metrics` holds what metrics.json says, or is empty."""
+
+    num: int
+    overrides: list[str]
+    folder: str
+    status: str = "running"  # then done or failed; a job that was killed stays at running
+    message: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    gate_failures: list[str] = field(default_factory=list)
+
+    def write(self) -> None:
+        """Write or replace the record; of several processes of one job only the first does."""
+        if not records_here():
+            return
+        write_json(Path(os.environ[SWEEP_VARIABLE]) / f"{self.num:04d}.json", asdict(self))
+
+    def failed(self, message: str) -> None:
+        """Record why the job failed."""
+        replace(self, status="failed", message=message).write()
+
+    def done(self, metrics: Mapping[str, Any] | None, gate_failures: Sequence[str] = ()) -> None:
+        """Record what the job measured, if it got so far, and the gates it failed."""
+        replace(self, status="done", metrics=dict(metrics or {}), gate_failures=list(gate_failures)).write()
+
+
+class SweepFolder(Callback):
+    """Hydra callback that says, before the first job starts, where the records of this sweep lie."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        os.environ[SWEEP_VARIABLE] = str(sweep_folder(config.hydra))
+
+
+def sweep_folder(hydra: DictConfig) -> Path:
+    """`<sweep dir>/_sweeps/<hash of what is swept>`: the same sweep through another launcher has the same folder."""
+    sweeper = OmegaConf.to_container(hydra.sweeper)
+    assert isinstance(sweeper, dict)
+    what = {str(key): value for key, value in sweeper.items() if key not in HOW_MANY}
+    overrides = [text for text in hydra.overrides.task if not text.startswith("launcher=")]
+    key = {"overrides": overrides, "sweeper": what}
+    return Path(hydra.sweep.dir).resolve() / "_sweeps" / fingerprint(key)
+
+
+def records_here() -> bool:
+    """Whether this process speaks for its job: torchrun and srun start several that do the same."""
+    from viditq.engine.processes import environment
+
+    found = environment()
+    return found is None or found.global_rank() == 0
+
+
+def current_job(folder: Path) -> JobRecord | None:
+    """The job of a sweep that this process runs now, its record begun; None if this is a single run."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    hydra = HydraConfig.get()
+    job = JobRecord(int(hydra.job.num), list(hydra.overrides.task), str(folder))
+    job.write()
+    return job
+
+
+def read_jobs(folder: Path) -> list[JobRecord]:
+    """Every job recorded in a sweep's folder, in order."""
+    remedy = "Delete it and run the sweep again."
+    return [JobRecord(**read_json(path, remedy)) for path in sorted(folder.glob("[0-9]*.json"))]
+
+
+def exit_status(jobs: list[JobRecord]) -> int:
+    """0 if every job is done, 2 if one failed or was killed, 3 if all that went wrong is gates."""
+    if any(job.status != "done" for job in jobs):
+        return 2
+    return 3 if any(job.gate_failures for job in jobs) else 0
+
+
+def distinct_overrides(jobs: list[JobRecord]) -> tuple[str, list[str]]:
+    """What all jobs share, and what sets each apart."""
+    common = [o for o in jobs[0].overrides if all(o in job.overrides for job in jobs)] if len(jobs) > 1 else []
+    apart = [" ".join(o for o in job.overrides if o not in common) for job in jobs]
+    return shorten(" ".join(common), 300), apart
