@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from viditq.cli import guarded_run, user_message
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
-from viditq.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
 Refuse = Callable[..., str]
@@ -356,12 +355,3 @@ def test_command_line(arguments: list[str], words: list[str], tmp_path: Path) ->
     assert done.code == 2
     assert "Traceback" not in done.err and done.err.count("\nerror: ") == 1
     assert all(word in done.err for word in words), done.err
-
-
-def test_failing_job_does_not_stop_a_sweep(tmp_path: Path, shared_cache: Path) -> None:
-    sweep = [f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir='${quant.weight.bits}'", "stages=[prompts]"]
-    done = run_py("-m", "experiment=smoke", *sweep, f"cache_dir='{shared_cache}'", "quant.weight.bits=four,4")
-    assert done.code != 0
-    assert "error: bits='four'" in done.err and "Traceback" not in done.err
-    assert RunDir(tmp_path / "4", json.loads((tmp_path / "4" / "run.json").read_text())).path.is_dir()
-    assert not (tmp_path / "four" / "run.json").exists()
