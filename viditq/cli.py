@@ -100,7 +100,9 @@ def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = No
         return 3
     except Exception as error:
         message: str | None = REPORTED
-        if not isinstance(error, AlreadyReported) and not lost_peer(error):
+        if lost_peer(error):
+            print(f"\n{REPORTED} ({str(error).splitlines()[0]})", file=sys.stderr)
+        elif not isinstance(error, AlreadyReported):
             message = user_message(error)
             if job is None and (message is None or cfg.debug):
                 raise
