@@ -21,7 +21,7 @@ def temporal_consistency(frames_BFD: Tensor) -> Tensor:
     return 100 * (frames_BFD[:, 1:] * frames_BFD[:, :-1]).sum(-1).mean(1)
 
 
-def _embed(clip: ClipEncoder, clips_BFCHW: Tensor) -> Tensor:
+def embed(clip: ClipEncoder, clips_BFCHW: Tensor) -> Tensor:
     """Unit embeddings of all frames, [B, F, D]."""
     return clip.images(to_unit(clips_BFCHW).flatten(0, 1)).unflatten(0, clips_BFCHW.shape[:2])
 
@@ -43,7 +43,7 @@ class ClipSim(PerSampleMetric):
         """Two values per pair, [B] each."""
         texts = self.clip.texts(batch.prompts)
         clips = zip(self.columns, (batch.samples, batch.references), strict=True)
-        return {column: text_alignment(_embed(self.clip, c), texts) for column, c in clips}
+        return {column: text_alignment(embed(self.clip, c), texts) for column, c in clips}
 
 
 class ClipTemp(PerSampleMetric):
@@ -63,4 +63,4 @@ class ClipTemp(PerSampleMetric):
         if batch.samples.shape[1] < 2:
             raise UserError(f"{self.name} compares adjacent frames and got images. Use metric=image for image models.")
         clips = zip(self.columns, (batch.samples, batch.references), strict=True)
-        return {column: temporal_consistency(_embed(self.clip, c)) for column, c in clips}
+        return {column: temporal_consistency(embed(self.clip, c)) for column, c in clips}

@@ -8,6 +8,7 @@ Axes: N frames or prompts, C channels, H height, W width, D embedding.
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,14 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from viditq.assets import resolve
 from viditq.errors import UserError
+from viditq.metrics.pretrained import from_pretrained, not_loaded
 
 FRAMES_AT_ONCE = 64  # bounds memory, and is faster than more on a CPU
+OFFLINE = (
+    "Give shipped:NAME (shipped:clip knows moving shapes), a folder with CLIPModel, tokenizer and "
+    "preprocessor_config.json, or a hub id."
+)
+_loaded: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()  # frozen, so that metrics may share it
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -33,12 +40,15 @@ class Preprocess:
     std: tuple[float, ...]
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Preprocess":
-        """Read preprocessor_config.json of a CLIP model; raises KeyError where it does not say enough."""
+    def from_config(cls, config: dict[str, Any], resample: int = 3) -> "Preprocess":
+        """Read a preprocessor_config.json; raises KeyError where it does not say enough.
+
+        `resample`: PIL's number where the file has none.
+        """
         edge, crop = _edge(config["size"]), _edge(config.get("crop_size", config["size"]))
         if crop > edge:
             raise UserError(f"preprocessor_config.json crops {crop} px of {edge} px. Make crop_size at most size.")
-        mode = RESAMPLE[config.get("resample", 3)]
+        mode = RESAMPLE[config.get("resample", resample)]
         return cls(edge, crop, mode, tuple(config["image_mean"]), tuple(config["image_std"]))
 
     def __call__(self, frames_NCHW: Tensor) -> Tensor:
@@ -111,20 +121,34 @@ class ClipEncoder(nn.Module):
             )
 
 
-def load_clip(model: str, truncate: bool = False) -> ClipEncoder:
-    """Load CLIP from `shipped:NAME`, a folder, or a hub id; raises UserError if it cannot be read."""
-    local = model.startswith("shipped:") or Path(model).expanduser().is_dir()
-    source = str(resolve(model)) if local else model
+def load_clip(model: str, truncate: bool = False, processor: str | None = None) -> ClipEncoder:
+    """Load CLIP from `shipped:NAME`, a folder, or a hub id; raises UserError if it cannot be read.
+
+    `processor`: where the tokenizer and preprocessor_config.json are, if not with the model. Encoders of the same
+    model share its weights.
+    """
+    source, texts_and_pixels = located(model), located(processor or model)
     try:
-        config, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        preprocess = Preprocess.from_config(config)
-        # Weights stored in half precision would run in it, six times slower on a CPU.
-        clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
-        return ClipEncoder(clip, AutoTokenizer.from_pretrained(source), preprocess, truncate)
+        tokenizer = AutoTokenizer.from_pretrained(texts_and_pixels)
+        preprocess = read_preprocess(texts_and_pixels)
+    except (OSError, ValueError) as error:
+        raise UserError(not_loaded("CLIP", texts_and_pixels, error, OFFLINE)) from error
+    network = _loaded.get(source)
+    if network is None:
+        network = _loaded[source] = from_pretrained(CLIPModel, source, "CLIP", OFFLINE)
+    return ClipEncoder(network, tokenizer, preprocess, truncate)
+
+
+def located(model: str) -> str:
+    """The folder of `shipped:NAME` or of a path that exists, else the hub id itself."""
+    local = model.startswith("shipped:") or Path(model).expanduser().is_dir()
+    return str(resolve(model)) if local else model
+
+
+def read_preprocess(source: str, resample: int = 3) -> Preprocess:
+    """preprocessor_config.json of a folder or hub id; OSError without one, UserError where it says too little."""
+    config, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    try:
+        return Preprocess.from_config(config, resample)
     except KeyError as error:
         raise UserError(f"{source}: preprocessor_config.json lacks {error}.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"CLIP model {model!r} cannot be loaded: {error}. Give shipped:NAME, a folder with CLIPModel, "
-            "tokenizer and preprocessor_config.json, or a hub id."
-        ) from error

@@ -61,24 +61,23 @@ def _with_errors(statistic: Callable[[Tensor], Tensor], number: int) -> tuple[Te
     return group_jackknife(statistic, number, GROUPS)
 
 
-class FrechetDistance(StreamingMetric):
-    """Frechet distance from the samples to the float model's clips or to real ones.
+class FeatureDistance(StreamingMetric):
+    """A distance from the features of the samples to those of the float model's clips or of real ones.
 
     `features`: a module with `features(clips_BFCHW in [0, 1]) -> [B, D]`. `against`: "reference" (the float
     model's clips) or "data" (real clips; `compute` then adds reference_value, the float model's own distance
-    to them). The distance grows as the number of samples falls: compare at equal numbers only.
-
-    `standard_error`, and for "data" `difference_error` (of value - reference_value), come from leaving out a 20th of
-    the prompts at a time, the same of all sets; nan for fewer than 3 prompts. Fewer than 2 raise UserError.
+    to them). `standard_error`, and for "data" `difference_error` (of value - reference_value), come from leaving out a
+    20th of the prompts at a time, the same of all sets. Fewer prompts than `least` raise UserError.
     """
 
     higher_is_better = False
+    least = 2
 
-    def __init__(self, features: nn.Module, against: str, name: str) -> None:
+    def __init__(self, features: nn.Module, against: str, name: str, unit: str = "") -> None:
         if against not in SETS:
             raise UserError(f"against is {against!r}. Use one of: {', '.join(SETS)}.")
         self.sides = ("samples", "references") if against == "reference" else ("samples", "references", "data")
-        super().__init__(name, unit="", index=torch.int64, **dict.fromkeys(self.sides, torch.float32))
+        super().__init__(name, unit, index=torch.int64, **dict.fromkeys(self.sides, torch.float32))
         self.features: Any = features.eval().requires_grad_(False)
 
     def update(self, batch: EvalBatch) -> None:
@@ -93,20 +92,45 @@ class FrechetDistance(StreamingMetric):
         """Distance from the samples to the set that `against` names."""
         index = self.joined("index")
         number = len(index)
-        if number < 2:
-            raise UserError(f"{self.name} needs at least 2 prompts, {number} given. Raise the number.")
+        if number < self.least:
+            raise UserError(f"{self.name} needs at least {self.least} prompts, {number} given. Raise the number.")
         assert len(index.unique()) == number, "a pair was scored twice: shards must not be padded"
         order = index.argsort()
         samples, references, *data = (self.joined(side).view(number, -1)[order] for side in self.sides)
-        distances = [distance_of_rows(samples, data[0] if data else references)]
-        if data:
-            distances.append(distance_of_rows(references, data[0]))
+        pairs = [(samples, data[0]), (references, data[0])] if data else [(samples, references)]
+        values, errors = self.estimate([self.distance_of_rows(a, b) for a, b in pairs], number)
+        result = {"value": values[0], "standard_error": errors[0], **self.told(samples.shape[1])}
+        return result | ({"reference_value": values[1], "difference_error": errors[2]} if data else {})
+
+    def distance_of_rows(self, a_ND: Tensor, b_ND: Tensor) -> Callable[[Tensor], Tensor]:
+        """The distance of given rows of both sets, as a function of ascending row numbers."""
+        raise NotImplementedError
+
+    def told(self, num_features: int) -> dict[str, Tensor]:
+        """What `compute` adds for the verdict."""
+        raise NotImplementedError
+
+    def estimate(self, distances: list[Callable[[Tensor], Tensor]], number: int) -> tuple[Tensor, Tensor]:
+        """Each distance, then the first less each other, with their standard errors."""
 
         def statistic(rows: Tensor) -> Tensor:
             found = torch.stack([distance(rows) for distance in distances])
             return torch.cat([found, found[:1] - found[1:]])
 
-        values, errors = _with_errors(statistic, number)
-        num_features = torch.tensor(samples.shape[1])
-        result = {"value": values[0], "standard_error": errors[0], "num_features": num_features}
-        return result | ({"reference_value": values[1], "difference_error": errors[2]} if data else {})
+        return _with_errors(statistic, number)
+
+
+class FrechetDistance(FeatureDistance):
+    """Frechet distance from the samples to the float model's clips or to real ones.
+
+    The distance grows as the number of samples falls: compare at equal numbers only (`num_features` tells how many
+    would do). Its errors are nan for fewer than 3 prompts.
+    """
+
+    def distance_of_rows(self, a_ND: Tensor, b_ND: Tensor) -> Callable[[Tensor], Tensor]:
+        """`frechet_distance` of rows."""
+        return distance_of_rows(a_ND, b_ND)
+
+    def told(self, num_features: int) -> dict[str, Tensor]:
+        """How many features there are."""
+        return {"num_features": torch.tensor(num_features)}

@@ -92,8 +92,10 @@ def is_told(entry: Mapping[str, Any]) -> bool:
 def few_samples(result: Result, num_samples: int | None) -> str | None:
     """The warning of a Frechet distance of fewer than SAMPLES_PER_FEATURE samples per feature, else None.
 
-    A metric says how many features it has in `num_features`.
+    A metric says how many features it has in `num_features`, or that it is `unbiased` and needs no such number.
     """
+    if "unbiased" in result:
+        return None
     features = int(result.get("num_features", INCEPTION_FEATURES))
     enough = SAMPLES_PER_FEATURE * features
     if num_samples is None or num_samples >= enough:
