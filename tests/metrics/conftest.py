@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, VideoMAEConfig, VideoMAEModel
 
 from viditq.metrics.batch import EvalBatch
 from viditq.metrics.clip import ClipSim, ClipTemp
 from viditq.metrics.clip_encoder import load_clip
+from viditq.metrics.clip_scores import AestheticScore, ClipIqa, ClipPreference, layered_head
+from viditq.metrics.dover import DoverMetric
 from viditq.metrics.flow import load_flow
 from viditq.metrics.frechet import FrechetDistance
+from viditq.metrics.image_reward import BlipSize, ImageReward, ImageRewardMetric
+from viditq.metrics.kid import KernelDistance
 from viditq.metrics.lpips import Lpips, LpipsMetric
 from viditq.metrics.motion import FlowScore, MotionMagnitude, TemporalFlicker, WarpingError
 from viditq.metrics.paired import Paired, RelativeL2
@@ -102,6 +106,69 @@ def write_clip(folder: Path, image_size: int = 24) -> Path:
     return folder
 
 
+def write_videomae(folder: Path, frames: int = 4, image_size: int = 16) -> Path:
+    """A folder with a random VideoMAEModel and its preprocessor config."""
+    config = VideoMAEConfig(
+        image_size=image_size,
+        patch_size=8,
+        num_frames=frames,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        use_mean_pooling=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        VideoMAEModel(config).save_pretrained(folder)
+    preprocess = {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "size": {"shortest_edge": image_size},
+        "crop_size": {"height": image_size, "width": image_size},
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 2,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocess))
+    return folder
+
+
+def random_image_reward(clip_folder: Path) -> ImageReward:
+    """A small one, over the word tokenizer of the random CLIP."""
+    size = BlipSize(16, 8, 16, 2, 2, 16, 2, 2, len(WORDS))
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        network = ImageReward(size, load_clip(str(clip_folder)).tokenizer)
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return network
+
+
+def random_head(width: int = 16) -> nn.Module:
+    """An aesthetic head."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return layered_head(width).eval()
+
+
+class BrightAndFine(nn.Module):
+    """In place of DOVER: brightness, and contrast within frames, in the range of its scores."""
+
+    def forward(self, clips_BFCHW: Tensor) -> dict[str, Tensor]:
+        level, spread = clips_BFCHW.mean((1, 2, 3, 4)).double(), clips_BFCHW.std((3, 4)).mean((1, 2)).double()
+        return {"aesthetic": level / 1000 - 0.2, "technical": spread / 1000}
+
+
+class SmallFramesDover(DoverMetric):
+    """The clips of these tests are smaller than DOVER's."""
+
+    def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
+        repeat = lambda clips: clips.repeat_interleave(12, 3).repeat_interleave(12, 4)  # noqa: E731
+        return super().scores(
+            EvalBatch(repeat(batch.samples), repeat(batch.references), batch.prompts, batch.index, batch.data)
+        )
+
+
 def random_lpips(backbone: str) -> Lpips:
     """LPIPS over a random network."""
     with torch.random.fork_rng():
@@ -125,6 +192,13 @@ def every_metric(clip_folder: Path) -> dict[str, Metric]:
         "flicker": TemporalFlicker("temporal flicker"),
         "warping_error": WarpingError(flow, "warping error"),
         "lpips": LpipsMetric(random_lpips("vgg"), "LPIPS"),
+        "kid": KernelDistance(TinyFeatures(), "reference", "KID"),
+        "kid_data": KernelDistance(TinyFeatures(), "data", "KID to data"),
+        "pick_score": ClipPreference(clip, "PickScore"),
+        "clip_iqa": ClipIqa(clip, "CLIP-IQA", "a red circle", "a blue square"),
+        "aesthetic": AestheticScore(clip, random_head(), "aesthetic score"),
+        "image_reward": ImageRewardMetric(random_image_reward(clip_folder), "ImageReward"),
+        "dover": SmallFramesDover(BrightAndFine(), "DOVER"),
     }
 
 
@@ -151,6 +225,27 @@ def lpips_of() -> Callable[[str], Lpips]:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def videomae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_videomae(tmp_path_factory.mktemp("videomae"))
+
+
+@pytest.fixture
+def image_reward(clip_folder: Path) -> ImageReward:
+    return random_image_reward(clip_folder)
+
+
+@pytest.fixture
+def head_of() -> Callable[[int], nn.Module]:
+    return random_head
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not to be asked, as with HF_HUB_OFFLINE=1."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture

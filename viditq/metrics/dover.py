@@ -115,7 +115,7 @@ class DoverMetric(PerSampleMetric):
             raise UserError(f"{self.name} judges videos and got images. Use metric=image or metric=image_real.")
         if min(sides) < SIDE:
             raise UserError(f"{self.name} needs frames of {SIDE} px, got {tuple(sides)}. Use metric=video.")
-        found = {}
+        found: dict[str, Tensor] = {}
         for column, side, clips in zip(
             self.columns, ("", "reference_"), (batch.samples, batch.references), strict=True
         ):
