@@ -18,16 +18,18 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, VideoMA
 
 from viditq.metrics.batch import EvalBatch
 from viditq.metrics.clip import ClipSim, ClipTemp
-from viditq.metrics.clip_encoder import load_clip
+from viditq.metrics.clip_encoder import Preprocess, load_clip
 from viditq.metrics.clip_scores import AestheticScore, ClipIqa, ClipPreference, layered_head
 from viditq.metrics.dover import DoverMetric
 from viditq.metrics.flow import load_flow
 from viditq.metrics.frechet import FrechetDistance
+from viditq.metrics.i3d import I3dFeatures
 from viditq.metrics.image_reward import BlipSize, ImageReward, ImageRewardMetric
 from viditq.metrics.kid import KernelDistance
 from viditq.metrics.lpips import Lpips, LpipsMetric
 from viditq.metrics.motion import FlowScore, MotionMagnitude, TemporalFlicker, WarpingError
 from viditq.metrics.paired import Paired, RelativeL2
+from viditq.metrics.videomae import VideoMaeFeatures
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "green", "circle", "square", "left", "right"]
 PROMPTS = [f"a {color} {shape}" for color in WORDS[5:8] for shape in WORDS[8:10]]
@@ -106,8 +108,8 @@ def write_clip(folder: Path, image_size: int = 24) -> Path:
     return folder
 
 
-def write_videomae(folder: Path, frames: int = 4, image_size: int = 16) -> Path:
-    """A folder with a random VideoMAEModel and its preprocessor config."""
+def random_videomae(frames: int = 4, image_size: int = 16) -> VideoMAEModel:
+    """A small one."""
     config = VideoMAEConfig(
         image_size=image_size,
         patch_size=8,
@@ -120,7 +122,12 @@ def write_videomae(folder: Path, frames: int = 4, image_size: int = 16) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        VideoMAEModel(config).save_pretrained(folder)
+        return VideoMAEModel(config).eval()
+
+
+def write_videomae(folder: Path, image_size: int = 16) -> Path:
+    """A folder with a random VideoMAEModel and its preprocessor config."""
+    random_videomae(image_size=image_size).save_pretrained(folder)
     preprocess = {
         "image_processor_type": "VideoMAEImageProcessor",
         "size": {"shortest_edge": image_size},
@@ -151,6 +158,14 @@ def random_head(width: int = 16) -> nn.Module:
         return layered_head(width).eval()
 
 
+class LevelsOverTime(nn.Module):
+    """In place of I3D's TorchScript: the level of each colour in each eighth of the clip."""
+
+    def forward(self, x: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
+        assert rescale and resize and return_features and x.shape[1:3] == (3, 16) and x.max() > 1
+        return F.adaptive_avg_pool3d(x / 255, (8, 1, 1)).flatten(1)
+
+
 class BrightAndFine(nn.Module):
     """In place of DOVER: brightness, and contrast within frames, in the range of its scores."""
 
@@ -179,6 +194,9 @@ def random_lpips(backbone: str) -> Lpips:
 def every_metric(clip_folder: Path) -> dict[str, Metric]:
     """One of each, as conf/metric builds them."""
     clip, flow = load_clip(str(clip_folder)), load_flow("farneback")
+    videomae = VideoMaeFeatures(
+        random_videomae(), nn.Identity(), Preprocess(16, 16, "bilinear", (0.5,) * 3, (0.2,) * 3)
+    )
     return {
         "psnr": Paired(PeakSignalNoiseRatio(data_range=1.0), "PSNR", "dB", ceiling=100.0),
         "ssim": Paired(StructuralSimilarityIndexMeasure(data_range=1.0), "SSIM"),
@@ -192,6 +210,8 @@ def every_metric(clip_folder: Path) -> dict[str, Metric]:
         "flicker": TemporalFlicker("temporal flicker"),
         "warping_error": WarpingError(flow, "warping error"),
         "lpips": LpipsMetric(random_lpips("vgg"), "LPIPS"),
+        "fvd_i3d": FrechetDistance(I3dFeatures(LevelsOverTime(), 16), "reference", "FVD (I3D)"),
+        "fvd_videomae": FrechetDistance(videomae, "reference", "FVD (VideoMAE)"),
         "kid": KernelDistance(TinyFeatures(), "reference", "KID"),
         "kid_data": KernelDistance(TinyFeatures(), "data", "KID to data"),
         "pick_score": ClipPreference(clip, "PickScore"),

@@ -116,7 +116,10 @@ def _load_raft(method: str, weights: str | None) -> RaftFlow:
     try:
         build = getattr(importlib.import_module("torchvision.models.optical_flow"), method)
     except ImportError as error:
-        raise UserError(f"flow.method={method} needs torchvision, which is not installed. {OFFLINE}") from error
+        raise UserError(
+            f"flow.method={method} needs torchvision, which is not installed: pip install torchvision, of the release "
+            f"that belongs to torch {torch.__version__}. {OFFLINE}"
+        ) from error
     network = build(weights=None)
     wanted_by = f"flow.method={method}"
     fill(network, read_weights(weights, RAFT_FILES[method], wanted_by, OFFLINE), weights, wanted_by)
