@@ -26,7 +26,7 @@ def from_pretrained(kind: Any, model: str, wanted_by: str, offline: str) -> nn.M
 
 def not_loaded(wanted_by: str, model: str, error: Exception, offline: str) -> str:
     """The message for a model that is neither in its folder nor in the cache nor on a hub that can be reached."""
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())[:300].rstrip(".")
     return (
         f"{wanted_by}: {model!r} cannot be loaded: {reason}. Without network, download it elsewhere "
         f"(hf download {model} --local-dir FOLDER) and give the folder. {offline}"
