@@ -20,6 +20,7 @@ from torch import nn
 from viditq.assets import resolve
 from viditq.errors import UserError
 from viditq.files import read_json
+from viditq.models.registry import find_class
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODALITIES = ("image", "video")
@@ -69,7 +70,7 @@ class ModelAdapter:
             value = getattr(self, key)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
                 raise UserError(f"model.{key}={value!r} must be a number above 0.")
-        if not hasattr(diffusers, self.pipeline):
+        if find_class(self.pipeline) is None:
             raise UserError(f"model.pipeline={self.pipeline!r} is no class of diffusers {diffusers.__version__}.")
         if not (self.folder / "model_index.json").is_file():
             raise UserError(f"{self.folder} holds no diffusers pipeline: model_index.json is missing there.")
@@ -116,9 +117,7 @@ class ModelAdapter:
 
     def build_denoiser(self) -> nn.Module:
         """The denoiser's structure from its config.json: parameters on the meta device, buffers real."""
-        library, name = self._index()[self.denoiser]
-        assert library == "diffusers", library
-        cls = getattr(diffusers, name)
+        cls = find_class(self._index()[self.denoiser][1])
         config = read_json(self.folder / self.denoiser / "config.json", COPY_AGAIN)
         with init_empty_weights(include_buffers=False):
             return cls.from_config(config)
@@ -147,7 +146,7 @@ class ModelAdapter:
         return [name for name, value in self._index().items() if isinstance(value, list)]
 
     def _load(self, components: dict[str, Any]) -> Any:
-        cls = getattr(diffusers, self.pipeline)
+        cls = find_class(self.pipeline)
         try:
             pipeline = cls.from_pretrained(self.folder, dtype=self.torch_dtype, local_files_only=True, **components)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:

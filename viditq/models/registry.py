@@ -1,0 +1,15 @@
+"""Pipelines and models that diffusers lacks and this package has; every other class is diffusers' own."""
+
+from typing import Any
+
+import diffusers
+
+from viditq.models.opensora_pipeline import OpenSoraPipeline
+from viditq.models.stdit import STDiT
+
+OWN = {"OpenSoraPipeline": OpenSoraPipeline, "STDiT": STDiT}
+
+
+def find_class(name: str) -> Any:
+    """The class of that name, ours or diffusers'; None if there is none."""
+    return OWN.get(name) or getattr(diffusers, name, None)
