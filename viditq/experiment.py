@@ -86,6 +86,8 @@ def build(cfg: DictConfig) -> Experiment:
     quant: QuantSetting = instantiate(cfg.quant, _convert_="all")
     data: PromptData = instantiate(cfg.data, _convert_="all")
     plan, weights = _plan(adapter, quant), adapter.weights_fingerprint()
+    if data.ready_digest is not None:  # all that is cached depends on these embeddings
+        weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     experiment = Experiment(

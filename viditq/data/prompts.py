@@ -1,6 +1,7 @@
-"""Where prompts come from: our own captions, or a text file with one prompt a line."""
+"""Where prompts come from: our own captions, a text file with one prompt a line, or COCO's captions."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -8,15 +9,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from viditq.assets import resolve
 from viditq.data.moving_shapes import SCENES, Scene, render
+from viditq.data.text_embeds import digest, read_text_embeds
 from viditq.errors import UserError
 
 
 class PromptData(Protocol):
-    """Prompts to evaluate on, prompts to calibrate on, and real clips where there are any."""
+    """Prompts to evaluate on, prompts to calibrate on, and real clips where there are any.
+
+    ready_embeds: what stands in for the text encoder's output, for the prompts that have it; ready_digest: its hash.
+    """
 
     prompts: list[str]
     calibration_prompts: list[str]
+    ready_embeds: Mapping[str, dict[str, Tensor]]
+    ready_digest: str | None
 
     def real_clips(self, indices: Sequence[int]) -> Tensor | None:
         """Clips of the training distribution, uint8 [B, F, C, H, W], one per index; None where there are none."""
@@ -42,6 +50,8 @@ class MovingShapes:
 
     def __post_init__(self) -> None:
         _check_counts(self.num_prompts, self.num_calibration_prompts)
+        self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
+        self.ready_digest: str | None = None
         generator = torch.Generator().manual_seed(self.prompt_seed)
         order = torch.randperm(len(SCENES), generator=generator).tolist()
         held_out, evaluation = order[:136], order[136:]
@@ -65,12 +75,17 @@ class MovingShapes:
 
 @dataclass
 class PromptFile:
-    """One prompt a line, empty lines ignored; calibration takes another file, or the last prompts of this one."""
+    """One prompt a line, empty lines ignored; calibration takes another file, or the last prompts of this one.
+
+    path: a text file, or shipped:prompts/NAME. embeds: Open-Sora's text_embeds.pth of all prompts of the file, in its
+    order, which saves the text encoder.
+    """
 
     path: str
     num_prompts: int
     num_calibration_prompts: int
     calibration_path: str | None = None
+    embeds: str | None = None
 
     def __post_init__(self) -> None:
         _check_counts(self.num_prompts, self.num_calibration_prompts)
@@ -78,14 +93,65 @@ class PromptFile:
         rest = read_prompts(self.calibration_path) if self.calibration_path else prompts[self.num_prompts :] or prompts
         self.prompts = prompts[: self.num_prompts]
         self.calibration_prompts = rest[: self.num_calibration_prompts]
+        self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
+        self.ready_digest = None if self.embeds is None else digest(self.embeds)
+        if self.embeds is not None:
+            embeds = read_text_embeds(self.embeds)
+            if len(embeds) != len(prompts):
+                raise UserError(f"{self.embeds} holds {len(embeds)} prompts, {self.path} {len(prompts)}; they must match.")
+            self.ready_embeds = dict(zip(prompts, embeds, strict=True))
 
     def real_clips(self, indices: Sequence[int]) -> None:
         """A text file has no clips."""
 
 
+@dataclass
+class CocoCaptions:
+    """COCO's captions, one per image: that of the lowest annotation id, images in the order of their ids.
+
+    path: captions_val2014.json, captions_val2017.json, or another file laid out so. Calibration takes the images
+    after the first num_prompts. Raises UserError if the file is something else or holds too few.
+    """
+
+    path: str
+    num_prompts: int
+    num_calibration_prompts: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self.num_prompts, self.num_calibration_prompts)
+        captions = read_coco(self.path)
+        wanted = self.num_prompts + self.num_calibration_prompts
+        if len(captions) < wanted:
+            raise UserError(f"{self.path} has captions of {len(captions)} images; {wanted} are asked for.")
+        self.prompts, self.calibration_prompts = captions[: self.num_prompts], captions[self.num_prompts : wanted]
+        self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
+        self.ready_digest: str | None = None
+
+    def real_clips(self, indices: Sequence[int]) -> None:
+        """The captions come without their images."""
+
+
+def read_coco(path: str) -> list[str]:
+    """One caption per image; raises UserError if the file is missing or no COCO caption file."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"Caption file {path!r} does not exist. Give COCO's captions_val2014.json or captions_val2017.json.")
+    try:
+        annotations = json.loads(file.read_text(encoding="utf-8"))["annotations"]
+        first = {a["image_id"]: a["caption"] for a in sorted(annotations, key=lambda a: a["id"], reverse=True)}
+        captions = [" ".join(first[image].split()) for image in sorted(first)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no COCO caption file ({type(error).__name__}: {error}); it must hold annotations with image_id, "
+            "id and caption."
+        ) from error
+    return [caption for caption in captions if caption]
+
+
 def read_prompts(path: str) -> list[str]:
     """The prompts of a text file; raises UserError if it is missing, not UTF-8 text or holds none."""
-    file = Path(path).expanduser()
+    shipped = path.startswith("shipped:")
+    file = resolve(path.rpartition("/")[0]) / path.rpartition("/")[2] if shipped else Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"Prompt file {path!r} does not exist. Give a text file with one prompt a line.")
     try:

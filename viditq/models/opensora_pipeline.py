@@ -96,6 +96,7 @@ class OpenSoraPipeline(LattePipeline):
             prompt_embeds, prompt_attention_mask = self.encode_prompt(
                 prompt, device, clean_caption, max_sequence_length
             )
+        prompt_embeds = prompt_embeds.to(self.transformer.dtype)
         count, channels = len(prompt_embeds), self.transformer.config.in_channels
         if self.do_classifier_free_guidance:
             null = self._null_embeds(prompt_embeds) if negative_prompt_embeds is None else negative_prompt_embeds

@@ -13,7 +13,12 @@ PromptEmbeds = dict[str, Tensor]
 
 
 def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> None:
-    """Raises UserError for a prompt with more tokens than the text encoder takes."""
+    """Raises UserError for a prompt with more tokens than the text encoder takes, or if there is no text encoder."""
+    if pipeline.tokenizer is None or pipeline.text_encoder is None:
+        raise UserError(
+            f"The pipeline in {adapter.folder} holds no text encoder, and {len(prompts)} prompts have no embeddings, "
+            f"first {prompts[0][:60]!r}. Add tokenizer and text_encoder to the folder, or give data.embeds."
+        )
     for prompt in prompts:
         assert prompt.strip(), "PromptData gives no empty prompts"
         count = len(pipeline.tokenizer(prompt)["input_ids"])
@@ -35,3 +40,8 @@ def encode_prompt(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEm
         )
     pairs = zip(adapter.encode_outputs, returned, strict=True)
     return {name: value.contiguous() for name, value in pairs if value is not None}
+
+
+def in_model_dtype(adapter: ModelAdapter, embeds: PromptEmbeds) -> PromptEmbeds:
+    """Embeddings made elsewhere, as the pipeline's own text encoder would hand them on."""
+    return {k: v.to(adapter.torch_dtype) if v.is_floating_point() else v for k, v in embeds.items()}

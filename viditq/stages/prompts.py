@@ -2,7 +2,7 @@
 
 from viditq.files import is_whole, write_tensors
 from viditq.job import Job
-from viditq.models.text import check_prompts, encode_prompt
+from viditq.models.text import check_prompts, encode_prompt, in_model_dtype
 
 
 def prompts(job: Job) -> str:
@@ -22,10 +22,13 @@ def prompts(job: Job) -> str:
 
 
 def _encode(job: Job, missing: list[str]) -> int:
-    adapter = job.experiment.adapter
-    if missing:
+    adapter, ready = job.experiment.adapter, job.experiment.data.ready_embeds
+    to_encode = [prompt for prompt in missing if prompt not in ready]
+    for prompt in (prompt for prompt in missing if prompt in ready):
+        write_tensors(job.embeds_path(prompt), in_model_dtype(adapter, ready[prompt]))
+    if to_encode:
         pipeline = adapter.load_text_part()
-        check_prompts(adapter, pipeline, missing)
-        for prompt in missing:
+        check_prompts(adapter, pipeline, to_encode)
+        for prompt in to_encode:
             write_tensors(job.embeds_path(prompt), encode_prompt(adapter, pipeline, prompt))
     return len(missing)
