@@ -42,14 +42,14 @@ def convert(args: argparse.Namespace, config: Callable[..., dict[str, Any]], nam
     """The denoiser, in the wanted dtype, from the checkpoint."""
     tensors = read_checkpoint(args.checkpoint)
     frames = {"num_frames": args.num_frames} if cls is STDiT else {}
-    settings = config(
-        tensors, num_heads=args.num_heads, size=args.size, position_scale=args.position_scale, **frames
-    )
+    settings = config(tensors, num_heads=args.num_heads, size=args.size, position_scale=args.position_scale, **frames)
     model = build_from(cls, settings, names(tensors), args.checkpoint)
     if args.position_scale is None:
         computed = {name.rpartition(".")[2]: b for name, b in model.named_buffers() if name.endswith(TABLES)}
         check_tables(computed, tensors, args.checkpoint)
-    print(f"{len(tensors)} tensors of {args.checkpoint.name} are {cls.__name__}'s {len(model.state_dict())}, all of them")
+    print(
+        f"{len(tensors)} tensors of {args.checkpoint.name} are {cls.__name__}'s {len(model.state_dict())}, all of them"
+    )
     print("configuration: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     return model if args.dtype is None else model.to(DTYPES[args.dtype])
 

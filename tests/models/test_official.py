@@ -1,13 +1,13 @@
-"""Official checkpoints: every name finds its place, numbers are the originals', and what is no checkpoint is refused."""
+"""Official checkpoints: every name finds its place, the numbers are the originals'; other files are refused."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from official_files import GOLDEN, real_shapes, stored, write_real
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from official_files import GOLDEN, real_shapes, stored, write_real
 from viditq.errors import UserError
 from viditq.models.official import check_tables, read_checkpoint, split_rows
 from viditq.models.official_opensora import load_opensora, opensora_names
@@ -84,7 +84,10 @@ def test_real_names_and_shapes_load_whole(kind: str, tmp_path: Path) -> None:
     [
         ({"blocks.3.mlp.fc1.bias": None}, r"1 missing, first blocks\.3\.mlp\.fc1\.bias"),
         ({"blocks.3.extra.weight": torch.ones(2)}, r"1 unknown, first blocks\.3\.extra\.weight"),
-        ({"blocks.3.mlp.fc1.bias": torch.ones(5)}, r"another shape, first blocks\.3\.mlp\.fc1\.bias \(\(5,\).*\(4608,\)"),
+        (
+            {"blocks.3.mlp.fc1.bias": torch.ones(5)},
+            r"another shape, first blocks\.3\.mlp\.fc1\.bias \(\(5,\).*\(4608,\)",
+        ),
         ({"blocks.3.attn.qkv.bias": torch.ones(4)}, r"blocks\.3\.attn\.qkv\.bias has 4 rows.*q, k, v"),
         ({"pos_embed_temporal": None}, "give the number of frames"),
         ({"pos_embed": None}, "give the size in pixels"),

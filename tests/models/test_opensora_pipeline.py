@@ -131,5 +131,11 @@ def test_cleaning_needs_its_packages(pipeline: OpenSoraPipeline, monkeypatch: py
 
 def test_defaults_are_those_of_open_sora() -> None:
     defaults = {k: p.default for k, p in inspect.signature(OpenSoraPipeline.__call__).parameters.items()}
-    wanted = {"num_inference_steps": 100, "guidance_scale": 7.0, "num_frames": 16, "height": 512, "guidance_channels": 3}
+    wanted = {
+        "num_inference_steps": 100,
+        "guidance_scale": 7.0,
+        "num_frames": 16,
+        "height": 512,
+        "guidance_channels": 3,
+    }
     assert {k: defaults[k] for k in wanted} == wanted

@@ -1,4 +1,4 @@
-"""STDiT against the outputs of Open-Sora v1.0's own code (tests/data/golden/stdit.safetensors, from depth 2, width 64)."""
+"""STDiT against the outputs of Open-Sora v1.0's own code (tests/data/golden/stdit.safetensors)."""
 
 from collections.abc import Callable
 from pathlib import Path

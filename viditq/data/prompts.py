@@ -98,7 +98,9 @@ class PromptFile:
         if self.embeds is not None:
             embeds = read_text_embeds(self.embeds)
             if len(embeds) != len(prompts):
-                raise UserError(f"{self.embeds} holds {len(embeds)} prompts, {self.path} {len(prompts)}; they must match.")
+                raise UserError(
+                    f"{self.embeds} holds {len(embeds)} prompts, {self.path} {len(prompts)}; they must match."
+                )
             self.ready_embeds = dict(zip(prompts, embeds, strict=True))
 
     def real_clips(self, indices: Sequence[int]) -> None:
@@ -135,15 +137,17 @@ def read_coco(path: str) -> list[str]:
     """One caption per image; raises UserError if the file is missing or no COCO caption file."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"Caption file {path!r} does not exist. Give COCO's captions_val2014.json or captions_val2017.json.")
+        raise UserError(
+            f"Caption file {path!r} does not exist. Give COCO's captions_val2014.json or captions_val2017.json."
+        )
     try:
         annotations = json.loads(file.read_text(encoding="utf-8"))["annotations"]
         first = {a["image_id"]: a["caption"] for a in sorted(annotations, key=lambda a: a["id"], reverse=True)}
         captions = [" ".join(first[image].split()) for image in sorted(first)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no COCO caption file ({type(error).__name__}: {error}); it must hold annotations with image_id, "
-            "id and caption."
+            f"{path} is no COCO caption file ({type(error).__name__}: {error}); it must hold annotations "
+            "with image_id, id and caption."
         ) from error
     return [caption for caption in captions if caption]
 

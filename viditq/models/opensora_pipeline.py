@@ -19,6 +19,8 @@ from viditq.models.stdit import STDiT
 class OpenSoraPipeline(LattePipeline):
     """Latte's parts, text cleaning and decoding; Open-Sora's captions without padding, null caption and sampling."""
 
+    scheduler: Any
+
     def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: STDiT, scheduler: Any) -> None:
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
 
