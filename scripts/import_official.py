@@ -4,8 +4,8 @@
     python scripts/import_official.py pixart_alpha PixArt-XL-2-1024-MS.pth --parts PixArt-XL-2-1024-MS --out models/pixart
     python scripts/import_official.py pixart_sigma PixArt-Sigma-XL-2-1024-MS.pth --parts pixart_sigma_sdxlvae_T5_diffusers --out models/sigma
 
-The checkpoint holds the denoiser only. --parts is a diffusers folder on this machine that holds the rest: vae/,
-and text_encoder/ and tokenizer/ unless embeddings made before will be used. Its files are linked, not copied.
+The checkpoint holds the denoiser only. --parts is a folder on this machine that holds the rest as a diffusers folder
+does: vae/, and text_encoder/ and tokenizer/ unless embeddings made before will be used. Its files are linked, not copied.
 """  # noqa: E501
 
 import argparse
@@ -21,7 +21,6 @@ import diffusers
 import torch
 
 from viditq.errors import UserError
-from viditq.files import read_json
 from viditq.models.adapter import DTYPES
 from viditq.models.official import TABLES, build_from, check_tables, read_checkpoint
 from viditq.models.official_opensora import opensora_config, opensora_names
@@ -35,7 +34,11 @@ KINDS: dict[str, tuple[Any, ...]] = {  # pipeline, model, configuration, names, 
     "pixart_alpha": ("PixArtAlphaPipeline", *PIXART),
     "pixart_sigma": ("PixArtSigmaPipeline", *PIXART),
 }
-TEXT = ("tokenizer", "text_encoder")
+PARTS = {  # what all three pipelines have beside the denoiser
+    "tokenizer": ("transformers", "T5Tokenizer"),
+    "text_encoder": ("transformers", "T5EncoderModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
 
 
 def convert(args: argparse.Namespace, config: Callable[..., dict[str, Any]], names: Any, cls: Any) -> Any:
@@ -43,7 +46,10 @@ def convert(args: argparse.Namespace, config: Callable[..., dict[str, Any]], nam
     tensors = read_checkpoint(args.checkpoint)
     frames = {"num_frames": args.num_frames} if cls is STDiT else {}
     settings = config(tensors, num_heads=args.num_heads, size=args.size, position_scale=args.position_scale, **frames)
-    model = build_from(cls, settings, names(tensors), args.checkpoint)
+    ours = names(tensors)
+    if args.dtype is not None:
+        ours = {name: tensor.to(DTYPES[args.dtype]) for name, tensor in ours.items()}
+    model = build_from(cls, settings, ours, args.checkpoint)
     if args.position_scale is None:
         computed = {name.rpartition(".")[2]: b for name, b in model.named_buffers() if name.endswith(TABLES)}
         check_tables(computed, tensors, args.checkpoint)
@@ -51,16 +57,14 @@ def convert(args: argparse.Namespace, config: Callable[..., dict[str, Any]], nam
         f"{len(tensors)} tensors of {args.checkpoint.name} are {cls.__name__}'s {len(model.state_dict())}, all of them"
     )
     print("configuration: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    return model if args.dtype is None else model.to(DTYPES[args.dtype])
+    return model
 
 
-def parts_of(folder: Path) -> dict[str, list[str]]:
+def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
     """Component -> (library, class) of what the folder of --parts offers; raises UserError without a VAE."""
-    index = read_json(folder / "model_index.json", "Give a folder in the diffusers layout as --parts.")
-    wanted = ("vae", *TEXT)
-    found = {k: index[k] for k in wanted if (folder / k).is_dir() and isinstance(index.get(k), list) and index[k][0]}
+    found = {name: which for name, which in PARTS.items() if (folder / name).is_dir()}
     if "vae" not in found:
-        raise UserError(f"{folder} holds no vae/. Give a diffusers folder with vae/, text_encoder/ and tokenizer/.")
+        raise UserError(f"{folder} holds no vae/. Give a folder with vae/, and text_encoder/ and tokenizer/ beside it.")
     return found
 
 
@@ -90,14 +94,14 @@ def write(args: argparse.Namespace) -> None:
         for name in parts:
             link(args.parts / name, temporary / name, args.copy)
         index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
-        index |= {name: parts.get(name, [None, None]) for name in (*TEXT, "vae")}
+        index |= {name: parts.get(name, (None, None)) for name in PARTS}
         index["transformer"] = [cls.__module__ if cls is STDiT else "diffusers", cls.__name__]
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         temporary.rename(args.out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    absent = [name for name in TEXT if name not in parts]
+    absent = [name for name in PARTS if name not in parts]
     print(f"written: {args.out}" + (f" (without {' and '.join(absent)}: give data.embeds)" if absent else ""))
     print(f"use it: python run.py model={args.kind} model.path={args.out}")
 
