@@ -122,6 +122,14 @@ def test_size_is_that_of_the_files(finished_run: Path) -> None:
     assert metrics["size_bytes"] < metrics["float_size_bytes"]
 
 
+def test_one_prompt(run: Run, tmp_path: Path, shared_cache: Path) -> None:
+    """Nothing can be told from it, but it runs."""
+    metrics = run(tmp_path / "one", shared_cache, "data.num_prompts=1", "metric=[psnr,clipsim]") or {}
+    assert metrics["prompts"] == 1 and math.isfinite(metrics["metrics"]["psnr"])
+    assert metrics["standard_errors"]["psnr"] is None
+    assert all("1 prompt" in entry["reason"] for entry in metrics["verdict"].values())
+
+
 # Repeating ------------------------------------------------------------------------------------------------------------
 
 

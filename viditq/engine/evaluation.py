@@ -75,7 +75,12 @@ class Evaluation(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Compute (and thereby synchronise) all metrics."""
-        self.results = {name: metric.compute() for name, metric in self.metrics.items()}
+        self.results = {name: _columns(metric.compute()) for name, metric in self.metrics.items()}
+
+
+def _columns(result: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One value per prompt is [n]: torchmetrics makes a scalar of it where n = 1."""
+    return {k: v.reshape(-1) if k == "index" or k.startswith("per_sample") else v for k, v in result.items()}
 
 
 def measure(trainer: L.Trainer, metrics: Mapping[str, Metric], pairs: Pairs) -> Results:
