@@ -68,14 +68,31 @@ def test_preset_builds(name: str, model: str, configure: Configure) -> None:
 @pytest.mark.parametrize("name", options("quant/smoothing"))
 def test_smoothing_composes(name: str, configure: Configure) -> None:
     quant: QuantSetting = instantiate(configure(f"quant/smoothing={name}", "name=x").quant, _convert_="all")
-    assert (quant.recipe.smoothing is None) == (name == "none")
+    assert bool(quant.recipe.smoothing) == (name != "none")
 
 
 @pytest.mark.parametrize("name", options("quant/rounding"))
 def test_rounding_composes(name: str, configure: Configure) -> None:
-    cfg = configure(f"quant/rounding={name}", "name=x")
-    assert cfg.quant.rounding == name
-    build(cfg)
+    schemes = build(configure(f"quant/rounding={name}", "name=x")).plan.schemes.values()
+    assert {scheme.rounding.name for scheme in schemes} == {name}
+
+
+@pytest.mark.parametrize("name", options("quant/ranges"))
+def test_ranges_compose(name: str, configure: Configure) -> None:
+    overrides = [f"quant/ranges={name}", f"quant/ranges@quant.activation_ranges={name}", "name=x", "quant=w8a8_naive"]
+    schemes = build(configure(*overrides)).plan.schemes.values()
+    assert {scheme.ranges.name for scheme in schemes} == {scheme.activation_ranges.name for scheme in schemes} == {name}
+
+
+def test_low_rank_composes(configure: Configure) -> None:
+    plan = build(configure("quant.low_rank=8", "quant/smoothing=scale_rotate", "name=x")).plan
+    assert list(plan.schemes) == ["w4a8_smooth_rotate_rank8"]
+
+
+def test_parts_of_a_chain_are_overridden_by_name(configure: Configure) -> None:
+    plan = build(configure("quant/smoothing=scale_rotate", "quant.smoothing.scale.alpha=0.7", "name=x")).plan
+    (scheme,) = plan.schemes.values()
+    assert [part.to_dict().get("alpha") for part in scheme.transforms] == [0.7, None]
 
 
 @pytest.mark.parametrize("name", options("quant/policy"))

@@ -15,7 +15,10 @@ FLOORS = [
         *(f"quant.{n}" for n in ["granularity", "affine", "packing", "hadamard", "registry", "noise_level"]),
     },
     {"quant.scheme", "quant.plan", "quant.recipe", "quant.quantizer"},
-    {"quant.observers", "quant.error_sums", "quant.transforms", "quant.rounding"},
+    {
+        *(f"quant.{n}" for n in ["observers", "moments", "error_sums", "transforms", "ranges", "rounding"]),
+        *(f"quant.{n}" for n in ["low_rank", "fit", "incoherence"]),
+    },
     {"quant.context", "quant.linear", "quant.backends"},
     {"quant", *(f"quant.{n}" for n in ["calibration", "convert", "artifact", "diagnosis", "sensitivity", "allocate"])},
     {"models", "data", "metrics", "report"},

@@ -61,7 +61,8 @@ class Job:
         e = self.experiment
         prompts = {"calibration_prompts": e.data.calibration_prompts, "batch_size": e.batch_size}
         sizes = {"num_buckets": e.num_buckets, "rows_per_bucket": e.rows_per_bucket}
-        return self._entry("stats", {**self._base_key, "seed": e.seed, **prompts, **sizes})
+        moments = {"moment_layers": e.plan.moment_layers} if e.plan.moment_layers else {}
+        return self._entry("stats", {**self._base_key, "seed": e.seed, **prompts, **sizes, **moments})
 
     @property
     def num_prompts(self) -> int:

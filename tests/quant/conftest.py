@@ -39,7 +39,8 @@ def calibrate(
     denoiser: nn.Module, seeds: list[int], timesteps: list[int], names: list[str] | None = None
 ) -> CalibrationStats:
     """Statistics of a run over prompts whose noise depends on their seed alone."""
-    with Calibrator(denoiser, names or linear_names(denoiser)) as calibrator, torch.no_grad():
+    names = names or linear_names(denoiser)
+    with Calibrator(denoiser, names, moment_layers=names) as calibrator, torch.no_grad():
         calibrator.set_sample_seeds(seeds)
         for timestep in timesteps:
             x = torch.stack([noise(seed, timestep) for seed in seeds]).to(next(denoiser.parameters()).dtype)

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 
 from viditq.errors import UserError
 from viditq.quant import (
+    AdaRound,
     QuantPlan,
     QuantSpec,
     Recipe,
+    RotateSpec,
     Rule,
     SmoothSpec,
     linear_names,
@@ -30,6 +32,13 @@ RECIPES = {
         QuantSpec(3, False, "group", 8), None, rules=[Rule("time", keep_float=True), Rule("*.fc2", weight=W4)]
     ),
     "activations_only": lambda: Recipe(None, A8),
+    "rotated": lambda: Recipe(W4, A8, RotateSpec(3)),
+    "scaled_and_rotated": lambda: Recipe(W4, QuantSpec(8), [SmoothSpec(0.3), RotateSpec()], segments=(0, 0.5, 1)),
+    "gptq": lambda: Recipe(W4, A8, SmoothSpec([0.3, 0.5], True), "gptq", (0, 0.5, 1), ranges="lp"),
+    "adaround": lambda: Recipe(W4, A8, RotateSpec(), AdaRound(20), ranges="grid_fit"),
+    "low_rank": lambda: Recipe(
+        W4, A8, SmoothSpec(0.5), "gptq", low_rank=4, rules=[Rule("time", keep_float=True), Rule("proj_in", low_rank=2)]
+    ),
     "float": lambda: Recipe(),
 }
 
@@ -155,7 +164,7 @@ def test_other_refusals(saved, make_denoiser, tmp_path):
         load_denoiser(folder, make_denoiser, backend="tpu")
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**meta, "format_version": 99}))
-    with pytest.raises(UserError, match="has format version 99; this program reads 1"):
+    with pytest.raises(UserError, match="has format version 99; this program reads 2"):
         load_denoiser(folder, make_denoiser)
     blocker = tmp_path / "file"
     blocker.write_text("")

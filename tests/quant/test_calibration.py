@@ -13,7 +13,8 @@ def same(a, b) -> None:
     a, b = a.to_tensors(), b.to_tensors()
     assert a.keys() == b.keys()
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-6)
+        size = float(a[key].abs().max()) if "/sum/" in key else 1.0  # products that cancel leave what was rounded off
+        torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-6 * size)
 
 
 def test_statistics_are_those_of_the_inputs(denoiser, calibrated):

@@ -9,6 +9,7 @@ from viditq.quant.affine import compute_qparams, dequantize, quantize
 from viditq.quant.backends import Backend, check_supported
 from viditq.quant.linear import empty_variant
 from viditq.quant.packing import packed_size
+from viditq.quant.quantizer import static_qparams
 from viditq.quant.registry import BACKENDS
 
 WEIGHTS = [
@@ -73,7 +74,8 @@ def make(scheme: LayerScheme, dtype: torch.dtype = torch.float32, backend: str =
     s = torch.rand(32) + 0.5
     bounds = (x.float().amin((0, 1)), x.float().amax((0, 1)))
     chain = Chain([Smooth(s)])
-    variant = Variant(scheme, linear.weight, chain, chain.bounds(*bounds))
+    grid = static_qparams(*chain.bounds(*bounds), scheme.activation) if scheme.static_activation else None
+    variant = Variant.fit(scheme, linear.weight, chain, grid)
     layer = QuantLinear("layer", linear.bias, [variant], [0], 12, StepContext((0, 1)), get_backend(backend))
     layer.prepare()
     return layer, linear, x, s, bounds
@@ -130,7 +132,7 @@ def test_what_is_stored_is_packed():
 def test_several_variants_need_a_noise_level():
     scheme = LayerScheme(QuantSpec(4), None)
     weight = torch.randn(4, 8)
-    variants = [Variant(scheme, weight * k, Chain()) for k in (1, 2)]
+    variants = [Variant.fit(scheme, weight * k, Chain()) for k in (1, 2)]
     context = StepContext((0, 0.3, 0.6, 1))
     layer = QuantLinear("blocks.0.fc", None, variants, [0, 1, 0], 4, context, get_backend("fake"))
     layer.prepare()

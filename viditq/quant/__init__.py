@@ -9,22 +9,34 @@ from viditq.quant.diagnosis import Diagnosis
 from viditq.quant.linear import QuantLinear, Variant
 from viditq.quant.observers import CalibrationStats, SegmentStats
 from viditq.quant.plan import QuantPlan
+from viditq.quant.ranges import GridFit, LpSearch, MinMax, Percentile
 from viditq.quant.recipe import Recipe, Rule
-from viditq.quant.rounding import nearest
-from viditq.quant.scheme import LayerScheme, QuantSpec, TransformSpec
-from viditq.quant.transforms import Chain, Smooth, SmoothSpec, Transform
+from viditq.quant.rounding import AdaRound, Gptq, Nearest
+from viditq.quant.scheme import LayerScheme, QuantSpec, RangeSpec, RoundingSpec, TransformSpec
+from viditq.quant.transforms import Chain, Rotate, RotateSpec, Smooth, SmoothSpec, Transform
 
 __all__ = [
+    "AdaRound",
     "Backend",
     "CalibrationStats",
     "Calibrator",
     "Chain",
     "Diagnosis",
+    "Gptq",
+    "GridFit",
     "LayerScheme",
+    "LpSearch",
+    "MinMax",
+    "Nearest",
+    "Percentile",
     "QuantLinear",
     "QuantPlan",
     "QuantSpec",
+    "RangeSpec",
     "Recipe",
+    "Rotate",
+    "RotateSpec",
+    "RoundingSpec",
     "Rule",
     "SegmentStats",
     "Smooth",
@@ -37,7 +49,6 @@ __all__ = [
     "get_backend",
     "linear_names",
     "load_denoiser",
-    "nearest",
     "quantize_denoiser",
     "save_denoiser",
     "size_bytes",

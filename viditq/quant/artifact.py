@@ -21,7 +21,7 @@ from viditq.quant.convert import build_quantized
 from viditq.quant.linear import quant_linears
 from viditq.quant.plan import QuantPlan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 AGAIN = "delete the folder and quantize again"
 META, PLAN, MODEL = "meta.json", "plan.json", "model.safetensors"
 OWN_KEYS = ("format_version", "timestep_scale", "dtypes", "widened", "sha256")

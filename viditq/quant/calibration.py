@@ -6,27 +6,39 @@ batch (E = branches P for guidance), F = L / E frames (or patches) of one elemen
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.quant.context import Attachment, StepContext
+from viditq.quant.moments import of_moments
 from viditq.quant.noise_level import bucket_edges, interval_of
 from viditq.quant.observers import NUM_BUCKETS, ROWS_PER_BUCKET, CalibrationStats, Observer
 from viditq.quant.registry import close_names
 
-Candidates = tuple[Tensor, Tensor]
+MOMENT_ROWS = 64  # of each prompt, guidance branch and step go into the second moments: few of thousands, to be fast
+RANK_BITS = 20
+
+
+class Candidates(NamedTuple):
+    """Rows of one input, by index into its L N rows: those the reservoir may want, with their keys; and for moments."""
+
+    rows: Tensor
+    keys: Tensor
+    moment_rows: Tensor
 
 
 class Calibrator:
     """Context manager that observes the named Linears of `denoiser` while it samples.
 
     Call `set_sample_seeds` before each batch; `stats` is always up to date. Results do not depend on the
-    order of the batches, nor, but for the rounding of sums, on how prompts are batched.
+    order of the batches, nor, but for the rounding of sums, on how prompts are batched. moment_layers: those whose
+    second moments are wanted too (`QuantPlan.moment_layers`).
     """
 
     def __init__(
@@ -36,14 +48,17 @@ class Calibrator:
         timestep_scale: float = 1000.0,
         num_buckets: int = NUM_BUCKETS,
         rows_per_bucket: int = ROWS_PER_BUCKET,
+        moment_layers: Sequence[str] = (),
     ) -> None:
-        self._denoiser = denoiser
+        assert set(moment_layers) <= set(layer_names)
+        self._denoiser, self._moment_layers = denoiser, frozenset(moment_layers)
         self._linears = {name: _linear(denoiser, name) for name in layer_names}
         self._context = StepContext((0, 1), timestep_scale)
         self._edges, self._rows_per_bucket = bucket_edges(num_buckets), rows_per_bucket
         self._sample_seeds: list[int] = []
         self._num_elements = 0
         self._candidates: dict[tuple[int, int], Candidates] = {}
+        self._readers: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # id of an input -> it, its first reader
         self._attachment: Attachment | None = None
         self.stats = CalibrationStats(
             {
@@ -62,15 +77,16 @@ class Calibrator:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a `state()`; raises UserError when it was made with other layers or sizes."""
-        mine = self.stats.to_tensors()
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in state.items()}:
+        mine, moments = self.stats.to_tensors(), set(of_moments(state))
+        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in state.items() if k not in moments}:
             raise UserError(
                 "the saved calibration state has other layers or sizes than this model; delete it and calibrate again"
             )
         loaded = CalibrationStats.from_tensors(state)
         for name, observer in loaded.layers.items():
             observer.to(self._linears[name].weight.device)
-        self.stats.layers = loaded.layers
+        loaded.moments.to({name: linear.weight.device for name, linear in self._linears.items()})
+        self.stats.layers, self.stats.moments = loaded.layers, loaded.moments
 
     def __enter__(self) -> Calibrator:
         handles = [self._denoiser.register_forward_pre_hook(self._begin_step, with_kwargs=True)]
@@ -88,7 +104,7 @@ class Calibrator:
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
         self._num_elements = len(tensors[0])
-        self._candidates = {}
+        self._candidates, self._readers = {}, {}
         if not self._sample_seeds or self._num_elements % len(self._sample_seeds):
             raise UserError(
                 f"a batch of {self._num_elements} does not fit {len(self._sample_seeds)} sample seeds; "
@@ -103,19 +119,45 @@ class Calibrator:
                 raise UserError(f"{name} was called outside its denoiser while calibrating")
             x_LNC = args[0].flatten(1, -2) if args[0].ndim > 2 else args[0].unsqueeze(1)
             bucket = interval_of(self._edges, noise_level)
-            candidates, keys = self._candidates_of(x_LNC, noise_level)
-            self.stats.layers[name].update(bucket, x_LNC, candidates, keys, name)
+            candidates = self._candidates_of(x_LNC, noise_level)
+            self.stats.layers[name].update(bucket, x_LNC, candidates.rows, candidates.keys, name)
+            if name in self._moment_layers:
+                leader = self._first_reader(args[0], name)
+                rows_nC = x_LNC.flatten(0, 1)[candidates.moment_rows] if leader == name else None
+                self.stats.moments.add(name, leader, rows_nC)
 
         return observe
 
+    def _first_reader(self, x: Tensor, name: str) -> str:
+        """Which layer was the first in this step to read the very tensor `x`; held weakly, so that it can be freed."""
+        seen, leader = self._readers.get(id(x), (None, name))
+        if seen is None or seen() is not x:
+            self._readers[id(x)] = (weakref.ref(x), name)
+            return name
+        return leader
+
     def _candidates_of(self, x_LNC: Tensor, noise_level: float) -> Candidates:
-        """The rows of this step that the reservoir may want; shared by all Linears of the same shape."""
+        """The rows of this step to choose from; shared by all Linears of the same shape."""
         shape = (x_LNC.shape[0], x_LNC.shape[1])
         if shape not in self._candidates:
-            keys = row_keys(*shape, self._sample_seeds, self._num_elements, noise_level).to(x_LNC.device)
-            lowest, rows = keys.topk(min(self._rows_per_bucket, len(keys)), largest=False)
-            self._candidates[shape] = (rows, lowest)
+            keys = row_keys(*shape, self._sample_seeds, self._num_elements, noise_level)
+            cells = 1 if shape[0] % self._num_elements else self._num_elements
+            chosen = _stratified(keys.view(cells, -1), self._rows_per_bucket)
+            self._candidates[shape] = Candidates(*(part.to(x_LNC.device) for part in chosen))
         return self._candidates[shape]
+
+
+def _stratified(keys_EM: Tensor, num_rows: int) -> Candidates:
+    """Candidates whose keys let every cell (a prompt in a guidance branch) give one row before any gives a second.
+
+    keys_EM: of the M rows of each cell. A new key is the row's rank in its cell, then as many bits of its key as fit.
+    """
+    cells, num_cell = keys_EM.shape
+    lowest, index = keys_EM.topk(min(max(num_rows, MOMENT_ROWS), num_cell), largest=False)
+    index = index + torch.arange(cells)[:, None] * num_cell
+    ranked = (torch.arange(lowest.shape[1]) << (63 - RANK_BITS)) | (lowest >> RANK_BITS)
+    keys, best = ranked[:, :num_rows].flatten().topk(min(num_rows, ranked[:, :num_rows].numel()), largest=False)
+    return Candidates(index[:, :num_rows].flatten()[best], keys, index[:, :MOMENT_ROWS].flatten())
 
 
 def row_keys(num_leading: int, num_tokens: int, seeds: Sequence[int], num_elements: int, noise_level: float) -> Tensor:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant.backends import Backend, check_supported, get_backend
 from viditq.quant.context import StepContext
 from viditq.quant.granularity import check_group_size
 from viditq.quant.linear import QuantLinear, Variant, empty_variant
+from viditq.quant.low_rank import check_rank
 from viditq.quant.observers import CalibrationStats, SegmentStats
 from viditq.quant.plan import QuantPlan
+from viditq.quant.quantizer import Grid
+from viditq.quant.ranges import static_grid
 from viditq.quant.registry import close_names
 from viditq.quant.scheme import LayerScheme
 from viditq.quant.transforms import Chain
@@ -90,6 +93,7 @@ def fit_variant(
 ) -> Variant:
     """Transforms fitted, then the weight quantized once; [lo, hi]: the noise levels of its segment."""
     weight_OC = linear.weight.detach()
+    assert stats is not None or not scheme.needs_stats
 
     def seen(per_segment: bool) -> SegmentStats | None:
         return None if stats is None else stats.segment(name, *((lo, hi) if per_segment else (0.0, 1.0)))
@@ -98,12 +102,13 @@ def fit_variant(
         t.fit(weight_OC, seen(t.differs_by_segment) if t.needs_stats else None, scheme) for t in scheme.transforms
     )
     chain = Chain(list(fitted))
-    bounds: tuple[Tensor, Tensor] | None = None
+    grid: Grid | None = None
     if scheme.static_activation:
         segment = seen(per_segment=True)
-        assert segment is not None
-        bounds = chain.bounds(segment.minimum.to(weight_OC.device), segment.maximum.to(weight_OC.device))
-    return Variant(scheme, weight_OC, chain, bounds)
+        assert segment is not None and scheme.activation is not None
+        grid = static_grid(chain, segment, scheme.activation, scheme.activation_ranges, weight_OC)
+    moments_CC = stats.moments.of(name) if scheme.needs_moments and stats is not None else None
+    return Variant.fit(scheme, weight_OC, chain, grid, moments_CC)
 
 
 def _checked_linears(denoiser: nn.Module, plan: QuantPlan, backend: Backend) -> dict[str, nn.Linear]:
@@ -116,6 +121,7 @@ def _checked_linears(denoiser: nn.Module, plan: QuantPlan, backend: Backend) -> 
             if scheme is None:
                 continue
             check_supported(backend, name, scheme)
+            check_rank(scheme.low_rank, linears[name].in_features, linears[name].out_features, name)
             for spec in (scheme.weight, scheme.activation):
                 if spec is not None:
                     check_group_size(linears[name].in_features, spec.group_size, name)
@@ -126,6 +132,8 @@ def _check_stats(plan: QuantPlan, stats: CalibrationStats | None, name: str, seg
     scheme = plan.scheme(name, segment)
     if scheme is not None and scheme.needs_stats:
         assert stats is not None
+        if scheme.needs_moments:
+            stats.moments.check(name)
         stats.segment(name, plan.edges[segment], plan.edges[segment + 1])
 
 

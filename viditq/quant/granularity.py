@@ -1,7 +1,7 @@
 """Which elements share a scale.
 
 Legend: O out_features, C in_features, G groups, g group_size (C = G g), L leading (batch) axis of an
-activation.
+activation, n rows of an activation, S sets of elements that share a scale, E elements of each.
 """
 
 from torch import Tensor
@@ -33,6 +33,33 @@ def weight_range(weight_OC: Tensor, granularity: str, group_size: int | None) ->
     view = to_groups(weight_OC, group_size)
     dims = (0, 1) if granularity == "tensor" else (-1,)
     return view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
+
+
+def weight_sets(weight_OC: Tensor, granularity: str, group_size: int | None) -> Tensor:
+    """The weights that share a scale, as rows [S, E]: tensor S = 1, channel S = O, group S = O G."""
+    return (
+        weight_OC.reshape(1, -1) if granularity == "tensor" else weight_OC.reshape(-1, group_size or len(weight_OC[0]))
+    )
+
+
+def weight_grid_shape(weight_OC: Tensor, granularity: str, group_size: int | None) -> tuple[int, ...]:
+    """Shape of scale and zero point: tensor [1, 1], channel [O, 1], group [O, G, 1]."""
+    if granularity == "tensor":
+        return (1, 1)
+    out_features, in_features = weight_OC.shape
+    return (out_features, 1) if group_size is None else (out_features, in_features // group_size, 1)
+
+
+def activation_sets(x_nC: Tensor, granularity: str, group_size: int | None) -> Tensor:
+    """The elements of calibration rows that share a static scale, as rows [S, E]: tensor 1, channel C, group G."""
+    if granularity == "tensor":
+        return x_nC.reshape(1, -1)
+    return x_nC.T if granularity == "channel" else to_groups(x_nC, group_size).transpose(0, 1).flatten(1)
+
+
+def per_weight(parameter: Tensor, weight_OC: Tensor, group_size: int | None) -> Tensor:
+    """A scale or zero point as [O, C]."""
+    return parameter.expand_as(to_groups(weight_OC, group_size)).reshape(weight_OC.shape)
 
 
 def activation_range(x: Tensor, granularity: str, group_size: int | None) -> Range:

@@ -1,6 +1,6 @@
 """QuantLinear: a Linear whose weight is stored as codes, once per variant.
 
-Legend: O out_features, C in_features, B bytes of a packed row, G groups of a row.
+Legend: O out_features, C in_features, B bytes of a packed row, r rank of the low-rank branch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.quant.context import StepContext
+from viditq.quant.fit import FittedWeight, empty_fit, fit_weight
 from viditq.quant.packing import pack, unpack
-from viditq.quant.quantizer import QuantizedWeight, dequantize_weight, static_qparams
-from viditq.quant.registry import ROUNDINGS
+from viditq.quant.quantizer import Grid, QuantizedWeight, dequantize_weight, static_qparams
 from viditq.quant.scheme import LayerScheme
 from viditq.quant.transforms import Chain
 
@@ -26,53 +26,61 @@ class Variant(nn.Module):
     """The canonical tensors of one Linear for one or more segments.
 
     qweight uint8 [O, B] packed codes, weight_scale float32, weight_zero_point uint8 (asymmetric only), or
-    weight [O, C] when it stays in float; input_scale, input_zero_point float32 (static activations only); the
-    chain's own tensors. dtype: of the float Linear, which the output keeps. A backend's `prepare` adds what
-    is not stored.
+    weight [O, C] when it stays in float; low_rank_up [O, r], low_rank_down [r, C] of a low-rank branch; input_scale,
+    input_zero_point float32 (static activations only); the chain's own tensors. dtype: of the float Linear, which the
+    output keeps. A backend's `prepare` adds what is not stored.
     """
 
     weight: Tensor | None
     qweight: Tensor | None
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    low_rank_up: Tensor | None
+    low_rank_down: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor
 
     def __init__(
         self,
         scheme: LayerScheme,
+        fitted: FittedWeight,
+        chain: Chain,
+        in_features: int,
+        dtype: torch.dtype,
+        input_grid: Grid | None = None,
+    ) -> None:
+        """input_grid: scale and zero point of a static activation."""
+        super().__init__()
+        assert (input_grid is not None) == scheme.static_activation
+        self.scheme, self.chain, self.dtype, self.in_features = scheme, chain, dtype, in_features
+        quantized = fitted.quantized
+        packed = None
+        if quantized is not None:
+            assert scheme.weight is not None
+            packed = pack(quantized.codes, scheme.weight.bits)
+        self.register_buffer("weight", fitted.weight)
+        self.register_buffer("qweight", packed)
+        self.register_buffer("weight_scale", quantized and quantized.scale)
+        self.register_buffer("weight_zero_point", quantized and quantized.zero_point)
+        self.register_buffer("low_rank_up", fitted.up)
+        self.register_buffer("low_rank_down", fitted.down)
+        self.register_buffer("input_scale", input_grid and input_grid[0])
+        self.register_buffer("input_zero_point", input_grid and input_grid[1])
+
+    @classmethod
+    def fit(
+        cls,
+        scheme: LayerScheme,
         weight_OC: Tensor,
         chain: Chain,
-        bounds: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """weight_OC: the float weight, before the chain. bounds: extremes of the chain's output, [C]."""
-        super().__init__()
-        self.scheme, self.chain = scheme, chain
-        self.dtype, self.in_features = weight_OC.dtype, weight_OC.shape[1]
-        if chain:
-            weight_OC = chain.weight(weight_OC.detach().float())
-        self._store_weight(weight_OC.detach())
-        self._store_input_range(bounds)
-
-    def _store_weight(self, weight_OC: Tensor) -> None:
-        spec = self.scheme.weight
-        quantized: QuantizedWeight | None = None
-        packed: Tensor | None = None
-        if spec is not None:
-            quantized = ROUNDINGS.get(self.scheme.rounding)(weight_OC, spec)
-            packed = pack(quantized.codes, spec.bits)
-        self.register_buffer("weight", weight_OC.to(self.dtype) if quantized is None else None)
-        self.register_buffer("qweight", packed)
-        self.register_buffer("weight_scale", None if quantized is None else quantized.scale)
-        self.register_buffer("weight_zero_point", None if quantized is None else quantized.zero_point)
-
-    def _store_input_range(self, bounds: tuple[Tensor, Tensor] | None) -> None:
-        scale = zero_point = None
-        if self.scheme.static_activation:
-            assert bounds is not None and self.scheme.activation is not None
-            scale, zero_point = static_qparams(*bounds, self.scheme.activation)
-        self.register_buffer("input_scale", scale)
-        self.register_buffer("input_zero_point", zero_point)
+        input_grid: Grid | None = None,
+        moments_CC: Tensor | None = None,
+    ) -> Variant:
+        """From the float weight, before the chain; moments_CC: X^T X of the inputs, before the chain."""
+        behind = chain.weight(weight_OC.detach().float()) if chain else weight_OC.detach()
+        moments = None if moments_CC is None else chain.moments(moments_CC.to(weight_OC.device))
+        fitted = fit_weight(behind, scheme, moments, weight_OC.dtype)
+        return cls(scheme, fitted, chain, weight_OC.shape[1], weight_OC.dtype, input_grid)
 
     @property
     def input_qparams(self) -> tuple[Tensor, Tensor] | None:
@@ -80,7 +88,7 @@ class Variant(nn.Module):
         return None if self.input_scale is None else (self.input_scale, self.input_zero_point)
 
     def dequantized_weight(self) -> Tensor:
-        """What the product sees, [O, C] in `dtype`."""
+        """What the product with the quantized input sees, [O, C] in `dtype`."""
         spec = self.scheme.weight
         if spec is None or self.qweight is None:
             assert self.weight is not None
@@ -151,6 +159,11 @@ def quant_linears(denoiser: nn.Module) -> dict[str, QuantLinear]:
 
 def empty_variant(scheme: LayerScheme, in_features: int, out_features: int, dtype: torch.dtype) -> Variant:
     """The structure of a variant on the meta device, to be filled from an artifact."""
-    weight_OC = torch.empty(out_features, in_features, dtype=dtype, device="meta")
-    bounds = (torch.empty(in_features, device="meta"), torch.empty(in_features, device="meta"))
-    return Variant(scheme, weight_OC, Chain([t.empty(in_features) for t in scheme.transforms]), bounds)
+    fitted = empty_fit(scheme, out_features, in_features, dtype)
+    grid: Grid | None = None
+    if scheme.static_activation:
+        assert scheme.activation is not None
+        channel = torch.empty(in_features, device="meta")
+        grid = static_qparams(channel, channel, scheme.activation)
+    chain = Chain([t.empty(in_features) for t in scheme.transforms])
+    return Variant(scheme, fitted, chain, in_features, dtype, grid)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from viditq.errors import UserError
+from viditq.quant.moments import Moments, of_moments
 from viditq.quant.noise_level import overlapping
 from viditq.quant.registry import close_names
 
@@ -128,10 +129,10 @@ class SegmentStats:
 
 
 class CalibrationStats:
-    """Observers of all Linears of a denoiser."""
+    """Observers of all Linears of a denoiser, and second moments of the inputs of those whose rounding needs them."""
 
-    def __init__(self, layers: dict[str, Observer]) -> None:
-        self.layers = layers
+    def __init__(self, layers: dict[str, Observer], moments: Moments | None = None) -> None:
+        self.layers, self.moments = layers, moments or Moments()
 
     def segment(self, layer: str, lo: float, hi: float) -> SegmentStats:
         """Statistics of `layer` over the noise levels [lo, hi].
@@ -155,14 +156,16 @@ class CalibrationStats:
         assert self.layers.keys() == other.layers.keys()
         for name, observer in self.layers.items():
             observer.merge(other.layers[name])
+        self.moments.merge(other.moments)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Flat copy of the state: `<layer>/<field>` -> tensor on the CPU."""
-        return {
+        """Flat state on the CPU, `<layer>/<field>` -> tensor; copies, but for the second moments."""
+        fields = {
             f"{layer}/{field}": getattr(observer, field).detach().cpu().clone()
             for layer, observer in self.layers.items()
             for field in REDUCTIONS
         }
+        return fields | self.moments.to_tensors()
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CalibrationStats":
@@ -172,7 +175,7 @@ class CalibrationStats:
             layers[layer] = Observer(num_buckets, in_features, num_rows)
             for field in REDUCTIONS:
                 setattr(layers[layer], field, tensors[f"{layer}/{field}"].clone())
-        return cls(layers)
+        return cls(layers, Moments.from_tensors(tensors))
 
     def save(self, path: str | Path) -> None:
         """Writes safetensors to a temporary name, then renames."""
@@ -199,4 +202,6 @@ class CalibrationStats:
 
 
 def _layer_names(keys: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(key.rsplit("/", 1)[0] for key in keys))
+    keys = list(keys)
+    moments = set(of_moments(keys))
+    return list(dict.fromkeys(key.rsplit("/", 1)[0] for key in keys if key not in moments))

@@ -63,19 +63,41 @@ class QuantPlan:
         used = {name for names in self.layers.values() for name in names if name is not None}
         return any(self.schemes[name].needs_stats for name in used)
 
-    def average_weight_bits(self, weights_numel: Mapping[str, int]) -> float:
+    @property
+    def moment_layers(self) -> list[str]:
+        """Layers whose rounding needs second moments of their inputs."""
+        needing = {name for name, scheme in self.schemes.items() if scheme.needs_moments}
+        return [layer for layer, names in self.layers.items() if needing & set(names)]
+
+    def average_weight_bits(
+        self, weights_numel: Mapping[str, int], in_features: Mapping[str, int] | None = None
+    ) -> float:
         """Mean bits of a weight over all Linears in `weights_numel` (layer -> number of weights).
 
-        A Linear or a segment left in float counts 16 bits; segments count by their width in noise level.
+        A Linear or a segment left in float counts 16 bits; segments count by their width in noise level. A low-rank
+        branch counts its r (O + C) numbers at 16 bits each, for which `in_features` (layer -> C) is needed.
         Scales and zero points are not counted (`artifact.size_bytes` has them).
         """
-        return self._average(weights_numel, lambda scheme: scheme.weight.bits if scheme.weight else FLOAT_BITS)
+
+        def bits_of(layer: str, scheme: LayerScheme) -> float:
+            bits = scheme.weight.bits if scheme.weight else FLOAT_BITS
+            if scheme.low_rank is None:
+                return bits
+            if in_features is None:
+                raise UserError(f"layer {layer} has a low-rank branch: its bits need in_features as well")
+            count, inputs = weights_numel[layer], in_features[layer]
+            return bits + FLOAT_BITS * scheme.low_rank * (count // inputs + inputs) / count
+
+        return self._average(weights_numel, bits_of)
 
     def average_activation_bits(self, inputs_numel: Mapping[str, int]) -> float:
-        """The same for the inputs of the Linears (layer -> in_features, or elements of its input)."""
-        return self._average(inputs_numel, lambda scheme: scheme.activation.bits if scheme.activation else FLOAT_BITS)
+        """The same for the inputs of the Linears (layer -> in_features, or elements of its input).
 
-    def _average(self, numel: Mapping[str, int], bits_of: Callable[[LayerScheme], int]) -> float:
+        The input of a low-rank branch, the same values in 16 bits, is not counted: it is nothing that is stored.
+        """
+        return self._average(inputs_numel, lambda _, s: s.activation.bits if s.activation else FLOAT_BITS)
+
+    def _average(self, numel: Mapping[str, int], bits_of: Callable[[str, LayerScheme], float]) -> float:
         missing = [layer for layer in self.layers if layer not in numel]
         if missing:
             raise UserError(f"the plan quantizes {missing[0]}, which the model lacks; {close_names(missing[0], numel)}")
@@ -83,7 +105,7 @@ class QuantPlan:
         for layer, count in numel.items():
             for segment, (lo, hi) in enumerate(pairwise(self.edges)):
                 scheme = self.scheme(layer, segment)
-                total += count * (hi - lo) * (FLOAT_BITS if scheme is None else bits_of(scheme))
+                total += count * (hi - lo) * (FLOAT_BITS if scheme is None else bits_of(layer, scheme))
         return total / sum(numel.values())
 
     def to_json(self) -> str:

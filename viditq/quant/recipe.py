@@ -9,34 +9,53 @@ from typing import Any
 
 from viditq.errors import UserError
 from viditq.quant.plan import QuantPlan, check_edges
-from viditq.quant.registry import ROUNDINGS, close_names
-from viditq.quant.scheme import LayerScheme, QuantSpec, TransformSpec, strict_kwargs
+from viditq.quant.registry import close_names
+from viditq.quant.scheme import LayerScheme, QuantSpec, RangeSpec, RoundingSpec, TransformSpec, strict_kwargs
+
+Smoothing = TransformSpec | Sequence[TransformSpec] | Mapping[str, TransformSpec] | None
 
 
 @dataclass(frozen=True)
 class Rule:
     """An exception for the Linears whose name matches the glob `pattern` (`*` also crosses dots).
 
-    weight, activation, smoothing replace the recipe's own (None = as in the recipe); keep_float leaves them
-    alone.
+    weight, activation, smoothing (one transform or several), low_rank replace the recipe's own (None = as in the
+    recipe); keep_float leaves them alone.
     """
 
     pattern: str
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
-    smoothing: TransformSpec | None = None
+    smoothing: Smoothing = None
     keep_float: bool = False
+    low_rank: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise UserError(f"a rule needs a pattern such as '*.attn1.*', got {self.pattern!r}")
-        overrides = [name for name in ("weight", "activation", "smoothing") if getattr(self, name) is not None]
+        if self.smoothing is not None:
+            object.__setattr__(self, "smoothing", _as_chain(self.smoothing))
+        names = ("weight", "activation", "smoothing", "low_rank")
+        overrides = [name for name in names if getattr(self, name) is not None]
         if self.keep_float and overrides:
             raise UserError(f"rule {self.pattern!r} has keep_float and {overrides[0]}; give one or the other")
         if not self.keep_float and not overrides:
             raise UserError(
-                f"rule {self.pattern!r} changes nothing; give weight, activation, smoothing or keep_float=true"
+                f"rule {self.pattern!r} changes nothing; give weight, activation, smoothing, low_rank or "
+                "keep_float=true"
             )
+
+
+def _as_chain(smoothing: Any) -> tuple[TransformSpec, ...]:
+    """The transforms of a `smoothing`: none, one, a list, or a mapping in whose order they apply."""
+    parts = smoothing
+    if isinstance(smoothing, Mapping):
+        parts = list(smoothing.values())
+    elif smoothing is None or isinstance(smoothing, TransformSpec):
+        parts = [] if smoothing is None else [smoothing]
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, TransformSpec) for part in parts):
+        raise UserError(f"smoothing takes a transform such as SmoothSpec, several of them, or null, got {smoothing!r}")
+    return tuple(parts)
 
 
 def _as_rule(rule: Any) -> Rule:
@@ -51,22 +70,30 @@ class Recipe:
     """How to quantize a denoiser.
 
     segments: noise levels that tile [0, 1]; a smoothing given per segment lists its values in the same order
-    (low noise first). rules: the last one that matches a Linear decides, on top of the recipe's own settings.
+    (low noise first). smoothing: one transform or several in order. rounding, ranges: of weights; activation_ranges: of
+    static activations; low_rank: rank of a branch in 16 bits beside the quantized weight. rules: the last one that
+    matches a Linear decides, on top of the recipe's own settings.
     """
 
     def __init__(
         self,
         weight: QuantSpec | None = None,
         activation: QuantSpec | None = None,
-        smoothing: TransformSpec | None = None,
-        rounding: str = "nearest",
+        smoothing: Smoothing = None,
+        rounding: RoundingSpec | str = "nearest",
         segments: Sequence[float] = (0, 1),
         rules: Sequence[Rule] = (),
+        ranges: RangeSpec | str = "min_max",
+        activation_ranges: RangeSpec | str = "min_max",
+        low_rank: int | None = None,
     ) -> None:
-        ROUNDINGS.get(rounding)
         if isinstance(rules, str) or not isinstance(rules, Sequence):
             raise UserError(f"rules must be a list, got {rules!r}")
-        self.weight, self.activation, self.smoothing, self.rounding = weight, activation, smoothing, rounding
+        self.weight, self.activation, self.smoothing = weight, activation, _as_chain(smoothing)
+        self.rounding: RoundingSpec = RoundingSpec.parse(rounding)
+        self.ranges: RangeSpec = RangeSpec.parse(ranges)
+        self.activation_ranges: RangeSpec = RangeSpec.parse(activation_ranges)
+        self.low_rank = low_rank
         self.edges = check_edges(segments)
         self.rules = tuple(_as_rule(rule) for rule in rules)
         self._schemes(None)  # what can be checked without a model fails here
@@ -75,7 +102,8 @@ class Recipe:
 
     def with_rules(self, rules: Sequence[Rule]) -> Recipe:
         """This recipe with `rules` in place of its own."""
-        return Recipe(self.weight, self.activation, self.smoothing, self.rounding, self.edges, rules)
+        how = (self.ranges, self.activation_ranges, self.low_rank)
+        return Recipe(self.weight, self.activation, self.smoothing, self.rounding, self.edges, rules, *how)
 
     def _schemes(self, rule: Rule | None) -> list[LayerScheme] | None:
         """One scheme per segment under `rule`; None = float."""
@@ -83,18 +111,18 @@ class Recipe:
             return None
         weight = (rule and rule.weight) or self.weight
         activation = (rule and rule.activation) or self.activation
-        smoothing = (rule and rule.smoothing) or self.smoothing
+        smoothing = self.smoothing if rule is None or rule.smoothing is None else _as_chain(rule.smoothing)
+        low_rank = (rule and rule.low_rank) or self.low_rank
         if weight is None and activation is None:
-            if smoothing is not None and (rule is not None or not self.rules):
+            if smoothing and (rule is not None or not self.rules):
                 raise UserError(
                     "smoothing without quantization changes nothing: give weight or activation, or no smoothing"
                 )
             return None
         num = len(self.edges) - 1
-        if smoothing is not None and not isinstance(smoothing, TransformSpec):
-            raise UserError(f"smoothing takes a transform such as SmoothSpec or null, got {smoothing!r}")
-        parts = [() if smoothing is None else (smoothing.for_segment(i, num),) for i in range(num)]
-        return [LayerScheme(weight, activation, transforms, self.rounding) for transforms in parts]
+        chains = [tuple(part.for_segment(i, num) for part in smoothing) for i in range(num)]
+        how = (self.rounding, self.ranges, self.activation_ranges, low_rank)
+        return [LayerScheme(weight, activation, chain, *how) for chain in chains]
 
     def _match(self, linear_names: Sequence[str]) -> dict[str, Rule | None]:
         """Layer -> the rule that decides it; raises UserError for a rule that matches nothing."""
@@ -123,7 +151,10 @@ class Recipe:
 def _enter(schemes: dict[str, LayerScheme], scheme: LayerScheme) -> str:
     """The name of `scheme` in `schemes`, entered if new: w4a8, w4a8_smooth, w4a8_smooth_2, ..."""
     bits = (str(spec.bits) if spec else "16" for spec in (scheme.weight, scheme.activation))
-    base = "_".join(["w{}a{}".format(*bits), *(t.name for t in scheme.transforms)])
+    parts = ["w{}a{}".format(*bits), *(t.name for t in scheme.transforms)]
+    if scheme.low_rank is not None:
+        parts.append(f"rank{scheme.low_rank}")
+    base = "_".join(parts)
     name, count = base, 1
     while name in schemes and schemes[name] != scheme:
         count += 1

@@ -49,4 +49,5 @@ class Registry(Generic[T]):
 
 TRANSFORMS: Registry = Registry("transform")
 ROUNDINGS: Registry = Registry("rounding")
+RANGES: Registry = Registry("range")
 BACKENDS: Registry = Registry("backend")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from viditq.errors import UserError
-from viditq.quant.registry import ROUNDINGS, TRANSFORMS, close_names
+from viditq.quant.registry import RANGES, ROUNDINGS, TRANSFORMS, Registry, close_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,10 +104,40 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
-class TransformSpec:
-    """Base of the frozen descriptions of transforms; subclasses live in viditq.quant.transforms."""
+class NamedSpec:
+    """Base of the frozen descriptions that a closed registry knows by name."""
 
+    registry: ClassVar[Registry]
     name: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        """A description from itself, from a name (with its defaults) or from `to_dict`'s mapping, strictly."""
+        kind = cls.registry.kind
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls.registry.get(value)()
+        if not isinstance(value, Mapping) or "name" not in value:
+            raise UserError(f"a {kind} must be a mapping with a 'name', got {value!r}")
+        found = cls.registry.get(value["name"])
+        rest = {key: field for key, field in value.items() if key != "name"}
+        return found(**strict_kwargs(found, rest, f"{kind} {value['name']}"))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Any:
+        """Strict inverse of `to_dict`; the name is looked up in the closed registry."""
+        return cls.parse(fields)
+
+
+@dataclass(frozen=True)
+class TransformSpec(NamedSpec):
+    """Base of the descriptions of transforms; subclasses live in viditq.quant.transforms."""
+
+    registry: ClassVar[Registry] = TRANSFORMS
     needs_stats: ClassVar[bool] = False
 
     @property
@@ -127,27 +157,58 @@ class TransformSpec:
         """A Transform of the right shapes whose tensors are loaded later, on the meta device."""
         raise NotImplementedError
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **dataclasses.asdict(self)}
 
-    @staticmethod
-    def from_dict(fields: Mapping[str, Any]) -> TransformSpec:
-        """Strict inverse of `to_dict`; the name is looked up in the closed registry."""
-        if not isinstance(fields, Mapping) or "name" not in fields:
-            raise UserError(f"a transform must be a mapping with a 'name', got {fields!r}")
-        cls = TRANSFORMS.get(fields["name"])
-        rest = {key: value for key, value in fields.items() if key != "name"}
-        return cls(**strict_kwargs(cls, rest, f"transform {fields['name']}"))
+@dataclass(frozen=True)
+class RangeSpec(NamedSpec):
+    """Base of the descriptions of how a grid is laid over values; subclasses live in viditq.quant.ranges."""
+
+    registry: ClassVar[Registry] = RANGES
+
+    def fit(self, values_GE: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """float32 scale and zero point [G, 1] of `bits` and `symmetric` of `spec` for each row of values."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RoundingSpec(NamedSpec):
+    """Base of the descriptions of how weights become codes; subclasses live in viditq.quant.rounding."""
+
+    registry: ClassVar[Registry] = ROUNDINGS
+    needs_moments: ClassVar[bool] = False
+
+    def quantize(self, weight_OC: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor], moments_CC: Any) -> Any:
+        """The QuantizedWeight of a weight that has been through its chain.
+
+        moments_CC: X^T X of the chain's outputs X up to a factor, float; None unless `needs_moments`.
+        """
+        raise NotImplementedError
+
+
+def nearest_rounding() -> RoundingSpec:
+    """The default."""
+    return RoundingSpec.parse("nearest")
+
+
+def min_max_range() -> RangeSpec:
+    """The default."""
+    return RangeSpec.parse("min_max")
 
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """How one Linear is treated: y = Q_a(T(x)) Q_w(T^-T(W))^T + b. None means "leave in float"."""
+    """How one Linear is treated: y = Q_a(T(x)) Q_w(T^-T(W) - U V)^T + T(x) (U V)^T + b. None = "leave in float".
+
+    rounding, ranges: of the weight; activation_ranges: of a static activation (a dynamic one takes its own
+    extremes). low_rank: rank of U V, kept in 16 bits; None = no such branch.
+    """
 
     weight: QuantSpec | None
     activation: QuantSpec | None
     transforms: tuple[TransformSpec, ...] = ()
-    rounding: str = "nearest"
+    rounding: RoundingSpec = dataclasses.field(default_factory=nearest_rounding)
+    ranges: RangeSpec = dataclasses.field(default_factory=min_max_range)
+    activation_ranges: RangeSpec = dataclasses.field(default_factory=min_max_range)
+    low_rank: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transforms", tuple(self.transforms))
@@ -160,19 +221,43 @@ class LayerScheme:
             self.weight.check_weight()
         if self.activation is not None:
             self.activation.check_activation()
-        ROUNDINGS.get(self.rounding)
-        for transform in self.transforms:
+        object.__setattr__(self, "rounding", RoundingSpec.parse(self.rounding))
+        for field in ("ranges", "activation_ranges"):
+            object.__setattr__(self, field, RangeSpec.parse(getattr(self, field)))
+        self._check_transforms()
+        self._check_low_rank()
+
+    def _check_transforms(self) -> None:
+        for place, transform in enumerate(self.transforms):
             if transform.for_segment(0, 1) != transform:
                 raise UserError(f"{transform} is not resolved: a scheme holds the values of one segment")
+            if place and transform.needs_stats:
+                raise UserError(
+                    f"{transform.name} must come first among the transforms: its statistics are those of the layer's "
+                    f"own input, not of what {self.transforms[0].name} makes of it"
+                )
+
+    def _check_low_rank(self) -> None:
+        if self.low_rank is None:
+            return
+        if not is_int(self.low_rank) or self.low_rank < 1:
+            raise UserError(f"low_rank={self.low_rank!r} is not possible: give a whole number from 1, or null")
+        if self.weight is None:
+            raise UserError("low_rank needs a quantized weight: what it leaves over is what gets quantized")
 
     @property
     def static_activation(self) -> bool:
         return self.activation is not None and not self.activation.dynamic
 
     @property
+    def needs_moments(self) -> bool:
+        """Whether second moments of the layer's input are needed to apply it."""
+        return self.weight is not None and self.rounding.needs_moments
+
+    @property
     def needs_stats(self) -> bool:
         """Whether calibration statistics are needed to apply it."""
-        return self.static_activation or any(t.needs_stats for t in self.transforms)
+        return self.static_activation or self.needs_moments or any(t.needs_stats for t in self.transforms)
 
     @property
     def per_segment(self) -> bool:
@@ -184,7 +269,10 @@ class LayerScheme:
             "weight": self.weight and self.weight.to_dict(),
             "activation": self.activation and self.activation.to_dict(),
             "transforms": [t.to_dict() for t in self.transforms],
-            "rounding": self.rounding,
+            "rounding": self.rounding.to_dict(),
+            "ranges": self.ranges.to_dict(),
+            "activation_ranges": self.activation_ranges.to_dict(),
+            "low_rank": self.low_rank,
         }
 
     @classmethod

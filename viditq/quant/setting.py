@@ -6,14 +6,14 @@ from typing import Any
 from viditq.errors import UserError
 from viditq.quant.plan import QuantPlan
 from viditq.quant.policy import Policy
-from viditq.quant.recipe import Recipe
-from viditq.quant.scheme import QuantSpec, TransformSpec
+from viditq.quant.recipe import Recipe, Smoothing
+from viditq.quant.scheme import QuantSpec, RangeSpec, RoundingSpec
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 class QuantSetting:
-    """How to quantize: see `Recipe` for the formats, smoothing, segments and rules.
+    """How to quantize: see `Recipe` for the formats, smoothing, rounding, ranges, segments and rules.
 
     float_dtype: dtype of the quantized denoiser's float arithmetic, None = the model's own.
     Raises UserError for everything that can be seen without a model.
@@ -23,8 +23,11 @@ class QuantSetting:
         self,
         weight: QuantSpec | None,
         activation: QuantSpec | None,
-        smoothing: TransformSpec | None,
-        rounding: str,
+        smoothing: Smoothing,
+        rounding: RoundingSpec | str,
+        ranges: RangeSpec | str,
+        activation_ranges: RangeSpec | str,
+        low_rank: int | None,
         segments: Sequence[float],
         rules: Sequence[Any],
         policy: Policy,
@@ -32,7 +35,8 @@ class QuantSetting:
     ) -> None:
         if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
             raise UserError(f"quant.float_dtype={float_dtype!r}: choose null or one of {', '.join(FLOAT_DTYPES)}.")
-        self.recipe = Recipe(weight, activation, smoothing, rounding, segments, rules)
+        how = (ranges, activation_ranges, low_rank)
+        self.recipe = Recipe(weight, activation, smoothing, rounding, segments, rules, *how)
         self.policy, self.float_dtype = policy, float_dtype
 
     def plan(self, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:

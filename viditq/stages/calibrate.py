@@ -46,7 +46,8 @@ def _observe(job: Job, partials: Partials) -> None:
     pipeline = e.adapter.load()
     denoiser = getattr(pipeline, e.adapter.denoiser)
     names = linear_names(denoiser)
-    calibrator = Calibrator(denoiser, names, e.adapter.timestep_scale, e.num_buckets, e.rows_per_bucket)
+    sizes = (e.num_buckets, e.rows_per_bucket)
+    calibrator = Calibrator(denoiser, names, e.adapter.timestep_scale, *sizes, e.plan.moment_layers)
     module = Calibration(
         *(e.adapter, pipeline, job.load_embeds(prompts), e.seed),
         accumulator=calibrator,

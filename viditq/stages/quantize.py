@@ -28,12 +28,14 @@ def _quantize(job: Job) -> str:
     if e.quant.float_dtype is not None:
         denoiser.to(getattr(torch, e.quant.float_dtype))
     linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+    numel = {name: m.weight.numel() for name, m in linears.items()}
+    in_features = {name: m.in_features for name, m in linears.items()}
     meta = {
         "model": e.adapter.to_dict(),
         "weights": e.weights,
         "float_dtype": e.quant.float_dtype,
-        "average_weight_bits": plan.average_weight_bits({name: m.weight.numel() for name, m in linears.items()}),
-        "average_activation_bits": plan.average_activation_bits({name: m.in_features for name, m in linears.items()}),
+        "average_weight_bits": plan.average_weight_bits(numel, in_features),
+        "average_activation_bits": plan.average_activation_bits(in_features),
         "float_size_bytes": sum(2 * p.numel() for p in denoiser.parameters()),
         "stats": job.stats.path.name if stats else None,
     }

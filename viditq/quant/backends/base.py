@@ -34,7 +34,7 @@ class Backend(ABC):
 
     @abstractmethod
     def linear(self, variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Q_a(chain(x)) Q_w^T + bias: [..., C] -> [..., O]; never writes to `x`."""
+        """Q_a(chain(x)) Q_w^T + chain(x) (U V)^T + bias: [..., C] -> [..., O]; never writes to `x`."""
 
 
 def get_backend(name: str) -> Backend:

@@ -32,9 +32,12 @@ class FakeBackend(Backend):
     @torch.no_grad()
     def linear(self, variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
         y = variant.chain.activation(x)
-        spec = variant.scheme.activation
+        spec, weight_OC = variant.scheme.activation, variant.dense_weight
+        assert isinstance(weight_OC, Tensor)
+        branch: Tensor | None = None
+        if variant.low_rank_up is not None:  # before the quantizer, which may overwrite y
+            branch = F.linear(F.linear(y.to(weight_OC.dtype), variant.low_rank_down), variant.low_rank_up)
         if spec is not None:
             y = fake_quantize_activation(y, spec, variant.input_qparams, inplace=y is not x)
-        weight_OC = variant.dense_weight
-        assert isinstance(weight_OC, Tensor)
-        return F.linear(y.to(weight_OC.dtype), weight_OC, bias)
+        out = F.linear(y.to(weight_OC.dtype), weight_OC, bias)
+        return out if branch is None else out.add_(branch)

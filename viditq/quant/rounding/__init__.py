@@ -1,5 +1,7 @@
-"""Roundings: how a transformed weight becomes codes."""
+"""Roundings: the closed set of ways a transformed weight becomes codes."""
 
-from viditq.quant.rounding.nearest import nearest
+from viditq.quant.rounding.adaround import AdaRound
+from viditq.quant.rounding.gptq import Gptq
+from viditq.quant.rounding.nearest import Nearest
 
-__all__ = ["nearest"]
+__all__ = ["AdaRound", "Gptq", "Nearest"]

@@ -1,13 +1,21 @@
-"""Round to nearest on the min-max grid."""
+"""Round to nearest."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from viditq.quant.quantizer import QuantizedWeight, quantize_weight
+from viditq.quant.quantizer import Grid, QuantizedWeight, quantize_weight
 from viditq.quant.registry import ROUNDINGS
-from viditq.quant.scheme import QuantSpec
+from viditq.quant.scheme import QuantSpec, RoundingSpec
 
 
 @ROUNDINGS.register("nearest")
-def nearest(weight_OC: Tensor, spec: QuantSpec) -> QuantizedWeight:
-    """Codes and grid of a weight [O, C] that has been through its transforms."""
-    return quantize_weight(weight_OC, spec)
+@dataclass(frozen=True)
+class Nearest(RoundingSpec):
+    """Each weight on its own, half to even."""
+
+    name: ClassVar[str] = "nearest"
+
+    def quantize(self, weight_OC: Tensor, spec: QuantSpec, grid: Grid, moments_CC: Any = None) -> QuantizedWeight:
+        return quantize_weight(weight_OC, spec, grid)

@@ -20,8 +20,8 @@ class Transform(nn.Module):
         """[O, C] -> [O, C]."""
         raise NotImplementedError
 
-    def bounds(self, minimum_C: Tensor, maximum_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-channel extremes of `activation(x)` given those of x."""
+    def bounds(self, minimum_C: Tensor, maximum_C: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Per-channel extremes of `activation(x)` given those of x; None where they do not follow from them."""
         raise NotImplementedError
 
 
@@ -43,8 +43,14 @@ class Chain(nn.ModuleList):
             weight_OC = cast(Transform, transform).weight(weight_OC)
         return weight_OC
 
-    def bounds(self, minimum_C: Tensor, maximum_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-channel extremes of `activation(x)` given those of x."""
+    def moments(self, moments_CC: Tensor) -> Tensor:
+        """X'^T X' of the chain's outputs X' given X^T X of its inputs: M^T H M with X' = X M."""
+        return self.activation(self.activation(moments_CC).T.contiguous())
+
+    def bounds(self, minimum_C: Tensor, maximum_C: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Per-channel extremes of `activation(x)` given those of x; None where they do not follow from them."""
+        bounds: tuple[Tensor, Tensor] | None = (minimum_C, maximum_C)
         for transform in self:
-            minimum_C, maximum_C = cast(Transform, transform).bounds(minimum_C, maximum_C)
-        return minimum_C, maximum_C
+            if bounds is not None:
+                bounds = cast(Transform, transform).bounds(*bounds)
+        return bounds

@@ -1,4 +1,4 @@
-"""Rotation by a randomised Hadamard (QuaRot; ViDiT-Q's static-dynamic balancing after channel scales): X' = X H, W' = W H.
+"""Rotation by a randomised Hadamard (QuaRot; in ViDiT-Q after channel scales): X' = X H, W' = W H.
 
 H = diag(signs) Hadamard / sqrt(n), orthogonal, so X' W'^T = X W^T. The signs are always random: a plain Hadamard would
 gather the mean of all channels in its first column. Legend: O out_features, C in_features.

@@ -16,15 +16,11 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.quant.observers import AGGREGATES, SegmentStats
-from viditq.quant.quantizer import (
-    dequantize_weight,
-    fake_quantize_activation,
-    quantize_weight,
-    static_qparams,
-)
+from viditq.quant.quantizer import dequantize_weight, fake_quantize_activation, quantize_weight
+from viditq.quant.ranges.activation import static_grid
 from viditq.quant.registry import TRANSFORMS
 from viditq.quant.scheme import LayerScheme, TransformSpec
-from viditq.quant.transforms.base import Transform
+from viditq.quant.transforms.base import Chain, Transform
 
 AUTO_ALPHAS = tuple(i / 20 for i in range(21))
 
@@ -121,17 +117,21 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _output_error(smooth: Smooth, weight_OC: Tensor, stats: SegmentStats, scheme: LayerScheme) -> float:
-    """Squared error of the Linear's output on the reservoir rows, quantized by `scheme` after `smooth`."""
+    """Squared error of the Linear's output on the reservoir rows, quantized by `scheme` after `smooth`.
+
+    What follows in the scheme's chain is applied; rounding, ranges of weights and low rank are left out, being slow.
+    """
     x_nC = stats.rows.to(weight_OC.device)
     reference_nO = F.linear(x_nC, weight_OC)
-    x_nC, weight_OC = smooth.activation(x_nC), smooth.weight(weight_OC)
+    rest = [t.fit(weight_OC, None, scheme) for t in scheme.transforms if not t.needs_stats]
+    chain = Chain([smooth, *rest])
+    x_nC, weight_OC = chain.activation(x_nC), chain.weight(weight_OC)
     if scheme.weight is not None:
         weight_OC = dequantize_weight(quantize_weight(weight_OC, scheme.weight), scheme.weight)
     if scheme.activation is not None:
         static = None
         if scheme.static_activation:
-            bounds = smooth.bounds(stats.minimum.to(x_nC), stats.maximum.to(x_nC))
-            static = static_qparams(*bounds, scheme.activation)
+            static = static_grid(chain, stats, scheme.activation, scheme.activation_ranges, weight_OC)
         # one row = one token; a leading axis of 1 makes dynamic "tensor" take all rows together
         x_nC = fake_quantize_activation(x_nC[None], scheme.activation, static)[0]
     return float((F.linear(x_nC, weight_OC) - reference_nO).square().sum())
