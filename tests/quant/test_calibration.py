@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from viditq.errors import UserError
-from viditq.quant import Calibrator, linear_names
-from viditq.quant.calibration import row_keys
+from viditq.quant import CalibrationStats, Calibrator, linear_names
+from viditq.quant.calibration import MOMENT_ROWS, _stratified, row_keys
 
 STEPS = [980, 640, 300, 10]
 
@@ -103,3 +103,81 @@ def test_row_keys_follow_the_prompt_not_the_batch():
     assert not torch.equal(together, row_keys(12, 5, [7, 8, 9], 6, 0.25).view(2, 3, 2, 5))
     uniform = row_keys(1, 100_000, [0], 1, 0.5).double() / 2**63
     assert abs(uniform.mean() - 0.5) < 0.01 and abs(uniform.var() - 1 / 12) < 0.01
+
+
+def test_every_prompt_and_branch_gives_a_row_before_any_gives_a_second():
+    keys = torch.randint(2**62, (6, 50), generator=torch.Generator().manual_seed(0))
+    rows, kept, _ = _stratified(keys, 8)
+    cells = (rows // 50).tolist()
+    assert sorted(cells[:6]) == list(range(6)) and len(rows) == len(set(rows.tolist())) == 8
+    assert kept.tolist() == sorted(kept.tolist())
+    order = keys.argsort(1)
+    firsts, seconds = order[:, 0] + torch.arange(6) * 50, order[:, 1] + torch.arange(6) * 50
+    assert set(rows[:6].tolist()) == set(firsts.tolist()) and set(rows[6:].tolist()) <= set(seconds.tolist())
+
+
+def test_second_moments_are_those_of_the_inputs(denoiser, calibrated):
+    """Fewer rows than MOMENT_ROWS here, so that all take part."""
+    seen = []
+    denoiser.blocks[1]["fc2"].register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    stats = calibrated(denoiser, [1, 2, 3], STEPS)
+    x = torch.cat(seen)
+    torch.testing.assert_close(stats.moments.of("blocks.1.fc2"), x.T @ x)
+
+
+class Attention(nn.Module):
+    """to_q, to_k read one tensor, to_v an equal but different one; captions are read by both blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(16, 16) for _ in range(3))
+        self.captions = nn.ModuleList(nn.Linear(4, 16) for _ in range(2))
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        captions = torch.ones(len(hidden_states), 3, 4)
+        x = hidden_states * 1
+        y = self.to_q(x) + self.to_k(x) + self.to_v(x + 0)
+        return y + sum(layer(captions).mean(1, keepdim=True) for layer in self.captions)
+
+
+def test_layers_that_read_the_same_tensor_share_their_moments():
+    model, names = Attention(), ["to_q", "to_k", "to_v", "captions.0", "captions.1"]
+    with Calibrator(model, names, moment_layers=names) as calibrator, torch.inference_mode():
+        calibrator.set_sample_seeds([1, 2])
+        for t in (900, 100):
+            model(torch.randn(2, 5, 16), torch.full((2,), t))
+    moments = calibrator.stats.moments
+    leaders = {"to_q": "to_q", "to_k": "to_q", "to_v": "to_v", "captions.0": "captions.0", "captions.1": "captions.0"}
+    assert moments.leader == leaders and set(moments.sums) == set(leaders.values())
+    torch.testing.assert_close(moments.of("to_k"), moments.of("to_v"))
+    torch.testing.assert_close(moments.of("captions.1"), torch.full((4, 4), 2 * 2 * 3.0))
+    loaded = CalibrationStats.from_tensors(calibrator.state())
+    loaded.merge(CalibrationStats.from_tensors(calibrator.state()))
+    assert loaded.moments.leader == leaders
+    torch.testing.assert_close(loaded.moments.of("to_k"), 2 * moments.of("to_q"))
+    later = Calibrator(model, names, moment_layers=names)
+    later.load_state(calibrator.state())
+    assert torch.equal(later.stats.moments.of("to_v"), moments.of("to_v"))
+
+
+def test_moments_take_so_many_rows_of_each_prompt_whatever_the_batch():
+    model = Attention()
+    x = torch.randn(4, 500, 16)
+    together, apart = (Calibrator(model, ["to_q"], moment_layers=["to_q"]) for _ in range(2))
+    for calibrator, batches in ((together, [[0, 1, 2, 3]]), (apart, [[2], [0, 3], [1]])):
+        with calibrator, torch.no_grad():
+            for batch in batches:
+                calibrator.set_sample_seeds(batch)
+                model(x[batch], torch.full((len(batch),), 300))
+    torch.testing.assert_close(together.stats.moments.of("to_q"), apart.stats.moments.of("to_q"), rtol=1e-4, atol=1e-2)
+    trace = float(together.stats.moments.of("to_q").trace())
+    assert trace == pytest.approx(4 * MOMENT_ROWS * 16, rel=0.1)
+
+
+def test_only_layers_that_ask_have_moments(denoiser):
+    with Calibrator(denoiser, linear_names(denoiser), moment_layers=["time"]) as calibrator:
+        calibrator.set_sample_seeds([1])
+        denoiser(torch.randn(1, 5, 8), torch.zeros(1))
+    assert list(calibrator.stats.moments.sums) == ["time"]
+    with pytest.raises(UserError, match=r"lack the second moments of proj_in.*calibrate with moment_layers"):
+        calibrator.stats.moments.of("proj_in")

@@ -4,10 +4,12 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant import (
+    CalibrationStats,
     QuantLinear,
     QuantPlan,
     QuantSpec,
     Recipe,
+    RotateSpec,
     Rule,
     SmoothSpec,
     linear_names,
@@ -30,7 +32,17 @@ def test_linear_names_skips_what_attention_reads_itself():
 
 
 @pytest.mark.parametrize("activation", [None, A8, A8_STATIC])
-@pytest.mark.parametrize("smoothing", [None, SmoothSpec(0.5), SmoothSpec([0.3, 0.6], True), SmoothSpec("auto", True)])
+@pytest.mark.parametrize(
+    "smoothing",
+    [
+        None,
+        SmoothSpec(0.5),
+        SmoothSpec([0.3, 0.6], True),
+        SmoothSpec("auto", True),
+        RotateSpec(),
+        [SmoothSpec("auto"), RotateSpec(1)],
+    ],
+)
 def test_output_stays_close_at_eight_bits(denoiser, make_denoiser, calibrated, activation, smoothing):
     names = linear_names(denoiser)
     stats = calibrated(denoiser, [1, 2], STEPS)
@@ -54,6 +66,27 @@ def test_more_bits_are_better(make_denoiser):
         quantize_denoiser(denoiser, plan, None)
         errors.append(relative_error(denoiser(x, t), want))
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("ranges", ["min_max", "lp"])
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+def test_rounding_by_output_error_helps_the_layers(denoiser, make_denoiser, calibrated, rounding, ranges):
+    """On the inputs that calibration saw, layer by layer, behind a chain, against nearest on the same grid."""
+    stats, seen = calibrated(denoiser, [1, 2], STEPS), {}
+    for name in ("blocks.0.fc1", "blocks.1.fc2"):
+        denoiser.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
+    denoiser(torch.randn(2, 5, 8), torch.full((2,), 300))
+    errors = {}
+    for how in ("nearest", rounding):
+        torch.manual_seed(0)
+        model = make_denoiser()
+        chain = [SmoothSpec(0.5), RotateSpec()]
+        quantize_denoiser(model, Recipe(W4, None, chain, how, ranges=ranges).resolve(linear_names(model)), stats)
+        errors[how] = sum(
+            float((model.get_submodule(n)(x) - denoiser.get_submodule(n)(x)).square().sum().detach())
+            for n, x in seen.items()
+        )
+    assert errors[rounding] < 0.8 * errors["nearest"]
 
 
 def test_segments_that_cannot_differ_share_a_variant(denoiser, calibrated):
@@ -137,7 +170,10 @@ def test_refusals_change_nothing(denoiser, calibrated):
     some = calibrated(denoiser, [1], STEPS, names[:2])
     early = calibrated(denoiser, [1], [980])
     smooth = Recipe(W4, A8, SmoothSpec(0.5, True), segments=(0, 0.5, 1)).resolve(names)
+    bare = CalibrationStats(calibrated(denoiser, [1], STEPS).layers)
     cases = [
+        (Recipe(W4, A8, rounding="gptq").resolve(names), None, "needs calibration statistics"),
+        (Recipe(W4, A8, rounding="gptq").resolve(names), bare, "lack the second moments of proj_in"),
         (
             Recipe(W4, A8).resolve(["blocks.0.fc3"]),
             None,

@@ -1,7 +1,7 @@
 import pytest
 
 from viditq.errors import UserError
-from viditq.quant import QuantSpec, Recipe, Rule, SmoothSpec
+from viditq.quant import Gptq, LpSearch, QuantSpec, Recipe, RotateSpec, Rule, SmoothSpec
 
 NAMES = ["blocks.0.attn1.to_q", "blocks.0.attn1.to_k", "blocks.0.ff.net.2", "blocks.1.attn1.to_q", "proj_out"]
 W4 = QuantSpec(4, granularity="channel")
@@ -39,6 +39,30 @@ def test_alpha_per_segment_becomes_one_scheme_per_segment():
     assert list(shared.schemes) == ["w4a8_smooth"]
 
 
+@pytest.mark.parametrize(
+    "smoothing",
+    [[SmoothSpec([0.1, 0.2]), RotateSpec()], {"scale": SmoothSpec([0.1, 0.2]), "rotate": RotateSpec()}],
+)
+def test_several_transforms_in_order(smoothing):
+    rules = [Rule("proj_out", smoothing=RotateSpec(5)), Rule("*.to_k", smoothing=[])]
+    plan = Recipe(W4, A8, smoothing, segments=[0, 0.5, 1], rules=rules).resolve(NAMES)
+    assert plan.scheme("blocks.0.attn1.to_q", 1).transforms == (SmoothSpec(0.2), RotateSpec())
+    assert plan.scheme("proj_out", 0).transforms == (RotateSpec(5),)
+    assert plan.scheme("blocks.0.attn1.to_k", 0).transforms == ()
+    assert list(plan.schemes) == ["w4a8_smooth_rotate", "w4a8_smooth_rotate_2", "w4a8", "w4a8_rotate"]
+
+
+def test_rounding_ranges_and_rank_reach_every_scheme():
+    recipe = Recipe(W4, A8, rounding=Gptq(0.02), ranges=LpSearch(2), activation_ranges="percentile", low_rank=4)
+    plan = recipe.with_rules([Rule("proj_out", low_rank=2)]).resolve(NAMES)
+    scheme = plan.scheme("blocks.0.attn1.to_q", 0)
+    assert (scheme.rounding, scheme.ranges, scheme.activation_ranges.name) == (Gptq(0.02), LpSearch(2), "percentile")
+    assert (scheme.low_rank, plan.scheme("proj_out", 0).low_rank) == (4, 2)
+    assert plan.moment_layers == NAMES and plan.needs_stats
+    assert Recipe(W4, A8, RotateSpec()).resolve(NAMES).moment_layers == []
+    assert not Recipe(W4, A8, RotateSpec()).resolve(NAMES).needs_stats
+
+
 def test_rules_may_be_plain_mappings():
     assert "proj_out" not in Recipe(W4, A8, rules=[{"pattern": "proj_out", "keep_float": True}]).resolve(NAMES).layers
 
@@ -71,6 +95,9 @@ def test_alpha_outside_the_unit_interval(alpha):
         ),
         (lambda: Recipe(W4, A8, rounding="gtpq"), "unknown rounding 'gtpq'"),
         (lambda: Recipe(W4, A8, smoothing=0.5), "smoothing takes a transform"),
+        (lambda: Recipe(W4, A8, [SmoothSpec(), 3]), "several of them, or null"),
+        (lambda: Recipe(W4, A8, [RotateSpec(), SmoothSpec()]), "smooth must come first among the transforms"),
+        (lambda: RotateSpec(-1), "seed=-1 is not possible"),
         (lambda: Recipe(4, A8), "take a QuantSpec"),
         (lambda: Recipe(smoothing=SmoothSpec()), "smoothing without quantization"),
         (lambda: Recipe(W4, A8, rules="proj_out"), "rules must be a list"),

@@ -4,7 +4,18 @@ import json
 import pytest
 
 from viditq.errors import UserError
-from viditq.quant import LayerScheme, QuantSpec, SmoothSpec, TransformSpec
+from viditq.quant import (
+    AdaRound,
+    Gptq,
+    GridFit,
+    LayerScheme,
+    LpSearch,
+    Percentile,
+    QuantSpec,
+    RotateSpec,
+    SmoothSpec,
+    TransformSpec,
+)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 17, "four", "8", 4.0, True, None])
@@ -51,6 +62,10 @@ SCHEMES = [
     LayerScheme(QuantSpec(4, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)),
     LayerScheme(QuantSpec(3, True, "group", 64), QuantSpec(8), (SmoothSpec(0.3, True, "percentile", 99),)),
     LayerScheme(QuantSpec(8), QuantSpec(8, granularity="channel"), (SmoothSpec("auto"),)),
+    LayerScheme(
+        QuantSpec(4), QuantSpec(8), (SmoothSpec(), RotateSpec(7)), Gptq(0.1, False), LpSearch(2, 5), Percentile(99), 3
+    ),
+    LayerScheme(QuantSpec(4), None, rounding=AdaRound(10), ranges=GridFit(3)),
 ]
 
 

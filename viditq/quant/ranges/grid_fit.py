@@ -15,19 +15,14 @@ from viditq.quant.ranges.search import best_shrunk, error_sums
 from viditq.quant.registry import RANGES
 from viditq.quant.scheme import QuantSpec, RangeSpec, is_int
 
-STARTS = (
-    1.0,
-    0.9,
-    0.8,
-    0.7,
-    0.6,
-)  # shrunk ranges; a range that holds the extremes is a poor start, its codes never clip
+# Shrunk ranges: one that holds the extremes is a poor start, its codes never clip.
+STARTS = [1 - i / 25 for i in range(20)]
 
 
 @RANGES.register("grid_fit")
 @dataclass(frozen=True)
 class GridFit(RangeSpec):
-    """At most `iterations` alternations from the best of five shrunk ranges; the squared error never grows."""
+    """At most `iterations` alternations from the best of 20 shrunk ranges; the squared error never grows."""
 
     name: ClassVar[str] = "grid_fit"
 

@@ -40,13 +40,13 @@ class AdaRound(RoundingSpec):
     name: ClassVar[str] = "adaround"
     needs_moments: ClassVar[bool] = True
 
-    iterations: int = 500
-    learning_rate: float = 0.02
-    strength: float = 0.1
+    iterations: int = 300
+    learning_rate: float = 0.1
+    strength: float = 10.0
 
     def __post_init__(self) -> None:
         if not is_int(self.iterations) or self.iterations < 1:
-            raise UserError(f"iterations={self.iterations!r} is not possible: give a whole number from 1, such as 500")
+            raise UserError(f"iterations={self.iterations!r} is not possible: give a whole number from 1, such as 300")
         for field in ("learning_rate", "strength"):
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
