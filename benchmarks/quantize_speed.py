@@ -12,11 +12,23 @@ import argparse
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from viditq.quant import AdaRound, Chain, Gptq, LayerScheme, QuantSpec, RotateSpec, Variant
+from viditq.quant import (
+    AdaRound,
+    Chain,
+    Gptq,
+    GridFit,
+    LayerScheme,
+    LpSearch,
+    Percentile,
+    QuantSpec,
+    RotateSpec,
+    Variant,
+)
 from viditq.quant.hadamard import factor_orders, matrix, random_signs, rotate
 
 WIDTH, NUM_BLOCKS = 1152, 28
@@ -27,9 +39,9 @@ SCHEMES = {
     "nearest": LayerScheme(W4, A8),
     "nearest, rotated": LayerScheme(W4, A8, (RotateSpec(),)),
     "nearest, groups of 64": LayerScheme(QuantSpec(4, False, "group", 64), A8),
-    "percentile": LayerScheme(W4, A8, ranges="percentile"),
-    "lp": LayerScheme(W4, A8, ranges="lp"),
-    "grid_fit": LayerScheme(W4, A8, ranges="grid_fit"),
+    "percentile": LayerScheme(W4, A8, ranges=Percentile()),
+    "lp": LayerScheme(W4, A8, ranges=LpSearch()),
+    "grid_fit": LayerScheme(W4, A8, ranges=GridFit()),
     "gptq": LayerScheme(W4, A8, rounding=Gptq()),
     "gptq, rotated": LayerScheme(W4, A8, (RotateSpec(),), Gptq()),
     "low rank 32": LayerScheme(W4, A8, low_rank=32),
@@ -54,8 +66,9 @@ def rotations() -> None:
     for width in (192, 768, 1152, 1536, 3072, 4608):
         x, signs = torch.randn(2048, width), random_signs(width, 0)
         dense = matrix(width).float()
-        fast, slow = (1000 * best_of(run) for run in (lambda: rotate(x, signs), lambda: (x * signs) @ dense))
-        print(f"  {width:6d} = {factor_orders(width)[0]:4d} x {factor_orders(width)[1]:4d}   {fast:8.2f} {slow:8.2f}")
+        fast, slow = best_of(partial(rotate, x, signs)), best_of(partial(torch.mm, x, dense))
+        a, b = factor_orders(width)
+        print(f"  {width:6d} = {a:4d} x {b:4d}   {1000 * fast:8.2f} {1000 * slow:8.2f}")
 
 
 def best_of(run: Callable[[], object], repeats: int = 5) -> float:

@@ -45,6 +45,14 @@ def test_truncation_is_that_of_the_svd(shape, rank):
     torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=1e-3, atol=1e-3)
 
 
+def test_from_a_neighbours_basis_it_comes_about_as_near():
+    weight = outlying(64, 96)
+    start = truncated(weight, 8)[0]
+    near = weight + 0.1 * torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    ours, best = ((near - up @ down).norm() for up, down in (truncated(near, 8, start), truncated(near, 8)))
+    assert best * (1 - 1e-5) <= ours < 1.01 * best
+
+
 def test_a_weight_of_lower_rank_gives_finite_factors():
     up, down = truncated(torch.ones(8, 6), 3)
     torch.testing.assert_close(up @ down, torch.ones(8, 6), rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from viditq.errors import UserError
 
-ITERATIONS = 5
+ITERATIONS, SUBSPACE_STEPS = 5, 2
 
 
 def check_rank(rank: int | None, in_features: int, out_features: int, layer: str) -> None:
@@ -22,16 +22,26 @@ def check_rank(rank: int | None, in_features: int, out_features: int, layer: str
         )
 
 
-def truncated(weight_OC: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U [O, r], V [r, C] of the best U V in the least-squares sense, of balanced size (U^T U = V V^T), float32.
+def truncated(weight_OC: Tensor, rank: int, start_Or: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """U [O, r], V [r, C] of the best U V in the least-squares sense, of balanced size (|U_:i| = |V_i:|), float32.
 
-    By the eigenvectors of the smaller Gram matrix, in float64: an order of magnitude faster than a whole SVD.
+    By the eigenvectors of the smaller Gram matrix, in float64: faster than a whole SVD. start_Or: the U of a matrix
+    close to this one, from which two steps of subspace iteration come about as near for a hundredth of the time.
     """
+    if start_Or is not None:
+        basis_Or = torch.linalg.qr(start_Or).Q
+        for _ in range(SUBSPACE_STEPS):
+            basis_Or = torch.linalg.qr(weight_OC @ (weight_OC.T @ basis_Or)).Q
+        return _balanced(basis_Or, weight_OC)
     if len(weight_OC) > weight_OC.shape[1]:
         down_Cr, up_rO = truncated(weight_OC.T, rank)
         return up_rO.T, down_Cr.T
     exact_OC = weight_OC.double()
-    basis_Or = torch.linalg.eigh(exact_OC @ exact_OC.T).eigenvectors[:, -rank:].flip(1).to(weight_OC.dtype)
+    return _balanced(torch.linalg.eigh(exact_OC @ exact_OC.T).eigenvectors[:, -rank:].to(weight_OC.dtype), weight_OC)
+
+
+def _balanced(basis_Or: Tensor, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
+    """The projection of the weight on an orthonormal basis as two factors of equal size."""
     rest_rC = basis_Or.T @ weight_OC
     root_r = rest_rC.norm(dim=1).clamp(min=1e-30).sqrt()
     return basis_Or * root_r, rest_rC / root_r[:, None]
@@ -50,9 +60,10 @@ def fit_low_rank(
     quantized: R -> Q(R). error: W - U V - Q(R) -> what is to be small.
     """
     best: tuple[Tensor, Tensor] | None = None
-    least, target_OC = torch.inf, weight_OC
+    least, target_OC, start_Or = torch.inf, weight_OC, None
     for _ in range(iterations):
-        up_Or, down_rC = (part.to(dtype).float() for part in truncated(target_OC, rank))
+        start_Or, exact_rC = truncated(target_OC, rank, start_Or)
+        up_Or, down_rC = start_Or.to(dtype).float(), exact_rC.to(dtype).float()
         branch_OC = up_Or @ down_rC
         kept_OC = quantized(weight_OC - branch_OC)
         current = float(error(weight_OC - branch_OC - kept_OC))
