@@ -181,3 +181,15 @@ def test_only_layers_that_ask_have_moments(denoiser):
     assert list(calibrator.stats.moments.sums) == ["time"]
     with pytest.raises(UserError, match=r"lack the second moments of proj_in.*calibrate with moment_layers"):
         calibrator.stats.moments.of("proj_in")
+
+
+def test_the_bytes_stated_up_front_hold(denoiser, calibrated):
+    names = linear_names(denoiser)
+    for asked in ([], names):  # here no two layers share an input
+        calibrator = Calibrator(denoiser, names, moment_layers=asked)
+        with calibrator, torch.no_grad():
+            calibrator.set_sample_seeds([1, 2])
+            stated = calibrator.max_bytes
+            denoiser(torch.randn(2, 5, 8), torch.zeros(2))
+        state = {key: value for key, value in calibrator.state().items() if "/leader/" not in key}
+        assert sum(value.nbytes for value in state.values()) == stated == calibrator.max_bytes

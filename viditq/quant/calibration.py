@@ -18,7 +18,7 @@ from viditq.errors import UserError
 from viditq.quant.context import Attachment, StepContext
 from viditq.quant.moments import of_moments
 from viditq.quant.noise_level import bucket_edges, interval_of
-from viditq.quant.observers import NUM_BUCKETS, ROWS_PER_BUCKET, CalibrationStats, Observer
+from viditq.quant.observers import NUM_BUCKETS, REDUCTIONS, ROWS_PER_BUCKET, CalibrationStats, Observer
 from viditq.quant.registry import close_names
 
 MOMENT_ROWS = 64  # of each prompt, guidance branch and step go into the second moments: few of thousands, to be fast
@@ -66,6 +66,13 @@ class Calibrator:
                 for name, linear in self._linears.items()
             }
         )
+
+    @property
+    def max_bytes(self) -> int:
+        """What the statistics can take in memory and in their file: all of it but what layers turn out to share."""
+        states = [getattr(observer, field) for observer in self.stats.layers.values() for field in REDUCTIONS]
+        fixed = sum(state.nbytes for state in states)
+        return fixed + sum(4 * self._linears[name].in_features ** 2 for name in self._moment_layers)
 
     def set_sample_seeds(self, seeds: Sequence[int]) -> None:
         """One whole number per prompt of the coming batch, the same whenever that prompt is sampled."""
