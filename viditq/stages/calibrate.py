@@ -48,7 +48,8 @@ def _observe(job: Job, partials: Partials) -> None:
     names = linear_names(denoiser)
     sizes = (e.num_buckets, e.rows_per_bucket)
     calibrator = Calibrator(denoiser, names, e.adapter.timestep_scale, *sizes, e.plan.moment_layers)
-    job.say(f"      statistics take at most {calibrator.max_bytes / 1e6:,.0f} MB")
+    if processes.first:
+        job.say(f"      statistics take at most {calibrator.max_bytes / 1e6:,.0f} MB")
     module = Calibration(
         *(e.adapter, pipeline, job.load_embeds(prompts), e.seed),
         accumulator=calibrator,
