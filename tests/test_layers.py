@@ -17,7 +17,13 @@ FLOORS = [
     {"quant.scheme", "quant.plan", "quant.recipe", "quant.quantizer"},
     {"quant.observers", "quant.error_sums", "quant.transforms", "quant.rounding"},
     {"quant.context", "quant.linear", "quant.backends"},
-    {"quant", *(f"quant.{n}" for n in ["calibration", "convert", "artifact", "diagnosis", "sensitivity", "allocate"])},
+    {
+        "quant",
+        *(
+            f"quant.{n}"
+            for n in ["calibration", "convert", "artifact", "diagnosis", "reached", "sensitivity", "allocate"]
+        ),
+    },
     {"models", "data", "metrics", "report"},
     {"engine", "tiny", "run_dir"},
     {
