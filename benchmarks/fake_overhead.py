@@ -44,7 +44,7 @@ def configured(overrides: list[str]) -> tuple[ModelAdapter, QuantSetting]:
 def calibrated(adapter: ModelAdapter, embeds: list[PromptEmbeds]) -> tuple[CalibrationStats, Callable[[], None]]:
     """Statistics of one batch, and the calibrating run itself for timing."""
     pipeline = adapter.load()
-    denoiser = getattr(pipeline, adapter.denoiser)
+    denoiser = adapter.denoiser_of(pipeline)
     calibrator = Calibrator(denoiser, linear_names(denoiser), adapter.timestep_scale)
     indices = list(range(len(embeds)))
 
@@ -62,7 +62,7 @@ def runner_of(
 ) -> Callable[[], None]:
     """A function that samples once, without decoding, with the (quantized) model."""
     pipeline = adapter.load()
-    denoiser = getattr(pipeline, adapter.denoiser)
+    denoiser = adapter.denoiser_of(pipeline)
     if setting is not None:
         plan = setting.plan(linear_names(denoiser), adapter.keep_float)
         quantize_denoiser(denoiser, plan, stats, "fake", adapter.timestep_scale)

@@ -125,7 +125,7 @@ def main(overrides: list[str]) -> None:
     prompts(job)
     observe(job)
     stats = CalibrationStats.load(job.stats_file)
-    denoiser = getattr(experiment.adapter.load(), experiment.adapter.denoiser)
+    denoiser = experiment.adapter.denoiser_of(experiment.adapter.load())
     rows = measure(stats, denoiser, experiment.adapter.linear_roles(list(stats.layers)))
     write_json(folder / "difficulty.json", rows)
     plot(stats, rows, f"What makes {experiment.adapter.name} hard to quantize", folder / "difficulty.png")

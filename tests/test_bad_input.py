@@ -57,7 +57,7 @@ WITHOUT_SLOW_WORK = {
     "unknown shipped model": (["model.path=shipped:opensora"], ["shipped:opensora", "shipped:tiny_video"]),
     "folder without pipeline": (["model.path={tmp}"], ["model_index.json", "no diffusers pipeline"]),
     "unknown pipeline class": (["model.pipeline=Sora"], ["'Sora'", "diffusers"]),
-    "unknown denoiser": (["model.denoiser=unet"], ["'unet'", "transformer"]),
+    "unknown denoiser": (["model.denoisers=[unet]"], ["'unet'", "transformer"]),
     "Linears without a role": (["model.roles.mlp=[]"], ["ff.net", "model.roles", "model.keep_float"]),
     "size in words": (["model.height=tall"], ["model.height='tall'", "whole number"]),
     "no steps": (["model.num_steps=0"], ["model.num_steps=0", "at least 1"]),

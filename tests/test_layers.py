@@ -20,7 +20,13 @@ FLOORS = [
         *(f"quant.{n}" for n in ["low_rank", "fit", "incoherence"]),
     },
     {"quant.context", "quant.linear", "quant.backends"},
-    {"quant", *(f"quant.{n}" for n in ["calibration", "convert", "artifact", "diagnosis", "sensitivity", "allocate"])},
+    {
+        "quant",
+        *(
+            f"quant.{n}"
+            for n in ["calibration", "convert", "artifact", "diagnosis", "reached", "sensitivity", "allocate"]
+        ),
+    },
     {"models", "data", "metrics", "report"},
     {"engine", "tiny", "run_dir"},
     {

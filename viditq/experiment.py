@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
+from viditq.models.roles import FLOAT
+from viditq.models.schedule import noise_levels
 from viditq.quant.backends import get_backend
 from viditq.quant.convert import linear_names
+from viditq.quant.noise_level import bucket_edges, interval_of, overlapping
 from viditq.quant.plan import QuantPlan
 from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
@@ -31,8 +35,8 @@ UNTRACKED = ("stages", "trainer", "logger", "debug", "cache_dir", "batch_size", 
 class Experiment:
     """Everything a stage needs.
 
-    weights: fingerprint of the model's files. tracked: what determines the results, that is the configuration and
-    fingerprints of the files it names.
+    roles: every Linear of the denoisers -> its role. weights: fingerprint of the model's files. tracked: what decides
+    the results: the configuration and fingerprints of the files it names.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Experiment:
     adapter: ModelAdapter
     quant: QuantSetting
     plan: QuantPlan
+    roles: Mapping[str, str]
     weights: str
     data: PromptData
     make_metrics: Callable[[], dict[str, Metric]]
@@ -85,9 +90,10 @@ def build(cfg: DictConfig) -> Experiment:
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     quant: QuantSetting = instantiate(cfg.quant, _convert_="all")
     data: PromptData = instantiate(cfg.data, _convert_="all")
-    plan, weights = _plan(adapter, quant), adapter.weights_fingerprint()
+    (plan, roles), weights = _plan(adapter, quant), adapter.weights_fingerprint()
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
+    _check_segments(adapter, plan, cfg.calibration.num_buckets)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     experiment = Experiment(
@@ -105,6 +111,7 @@ def build(cfg: DictConfig) -> Experiment:
         adapter=adapter,
         quant=quant,
         plan=plan,
+        roles=roles,
         weights=weights,
         data=data,
         make_metrics=lambda: instantiate(cfg.metric, _convert_="all"),
@@ -136,11 +143,28 @@ def _check_number(name: str, value: int, lowest: int) -> None:
         raise UserError(f"{name}={value} must be a whole number of at least {lowest}.")
 
 
-def _plan(adapter: ModelAdapter, quant: QuantSetting) -> QuantPlan:
-    """The plan for this model; unknown layers and Linears without a role are refused here."""
+def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:
+    """The plan for this model and its Linears' roles; unknown layers and Linears without a role are refused here."""
     names = linear_names(adapter.build_denoiser())
-    adapter.linear_roles(names)
-    return quant.plan(names, adapter.keep_float)
+    roles = adapter.linear_roles(names)
+    return quant.plan(names, [name for name, role in roles.items() if role == FLOAT]), roles
+
+
+def _check_segments(adapter: ModelAdapter, plan: QuantPlan, num_buckets: int) -> None:
+    """Raises UserError for a segment that needs statistics and has no sampling step, where those are known by now."""
+    levels = noise_levels(adapter) if plan.needs_stats else None
+    if levels is None:
+        return
+    seen = {interval_of(bucket_edges(num_buckets), min(max(level, 0.0), 1.0)) for level in levels}
+    for segment, (lo, hi) in enumerate(pairwise(plan.edges)):
+        schemes = [plan.scheme(layer, segment) for layer in plan.layers]
+        needed = any(scheme is not None and scheme.needs_stats for scheme in schemes)
+        if needed and not seen & set(overlapping(num_buckets, lo, hi)):
+            raise UserError(
+                f"No sampling step falls into the segment of noise levels {lo:g} to {hi:g}: the steps "
+                f"lie at {', '.join(f'{level:.3g}' for level in levels)}. Calibrate with more sampling steps, or use "
+                "wider segments (quant.segments)."
+            )
 
 
 def _stages(wanted: Any) -> tuple[str, ...]:

@@ -16,8 +16,11 @@ from viditq.quant.artifact import META, MODEL, PLAN
 from viditq.run_dir import Entry, RunDir, fingerprint, timed
 
 # What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
-NOT_SAMPLING = ("name", "path", "roles", "keep_float")
-OF_TEXT = ("pipeline", "dtype", "encode", "encode_outputs", "max_tokens")
+NOT_SAMPLING = ("name", "path", "revision", "denoiser_path", "denoiser_revision", "fps", "roles", "keep_float", "guess")
+OF_TEXT = (
+    *("pipeline", "dtype", "component_dtypes", "conditioning", "negative_prompt"),
+    *("encode", "encode_outputs", "max_tokens", "prompt_tokenizer"),
+)
 
 
 @dataclass

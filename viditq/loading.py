@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.models.adapter import DTYPES, ModelAdapter
+from viditq.models.adapter import ModelAdapter
+from viditq.models.checks import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
 from viditq.quant.artifact import load_denoiser, read_meta
 
@@ -27,7 +28,7 @@ def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | 
     meta = read_meta(folder)
     try:
         float_dtype = meta["float_dtype"]
-        adapter = ModelAdapter(**meta["model"] | ({"path": model_path} if model_path is not None else {}))
+        adapter = ModelAdapter.from_dict(meta["model"] | ({"path": model_path} if model_path is not None else {}))
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder / 'meta.json'} is damaged or describes a model this version does not know ({error}). "
@@ -35,12 +36,12 @@ def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | 
         ) from error
     denoiser = load_denoiser(folder, adapter.build_denoiser, backend)[0].eval().requires_grad_(False)
     if float_dtype not in (None, adapter.dtype):
-        DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype)
+        DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype, adapter.timestep_argument)
     return with_settings(adapter, adapter.load_complete(denoiser)) if complete else adapter.load(denoiser)
 
 
 def in_dtype(adapter: ModelAdapter, pipeline: Any, dtype: str) -> Any:
     """The pipeline with its denoiser computing in `dtype`; noise, text and decoder stay as they are."""
-    denoiser = getattr(pipeline, adapter.denoiser).to(DTYPES[dtype])
-    DtypeBoundary(denoiser, DTYPES[dtype], adapter.torch_dtype)
+    denoiser = adapter.denoiser_of(pipeline).to(DTYPES[dtype])
+    DtypeBoundary(denoiser, DTYPES[dtype], adapter.torch_dtype, adapter.timestep_argument)
     return pipeline

@@ -22,6 +22,8 @@ from viditq.errors import GateFailed, UserError
 from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
+from viditq.models.checks import GUESSED
+from viditq.models.roles import counts, summary
 from viditq.run_dir import RunDir
 from viditq.stages import FUNCTIONS
 
@@ -68,9 +70,20 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
     with_others = f" in {processes.count} processes" if processes.count > 1 else ""
     path = escape(str(run_dir.path))
     console.print(f"[bold]{experiment.name}[/bold] on {experiment.adapter.name}{with_others} -> {path}")
+    console.print(described(experiment), markup=False)
     processes.first_does(job.tidy_run)
     for number, stage in enumerate(experiment.stages, 1):
         console.print(f"[{number}/{len(experiment.stages)}] {stage}: {FUNCTIONS[stage](job)}", markup=False)
+
+
+def described(experiment: Experiment) -> str:
+    """How many Linears the model has by role; where it was guessed, also what, so that it can be corrected."""
+    model, line = experiment.adapter, counts(experiment.roles)
+    if not model.guess:
+        return line
+    settings = ", ".join(f"model.{key}={getattr(model, key)}" for key in GUESSED)
+    patterns = summary({model.bare_name(name): role for name, role in experiment.roles.items()})
+    return f"{line}\n  guessed: {settings}\n{patterns}"
 
 
 def conclude(experiment: Experiment, run_dir: RunDir) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ def test_roles_cover_every_linear(adapter: ModelAdapter) -> None:
 
 
 def test_structure_is_that_of_the_weights(adapter: ModelAdapter, pipeline: object) -> None:
-    built, loaded = adapter.build_denoiser(), getattr(pipeline, adapter.denoiser)
+    built, loaded = adapter.build_denoiser(), getattr(pipeline, adapter.denoiser_names[0])
     assert all(parameter.is_meta for parameter in built.parameters())
     assert {n: p.shape for n, p in built.named_parameters()} == {n: p.shape for n, p in loaded.named_parameters()}
     persistent = built.state_dict().keys()
@@ -59,12 +59,12 @@ def test_structure_is_that_of_the_weights(adapter: ModelAdapter, pipeline: objec
 
 def test_parts_are_loaded_apart(adapter: ModelAdapter) -> None:
     text, rest = adapter.load_text_part(), adapter.load()
-    assert text.text_encoder is not None and getattr(text, adapter.denoiser) is None and text.vae is None
-    assert rest.text_encoder is None and rest.tokenizer is None and getattr(rest, adapter.denoiser) is not None
+    assert text.text_encoder is not None and getattr(text, adapter.denoiser_names[0]) is None and text.vae is None
+    assert rest.text_encoder is None and rest.tokenizer is None and getattr(rest, adapter.denoiser_names[0]) is not None
 
 
 def test_adapter_survives_json(adapter: ModelAdapter) -> None:
-    assert ModelAdapter(**adapter.to_dict()) == adapter
+    assert ModelAdapter.from_dict(adapter.to_dict()) == adapter
 
 
 def test_sample_depends_on_its_own_index_only(adapter: ModelAdapter, pipeline: object) -> None:

@@ -165,3 +165,31 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise UserError(f"Prompt file {path!r} holds no prompt. Write one prompt a line.")
     return prompts
+
+
+@dataclass
+class ClassLabels:
+    """Numbers of classes for class-conditional models, drawn at random, without repetition while there are enough.
+
+    Calibration draws from the same classes, in another order.
+    """
+
+    num_classes: int
+    num_prompts: int
+    num_calibration_prompts: int
+    prompt_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_counts(self.num_prompts, self.num_calibration_prompts)
+        if self.num_classes < 1:
+            raise UserError(f"data.num_classes={self.num_classes} must be a whole number of at least 1.")
+        generator = torch.Generator().manual_seed(self.prompt_seed)
+        self.prompts = self._draw(generator, self.num_prompts)
+        self.calibration_prompts = self._draw(generator, self.num_calibration_prompts)
+
+    def _draw(self, generator: torch.Generator, count: int) -> list[str]:
+        order = torch.randperm(self.num_classes, generator=generator).tolist()
+        return [str(order[i % self.num_classes]) for i in range(count)]
+
+    def real_clips(self, indices: Sequence[int]) -> None:
+        """Numbers have no clips."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import gc
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +15,15 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
 
-from viditq.assets import resolve
 from viditq.errors import UserError
 from viditq.files import read_json
+from viditq.models import roles
+from viditq.models.attention import check_attention, check_dispatches, set_attention
+from viditq.models.checks import DTYPES, check_values
+from viditq.models.guess import guess_settings
 from viditq.models.registry import find_class
+from viditq.models.source import Source
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MODALITIES = ("image", "video")
 COPY_AGAIN = "Copy the model's folder again."
 
 
@@ -31,11 +31,22 @@ COPY_AGAIN = "Copy the model's folder again."
 class ModelAdapter:
     """What the framework needs to know of a pipeline.
 
-    path: a folder in the diffusers layout, or shipped:NAME. pipeline: a diffusers pipeline class. encode: keyword
-    arguments of `encode_prompt`; encode_outputs: in order, the names under which `__call__` takes what it returns.
-    call: more arguments of `__call__`, for embeddings made before. timestep_scale: the timestep that means pure noise.
-    roles: role -> patterns of Linear names, for reports and mixed precision; keep_float: patterns of Linears never
-    quantized. Raises UserError on values outside these.
+    path: a folder in the diffusers layout, shipped:NAME, or the id of a model on the hub, there of `revision`.
+    denoiser_path: the same for the denoisers alone, where they lie in another place (in a folder each, of their name).
+    pipeline: a pipeline class of diffusers. denoisers: the parts that are quantized. num_frames, height, width,
+    guidance_scale, max_tokens: None = as the pipeline has it. guidance_argument: what `__call__` names the guidance.
+
+    conditioning: text (`encode_prompt`) or class (labels). encode: keyword arguments of `encode_prompt`;
+    encode_outputs: in order, the names under which `__call__` takes what it returns, None for what it does not take;
+    list_embeds: it takes lists of tensors. negative_prompt: encoded by a call of its own, as `negative_<name>`; None =
+    `encode_prompt` sees to it. prompt_tokenizer: the one whose tokens max_tokens counts. call: more arguments of
+    `__call__`, for embeddings made before.
+
+    timestep_scale: the timestep that means pure noise, or {at_noise, at_clean, argument} of the denoiser's forward.
+    dtype: of all parts but component_dtypes (part -> dtype). attention: backend of diffusers' dispatch, None = the
+    model's own. roles: role -> patterns of Linear names, for reports and mixed precision; keep_float: patterns of
+    Linears never quantized. guess: the roles are guessed, and every field that is None but has to have a value.
+    Raises UserError on values outside these.
     """
 
     name: str
@@ -43,120 +54,147 @@ class ModelAdapter:
     pipeline: str
     modality: str
     num_steps: int
-    guidance_scale: float
-    height: int
-    width: int
-    encode_outputs: Sequence[str]
-    max_tokens: int
-    num_frames: int = 1
+    guidance_scale: float | None
+    height: int | None
+    width: int | None
+    encode_outputs: Sequence[str | None]
+    max_tokens: int | None
+    num_frames: int | None = 1
+    fps: int = 8
+    revision: str = "main"
+    denoiser_path: str | None = None
+    denoiser_revision: str = "main"
     dtype: str = "float32"
-    timestep_scale: float = 1000.0
-    denoiser: str = "transformer"
+    component_dtypes: Mapping[str, str] = field(default_factory=dict)
+    timestep_scale: float | Mapping[str, Any] = 1000.0
+    denoisers: Sequence[str] = ("transformer",)
+    conditioning: str = "text"
+    guidance_argument: str = "guidance_scale"
+    prompt_tokenizer: str = "tokenizer"
+    negative_prompt: str | None = None
+    list_embeds: bool = False
+    attention: str | None = None
     encode: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     roles: Mapping[str, Sequence[str]] = field(default_factory=dict)
     keep_float: Sequence[str] = ()
+    guess: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"model.dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
-        if self.modality not in MODALITIES:
-            raise UserError(f"model.modality={self.modality!r} is unknown; choose image or video.")
-        for key in ("num_steps", "num_frames", "height", "width", "max_tokens"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"model.{key}={value!r} must be a whole number of at least 1.")
-        for key in ("guidance_scale", "timestep_scale"):
-            value = getattr(self, key)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-                raise UserError(f"model.{key}={value!r} must be a number above 0.")
+        check_values(self)
+        check_attention(self.attention, self.dtype)
+        if self.guess:
+            self._fill_in(guess_settings(self.index()))
         if find_class(self.pipeline) is None:
             raise UserError(f"model.pipeline={self.pipeline!r} is no class of diffusers {diffusers.__version__}.")
-        if not (self.folder / "model_index.json").is_file():
-            raise UserError(f"{self.folder} holds no diffusers pipeline: model_index.json is missing there.")
-        if self.denoiser not in self._components():
-            parts = ", ".join(self._components())
-            raise UserError(f"model.denoiser={self.denoiser!r} is no part of the pipeline; choose one of {parts}.")
+        for name in self.denoiser_names:
+            if self.index().get(name, [None])[0] is None:
+                parts = ", ".join(self._components())
+                raise UserError(f"model.denoisers has {name!r}, which is no part of the pipeline; it has {parts}.")
+
+    def _fill_in(self, guessed: Mapping[str, Any]) -> None:
+        """Guessed values in place of None; arguments of encode_prompt and __call__ that are given stay."""
+        for key, value in guessed.items():
+            mine = getattr(self, key)
+            if isinstance(value, dict):
+                object.__setattr__(self, key, {**value, **mine})
+            elif mine is None:
+                object.__setattr__(self, key, value)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelAdapter:
+        """The adapter that `to_dict` described, in this version or an earlier one."""
+        values = dict(values)
+        if "denoiser" in values:  # before a pipeline could have several
+            values["denoisers"] = [values.pop("denoiser")]
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values from which `ModelAdapter.from_dict` builds it again."""
+        return dataclasses.asdict(self)
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def source(self) -> Source:
+        """Where the pipeline is."""
+        return Source(self.path, self.revision)
+
+    @property
+    def denoiser_source(self) -> Source:
+        """Where the denoisers are."""
+        return Source(self.denoiser_path, self.denoiser_revision) if self.denoiser_path else self.source
 
     @property
     def folder(self) -> Path:
-        """The pipeline's folder; raises UserError if it does not exist."""
-        return resolve(self.path)
+        """The pipeline's folder (of a hub model's descriptions); raises UserError if there is none."""
+        return self.source.pipeline(weights=False)
+
+    def weights_fingerprint(self) -> str:
+        """Hash of the pipeline's files, and of its denoisers' where they lie elsewhere."""
+        whole = self.source.fingerprint(self.folder)
+        if self.denoiser_path is None:
+            return whole
+        parts = [self.denoiser_source.part(name, weights=False) for name in self.denoiser_names]
+        return "+".join([whole, *(self.denoiser_source.fingerprint(part) for part in parts)])
+
+    def index(self) -> dict[str, Any]:
+        """The content of model_index.json."""
+        values: dict[str, Any] = read_json(self.folder / "model_index.json", COPY_AGAIN)
+        return values
+
+    def _components(self) -> list[str]:
+        return [name for name, value in self.index().items() if isinstance(value, list)]
+
+    # Pipelines --------------------------------------------------------------------------------------------------------
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values from which `ModelAdapter(**values)` is built again."""
-        return dataclasses.asdict(self)
-
-    def weights_fingerprint(self) -> str:
-        """Hash of the pipeline's files: names, sizes and the first and last MiB of each."""
-        digest = hashlib.sha256()
-        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
-            digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(max(0, path.stat().st_size - (1 << 20)))
-                digest.update(file.read())
-        return digest.hexdigest()[:16]
-
     def load_text_part(self) -> Any:
-        """The pipeline with its tokenizer and text encoder only."""
+        """The pipeline with its tokenizers and text encoders only."""
         return self._load({name: None for name in self._components() if not name.startswith(("text_", "tokenizer"))})
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
         """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""
         absent: dict[str, Any] = {n: None for n in self._components() if n.startswith(("text_", "tokenizer"))}
-        return self._load(absent | ({self.denoiser: denoiser} if denoiser is not None else {}))
+        return self._load(absent | self._as_parts(denoiser))
 
     def load_complete(self, denoiser: nn.Module | None = None) -> Any:
         """The whole pipeline, ready for `pipeline(prompt)`; `denoiser` replaces the stored one."""
-        return self._load({self.denoiser: denoiser} if denoiser is not None else {})
-
-    def build_denoiser(self) -> nn.Module:
-        """The denoiser's structure from its config.json: parameters on the meta device, buffers real."""
-        cls = find_class(self._index()[self.denoiser][1])
-        config = read_json(self.folder / self.denoiser / "config.json", COPY_AGAIN)
-        with init_empty_weights(include_buffers=False):
-            return cls.from_config(config)
-
-    def linear_roles(self, linear_names: Sequence[str]) -> dict[str, str]:
-        """Linear name -> role, or "float" for those kept; raises UserError naming Linears that nothing covers."""
-        patterns = {**self.roles, "float": self.keep_float}
-        found = {
-            name: role
-            for name in linear_names
-            for role, globs in patterns.items()
-            if any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-        }
-        missing = [name for name in linear_names if name not in found]
-        if missing:
-            raise UserError(
-                f"Model {self.name}: {len(missing)} Linears belong to no role, first {missing[:3]}. Add a pattern to "
-                "model.roles, or to model.keep_float to leave them in float."
-            )
-        return found
-
-    def _index(self) -> dict[str, Any]:
-        return read_json(self.folder / "model_index.json", COPY_AGAIN)
-
-    def _components(self) -> list[str]:
-        return [name for name, value in self._index().items() if isinstance(value, list)]
+        return self._load(self._as_parts(denoiser))
 
     def _load(self, components: dict[str, Any]) -> Any:
-        cls = find_class(self.pipeline)
+        folder = self.source.pipeline(weights=True)
+        dtypes = {"default": self.torch_dtype} | {name: DTYPES[dtype] for name, dtype in self.component_dtypes.items()}
+        dtype = dtypes if self.component_dtypes else self.torch_dtype
         try:
-            pipeline = cls.from_pretrained(self.folder, dtype=self.torch_dtype, local_files_only=True, **components)
+            cls = find_class(self.pipeline)
+            components = self._denoisers_elsewhere(components) | components
+            pipeline = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"The pipeline in {self.folder} cannot be loaded: {error}. {COPY_AGAIN}") from error
+            raise UserError(f"The pipeline in {folder} cannot be loaded: {error}. {COPY_AGAIN}") from error
         pipeline.set_progress_bar_config(disable=True)
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 self._check_finite(name, component.eval().requires_grad_(False))
+            if name in self.denoiser_names and component is not None:
+                set_attention(self.attention, component)
         gc.collect()
         return pipeline
+
+    def _denoisers_elsewhere(self, components: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of denoiser_path that `components` does not replace."""
+        if self.denoiser_path is None:
+            return {}
+        return {
+            name: find_class(self.index()[name][1]).from_pretrained(
+                self.denoiser_source.part(name, weights=True), dtype=self.torch_dtype, local_files_only=True
+            )
+            for name in self.denoiser_names
+            if name not in components
+        }
 
     def _check_finite(self, component: str, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
@@ -165,3 +203,63 @@ class ModelAdapter:
                     f"{component}.{name} of {self.folder} contains NaN or inf as {self.dtype}. Check the checkpoint, "
                     f"or load it in a wider type: model.dtype={' or '.join(d for d in DTYPES if d != self.dtype)}."
                 )
+
+    # Denoisers --------------------------------------------------------------------------------------------------------
+
+    @property
+    def denoiser_names(self) -> list[str]:
+        """The parts of the pipeline that are quantized."""
+        return list(self.denoisers)
+
+    @property
+    def timestep_argument(self) -> str:
+        """The argument of the denoisers' forward that holds the timestep."""
+        return (
+            str(self.timestep_scale.get("argument", "timestep"))
+            if isinstance(self.timestep_scale, Mapping)
+            else "timestep"
+        )
+
+    def denoiser_of(self, pipeline: Any) -> nn.Module:
+        """The denoiser of a pipeline; where it has several, an nn.ModuleDict of them: Linears are `<part>.<name>`."""
+        return self._joined({name: getattr(pipeline, name) for name in self.denoiser_names})
+
+    def build_denoiser(self) -> nn.Module:
+        """The structure of `denoiser_of` from its config.json: parameters on the meta device, buffers real."""
+        return self._joined({name: self._build(name) for name in self.denoiser_names})
+
+    def _build(self, name: str) -> nn.Module:
+        config = read_json(self.denoiser_source.part(name, weights=False) / "config.json", COPY_AGAIN)
+        with init_empty_weights(include_buffers=False):
+            denoiser: nn.Module = find_class(self.index()[name][1]).from_config(config)
+        check_dispatches(self.attention, denoiser)
+        return denoiser
+
+    def _joined(self, parts: dict[str, nn.Module]) -> nn.Module:
+        return nn.ModuleDict(parts) if len(parts) > 1 else parts[self.denoiser_names[0]]
+
+    def _as_parts(self, denoiser: nn.Module | None) -> dict[str, Any]:
+        if denoiser is None:
+            return {}
+        return dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {self.denoiser_names[0]: denoiser}
+
+    def linear_roles(self, linear_names: Sequence[str]) -> dict[str, str]:
+        """Linear name -> role, or "float" for those kept; raises UserError naming Linears that nothing covers."""
+        bare = {name: self.bare_name(name) for name in linear_names}
+        found = roles.by_patterns(list(bare.values()), {**self.roles, roles.FLOAT: self.keep_float})
+        if self.guess:
+            found = roles.guess(list(bare.values())) | found
+        for glob in () if self.guess else self.keep_float:
+            if not roles.by_patterns(list(bare.values()), {roles.FLOAT: [glob]}):
+                raise UserError(f"Model {self.name}: the pattern {glob!r} of model.keep_float matches no Linear.")
+        missing = [name for name in linear_names if bare[name] not in found]
+        if missing:
+            raise UserError(
+                f"Model {self.name}: {len(missing)} Linears belong to no role, first {missing[:3]}. Add a pattern to "
+                "model.roles, or to model.keep_float to leave them in float."
+            )
+        return {name: found[bare[name]] for name in linear_names}
+
+    def bare_name(self, name: str) -> str:
+        """A Linear's name within its denoiser, which the patterns of roles and keep_float are for."""
+        return name.split(".", 1)[1] if len(self.denoiser_names) > 1 else name

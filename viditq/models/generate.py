@@ -5,8 +5,10 @@ Legend: B samples, F frames (1 for an image), C = 3, H, W pixels.
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,7 @@ def generate(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], i
     for group in group_by_shape(embeds):
         out = _call(adapter, pipeline, [embeds[i] for i in group], [indices[i] for i in group], seed, "pt")
         clips_BFCHW = out if out.ndim == 5 else out[:, None]
+        _check_size(adapter, clips_BFCHW)
         samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), strict=True))
     return torch.stack([samples[i] for i in range(len(embeds))])
 
@@ -62,10 +65,12 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
     What it does to text follows `adapter.encode`: `adapter.call` is for embeddings made before.
     """
     cls = type(pipeline)
-    of_text = inspect.signature(pipeline.encode_prompt).parameters
     of_call = inspect.signature(pipeline.__call__).parameters
+    of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
     defaults = {k: v for k, v in _settings(adapter, pipeline).items() if k not in of_text}
     defaults |= {k: v for k, v in adapter.encode.items() if k in of_call}
+    if adapter.negative_prompt is not None:
+        defaults["negative_prompt"] = adapter.negative_prompt
 
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,11 +82,15 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
 
 def _settings(adapter: ModelAdapter, pipeline: Any) -> dict[str, Any]:
     """Arguments of the pipeline's call that do not depend on the prompt."""
-    settings = {**adapter.call, "num_inference_steps": adapter.num_steps, "guidance_scale": adapter.guidance_scale}
-    settings |= {"height": adapter.height, "width": adapter.width}
-    if adapter.modality == "video" and "num_frames" in inspect.signature(pipeline.__call__).parameters:
-        settings["num_frames"] = adapter.num_frames
-    return settings
+    given: dict[str, Any] = {
+        "num_inference_steps": adapter.num_steps,
+        adapter.guidance_argument: adapter.guidance_scale,
+    }
+    given |= {"height": adapter.height, "width": adapter.width}
+    if adapter.modality == "video":
+        given["num_frames"] = adapter.num_frames
+    known = inspect.signature(pipeline.__call__).parameters  # a size that is not among them is the model's own
+    return {**adapter.call, **{k: v for k, v in given.items() if v is not None and k in known}}
 
 
 def _call(
@@ -92,9 +101,9 @@ def _call(
     seed: int,
     output: str,
 ) -> Tensor:
-    device = next(getattr(pipeline, adapter.denoiser).parameters()).device
-    arguments: dict[str, Any] = {k: v.to(device) for k, v in _stack(embeds).items()}
-    if "negative_prompt_embeds" in arguments:
+    device = next(adapter.denoiser_of(pipeline).parameters()).device
+    arguments = _arguments(adapter, {k: v.to(device) for k, v in _stack(embeds).items()})
+    if "negative_prompt_embeds" in arguments and "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
         arguments["negative_prompt"] = None
     try:
         out = pipeline(
@@ -108,33 +117,76 @@ def _call(
         raise
     except ValueError as error:  # the pipeline's own check of sizes and steps
         raise UserError(f"{adapter.pipeline} refuses the settings of model: {error}") from error
+    except IndexError as error:
+        if adapter.num_steps > 1:
+            raise
+        raise UserError(
+            f"{adapter.pipeline} does not sample in a single step with its scheduler; set model.num_steps to 2 or more."
+        ) from error
+    out = _as_tensor(out)
     if not torch.isfinite(out).all():
         raise UserError(f"Samples of prompts {indices} are not finite. Use model.dtype=float32 or more bits.")
     return out
 
 
+def _arguments(adapter: ModelAdapter, stacked: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the call takes: tensors, or lists of one tensor a prompt; labels are plain numbers."""
+    if adapter.conditioning == "class":
+        return {k: v.tolist() for k, v in stacked.items()}
+    return {k: list(v) if adapter.list_embeds else v for k, v in stacked.items()}
+
+
+def _as_tensor(out: Any) -> Tensor:
+    """Images or clips with channels before height and width; a pipeline without output_type=pt gives them last."""
+    if isinstance(out, np.ndarray):
+        return torch.from_numpy(out).movedim(-1, -3)
+    assert isinstance(out, Tensor), type(out)
+    return out
+
+
+def _check_size(adapter: ModelAdapter, clips_BFCHW: Tensor) -> None:
+    """Raises UserError if the pipeline made another size than was asked for (some round, one has a fixed size)."""
+    _, num_frames, _, height, width = clips_BFCHW.shape
+    made = {"num_frames": num_frames, "height": height, "width": width}
+    differing = [key for key, value in made.items() if getattr(adapter, key) not in (None, value)]
+    if differing:
+        sizes = " ".join(f"model.{key}={made[key]}" for key in differing)
+        given = ", ".join(f"{key}={getattr(adapter, key)}" for key in differing)
+        raise UserError(f"{adapter.pipeline} does not make samples of {given}; those it makes have {sizes}.")
+
+
 class DtypeBoundary:
     """Lets a denoiser with weights in `inner` run in a pipeline of dtype `outer`: casts its inputs and outputs.
 
-    `denoiser.dtype` goes on saying `outer`: pipelines without a text part draw their noise in it.
+    `denoiser.dtype` goes on saying `outer`: pipelines without a text part draw their noise in it. An nn.ModuleDict is
+    crossed part by part. timestep: the argument that stays as it is.
     """
 
-    def __init__(self, denoiser: nn.Module, inner: torch.dtype, outer: torch.dtype) -> None:
+    def __init__(self, denoiser: nn.Module, inner: torch.dtype, outer: torch.dtype, timestep: str = "timestep") -> None:
         self.inner, self.outer = inner, outer
-        cls = type(denoiser)
-        denoiser.__class__ = type(cls.__name__, (cls,), {"dtype": property(lambda _: outer)})
-        denoiser.register_forward_pre_hook(self._enter, with_kwargs=True)
-        denoiser.register_forward_hook(self._leave)
+        for part in denoiser.values() if isinstance(denoiser, nn.ModuleDict) else [denoiser]:
+            cls, arguments = type(part), list(inspect.signature(part.forward).parameters)
+            part.__class__ = type(cls.__name__, (cls,), {"dtype": property(lambda _: outer)})
+            enter = functools.partial(self._enter, arguments, timestep)
+            part.register_forward_pre_hook(enter, with_kwargs=True)
+            part.register_forward_hook(self._leave)
 
     def _enter(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, names: list[str], timestep: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kept = {k: v if k == "timestep" else _cast(v, self.inner) for k, v in kwargs.items()}
-        return tuple(_cast(v, self.inner) for v in args), kept
+        kept = {k: v if k == timestep else _cast(v, self.inner) for k, v in kwargs.items()}
+        named = zip(names, args, strict=False)
+        return tuple(v if name == timestep else _cast(v, self.inner) for name, v in named), kept
 
     def _leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return tuple(_cast(v, self.outer) for v in output) if isinstance(output, tuple) else output
+        if isinstance(output, tuple):
+            return tuple(_cast(v, self.outer) for v in output)
+        if isinstance(getattr(output, "sample", None), Tensor):
+            output.sample = _cast(output.sample, self.outer)
+        return output
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):  # one tensor a sample; tuples hold positions, which stay as they are
+        return [_cast(v, dtype) for v in value]
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,5 +1,6 @@
 """Prompt embeddings: each prompt encoded alone, by the pipeline's own code, so that batches change nothing."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -7,39 +8,72 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
+from viditq.models.labels import class_label
 
 PromptEmbeds = dict[str, Tensor]
 """Argument name of the pipeline's `__call__` -> tensor with a leading axis of 1."""
 
 
 def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> None:
-    """Raises UserError for a prompt with more tokens than the text encoder takes, or if there is no text encoder."""
-    if pipeline.tokenizer is None or pipeline.text_encoder is None:
+    """Raises UserError for too long a prompt, one that names no class, or where there is no text encoder."""
+    if adapter.conditioning == "text" and (pipeline.tokenizer is None or pipeline.text_encoder is None):
         raise UserError(
             f"The pipeline in {adapter.folder} holds no text encoder, and {len(prompts)} prompts have no embeddings, "
             f"first {prompts[0][:60]!r}. Add tokenizer and text_encoder to the folder, or give data.embeds."
         )
     for prompt in prompts:
         assert prompt.strip(), "PromptData gives no empty prompts"
-        count = len(pipeline.tokenizer(prompt)["input_ids"])
-        if count > adapter.max_tokens:
-            raise UserError(
-                f"The prompt {prompt[:60]!r}... has {count} tokens, {adapter.name} takes at most "
-                f"{adapter.max_tokens} (model.max_tokens). Shorten it."
-            )
+        if adapter.conditioning == "class":
+            class_label(adapter, prompt)
+        elif adapter.max_tokens is not None:
+            _check_length(adapter, pipeline, prompt, adapter.max_tokens)
+
+
+def _check_length(adapter: ModelAdapter, pipeline: Any, prompt: str, limit: int) -> None:
+    count = len(getattr(pipeline, adapter.prompt_tokenizer)(prompt)["input_ids"])
+    if count > limit:
+        raise UserError(
+            f"The prompt {prompt[:60]!r}... has {count} tokens, {adapter.name} takes at most "
+            f"{limit} (model.max_tokens). Shorten it."
+        )
 
 
 @torch.no_grad()
 def encode_prompt(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbeds:
-    """One prompt -> the embeddings (and masks, and those of the empty prompt) that the pipeline takes."""
-    returned = pipeline.encode_prompt(prompt, **adapter.encode)
-    if len(returned) != len(adapter.encode_outputs):
+    """One prompt -> what the pipeline takes: embeddings, masks, those of the negative prompt; or its class label."""
+    if adapter.conditioning == "class":
+        return {"class_labels": torch.tensor([class_label(adapter, prompt)])}
+    embeds = _encode(adapter, pipeline, prompt)
+    if adapter.negative_prompt is not None:
+        negative = _encode(adapter, pipeline, adapter.negative_prompt)
+        embeds |= {f"negative_{name}": value for name, value in negative.items()}
+    return embeds
+
+
+def _encode(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbeds:
+    returned = pipeline.encode_prompt(prompt, **_as_called(pipeline) | dict(adapter.encode))
+    names = adapter.encode_outputs
+    if len(returned) != len(names):
         raise UserError(
             f"{adapter.pipeline}.encode_prompt returns {len(returned)} values, model.encode_outputs names "
-            f"{len(adapter.encode_outputs)}: {list(adapter.encode_outputs)}."
+            f"{len(names)}: {list(names)}."
         )
-    pairs = zip(adapter.encode_outputs, returned, strict=True)
+    pairs = [(name, _first(value)) for name, value in zip(names, returned, strict=True) if name is not None]
     return {name: value.contiguous() for name, value in pairs if value is not None}
+
+
+def _as_called(pipeline: Any) -> dict[str, Any]:
+    """The arguments of `encode_prompt` as `__call__` gives them by default: some of the two's own defaults differ."""
+    of_text, of_call = (inspect.signature(f).parameters for f in (pipeline.encode_prompt, pipeline.__call__))
+    return {k: of_call[k].default for k in of_text if k != "prompt" and k in of_call}
+
+
+def _first(value: Any) -> Tensor | None:
+    """A batch of one as a tensor; pipelines that take lists of tensors return one, and an empty one for none."""
+    if isinstance(value, list):
+        return value[0][None] if value else None
+    assert value is None or isinstance(value, Tensor)
+    return value
 
 
 def in_model_dtype(adapter: ModelAdapter, embeds: PromptEmbeds) -> PromptEmbeds:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
-from viditq.quant.context import Attachment, StepContext
+from viditq.quant.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.moments import of_moments
 from viditq.quant.noise_level import bucket_edges, interval_of
 from viditq.quant.observers import NUM_BUCKETS, REDUCTIONS, ROWS_PER_BUCKET, CalibrationStats, Observer
@@ -36,6 +36,8 @@ class Candidates(NamedTuple):
 class Calibrator:
     """Context manager that observes the named Linears of `denoiser` while it samples.
 
+    denoiser: one, or an nn.ModuleDict of those of one pipeline, whose layers are then named `<denoiser>.<layer>`.
+
     Call `set_sample_seeds` before each batch; `stats` is always up to date. Results do not depend on the
     order of the batches, nor, but for the rounding of sums, on how prompts are batched. moment_layers: those whose
     second moments are wanted too (`QuantPlan.moment_layers`).
@@ -45,7 +47,7 @@ class Calibrator:
         self,
         denoiser: nn.Module,
         layer_names: Sequence[str],
-        timestep_scale: float = 1000.0,
+        timestep_scale: TimestepScaleLike = 1000.0,
         num_buckets: int = NUM_BUCKETS,
         rows_per_bucket: int = ROWS_PER_BUCKET,
         moment_layers: Sequence[str] = (),
@@ -96,7 +98,8 @@ class Calibrator:
         self.stats.layers, self.stats.moments = loaded.layers, loaded.moments
 
     def __enter__(self) -> Calibrator:
-        handles = [self._denoiser.register_forward_pre_hook(self._begin_step, with_kwargs=True)]
+        parts = denoisers_of(self._denoiser).values()
+        handles = [part.register_forward_pre_hook(self._begin_step, with_kwargs=True) for part in parts]
         for name, linear in self._linears.items():
             handles.append(linear.register_forward_pre_hook(self._observer_hook(name)))
         self._attachment = Attachment([*handles, *self._context.attach(self._denoiser).handles])
@@ -109,8 +112,7 @@ class Calibrator:
         self._attachment.remove()
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
-        self._num_elements = len(tensors[0])
+        self._num_elements = _batch_size([*args, *kwargs.values()])
         self._candidates, self._readers = {}, {}
         if not self._sample_seeds or self._num_elements % len(self._sample_seeds):
             raise UserError(
@@ -165,6 +167,15 @@ def _stratified(keys_EM: Tensor, num_rows: int) -> Candidates:
     ranked = (torch.arange(lowest.shape[1]) << (63 - RANK_BITS)) | (lowest >> RANK_BITS)
     keys, best = ranked[:, :num_rows].flatten().topk(min(num_rows, ranked[:, :num_rows].numel()), largest=False)
     return Candidates(index[:, :num_rows].flatten()[best], keys, index[:, :MOMENT_ROWS].flatten())
+
+
+def _batch_size(arguments: Sequence[Any]) -> int:
+    """Length of the first batch among a denoiser's arguments: a tensor of more than one axis, or a list of tensors."""
+    for value in arguments:
+        batch = value.ndim > 1 if isinstance(value, Tensor) else isinstance(value, list) and len(value) > 0
+        if batch and (isinstance(value, Tensor) or isinstance(value[0], Tensor)):
+            return len(value)
+    raise UserError("the denoiser was called without a tensor that has a batch axis; it cannot be calibrated")
 
 
 def row_keys(num_leading: int, num_tokens: int, seeds: Sequence[int], num_elements: int, noise_level: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant.backends import Backend, check_supported, get_backend
-from viditq.quant.context import StepContext
+from viditq.quant.context import StepContext, TimestepScaleLike
 from viditq.quant.granularity import check_group_size
 from viditq.quant.linear import QuantLinear, Variant, empty_variant
 from viditq.quant.low_rank import check_rank
@@ -17,6 +17,7 @@ from viditq.quant.observers import CalibrationStats, SegmentStats
 from viditq.quant.plan import QuantPlan
 from viditq.quant.quantizer import Grid
 from viditq.quant.ranges import static_grid
+from viditq.quant.reached import stand_ins
 from viditq.quant.registry import close_names
 from viditq.quant.scheme import LayerScheme
 from viditq.quant.transforms import Chain
@@ -41,10 +42,12 @@ def quantize_denoiser(
     plan: QuantPlan,
     stats: CalibrationStats | None,
     backend: str = "fake",
-    timestep_scale: float = 1000.0,
+    timestep_scale: TimestepScaleLike = 1000.0,
 ) -> StepContext:
     """Quantizes in place and attaches the returned StepContext; everything is checked before anything is
     changed.
+
+    denoiser: one, or an nn.ModuleDict of those of one pipeline (the plan's layers are `<denoiser>.<layer>`).
 
     Raises UserError for: layers the model or the statistics lack, missing statistics, NaN or inf in a weight,
     group sizes that do not divide, schemes the backend cannot run.
@@ -52,15 +55,19 @@ def quantize_denoiser(
     if plan.needs_stats and stats is None:
         raise UserError("this plan needs calibration statistics (static activations or smoothing); calibrate first")
     chosen = get_backend(backend)
-    linears = _checked_linears(denoiser, plan, chosen)
+    linears, segments = _checked_linears(denoiser, plan, chosen), stand_ins(denoiser, plan, stats)
     for name in plan.layers:
         if not torch.isfinite(linears[name].weight).all():
             raise UserError(f"the weight of {name} contains NaN or inf; check the checkpoint and its dtype")
         for segment in range(plan.num_segments):
-            _check_stats(plan, stats, name, segment)
+            _check_stats(plan, stats, name, segment, segments[name][segment])
 
     def fit(name: str) -> MakeVariant:
-        return lambda linear, scheme, lo, hi: fit_variant(name, linear, scheme, stats, lo, hi)
+        def make(linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:
+            segment = segments[name][plan.edges.index(lo)]
+            return fit_variant(name, linear, scheme, stats, plan.edges[segment], plan.edges[segment + 1])
+
+        return make
 
     context, places = StepContext(plan.edges, timestep_scale), _places(denoiser)
     for name in plan.layers:
@@ -72,7 +79,7 @@ def quantize_denoiser(
 
 
 def build_quantized(
-    denoiser: nn.Module, plan: QuantPlan, backend: str = "fake", timestep_scale: float = 1000.0
+    denoiser: nn.Module, plan: QuantPlan, backend: str = "fake", timestep_scale: TimestepScaleLike = 1000.0
 ) -> StepContext:
     """Swaps in the structure that `load_state_dict` fills; call `prepare` on each QuantLinear afterwards."""
     chosen = get_backend(backend)
@@ -128,13 +135,13 @@ def _checked_linears(denoiser: nn.Module, plan: QuantPlan, backend: Backend) -> 
     return linears
 
 
-def _check_stats(plan: QuantPlan, stats: CalibrationStats | None, name: str, segment: int) -> None:
+def _check_stats(plan: QuantPlan, stats: CalibrationStats | None, name: str, segment: int, stand_in: int) -> None:
     scheme = plan.scheme(name, segment)
     if scheme is not None and scheme.needs_stats:
         assert stats is not None
         if scheme.needs_moments:
             stats.moments.check(name)
-        stats.segment(name, plan.edges[segment], plan.edges[segment + 1])
+        stats.segment(name, plan.edges[stand_in], plan.edges[stand_in + 1])
 
 
 def _quant_linear(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
-from viditq.quant.context import Attachment, StepContext
+from viditq.quant.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.convert import linear_names
 from viditq.quant.error_sums import ErrorSums
 from viditq.quant.linear import QuantLinear, quant_linears
@@ -39,7 +40,7 @@ class Diagnosis:
         float_denoiser: nn.Module,
         quantized_denoiser: nn.Module,
         plan: QuantPlan,
-        timestep_scale: float = 1000.0,
+        timestep_scale: TimestepScaleLike = 1000.0,
         num_buckets: int = NUM_BUCKETS,
     ) -> None:
         self._denoiser, self._quantized, self._plan = float_denoiser, quantized_denoiser, plan
@@ -68,7 +69,11 @@ class Diagnosis:
 
     def __enter__(self) -> Diagnosis:
         self.sums.to(next(self._denoiser.parameters()).device)
-        handles = [self._denoiser.register_forward_hook(self._measure_output, with_kwargs=True)]
+        quantized = denoisers_of(self._quantized)
+        handles = [
+            part.register_forward_hook(partial(self._measure_output, quantized[prefix]), with_kwargs=True)
+            for prefix, part in denoisers_of(self._denoiser).items()
+        ]
         for row, (name, linear) in enumerate(self._linears.items()):
             handles.append(linear.register_forward_hook(self._layer_hook(row, name)))
         # The float denoiser also moves the quantized one's context: its layers are called outside their own denoiser.
@@ -96,11 +101,13 @@ class Diagnosis:
         return measure
 
     @torch.no_grad()
-    def _measure_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _measure_output(
+        self, other: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         assert self._context.noise_level is not None
         bucket = interval_of(self._edges, self._context.noise_level)
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        quantized, exact = (predicted(out, inputs) for out in (self._quantized(*args, **kwargs), output))
+        quantized, exact = (predicted(out, inputs) for out in (other(*args, **kwargs), output))
         self.sums.add_error(-1, bucket, quantized, exact)
         self._check_finite(bucket)
 
@@ -154,9 +161,11 @@ def predicted(output: Any, inputs: Sequence[Tensor]) -> Tensor:
     Where latents [B, ...] of four or more axes come back with one axis doubled, the second half is a learned
     variance; the pipelines drop it, and so does this. Raises UserError for other outputs.
     """
-    if isinstance(output, tuple | list):
+    if isinstance(output, tuple):
         output = output[0]
     output = getattr(output, "sample", output)
+    if isinstance(output, list) and output and all(isinstance(part, Tensor) for part in output):
+        return torch.cat([part.flatten() for part in output])  # samples of different sizes, one tensor each
     if not isinstance(output, Tensor):
         raise UserError(f"the denoiser returned {type(output).__name__}; it must be a tensor, a tuple or have .sample")
     for x in inputs:

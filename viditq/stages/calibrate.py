@@ -44,7 +44,7 @@ def _observe(job: Job, partials: Partials) -> None:
     done = processes.first_does(partials.compact)
     batches = list(enumerate(batches_of(len(prompts), e.batch_size)))
     pipeline = e.adapter.load()
-    denoiser = getattr(pipeline, e.adapter.denoiser)
+    denoiser = e.adapter.denoiser_of(pipeline)
     names = linear_names(denoiser)
     sizes = (e.num_buckets, e.rows_per_bucket)
     calibrator = Calibrator(denoiser, names, e.adapter.timestep_scale, *sizes, e.plan.moment_layers)

@@ -7,7 +7,6 @@ from viditq.engine.sampling import Diagnosing, batches_of, run_batches
 from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.loading import load_artifact
-from viditq.quant.convert import linear_names
 from viditq.quant.diagnosis import Diagnosis
 from viditq.quant.error_sums import merge_states
 
@@ -30,19 +29,19 @@ def _diagnose(job: Job, partials: Partials, count: int) -> str:
     batches = [b for b in enumerate(batches_of(count, e.batch_size)) if b[0] not in done]
     pipeline = e.adapter.load()
     quantized: Any = load_artifact(job.run_dir.artifact, backend=e.backend, complete=False)
-    denoiser, other = (getattr(p, e.adapter.denoiser) for p in (pipeline, quantized))
+    denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
     diagnosis = Diagnosis(denoiser, other, e.plan, e.adapter.timestep_scale, e.num_buckets)
     arguments = (e.adapter, pipeline, job.load_embeds(e.data.prompts), e.seed)
     module = Diagnosing(*arguments, accumulator=diagnosis, quantized=other, partials=partials, rank=processes.rank)
     run_batches(e.make_trainer(), module, processes.share(batches))
     processes.wait()
-    return processes.first_does(lambda: _write(job, diagnosis, partials, linear_names(denoiser)))
+    return processes.first_does(lambda: _write(job, diagnosis, partials))
 
 
-def _write(job: Job, diagnosis: Diagnosis, partials: Partials, linears: list[str]) -> str:
+def _write(job: Job, diagnosis: Diagnosis, partials: Partials) -> str:
     whole: State = partials.gathered().state
     diagnosis.load_state(whole)
-    errors = diagnosis.to_json(job.experiment.adapter.linear_roles(linears))
+    errors = diagnosis.to_json(job.experiment.roles)
     write_json(job.run_dir.errors, errors)
     partials.remove()
     totals = {name: layer["total"] for name, layer in errors["layers"].items() if layer["total"] is not None}

@@ -24,7 +24,7 @@ def quantize(job: Job) -> str:
 def _quantize(job: Job) -> str:
     e, plan, folder = job.experiment, job.experiment.plan, job.run_dir.artifact
     stats = CalibrationStats.load(job.stats_file) if plan.needs_stats else None
-    denoiser = getattr(e.adapter.load(), e.adapter.denoiser)
+    denoiser = e.adapter.denoiser_of(e.adapter.load())
     if e.quant.float_dtype is not None:
         denoiser.to(getattr(torch, e.quant.float_dtype))
     linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}

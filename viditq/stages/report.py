@@ -13,7 +13,6 @@ from viditq.data.samples import load_sample, sample_path
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.job import Job
-from viditq.quant.convert import linear_names
 from viditq.report.content import MAX_PAIRS, PageContent, Pair
 from viditq.report.page import write_page
 from viditq.report.pictures import comparison_gif, comparison_picture
@@ -74,7 +73,6 @@ def _draw(job: Job, ranking: Ranking, label: Mapping[str, Any]) -> None:
 def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt: Mapping[str, Any]) -> PageContent:
     e, run_dir = job.experiment, job.run_dir
     values = {name: column for name, column in per_prompt["metrics"].items() if name in metrics["labels"]}
-    roles = e.adapter.linear_roles(linear_names(e.adapter.build_denoiser()))
     plan = read_json(run_dir.artifact / "plan.json")
     return PageContent(
         title=f"{e.name} on {e.adapter.name}",
@@ -88,7 +86,8 @@ def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt:
         per_prompt=per_prompt,
         errors=read_json(run_dir.errors) if is_whole(run_dir.errors) else None,
         segments=plan["edges"],
-        plan=summarize_plan(plan, roles),
+        frames_per_second=float(e.adapter.fps),
+        plan=summarize_plan(plan, dict(e.roles)),
         configuration=yaml.safe_dump(dict(e.tracked), sort_keys=False),
         pairs=[
             Pair(

@@ -1,0 +1,90 @@
+"""Models named by their hub id, from a cache as the hub's own client lays it out; nothing is downloaded."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from hydra.utils import instantiate
+
+from viditq.assets import SHIPPED
+from viditq.errors import UserError
+from viditq.models import hub
+from viditq.models.adapter import ModelAdapter
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ID = "somebody/tiny-image"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache that holds the shipped image pipeline under an id."""
+    repository = tmp_path / "hub" / "models--somebody--tiny-image"
+    shutil.copytree(SHIPPED / "tiny_image", repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.fetch.cache_clear()
+    hub._snapshot.cache_clear()
+    return repository / "snapshots" / COMMIT
+
+
+@pytest.fixture
+def adapter(configure: Callable[..., Any]) -> ModelAdapter:
+    return instantiate(configure("model=tiny_image", "model.num_steps=2", "name=x").model, _convert_="all")
+
+
+def test_cached_model_loads_without_network(cache: Path, adapter: ModelAdapter) -> None:
+    of_hub = replace(adapter, path=ID)
+    assert of_hub.folder == cache and of_hub.weights_fingerprint() == COMMIT[:16]
+    assert type(of_hub.load().transformer).__name__ == "PixArtTransformer2DModel"
+    assert replace(of_hub, revision=COMMIT).folder == cache
+
+
+def test_denoiser_of_another_place(cache: Path, adapter: ModelAdapter, tmp_path: Path) -> None:
+    shutil.copytree(cache / "transformer", tmp_path / "tuned" / "transformer")
+    shutil.rmtree(cache / "transformer")
+    tuned = replace(adapter, path=ID, denoiser_path=str(tmp_path / "tuned"))
+    assert tuned.load().transformer is not None and tuned.build_denoiser() is not None
+    assert tuned.load_text_part().transformer is None
+    first = tuned.weights_fingerprint()
+    (tmp_path / "tuned" / "transformer" / "more").write_text("x")
+    assert tuned.weights_fingerprint() != first and first.startswith(COMMIT[:16])
+    with pytest.raises(UserError, match=r"holds no transformer: transformer/config\.json"):
+        replace(adapter, denoiser_path=str(tmp_path)).build_denoiser()
+
+
+@pytest.mark.parametrize("path", ["nobody/nothing", ID])
+def test_absent_model_says_how_to_get_it(cache: Path, adapter: ModelAdapter, path: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"'{path}' \(revision v2\) .*hf download {path} --revision v2.*model\.path=FOLDER"
+    ):
+        replace(adapter, path=path, revision="v2")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(GatedRepoError, "licence.*hf auth login"), (RepositoryNotFoundError, "no folder here and no model on the hub")],
+)
+def test_refusals_of_the_hub(
+    cache: Path, adapter: ModelAdapter, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise error.__new__(error)
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=message):
+        replace(adapter, path="some/model")
+
+
+def test_what_a_hub_id_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "folder").mkdir(parents=True)
+    ids = ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "a/b"]
+    folders = ["a/folder", "/a/b", "./a/b", "../b", "a", "a/b/c", "shipped:x", "~/model"]
+    assert [path for path in ids + folders if hub.is_hub_id(path)] == ids

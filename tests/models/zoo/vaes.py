@@ -1,0 +1,88 @@
+"""Tiny random decoders of the real classes."""
+
+from typing import Any
+
+import diffusers
+from torch import nn
+
+
+def image_vae(latent_channels: int = 4, **kwargs: Any) -> nn.Module:
+    """AutoencoderKL, 8 times smaller than the image in both directions."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        sample_size=32,
+        **kwargs,
+    ).eval()
+
+
+def wan_vae() -> nn.Module:
+    """Of Wan: 4 times fewer frames, 8 times smaller."""
+    return diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+
+
+def wan_5b_vae() -> nn.Module:
+    """Of Wan 2.2 5B: 16 times smaller, residual blocks, patches of 2."""
+    return diffusers.AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    ).eval()
+
+
+def qwen_vae() -> nn.Module:
+    """Of Qwen-Image."""
+    return diffusers.AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+
+
+def cogvideox_vae() -> nn.Module:
+    """Of CogVideoX."""
+    return diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2
+    ).eval()
+
+
+def hunyuan_vae() -> nn.Module:
+    """Of HunyuanVideo."""
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    ).eval()
+
+
+def ltx_vae() -> nn.Module:
+    """Of LTX-Video: 8 times fewer frames, 32 times smaller."""
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    ).eval()
+
+
+def sana_vae() -> nn.Module:
+    """Of Sana: the deep-compression autoencoder, here 8 times smaller."""
+    blocks = ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"]
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)),
+        scaling_factor=0.41407,
+    ).eval()

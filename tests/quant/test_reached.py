@@ -1,0 +1,108 @@
+"""Several denoisers of one pipeline: each runs in its own noise levels, with names of its own."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from viditq.errors import UserError
+from viditq.quant import CalibrationStats, Calibrator, QuantSpec, Recipe, SmoothSpec, linear_names, quantize_denoiser
+from viditq.quant.artifact import load_denoiser, save_denoiser
+from viditq.quant.context import StepContext, TimestepScale
+from viditq.quant.linear import quant_linears
+from viditq.quant.reached import stand_ins
+
+W4, A8 = QuantSpec(4, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)
+EDGES = (0.0, 0.3, 0.6, 1.0)
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def pair() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"high": Denoiser(), "low": Denoiser()})
+
+
+def sample(denoisers: nn.ModuleDict, steps: tuple[int, ...] = (900, 500, 100)) -> list[Tensor]:
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return [denoisers["high" if t >= 700 else "low"](x, timestep=torch.full((2,), t)) for t in steps]
+
+
+def calibrated(denoisers: nn.ModuleDict, steps: tuple[int, ...] = (900, 500, 100)) -> CalibrationStats:
+    calibrator = Calibrator(denoisers, linear_names(denoisers))
+    calibrator.set_sample_seeds([0, 1])
+    with calibrator:
+        sample(denoisers, steps)
+    return calibrator.stats
+
+
+def plan_of(denoisers: nn.ModuleDict) -> Any:
+    return Recipe(W4, A8, SmoothSpec(0.5, per_segment=True), segments=EDGES).resolve(linear_names(denoisers))
+
+
+def test_each_layer_is_observed_where_its_denoiser_runs() -> None:
+    stats = calibrated(pair())
+    assert list(stats.layers) == ["high.fc", "low.fc"]
+    assert stats.layers["high.fc"].count.nonzero().flatten().tolist() == [17]
+    assert stats.layers["low.fc"].count.nonzero().flatten().tolist() == [1, 9]
+
+
+def test_segments_of_the_other_denoiser_take_the_nearest_of_their_own() -> None:
+    denoisers = pair()
+    plan, stats = plan_of(denoisers), calibrated(denoisers)
+    assert stand_ins(denoisers, plan, stats) == {"high.fc": [2, 2, 2], "low.fc": [0, 1, 1]}
+    quantize_denoiser(denoisers, plan, stats)
+    assert list(quant_linears(denoisers)) == ["high.fc", "low.fc"]
+    exact = sample(pair())
+    for out, want in zip(sample(denoisers), exact, strict=True):
+        assert 0 < (out - want).norm() / want.norm() < 0.2
+
+
+def test_a_segment_that_no_denoiser_reaches_is_refused() -> None:
+    denoisers = pair()
+    stats = calibrated(denoisers, steps=(900, 100))
+    with pytest.raises(UserError, match=r"no calibration data for high\.fc at noise levels 0\.3 to 0\.6"):
+        quantize_denoiser(denoisers, plan_of(denoisers), stats)
+
+
+def test_artifact_of_both(tmp_path: Any) -> None:
+    denoisers = pair()
+    plan = plan_of(denoisers)
+    quantize_denoiser(denoisers, plan, calibrated(denoisers))
+    save_denoiser(tmp_path / "artifact", denoisers, plan, {})
+    loaded = load_denoiser(tmp_path / "artifact", pair)[0]
+    assert isinstance(loaded, nn.ModuleDict)
+    for out, want in zip(sample(loaded), sample(denoisers), strict=True):
+        assert torch.equal(out, want)
+
+
+class Backwards(nn.Module):
+    """Told how clean its input is, under another name."""
+
+    def forward(self, x: Tensor, t: Tensor) -> None:
+        self.seen = self.context.noise_level
+
+
+def test_timestep_scales() -> None:
+    denoiser = Backwards()
+    denoiser.context = StepContext((0, 1), {"at_noise": 0.0, "at_clean": 1.0, "argument": "t"})
+    denoiser.context.attach(denoiser)
+    denoiser(torch.zeros(1), torch.tensor([0.25]))
+    assert denoiser.seen == 0.75
+    with pytest.raises(UserError, match=r"timestep 1.5 lies outside \[1, 0\]"):
+        denoiser(torch.zeros(1), torch.tensor([1.5]))
+    with pytest.raises(UserError, match="without a timestep; pass t="):
+        denoiser.context.set_timestep(None)
+    with pytest.raises(UserError, match="both 1; they must differ"):
+        TimestepScale.of({"at_noise": 1.0, "at_clean": 1.0})
+    with pytest.raises(UserError, match="at_start"):
+        TimestepScale.of({"at_start": 1.0})

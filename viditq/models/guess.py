@@ -1,0 +1,72 @@
+"""What a pipeline without a yaml of its own needs, read from its model_index.json and its class's code."""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from viditq.errors import UserError
+from viditq.models.registry import find_class
+
+REQUIRED = {"do_classifier_free_guidance": True, "num_images_per_prompt": 1, "num_videos_per_prompt": 1}
+PLAIN = {"clean_caption": False, "use_resolution_binning": False}  # what needs another package or changes the size
+
+
+def guess_settings(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ModelAdapter -> values, from the content of model_index.json.
+
+    Raises UserError where the pipeline's class is unknown or does not encode prompts apart from its call.
+    """
+    name = str(index.get("_class_name"))
+    cls = find_class(name)
+    if cls is None:
+        raise UserError(f"The pipeline class {name} of model_index.json is none of diffusers; set model.pipeline.")
+    if not hasattr(cls, "encode_prompt"):
+        raise UserError(f"{name} has no encode_prompt; model=diffusers cannot drive it. Write a yaml for it.")
+    of_call, of_text = (inspect.signature(f).parameters for f in (cls.__call__, cls.encode_prompt))
+    video = bool({"num_frames", "video_length"} & of_call.keys())
+    encode = {k: REQUIRED.get(k) for k, p in of_text.items() if k not in ("self", "prompt") and _required(p)}
+    return {
+        "pipeline": name,
+        "modality": "video" if video else "image",
+        "denoisers": _denoisers(index),
+        "encode_outputs": _encode_outputs(cls, set(of_call)),
+        "timestep_scale": 1.0 if re.search(r"timestep=timestep / 1000", inspect.getsource(cls.__call__)) else 1000.0,
+        "encode": encode | {k: v for k, v in PLAIN.items() if k in of_text},
+        "call": {k: v for k, v in PLAIN.items() if k in of_call}
+        | ({"mask_feature": False} if "mask_feature" in of_call else {}),
+    }
+
+
+def _required(parameter: inspect.Parameter) -> bool:
+    plain = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return plain and parameter.default is inspect.Parameter.empty
+
+
+def _denoisers(index: Mapping[str, Any]) -> list[str]:
+    found = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and value[0] is not None and re.fullmatch(r"(transformer|unet|dit)(_\d+)?", name)
+    ]
+    if not found:
+        raise UserError(
+            "The pipeline has no part named transformer or unet; name its denoisers: model.denoisers=[...]."
+        )
+    return found
+
+
+def _encode_outputs(cls: type, of_call: set[str]) -> list[str | None]:
+    """Names of what `encode_prompt` returns, as far as `__call__` takes them; None for the others."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls.encode_prompt)))  # type: ignore[attr-defined]
+    returns = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    tuples = [[n.id for n in v.elts if isinstance(n, ast.Name)] for v in returns if isinstance(v, ast.Tuple)]
+    known = [[name if name in of_call else None for name in names] for names in tuples]
+    best = max(known, key=lambda names: sum(name is not None for name in names), default=[])
+    if "prompt_embeds" not in best:
+        raise UserError(
+            f"What {cls.__name__}.encode_prompt returns is not understood; name it: model.encode_outputs=[...]."
+        )
+    return best

@@ -1,0 +1,77 @@
+"""Roles of a denoiser's Linears: which part of a block each one is, by the patterns of the yaml or by its name."""
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+
+FLOAT = "float"
+"""The role of Linears that are never quantized."""
+IN_EMBEDDER = re.compile(r"emb|ada_?ln|modulation|_mod\.|norm|time|guidance|gate|^proj_|router")
+OF_FEED_FORWARD = re.compile(r"(^|[._])(ff|ffn|mlp|feed_forward)([._]|$)|proj_mlp|ff_context")
+
+
+def by_patterns(names: Sequence[str], patterns: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Linear -> role, for those that a pattern covers; the last role that matches wins."""
+    return {
+        name: role
+        for name in names
+        for role, globs in patterns.items()
+        if any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+    }
+
+
+def guess(names: Sequence[str]) -> dict[str, str]:
+    """Linear -> role as its name suggests; what lies outside of blocks, or is not understood, stays float."""
+    joint = {_split(name)[0] for name in names if ".add_" in name or "to_add_out" in name}
+    alone = "spatial_attention" if any("temporal" in name for name in names) else "self_attention"
+    return {name: _guess(*_split(name), joint, alone) for name in names}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The list of blocks that a Linear is in, and its name within its block; ("", name) outside of blocks."""
+    blocks, number, rest = (*re.split(r"\.(\d+)\.", name, maxsplit=1), "", "")[:3]
+    return (blocks, rest) if number else ("", name)
+
+
+def _guess(blocks: str, rest: str, joint: set[str], alone: str) -> str:
+    if not blocks:
+        return FLOAT
+    kind = _kind(rest, single_stream="single" in blocks)
+    if kind == FLOAT:
+        return FLOAT
+    if "refiner" in blocks and re.search("context|token|text|caption", blocks):
+        return "text_refiner"
+    if kind == "mlp":
+        return kind
+    if "temporal" in blocks or "temp" in rest:
+        return "temporal_attention"
+    if blocks in joint:
+        return "joint_attention" if "attn2" not in rest else alone
+    if re.search(r"attn2|cross", rest):
+        return "cross_attention"
+    return "joint_attention" if "single" in blocks else alone
+
+
+def _kind(rest: str, single_stream: bool) -> str:
+    """mlp, attention or float; a single-stream block's proj_out takes the attention's and the feed-forward's output."""
+    if OF_FEED_FORWARD.search(rest) or (single_stream and rest == "proj_out"):
+        return "mlp"
+    if IN_EMBEDDER.search(rest):
+        return FLOAT
+    return "attention" if "att" in rest else FLOAT
+
+
+def counts(roles: Mapping[str, str]) -> str:
+    """One line that says how many Linears each role has."""
+    quantizable = [role for role in dict.fromkeys(roles.values()) if role != FLOAT]
+    parts = [f"{role} {sum(r == role for r in roles.values())}" for role in quantizable]
+    kept = sum(role == FLOAT for role in roles.values())
+    return f"{len(roles)} Linears: {', '.join([*parts, f'kept in float {kept}'])}"
+
+
+def summary(roles: Mapping[str, str]) -> str:
+    """Role: the names of its Linears with numbers as `*`, one line each: patterns to correct a guess with."""
+    globs: dict[str, dict[str, None]] = {}
+    for name, role in roles.items():
+        globs.setdefault(role, {})[re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1)] = None
+    return "\n".join(f"  {role}: {', '.join(names)}" for role, names in globs.items())

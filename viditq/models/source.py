@@ -1,0 +1,49 @@
+"""Where a model's files are: a folder, a model shipped with the package, or a repository on the hub."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from viditq.assets import resolve
+from viditq.errors import UserError
+from viditq.models import hub
+
+
+@dataclass(frozen=True)
+class Source:
+    """path: a folder in the diffusers layout, shipped:NAME, or a hub id, there of `revision`."""
+
+    path: str
+    revision: str
+
+    @property
+    def of_hub(self) -> bool:
+        """Whether it is named by its id on the hub."""
+        return hub.is_hub_id(self.path)
+
+    def pipeline(self, weights: bool) -> Path:
+        """The pipeline's folder, of the hub without `weights` its descriptions alone; UserError if there is none."""
+        folder = hub.fetch(self.path, self.revision, weights) if self.of_hub else resolve(self.path)
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"{folder} holds no diffusers pipeline: model_index.json is missing there.")
+        return folder
+
+    def part(self, name: str, weights: bool) -> Path:
+        """The folder of one part, of a source that need not hold a whole pipeline; UserError if there is none."""
+        root = hub.fetch_part(self.path, self.revision, name, weights) if self.of_hub else resolve(self.path)
+        if not (root / name / "config.json").is_file():
+            raise UserError(f"{root} holds no {name}: {name}/config.json is missing there.")
+        return root / name
+
+    def fingerprint(self, folder: Path) -> str:
+        """Hash of the files in `folder`: names, sizes and the first and last MiB of each; on the hub, the commit."""
+        if self.of_hub:
+            return hub.commit(folder)[:16]
+        digest = hashlib.sha256()
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(max(0, path.stat().st_size - (1 << 20)))
+                digest.update(file.read())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,41 @@
+"""Where several denoisers of one pipeline share the noise levels, each runs in some of a plan's segments only."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from viditq.quant.context import denoisers_of
+from viditq.quant.noise_level import overlapping
+from viditq.quant.observers import CalibrationStats
+from viditq.quant.plan import QuantPlan
+
+
+def stand_ins(denoiser: nn.Module, plan: QuantPlan, stats: CalibrationStats | None) -> Mapping[str, list[int]]:
+    """Layer of the plan -> for each segment, the one whose statistics it takes: itself, as a rule.
+
+    A segment that one denoiser never runs in, but another one does, takes those of the nearest segment it runs in:
+    nothing is ever computed with them. A segment that none runs in keeps itself, and is refused where it is fitted.
+    """
+    own = list(range(plan.num_segments))
+    prefixes = denoisers_of(denoiser)
+    if stats is None or len(prefixes) == 1:
+        return dict.fromkeys(plan.layers, own)
+    layers = {prefix: [name for name in plan.layers if name.startswith(prefix)] for prefix in prefixes}
+    reached = {
+        prefix: [i for i in own if any(_seen(stats, name, plan, i) for name in names)]
+        for prefix, names in layers.items()
+    }
+    by_any = {i for segments in reached.values() for i in segments}
+    found: dict[str, list[int]] = {}
+    for prefix, segments in reached.items():
+        nearest = [i if i not in by_any or not segments else min(segments, key=lambda s: abs(s - i)) for i in own]
+        found |= dict.fromkeys(layers[prefix], nearest)
+    return found
+
+
+def _seen(stats: CalibrationStats, name: str, plan: QuantPlan, segment: int) -> bool:
+    if name not in stats.layers:
+        return False
+    count = stats.layers[name].count
+    buckets = overlapping(len(count), plan.edges[segment], plan.edges[segment + 1])
+    return bool(count[buckets].any())
