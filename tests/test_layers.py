@@ -12,6 +12,7 @@ FLOORS = [
         "errors",
         "files",
         "assets",
+        "knapsack",
         *(f"quant.{n}" for n in ["granularity", "affine", "packing", "hadamard", "registry", "noise_level"]),
     },
     {"quant.scheme", "quant.plan", "quant.recipe", "quant.quantizer"},

@@ -13,6 +13,7 @@ STAGES = (
     "reference",
     "noise_floor",
     "calibrate",
+    "search",
     "quantize",
     "generate",
     "diagnose",

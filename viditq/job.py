@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from viditq.engine.processes import Processes
+from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, read_tensors, remove_temporary, unfinished, write_json
 from viditq.models.text import PromptEmbeds
 from viditq.quant.artifact import META, MODEL, PLAN
+from viditq.quant.plan import QuantPlan
+from viditq.quant.search import SensitivitySearch
 from viditq.run_dir import Entry, RunDir, fingerprint, timed
 
 # What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
@@ -66,6 +69,26 @@ class Job:
         sizes = {"num_buckets": e.num_buckets, "rows_per_bucket": e.rows_per_bucket}
         moments = {"moment_layers": e.plan.moment_layers} if e.plan.moment_layers else {}
         return self._entry("stats", {**self._base_key, "seed": e.seed, **prompts, **sizes, **moments})
+
+    @property
+    def searches(self) -> bool:
+        """Whether the plan is found during the run."""
+        return isinstance(self.experiment.quant.policy, SensitivitySearch)
+
+    @property
+    def plan(self) -> QuantPlan:
+        """The plan of this run; raises UserError while it has not been found yet."""
+        if not self.searches:
+            return self.experiment.plan
+        if not self.run_dir.plan.is_file():
+            raise UserError(f"{self.run_dir.plan} is missing. Run the stage search before.")
+        return QuantPlan.from_json(self.run_dir.plan.read_text())
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether calibration is part of this run: also where average bits depend on where the steps fall."""
+        plan = self.experiment.plan
+        return self.searches or plan.needs_stats or plan.bits_vary
 
     @property
     def num_prompts(self) -> int:

@@ -114,6 +114,20 @@ class RunDir:
         return self.path / "errors.json"
 
     @property
+    def plan(self) -> Path:
+        """The plan that a search has found."""
+        return self.path / "plan.json"
+
+    @property
+    def search(self) -> Path:
+        """What a search has measured and decided."""
+        return self.path / "search.json"
+
+    @property
+    def heat_map(self) -> Path:
+        return self.path / "sensitivity.png"
+
+    @property
     def page(self) -> Path:
         return self.path / "report.html"
 

@@ -281,6 +281,25 @@ def test_errors_of_a_plan_without_layers() -> None:
     assert found["errors/layers"].data == [] and "errors/by_layer" not in found
 
 
+def test_candidates_of_a_search() -> None:
+    candidate = {"group": "b.0/mlp", "side": "weight", "proxy": 0.1, "output": 0.2, "metric": 0.3, "measured": True}
+    search = {
+        "edges": [0.0, 0.7, 1.0],
+        "groups": [{"name": "b.0/mlp", "block": "b.0", "role": "mlp"}],
+        "candidates": [candidate | {"segment": s, "bits": b} for s in (0, 1) for b in (4, 8)],
+        "bits": [["b.0/mlp", 0, 8, 16], ["b.0/mlp", 1, 4, 16]],
+    }
+    table = wandb_objects.candidate_table(search)
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.data]
+    assert [(r["noise_level_low"], r["bits"], r["chosen"]) for r in rows] == [
+        (0.0, 4, False),
+        (0.0, 8, True),
+        (0.7, 4, True),
+        (0.7, 8, False),
+    ]
+    assert rows[0] | {"chosen": False} == rows[0] and rows[0]["block"] == "b.0" and rows[0]["output"] == 0.2
+
+
 def test_wandb_report_pictures_and_artifact(configure: Callable, full_run: RunDir) -> None:
     run = logged(configure, full_run, METRICS)
     assert run.file("report").read_text() == REPORT, "not a byte is injected"

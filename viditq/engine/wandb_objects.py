@@ -31,6 +31,10 @@ def run_objects(run_dir: RunDir, metrics: Mapping[str, Any], scratch: Path) -> d
         found["pairs"] = pairs_table(read_json(run_dir.per_prompt), metrics["labels"], run_dir.samples, scratch)
     if (errors := run_dir.errors).is_file():
         found |= error_objects(read_json(errors))
+    if run_dir.search.is_file():
+        found["sensitivity/candidates"] = candidate_table(read_json(run_dir.search))
+    if run_dir.heat_map.is_file():
+        found["sensitivity/heat_map"] = wandb.Image(str(run_dir.heat_map))
     if run_dir.picture.is_file():
         found["comparison"] = wandb.Image(str(run_dir.picture))
     if (gif := run_dir.picture.with_suffix(".gif")).is_file():
@@ -38,6 +42,21 @@ def run_objects(run_dir: RunDir, metrics: Mapping[str, Any], scratch: Path) -> d
     if (report := run_dir.page).is_file():
         found["report"] = wandb.Html(str(report), inject=False)  # the page needs nothing from elsewhere
     return found
+
+
+def candidate_table(search: Mapping[str, Any]) -> wandb.Table:
+    """One row per candidate of a sensitivity search; `chosen`: whether the plan has these bits there."""
+    roles = {group["name"]: group for group in search["groups"]}
+    bits = {(group, segment): pair for group, segment, *pair in search["bits"]}
+    columns: list[str | int] = ["block", "role", "noise_level_low", "noise_level_high", "side", "bits"]
+    rows = []
+    for c in search["candidates"]:
+        low, high = search["edges"][c["segment"] : c["segment"] + 2]
+        chosen = bits[c["group"], c["segment"]][c["side"] == "activation"] == c["bits"]
+        of = roles[c["group"]]
+        values = [c[field] for field in ("proxy", "output", "metric", "measured")]
+        rows.append([of["block"], of["role"], low, high, c["side"], c["bits"], *values, chosen])
+    return wandb.Table(columns=[*columns, "proxy", "output", "metric", "measured", "chosen"], data=rows)
 
 
 def artifact_reference(folder: Path, metrics: Mapping[str, Any]) -> wandb.Artifact:

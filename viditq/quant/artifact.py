@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from viditq.quant.plan import QuantPlan
 FORMAT_VERSION = 2
 AGAIN = "delete the folder and quantize again"
 META, PLAN, MODEL = "meta.json", "plan.json", "model.safetensors"
-OWN_KEYS = ("format_version", "timestep_scale", "dtypes", "widened", "sha256")
+OWN_KEYS = ("format_version", "timestep_scale", "dtypes", "widened", "equal", "sha256")
 
 
 def save_denoiser(folder: str | Path, denoiser: nn.Module, plan: QuantPlan, meta: Mapping[str, Any]) -> None:
     """Writes the artifact under a temporary name and renames it to `folder`, replacing an older one.
 
     meta: JSON values about where the model comes from. Codes stay packed; what is left in float is stored in
-    float16 where that loses nothing (checkpoints in float16 run in float32 on a CPU) and widened again on load.
+    float16 where that loses nothing (checkpoints in float16 run in float32 on a CPU) and widened again on load. What
+    variants of one Linear have in common (a weight whose activation alone changes with the segment) is stored once.
     """
     assert not set(meta) & set(OWN_KEYS), f"meta may not use {OWN_KEYS}"
     folder = Path(folder)
@@ -40,6 +41,8 @@ def save_denoiser(folder: str | Path, denoiser: nn.Module, plan: QuantPlan, meta
         temporary.mkdir(parents=True)
         (temporary / PLAN).write_text(plan.to_json())
         tensors = _unshared(denoiser.state_dict())
+        equal = _equal_variants(tensors, quant_linears(denoiser))
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in equal}
         narrow = {name: t.half() for name, t in tensors.items() if _fits_half(t)}
         save_file(tensors | narrow, temporary / MODEL)
         own = {
@@ -47,6 +50,7 @@ def save_denoiser(folder: str | Path, denoiser: nn.Module, plan: QuantPlan, meta
             "timestep_scale": _context_of(denoiser).timestep_scale,
             "dtypes": {name: _dtype_name(layer.dtype) for name, layer in quant_linears(denoiser).items()},
             "widened": sorted(narrow),
+            "equal": equal,
             "sha256": {name: _sha256(temporary / name) for name in (PLAN, MODEL)},
         }
         full = json.loads(json.dumps({**meta, **own}))
@@ -79,6 +83,7 @@ def load_denoiser(
             variant.dtype = getattr(torch, meta["dtypes"][name])
     tensors = load_file(folder / MODEL)
     tensors |= {name: tensors[name].float() for name in meta["widened"]}
+    tensors |= {name: tensors[other] for name, other in meta.get("equal", {}).items()}
     _check_fits(denoiser, tensors, folder)
     denoiser.load_state_dict(tensors, assign=True)
     on_meta = [name for name, t in (*denoiser.named_parameters(), *denoiser.named_buffers()) if t.is_meta]
@@ -134,6 +139,27 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
     return out
+
+
+def _equal_variants(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, str]:
+    """Tensor -> the one of an earlier variant of its Linear that it equals."""
+    equal: dict[str, str] = {}
+    for layer in layers:
+        seen: dict[str, list[str]] = {}
+        prefix = f"{layer}.variants."
+        for name in (n for n in tensors if n.startswith(prefix)):
+            field = name[len(prefix) :].partition(".")[2]
+            others = seen.setdefault(field, [])
+            same = next((o for o in others if _same(tensors[o], tensors[name])), None)
+            if same is None:
+                others.append(name)
+            else:
+                equal[name] = same
+    return equal
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _fits_half(tensor: Tensor) -> bool:

@@ -26,6 +26,14 @@ def check_edges(edges: Any, what: str = "segments") -> tuple[float, ...]:
     return tuple(float(e) for e in edges)
 
 
+def _weight_bits(scheme: LayerScheme) -> int:
+    return scheme.weight.bits if scheme.weight else FLOAT_BITS
+
+
+def _activation_bits(scheme: LayerScheme) -> int:
+    return scheme.activation.bits if scheme.activation else FLOAT_BITS
+
+
 @dataclass(frozen=True)
 class QuantPlan:
     """edges: noise levels 0 .. 1 of n segments. schemes: by name. layers: n names each, None = float."""
@@ -64,23 +72,36 @@ class QuantPlan:
         return any(self.schemes[name].needs_stats for name in used)
 
     @property
+    def bits_vary(self) -> bool:
+        """Whether any layer has other bits in one segment than in another: averages then depend on `shares`."""
+        for names in self.layers.values():
+            schemes = [LayerScheme(None, None) if name is None else self.schemes[name] for name in names]
+            if len({(_weight_bits(scheme), _activation_bits(scheme)) for scheme in schemes}) > 1:
+                return True
+        return False
+
+    @property
     def moment_layers(self) -> list[str]:
         """Layers whose rounding needs second moments of their inputs."""
         needing = {name for name, scheme in self.schemes.items() if scheme.needs_moments}
         return [layer for layer, names in self.layers.items() if needing & set(names)]
 
     def average_weight_bits(
-        self, weights_numel: Mapping[str, int], in_features: Mapping[str, int] | None = None
+        self,
+        weights_numel: Mapping[str, int],
+        in_features: Mapping[str, int] | None = None,
+        shares: Sequence[float] | None = None,
     ) -> float:
         """Mean bits of a weight over all Linears in `weights_numel` (layer -> number of weights).
 
-        A Linear or a segment left in float counts 16 bits; segments count by their width in noise level. A low-rank
-        branch counts its r (O + C) numbers at 16 bits each, for which `in_features` (layer -> C) is needed.
-        Scales and zero points are not counted (`artifact.size_bytes` has them).
+        A Linear or a segment left in float counts 16 bits. shares: of the sampling steps that fall into each segment
+        (`step_shares`); None = by width in noise level. A low-rank branch counts its r (O + C) numbers at 16 bits each,
+        for which `in_features` (layer -> C) is needed. Scales and zero points are not counted (`artifact.size_bytes`
+        has them).
         """
 
         def bits_of(layer: str, scheme: LayerScheme) -> float:
-            bits = scheme.weight.bits if scheme.weight else FLOAT_BITS
+            bits = _weight_bits(scheme)
             if scheme.low_rank is None:
                 return bits
             if in_features is None:
@@ -88,24 +109,30 @@ class QuantPlan:
             count, inputs = weights_numel[layer], in_features[layer]
             return bits + FLOAT_BITS * scheme.low_rank * (count // inputs + inputs) / count
 
-        return self._average(weights_numel, bits_of)
+        return self._average(weights_numel, bits_of, shares)
 
-    def average_activation_bits(self, inputs_numel: Mapping[str, int]) -> float:
+    def average_activation_bits(self, inputs_numel: Mapping[str, int], shares: Sequence[float] | None = None) -> float:
         """The same for the inputs of the Linears (layer -> in_features, or elements of its input).
 
         The input of a low-rank branch, the same values in 16 bits, is not counted: it is nothing that is stored.
         """
-        return self._average(inputs_numel, lambda _, s: s.activation.bits if s.activation else FLOAT_BITS)
+        return self._average(inputs_numel, lambda _, scheme: _activation_bits(scheme), shares)
 
-    def _average(self, numel: Mapping[str, int], bits_of: Callable[[str, LayerScheme], float]) -> float:
+    def _average(
+        self,
+        numel: Mapping[str, int],
+        bits_of: Callable[[str, LayerScheme], float],
+        shares: Sequence[float] | None,
+    ) -> float:
+        shares = shares or [high - low for low, high in pairwise(self.edges)]
         missing = [layer for layer in self.layers if layer not in numel]
         if missing:
             raise UserError(f"the plan quantizes {missing[0]}, which the model lacks; {close_names(missing[0], numel)}")
         total = 0.0
         for layer, count in numel.items():
-            for segment, (lo, hi) in enumerate(pairwise(self.edges)):
+            for segment, share in enumerate(shares):
                 scheme = self.scheme(layer, segment)
-                total += count * (hi - lo) * (FLOAT_BITS if scheme is None else bits_of(layer, scheme))
+                total += count * share * (FLOAT_BITS if scheme is None else bits_of(layer, scheme))
         return total / sum(numel.values())
 
     def to_json(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from viditq.report.media import Clips
@@ -37,7 +38,8 @@ class PageContent:
 
     `metrics`, `per_prompt` and `errors` are the contents of metrics.json, per_prompt.json and errors.json (None where
     that stage has not run). `segments` are noise levels from 0 to 1. `pairs` come worst first and already limited (to
-    MAX_PAIRS, if the caller has no other wish); `sorted_by` names the metric that ordered them.
+    MAX_PAIRS, if the caller has no other wish); `sorted_by` names the metric that ordered them. `search` and
+    `heat_map` are the content of search.json and its picture, where a plan was searched.
     """
 
     title: str
@@ -56,6 +58,8 @@ class PageContent:
     pairs: Sequence[Pair]
     sorted_by: str
     frames_per_second: float = 8.0
+    search: Mapping[str, Any] | None = None
+    heat_map: Path | None = None
 
     @property
     def scored(self) -> list[str]:

@@ -20,6 +20,7 @@ from viditq.report.content import PageContent
 from viditq.report.diagnosis import diagnose
 from viditq.report.media import MAX_MEDIA_BYTES, encode_pairs
 from viditq.report.plan_view import segment_words
+from viditq.report.search_view import search_view
 from viditq.report.verdicts import headline, judge_all
 from viditq.report.wording import digits_for, finite, plain
 
@@ -31,6 +32,7 @@ STAGES = {
     "reference": "generate with float",
     "noise_floor": "float against itself",
     "calibrate": "calibrate",
+    "search": "search bits",
     "quantize": "quantize",
     "generate": "generate quantized",
     "diagnose": "diagnose layers",
@@ -69,6 +71,7 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
             sort_keys=sort_keys(content),
             clip_data=clip_data(content, media.sheets),
             diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
+            search=search_view(content.search, content.heat_map) if content.search and content.heat_map else None,
             segment_words=segment_words(content.segments),
             stage_seconds=_stage_seconds(content.metrics),
             prompt_table=_prompt_table(content),

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 
 from viditq.config import STAGES
 from viditq.job import Job
-from viditq.stages import calibrate, diagnose, evaluate, prompts, quantize, report, samples
+from viditq.stages import calibrate, diagnose, evaluate, prompts, quantize, report, samples, search
 
 FUNCTIONS: Mapping[str, Callable[[Job], str]] = {
     "prompts": prompts.prompts,
     "reference": samples.reference,
     "noise_floor": samples.noise_floor,
     "calibrate": calibrate.calibrate,
+    "search": search.search,
     "quantize": quantize.quantize,
     "generate": samples.generate,
     "diagnose": diagnose.diagnose,

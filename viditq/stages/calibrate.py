@@ -11,7 +11,7 @@ from viditq.quant.observers import CalibrationStats
 
 def calibrate(job: Job) -> str:
     """Observe the float model; resumes after the last finished batches."""
-    if not job.experiment.plan.needs_stats:
+    if not job.needs_stats:
         return "not needed: this recipe takes no statistics"
     already = job.processes.first_does(lambda: is_whole(job.stats_file))
     observe(job)

@@ -30,7 +30,7 @@ def _diagnose(job: Job, partials: Partials, count: int) -> str:
     pipeline = e.adapter.load()
     quantized: Any = load_artifact(job.run_dir.artifact, backend=e.backend, complete=False)
     denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
-    diagnosis = Diagnosis(denoiser, other, e.plan, e.adapter.timestep_scale, e.num_buckets)
+    diagnosis = Diagnosis(denoiser, other, job.plan, e.adapter.timestep_scale, e.num_buckets)
     arguments = (e.adapter, pipeline, job.load_embeds(e.data.prompts), e.seed)
     module = Diagnosing(*arguments, accumulator=diagnosis, quantized=other, partials=partials, rank=processes.rank)
     run_batches(e.make_trainer(), module, processes.share(batches))

@@ -82,7 +82,7 @@ def _write(
     summary = summarize(results, dict(labels))
     meta = read_json(run_dir.artifact / "meta.json")
     seconds = {**read_seconds(job.reference.path), **read_seconds(job.stats.path), **read_seconds(run_dir.path)}
-    if not e.plan.needs_stats:
+    if not job.needs_stats:
         seconds.pop("calibrate", None)
     if job.floors:
         floors_took = (read_seconds(entry.path).get("reference", 0.0) for entry in job.floors.values())

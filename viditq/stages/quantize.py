@@ -7,6 +7,7 @@ from viditq.job import Job
 from viditq.quant.artifact import save_denoiser, size_bytes
 from viditq.quant.convert import quantize_denoiser
 from viditq.quant.observers import CalibrationStats
+from viditq.quant.step_shares import step_shares
 from viditq.stages.calibrate import observe
 
 
@@ -15,27 +16,28 @@ def quantize(job: Job) -> str:
     folder = job.run_dir.artifact
     if job.processes.first_does(folder.is_dir):
         return f"already done ({folder})"
-    if job.experiment.plan.needs_stats:
+    if job.needs_stats:
         observe(job)
     with job.timed(job.run_dir.path, "quantize"):
         return job.processes.first_does(lambda: _quantize(job))
 
 
 def _quantize(job: Job) -> str:
-    e, plan, folder = job.experiment, job.experiment.plan, job.run_dir.artifact
-    stats = CalibrationStats.load(job.stats_file) if plan.needs_stats else None
+    e, plan, folder = job.experiment, job.plan, job.run_dir.artifact
+    stats = CalibrationStats.load(job.stats_file) if job.needs_stats else None
     denoiser = e.adapter.denoiser_of(e.adapter.load())
     if e.quant.float_dtype is not None:
         denoiser.to(getattr(torch, e.quant.float_dtype))
     linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     numel = {name: m.weight.numel() for name, m in linears.items()}
     in_features = {name: m.in_features for name, m in linears.items()}
+    shares = step_shares(stats, plan.edges) if stats is not None else None
     meta = {
         "model": e.adapter.to_dict(),
         "weights": e.weights,
         "float_dtype": e.quant.float_dtype,
-        "average_weight_bits": plan.average_weight_bits(numel, in_features),
-        "average_activation_bits": plan.average_activation_bits(in_features),
+        "average_weight_bits": plan.average_weight_bits(numel, in_features, shares),
+        "average_activation_bits": plan.average_activation_bits(in_features, shares),
         "float_size_bytes": sum(2 * p.numel() for p in denoiser.parameters()),
         "stats": job.stats.path.name if stats else None,
     }

@@ -99,4 +99,6 @@ def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt:
             for i in ranking.indices[:MAX_PAIRS]
         ],
         sorted_by=ranking.metric,
+        search=read_json(run_dir.search) if is_whole(run_dir.search) else None,
+        heat_map=run_dir.heat_map if is_whole(run_dir.heat_map) else None,
     )

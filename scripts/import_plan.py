@@ -1,0 +1,70 @@
+"""Turn the original project's mixed-precision yaml files into a plan.json.
+
+python scripts/import_plan.py --weight t20_weight_4_mp.yaml --activation t20_act_8_mp.yaml --out plan.json
+python run.py model=open_sora quant=w4a8 quant/policy=plan_file quant.policy.path=plan.json
+
+Formats (per-channel weights, per-token activations) and smoothing come from a recipe: any choice of the group quant,
+with overrides, as `python run.py` takes them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from viditq import config
+from viditq.errors import UserError
+from viditq.files import atomic
+from viditq.quant.scheme import LayerScheme
+from viditq.quant.setting import QuantSetting
+from viditq.quant.step_ranges import RENAMES, import_plan
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def read(path: Path | None) -> Any:
+    """The values of a yaml file."""
+    if path is None:
+        return None
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as yaml: {error}") from error
+
+
+def scheme_of(overrides: list[str]) -> LayerScheme:
+    """The scheme that a recipe gives any Linear; raises UserError if it differs by segment or quantizes nothing."""
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        setting: QuantSetting = instantiate(compose("config", ["name=import", *overrides]).quant, _convert_="all")
+    plan = setting.recipe.with_rules([]).resolve(["any"])
+    if len(plan.schemes) != 1:
+        raise UserError("the recipe must treat all segments alike and quantize something, such as --recipe quant=w4a8.")
+    return next(iter(plan.schemes.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weight", type=Path, help="yaml with the bits of weights")
+    parser.add_argument("--activation", type=Path, help="yaml with the bits of activations")
+    parser.add_argument("--names", default="open_sora", choices=sorted(RENAMES), help="how layers are called here")
+    parser.add_argument("--recipe", nargs="+", default=["quant=w4a8"], help="overrides that choose the formats")
+    parser.add_argument("--out", type=Path, default=Path("plan.json"))
+    args = parser.parse_args()
+    try:
+        plan = import_plan(read(args.weight), read(args.activation), RENAMES[args.names], scheme_of(args.recipe))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    with atomic(args.out) as temporary:
+        temporary.write_text(plan.to_json())
+    print(
+        f"{len(plan.layers)} Linears in {plan.num_segments} segments with {', '.join(sorted(plan.schemes))}: {args.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()

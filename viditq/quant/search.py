@@ -1,0 +1,123 @@
+"""The policy `sensitivity`: a plan found by measuring what each part costs (ViDiT-Q, metric-decoupled)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from viditq.errors import UserError
+from viditq.knapsack import SOLVERS
+from viditq.quant.allocate import Assignment, Budget, Search, allocate, allocate_by_role
+from viditq.quant.candidates import Candidate, Group, assembled, check_choices, groups_of
+from viditq.quant.plan import QuantPlan
+from viditq.quant.policy import Uniform
+from viditq.quant.recipe import Recipe
+from viditq.quant.table import MEASURES
+
+OBJECTIVES = ("roles", "output")
+AVERAGES = ("mean", "geometric")
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class SensitivitySearch:
+    """Settings of a search; `plan` is only its start, the recipe as it stands, whose bits the search changes.
+
+    weight_choices, activation_choices: bit-widths to choose from, 16 = float; a side that the recipe leaves in float
+    stays so. budget: see `Budget`. measure: all | pruned | proxy, see `table.to_measure`; prune: its share.
+    num_prompts: of the calibration prompts, each candidate is generated for. objective: roles (output error shares the
+    budget between roles, a role's own metric decides inside it) | output (output error alone). average: of the output
+    error over prompts, mean | geometric. solver: exact | greedy. metrics: role (or "default") -> configuration of a
+    metric with one score per prompt. curve: shares (0 .. 1) of the way from the budget to the widest choices at which
+    predicted and measured quality are also reported.
+    """
+
+    budget: Mapping[str, Any]
+    weight_choices: Sequence[int]
+    activation_choices: Sequence[int]
+    measure: str
+    prune: float
+    num_prompts: int
+    objective: str
+    average: str
+    solver: str
+    metrics: Mapping[str, Any]
+    curve: Sequence[float] = ()
+    parsed_budget: Budget = field(init=False)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.budget) - {f for f in Budget.__dataclass_fields__}
+        if unknown:
+            known = ", ".join(Budget.__dataclass_fields__)
+            raise UserError(f"quant.policy.budget has no field {sorted(unknown)[0]!r}; it has {known}.")
+        object.__setattr__(self, "parsed_budget", Budget(**self.budget))
+        for name in ("weight_choices", "activation_choices"):
+            object.__setattr__(self, name, check_choices(getattr(self, name), f"quant.policy.{name}"))
+        allowed = {"measure": MEASURES, "objective": OBJECTIVES, "average": AVERAGES, "solver": (*SOLVERS,)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise UserError(f"quant.policy.{name}={getattr(self, name)!r}: choose one of {', '.join(values)}.")
+        if not isinstance(self.num_prompts, int) or isinstance(self.num_prompts, bool) or self.num_prompts < 1:
+            raise UserError(f"quant.policy.num_prompts={self.num_prompts!r} must be a whole number of at least 1.")
+        if isinstance(self.prune, bool) or not isinstance(self.prune, int | float) or not 0 <= self.prune < 1:
+            raise UserError(f"quant.policy.prune={self.prune!r} must be a number from 0 to below 1.")
+        if any(not isinstance(share, int | float) or not 0 <= share <= 1 for share in self.curve):
+            raise UserError(f"quant.policy.curve={list(self.curve)!r} must list numbers from 0 to 1.")
+        if DEFAULT not in self.metrics:
+            raise UserError("quant.policy.metrics needs the entry 'default', for roles that it does not name.")
+
+    def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
+        """What the search starts from. Raises UserError if the recipe quantizes nothing."""
+        base = Uniform().plan(recipe, linear_names, keep_float)
+        if not base.layers:
+            raise UserError("quant/policy=sensitivity changes the bits of a recipe; choose one, such as quant=w4a8.")
+        return base
+
+    def search(
+        self,
+        base: QuantPlan,
+        roles: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, int]],
+        shares: Sequence[float],
+    ) -> Search:
+        """What there is to choose from; roles and shapes (out_features, in_features) of every Linear of `base`."""
+        numel = {name: rows * columns for name, (rows, columns) in shapes.items()}
+        groups = groups_of(list(base.layers), roles, numel, {name: columns for name, (_, columns) in shapes.items()})
+        schemes = [base.scheme(layer, segment) for layer in base.layers for segment in range(base.num_segments)]
+        sides = {"weight": self.weight_choices, "activation": self.activation_choices}
+        choices = {side: c for side, c in sides.items() if any(getattr(s, side) for s in schemes if s is not None)}
+        return Search(base, groups, choices, shapes, shares)
+
+    def metric_of(self, role: str) -> str:
+        """The entry of `metrics` that governs a role."""
+        return role if role in self.metrics else DEFAULT
+
+    def allocated(
+        self, search: Search, output: Mapping[Candidate, float], metric: Mapping[Candidate, float], budget: Budget
+    ) -> Assignment:
+        """The bits that costs by output error and by metric lead to."""
+        if self.objective == "roles":
+            metrics = {group.role: self.metric_of(group.role) for group in search.groups}
+            return allocate_by_role(search, output, metric, metrics, budget, self.solver)
+        return allocate(search, output, budget, self.solver)
+
+    def budgets(self, search: Search) -> list[Budget]:
+        """Those of the curve: the shares of the way from the budget's average bits to the widest choices."""
+        widest = {f"{side}_bits": float(max(widths)) for side, widths in search.choices.items()}
+        out = []
+        for share in self.curve:
+            now = {k: v for k, v in self.parsed_budget.limits.items() if k in widest}
+            moved: dict[str, Any] = {name: value + share * (widest[name] - value) for name, value in now.items()}
+            out.append(replace(self.parsed_budget, **moved))
+        return out
+
+
+def found_plan(search: Search, assignment: Assignment) -> QuantPlan:
+    """The plan of an assignment."""
+    return assembled(search.base, search.groups, assignment)
+
+
+def groups_by_name(search: Search) -> dict[str, Group]:
+    """Name -> group."""
+    return {group.name: group for group in search.groups}

@@ -1,0 +1,140 @@
+"""Sensitivity: one part of a denoiser quantized in place, everything else in float."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from viditq.quant.backends import get_backend
+from viditq.quant.context import StepContext, TimestepScaleLike, denoisers_of
+from viditq.quant.convert import fit_variant
+from viditq.quant.linear import QuantLinear, Variant
+from viditq.quant.observers import CalibrationStats
+from viditq.quant.plan import QuantPlan
+from viditq.quant.scheme import LayerScheme
+
+Forward = Callable[..., Any]
+
+
+class Swapper:
+    """Quantizes Linears of a float denoiser for a while: `with swapper.swapped(plan): sample`; nothing is reloaded.
+
+    All plans must have the same edges. stats: needed where a plan needs them. The StepContext stays attached until
+    `close`.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        edges: Sequence[float],
+        stats: CalibrationStats | None,
+        timestep_scale: TimestepScaleLike = 1000.0,
+        backend: str = "fake",
+    ) -> None:
+        self.denoiser, self.stats, self.backend = denoiser, stats, get_backend(backend)
+        self.context = StepContext(edges, timestep_scale)
+        self._attachment = self.context.attach(denoiser)
+
+    def close(self) -> None:
+        """Detaches from the denoiser."""
+        self._attachment.remove()
+
+    @contextmanager
+    def swapped(self, plan: QuantPlan) -> Iterator[None]:
+        """The denoiser quantized by `plan` inside the block, and its very own Linears in place again after it."""
+        assert plan.edges == self.context.edges
+        linears = {name: self.denoiser.get_submodule(name) for name in plan.layers}
+        new: dict[nn.Module, QuantLinear] = {}
+        for name, linear in linears.items():
+            assert isinstance(linear, nn.Linear)
+            new[linear] = self._quantized(name, linear, plan)
+        places = [
+            (parent, key, child)
+            for parent in self.denoiser.modules()
+            for key, child in parent._modules.items()  # a shared Linear hangs from several places
+            if child in new
+        ]
+        try:
+            for parent, key, child in places:
+                assert child is not None
+                setattr(parent, key, new[child])
+            yield
+        finally:
+            for parent, key, child in places:
+                setattr(parent, key, child)
+
+    def _quantized(self, name: str, linear: nn.Linear, plan: QuantPlan) -> QuantLinear:
+        variants: list[Variant] = []
+        index_of: dict[tuple[str | None, int | None], int] = {}
+        segment_to_variant = []
+        for segment, scheme_name in enumerate(plan.layers[name]):
+            scheme = plan.scheme(name, segment) or LayerScheme(None, None)
+            key = (scheme_name, segment if scheme.per_segment else None)
+            if key not in index_of:
+                index_of[key] = len(variants)
+                lo, hi = plan.edges[segment], plan.edges[segment + 1]
+                variants.append(fit_variant(name, linear, scheme, self.stats, lo, hi))
+            segment_to_variant.append(index_of[key])
+        bias, features = linear.bias, linear.out_features
+        quantized = QuantLinear(name, bias, variants, segment_to_variant, features, self.context, self.backend)
+        quantized.prepare()
+        return quantized.to(linear.weight.device)
+
+
+class Replay:
+    """Skips what a candidate cannot have changed: above its segment the denoiser's output is float's, as recorded.
+
+    Use: `with replay.recording()` around float runs, then `with replay.skipping(level)` around the same runs with the
+    candidate in place. An output is found again by the very input that it belongs to (noise level and sum of the
+    latents); where that is not found, it is computed. Outputs stay in memory, one per step and batch.
+    """
+
+    def __init__(self, denoiser: nn.Module, context: StepContext) -> None:
+        self._denoiser, self._context = denoiser, context
+        self._outputs: dict[tuple[str, float, float], Any] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keeps every output."""
+        with self._patched(self._record):
+            yield
+
+    @contextmanager
+    def skipping(self, level: float) -> Iterator[None]:
+        """Computes at noise levels up to `level` only, the upper edge of the candidate's segment."""
+
+        def replay(part: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            noise_level = self._context.noise_level
+            known = None
+            if noise_level is not None and noise_level > level:
+                known = self._outputs.get(self._key(part, args, kwargs))
+            return forward(*args, **kwargs) if known is None else known
+
+        with self._patched(replay):
+            yield
+
+    def _record(self, part: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        self._outputs[self._key(part, args, kwargs)] = output
+        return output
+
+    def _key(self, part: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, float, float]:
+        assert self._context.noise_level is not None
+        latents = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1)
+        return part, self._context.noise_level, float(latents.detach().sum(dtype=torch.float64))
+
+    @contextmanager
+    def _patched(self, wrapper: Forward) -> Iterator[None]:
+        parts = denoisers_of(self._denoiser)
+        for name, part in parts.items():
+            part.forward = functools.partial(wrapper, name, part.forward)
+        try:
+            yield
+        finally:
+            for part in parts.values():
+                del part.forward  # uncovers the class's own

@@ -1,0 +1,66 @@
+"""What the page says of a sensitivity search."""
+
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from viditq.report.budget_curve import decibels
+
+MAX_PARTS = 12
+
+
+@dataclass(frozen=True)
+class Part:
+    """One candidate, in words."""
+
+    name: str
+    segment: str
+    what: str
+    error: str
+    how: str
+
+
+@dataclass(frozen=True)
+class SearchView:
+    """heat_map: the picture as a data: address. parts: the most sensitive ones. used: budget -> (spent, limit)."""
+
+    heat_map: str
+    num_groups: int
+    num_measured: int
+    num_candidates: int
+    num_prompts: int
+    predicted: str
+    parts: tuple[Part, ...]
+    used: tuple[tuple[str, str, str], ...]
+
+
+def search_view(search: Mapping[str, Any], heat_map: Path) -> SearchView:
+    """Shape search.json; heat_map: its PNG."""
+    edges, candidates = search["edges"], search["candidates"]
+    worst = sorted(candidates, key=lambda c: -c["output"])[:MAX_PARTS]
+    parts = [
+        Part(
+            name=c["group"].replace("_", " "),
+            segment=f"{edges[c['segment']]:g}–{edges[c['segment'] + 1]:g}",
+            what=f"{c['side']}s at {c['bits']} bits",
+            error=f"{c['output']:.2e}",
+            how="measured" if c["measured"] else "predicted",
+        )
+        for c in worst
+    ]
+    limits = {name: search["budget"].get(name) for name in search["used"]}
+    return SearchView(
+        heat_map=f"data:image/png;base64,{b64encode(heat_map.read_bytes()).decode()}",
+        num_groups=len(search["groups"]),
+        num_measured=sum(c["measured"] for c in candidates),
+        num_candidates=len(candidates),
+        num_prompts=search["prompts"],
+        predicted=f"{decibels(search['predicted']):.1f} dB",
+        parts=tuple(parts),
+        used=tuple(
+            (name.replace("_", " "), f"{value:.6g}", "–" if limits[name] is None else f"{limits[name]:.6g}")
+            for name, value in search["used"].items()
+        ),
+    )
