@@ -183,6 +183,8 @@ class ClassLabels:
         _check_counts(self.num_prompts, self.num_calibration_prompts)
         if self.num_classes < 1:
             raise UserError(f"data.num_classes={self.num_classes} must be a whole number of at least 1.")
+        self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
+        self.ready_digest: str | None = None
         generator = torch.Generator().manual_seed(self.prompt_seed)
         self.prompts = self._draw(generator, self.num_prompts)
         self.calibration_prompts = self._draw(generator, self.num_calibration_prompts)
