@@ -1,7 +1,8 @@
 """Every model of conf/model, on a tiny random pipeline of its real classes: a whole run, and what it is made of."""
 
+import gc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ SHRUNK = [
     "stages=[prompts,reference,calibrate,quantize,generate,evaluate]",
 ]
 Configure = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection() -> Iterator[None]:
+    """Each load of a pipeline collects garbage, which takes longer than a tiny run with all the libraries' modules."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
