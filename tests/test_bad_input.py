@@ -82,6 +82,7 @@ WITHOUT_SLOW_WORK = {
     "batch size 0": (["batch_size=0"], ["batch_size=0", "at least 1"]),
     "negative seed": (["seed=-1"], ["seed=-1", "at least 0"]),
     "negative noise floor": (["noise_floor.num_prompts=-1"], ["noise_floor.num_prompts=-1", "at least 0"]),
+    "noise floor of one prompt": (["noise_floor.num_prompts=1"], ["noise_floor.num_prompts=1", "2 or more"]),
     "no buckets": (["calibration.num_buckets=0"], ["calibration.num_buckets=0", "at least 1"]),
 }
 AT_COMPOSITION = {

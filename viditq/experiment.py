@@ -82,6 +82,8 @@ def build(cfg: DictConfig) -> Experiment:
     _check_number("calibration.num_buckets", cfg.calibration.num_buckets, 1)
     _check_number("calibration.rows_per_bucket", cfg.calibration.rows_per_bucket, 1)
     _check_number("noise_floor.num_prompts", cfg.noise_floor.num_prompts, 0)
+    if cfg.noise_floor.num_prompts == 1:
+        raise UserError("noise_floor.num_prompts=1: one prompt has no spread. Give 0 (no noise floor), or 2 or more.")
     _check_number("diagnosis.num_prompts", cfg.diagnosis.num_prompts, 0)
     get_backend(cfg.backend)
     tracked = OmegaConf.to_container(cfg, resolve=True)
