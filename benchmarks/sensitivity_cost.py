@@ -69,7 +69,7 @@ def main() -> None:
                 denoise(adapter, pipeline, [embeds[i] for i in indices], indices, seed=0)
         seconds["calibration"].append(time.perf_counter() - start)
         shares = step_shares(calibrator.stats, base.edges)
-        space = policy.search(base, adapter.linear_roles(list(base.layers)), shapes, shares)
+        space = policy.search(base, adapter.linear_roles(names), shapes, shares)
         candidates = candidates_of(space.groups, base.num_segments, space.choices)
         start = time.perf_counter()
         with torch.inference_mode():

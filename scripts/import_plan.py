@@ -1,7 +1,7 @@
 """Turn the original project's mixed-precision yaml files into a plan.json.
 
 python scripts/import_plan.py --weight t20_weight_4_mp.yaml --activation t20_act_8_mp.yaml --out plan.json
-python run.py model=open_sora quant=w4a8 quant/policy=plan_file quant.policy.path=plan.json
+python run.py model=opensora_v1 quant=w4a8 quant/policy=plan_file quant.policy.path=plan.json
 
 Formats (per-channel weights, per-token activations) and smoothing come from a recipe: any choice of the group quant,
 with overrides, as `python run.py` takes them.

@@ -71,7 +71,7 @@ def test_averages_are_those_of_the_plan(denoiser: nn.Module) -> None:
     plan, uses = assembled(search.base, search.groups, assignment), used(search, assignment, budget)
     numel = {n: r * c for n, (r, c) in search.shapes.items()}
     inputs = {n: c for n, (_, c) in search.shapes.items()}
-    assert plan.average_weight_bits(numel, SHARES) == pytest.approx(uses["weight_bits"])
+    assert plan.average_weight_bits(numel, shares=SHARES) == pytest.approx(uses["weight_bits"])
     assert plan.average_activation_bits(inputs, SHARES) == pytest.approx(uses["activation_bits"])
     assert uses["weight_bits"] <= 5.5 + 1e-9 and uses["activation_bits"] <= 7.2 + 1e-9
     assert plan.bits_vary and not search.base.bits_vary
@@ -115,7 +115,7 @@ def test_a_segment_left_in_float_stores_the_float_weight(denoiser: nn.Module, tm
     assert torch.allclose(denoiser(x, torch.full((2,), 900)), exact, atol=1e-6)
     assert not torch.allclose(denoiser(x, torch.full((2,), 100)), exact, atol=1e-3)
     numel = {n: w.numel() for n, w in before.items()}
-    assert plan.average_weight_bits(numel, SHARES) == pytest.approx(0.75 * 4 + 0.25 * 16)
+    assert plan.average_weight_bits(numel, shares=SHARES) == pytest.approx(0.75 * 4 + 0.25 * 16)
 
 
 def test_output_error_shares_the_budget_between_metrics_and_metrics_inside(denoiser: nn.Module) -> None:

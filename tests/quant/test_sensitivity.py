@@ -138,7 +138,7 @@ def test_one_step_is_the_error_of_the_denoisers_output(
         exact = denoiser(x, t)
         with swapper.swapped(plan):
             error = denoiser(x, t) - exact
-        wanted = float(error.square().sum() / exact.square().sum())
+        wanted = float((error.square().sum() / exact.square().sum()).detach())
         assert one_step.error(plan, candidate.segment) == pytest.approx(wanted, rel=1e-4)
     found = proxies(denoiser, base, stats, {group.name: group}, candidates, one_step)
     on_rows = errors_on_rows(denoiser, base, stats, {group.name: group}, candidates)

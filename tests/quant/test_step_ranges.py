@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from viditq.errors import UserError
+from viditq.models.stdit import STDiT
+from viditq.quant.convert import linear_names
 from viditq.quant.plan import QuantPlan
 from viditq.quant.scheme import LayerScheme, QuantSpec
 from viditq.quant.step_ranges import RENAMES, edges_of, import_plan, linspace_levels, parse_ranges, renamed
@@ -95,3 +98,11 @@ def test_files_that_do_not_belong_together_are_refused(files: dict[str, Any]) ->
         edges_of([(0, 9), (10, 19)], [0.0, 0.5])
     with pytest.raises(UserError, match="leaves the weight in float"):
         import_plan(files["weight_4"], None, table, LayerScheme(None, SCHEME.activation))
+
+
+def test_names_are_those_of_the_real_model(plan: QuantPlan) -> None:
+    """All Linears of STDiT-XL/2 but those that the original keeps in float."""
+    with torch.device("meta"):
+        names = linear_names(STDiT(sample_size=4, num_frames=2))
+    kept = ("t_embedder.", "t_block.", "y_embedder.", "final_layer.")
+    assert set(plan.layers) == {name for name in names if not name.startswith(kept)}

@@ -17,6 +17,7 @@ from viditq.files import atomic, is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.quant.allocate import Assignment, cost_of, used
 from viditq.quant.candidates import SIDES, Candidate, candidate_plan, candidates_of
+from viditq.quant.convert import linear_names
 from viditq.quant.observers import CalibrationStats
 from viditq.quant.plan import QuantPlan
 from viditq.quant.search import SensitivitySearch, found_plan, groups_by_name
@@ -55,7 +56,7 @@ class _Searching:
         shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
         stats = CalibrationStats.load(job.stats_file)
         shares = step_shares(stats, e.plan.edges)
-        self.space = policy.search(e.plan, e.adapter.linear_roles(list(e.plan.layers)), shapes, shares)
+        self.space = policy.search(e.plan, e.adapter.linear_roles(linear_names(denoiser)), shapes, shares)
         self.groups = groups_by_name(self.space)
         self.candidates = candidates_of(self.space.groups, e.plan.num_segments, self.space.choices)
         self.prompts = e.data.calibration_prompts[: policy.num_prompts]
