@@ -197,6 +197,8 @@ def _trainer(node: Any) -> L.Trainer:
         trainer = instantiate(node, _convert_="all")
     except Exception as error:
         cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
         if isinstance(cause, MisconfigurationException | ValueError | TypeError):
             given = ", ".join(f"trainer.{key}={value}" for key, value in node.items() if key != "_target_")
             raise UserError(
