@@ -28,7 +28,7 @@ from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
-UNTRACKED = ("stages", "trainer", "logger", "debug", "cache_dir", "batch_size", "gate")
+UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "cache_dir", "batch_size", "gate")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@ text encoder's weights."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from viditq.errors import UserError
@@ -18,6 +18,7 @@ from viditq.estimate.hollow import hollowed, on_meta, shallow
 from viditq.files import read_json
 from viditq.models.adapter import COPY_AGAIN, ModelAdapter
 from viditq.models.checks import DTYPES
+from viditq.models.generate import group_by_shape
 from viditq.models.registry import find_class
 from viditq.models.text import PromptEmbeds, encode_prompt
 from viditq.quant.sizes import module_bytes
@@ -55,17 +56,13 @@ def on_meta_part(adapter: ModelAdapter, part: str, cls: Any, few_layers: bool = 
     return on_meta(lambda: cls.from_config(values), dtype_of(adapter, part))
 
 
-def bytes_of_parts(adapter: ModelAdapter) -> dict[str, int]:
-    """Part -> bytes of its tensors as they are loaded, in the order of the pipeline."""
-    return {part: module_bytes(on_meta_part(adapter, part, cls)) for part, cls in classes(adapter).items()}
-
-
-def count_parameters(adapter: ModelAdapter) -> dict[str, int]:
-    """Part -> number of parameters."""
-    return {
-        part: sum(p.numel() for p in on_meta_part(adapter, part, cls).parameters())
-        for part, cls in classes(adapter).items()
-    }
+def sizes(adapter: ModelAdapter) -> dict[str, tuple[int, int]]:
+    """Part -> its number of parameters and bytes as it is loaded, in the order of the pipeline."""
+    found = {}
+    for part, cls in classes(adapter).items():
+        module = on_meta_part(adapter, part, cls)
+        found[part] = (sum(p.numel() for p in module.parameters()), module_bytes(module))
+    return found
 
 
 def hollow_pipeline(adapter: ModelAdapter) -> Any:
@@ -80,18 +77,38 @@ def hollow_pipeline(adapter: ModelAdapter) -> Any:
     return _assembled(adapter, parts)
 
 
-def shape_of_embeds(adapter: ModelAdapter, prompt: str) -> PromptEmbeds:
-    """Embeddings of the right shapes and dtypes for `prompt`, of random values; masks and labels are the real ones."""
-    parts: dict[str, Any] = {}
-    for part in (name for name, value in adapter.index().items() if isinstance(value, list)):
-        cls = classes(adapter).get(part)
-        if part.startswith("text_") and cls is not None:
-            parts[part] = hollowed(on_meta_part(adapter, part, cls, few_layers=True))
-        elif not part.startswith(TEXT):
-            parts[part] = None
-    embeds = encode_prompt(adapter, _assembled(adapter, parts), prompt)
-    generator = torch.Generator().manual_seed(0)
-    return {name: _random(value, generator) for name, value in embeds.items()}
+class TextShapes:
+    """What prompts become, without the text encoder's weights: embeddings whose shapes and dtypes are right."""
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self.adapter = adapter
+        self._by_length: dict[int, PromptEmbeds] = {}
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        parts: dict[str, Any] = {}
+        for part in (name for name, value in self.adapter.index().items() if isinstance(value, list)):
+            cls = classes(self.adapter).get(part)
+            if part.startswith("text_") and cls is not None:
+                parts[part] = hollowed(on_meta_part(self.adapter, part, cls, few_layers=True))
+            elif not part.startswith(TEXT):
+                parts[part] = None
+        return _assembled(self.adapter, parts)
+
+    def embeds(self, prompt: str) -> PromptEmbeds:
+        """Random values in place of the encoder's; masks and labels are the real ones. Prompts of equally many tokens
+        have equal shapes, so that only the first of them is encoded."""
+        tokenizer = getattr(self._pipeline, self.adapter.prompt_tokenizer, None)
+        length = 0 if tokenizer is None else len(tokenizer(prompt)["input_ids"])
+        if length not in self._by_length:
+            generator = torch.Generator().manual_seed(0)
+            embeds = encode_prompt(self.adapter, self._pipeline, prompt)
+            self._by_length[length] = {name: _random(value, generator) for name, value in embeds.items()}
+        return self._by_length[length]
+
+    def calls(self, prompts: Sequence[str]) -> int:
+        """How many calls of the pipeline sample them in one batch: one for each shape."""
+        return len(group_by_shape([self.embeds(prompt) for prompt in prompts]))
 
 
 def _random(value: Tensor, generator: torch.Generator) -> Tensor:
@@ -109,14 +126,13 @@ def _assembled(adapter: ModelAdapter, parts: Mapping[str, Any]) -> Any:
     return pipeline
 
 
-def names_in_half(folder: Path, dtypes: Sequence[str] = ("F16",)) -> set[str]:
-    """Parameters that the safetensors files of `folder` hold in float16; only headers are read."""
+def names_in_half(adapter: ModelAdapter) -> set[str]:
+    """Parameters of the denoisers that their safetensors files hold in float16, as far as they are here."""
     found: set[str] = set()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            import json
-
-            header = json.loads(file.read(length))
-        found |= {name for name, entry in header.items() if name != "__metadata__" and entry["dtype"] in dtypes}
+    for part in adapter.denoiser_names:
+        prefix = f"{part}." if len(adapter.denoiser_names) > 1 else ""
+        folder = adapter.denoiser_source.part(part, weights=False)
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found |= {prefix + name for name in file.keys() if file.get_slice(name).get_dtype() == "F16"}
     return found
