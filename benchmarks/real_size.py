@@ -1,12 +1,12 @@
-"""Real sizes on an ordinary machine: a denoiser of its real configuration and random weights is calibrated and quantized,
-each stage in a process of its own, and what it took is set against what `estimate` said before.
+"""Real sizes on an ordinary machine: a denoiser of its real configuration and random weights is calibrated and
+quantized, each stage in a process of its own, and what it took is set against what `estimate` said before.
 
     python benchmarks/real_size.py pixart_alpha                  # PixArt-XL/2, 28 blocks x 1152
     python benchmarks/real_size.py opensora_v1 --folder /data    # STDiT-XL/2; keeps the random pipeline there
 
-The denoiser is real in everything but its values. VAE and text encoder are those of the tiny models (the encoder widened to
-the denoiser's captions), latents are small, prompts and steps few: none of them changes what calibrating and quantizing
-hold. Rounding is to nearest, W4A8 with static smoothing.
+The denoiser is real in everything but its values. VAE and text encoder are tiny (the encoder as wide as the denoiser's
+captions), latents small, prompts and steps few: none of them changes what quantizing holds, and calibrating holds more
+by the activations of larger latents alone. Rounding is to nearest, W4A8 with static smoothing.
 """
 
 import argparse

@@ -42,7 +42,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     experiment = build(cfg)
     run_dir = RunDir(folder, experiment.tracked)
     if cfg.estimate:
-        return tell(experiment, run_dir, cfg.estimate)
+        tell(experiment, run_dir, cfg.estimate)
+        return None
     count = processes_to_launch(experiment)
     if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
         experiment.make_metrics()  # one that cannot be built is seen now, not after hours of sampling

@@ -142,7 +142,7 @@ def test_durations_in_words(value: float, text: str) -> None:
 
 
 def test_an_unknown_mode_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="estimate='often' is unknown: true .* meta"):
+    with pytest.raises(UserError, match=r"estimate='often' is unknown: true .* meta"):
         run(tmp_path / "run", tmp_path / "cache", "estimate=often")
 
 
@@ -168,7 +168,7 @@ def test_a_model_whose_shapes_depend_on_values_is_told_of(
         return forward(self, hidden_states, *args, **kwargs)
 
     monkeypatch.setattr(PixArtTransformer2DModel, "forward", functools.wraps(forward)(packing))
-    with pytest.raises(UserError, match="depend on values .* Use estimate=true"):
+    with pytest.raises(UserError, match=r"depend on values .* Use estimate=true"):
         told(configure, shrunk, tmp_path, "meta")
 
 

@@ -60,7 +60,9 @@ def model(request: pytest.FixtureRequest, configure: Callable[..., Any]) -> Any:
     return adapter, getattr(adapter.load(), adapter.denoiser)
 
 
-def plan_of(configure: Callable[..., Any], adapter: ModelAdapter, denoiser: nn.Module, overrides: list[str]) -> QuantPlan:
+def plan_of(
+    configure: Callable[..., Any], adapter: ModelAdapter, denoiser: nn.Module, overrides: list[str]
+) -> QuantPlan:
     setting = instantiate(configure(*overrides).quant, _convert_="all")
     plan: QuantPlan = setting.plan(linear_names(denoiser), adapter.keep_float)
     return plan
@@ -90,7 +92,11 @@ def test_an_artifact_is_as_large_as_counted(
 
 
 def test_a_file_of_tensors_is_counted_to_the_byte(tmp_path: Path) -> None:
-    tensors = {"b": torch.zeros(3, 5), "a": torch.zeros(7, dtype=torch.uint8), "c.d": torch.zeros((), dtype=torch.int64)}
+    tensors = {
+        "b": torch.zeros(3, 5),
+        "a": torch.zeros(7, dtype=torch.uint8),
+        "c.d": torch.zeros((), dtype=torch.int64),
+    }
     write_tensors(tmp_path / "x.safetensors", tensors)
     assert load_file(tmp_path / "x.safetensors").keys() == tensors.keys()
     entries = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}

@@ -55,7 +55,7 @@ def offload_layers(model: nn.Module, device: torch.device) -> None:
 
 
 class Visit(ModelHook):
-    """Brings a QuantLinear's bias and current variant, with what its backend has derived, and forgets them afterwards."""
+    """Brings a QuantLinear's bias and current variant, with what its backend has derived; forgets them afterwards."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -6,7 +6,7 @@ import gc
 import resource
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,8 +79,8 @@ def estimate(job: Job, mode: Any) -> Estimate:
     e, trainer = job.experiment, job.experiment.make_trainer()
     base = resident_bytes()
     skeleton = e.adapter.build_denoiser()
-    linears = {name: skeleton.get_submodule(name) for name in linear_names(skeleton)}
-    in_features = {name: int(linear.in_features) for name, linear in linears.items()}
+    linears: dict[str, Any] = {name: skeleton.get_submodule(name) for name in linear_names(skeleton)}
+    in_features = {name: linear.in_features for name, linear in linears.items()}
     dtype = DTYPES[e.quant.float_dtype or e.adapter.dtype]
     quantized = laid_out(e.adapter.build_denoiser().to(dtype), e.plan, e.adapter.timestep_scale)
     texts = parts.TextShapes(e.adapter)
@@ -152,12 +152,14 @@ def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: t
     denoiser = e.adapter.denoiser_of(pipeline)
     in_half = frozenset(n for n, t in denoiser.state_dict().items() if t.dtype == torch.float32 and _fits_half(t))
     seconds = seconds_to_quantize(denoiser, e.plan) if e.plan.layers else None
-    quantized = made_up_quantized(e.adapter, e.plan, denoiser, dtype) if e.plan.layers else None
     float_model = probed(pipeline)
-    if quantized is None:
+    if not e.plan.layers:
         return _Seen(float_model, None, seconds, in_half)
-    del pipeline, denoiser
+    quantized_weights = {f"{name}.weight" for name in e.plan.layers}
+    kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
+    del pipeline, denoiser  # the two need not fit side by side
     gc.collect()
+    quantized = made_up_quantized(e.adapter, e.plan, kept, dtype)
     if e.quant.float_dtype not in (None, e.adapter.dtype):
         DtypeBoundary(quantized, dtype, e.adapter.torch_dtype, e.adapter.timestep_argument)
     return _Seen(float_model, probed(e.adapter.load(quantized)), seconds, in_half)
@@ -199,8 +201,8 @@ def _remarks(mode: Any, seen: _Seen, gpu: bool) -> list[str]:
         ]
     else:
         lines += [
-            "Durations: one forward of a whole batch, times their number; other sizes of batches in proportion. Encoding, "
-            "metrics and the report are not in them, nor loading; observing adds up to a fifth to calibrate.",
+            "Durations: one forward of a whole batch, times their number; other sizes of batches in proportion. "
+            "Encoding, metrics and the report are not in them, nor loading; observing adds up to a fifth to calibrate.",
         ]
     if not gpu:
         lines.append("RAM is that of one process, the interpreter and its libraries included.")

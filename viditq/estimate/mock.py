@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,14 +20,11 @@ NUM_BUCKETS = 20  # enough that every segment has one
 
 
 def made_up_quantized(
-    adapter: ModelAdapter, plan: QuantPlan, float_denoiser: nn.Module, dtype: torch.dtype
+    adapter: ModelAdapter, plan: QuantPlan, kept: Mapping[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
-    """The quantized denoiser with what stays in float from `float_denoiser`, codes 0 and scales 1."""
+    """The quantized denoiser with codes 0 and scales 1; kept: the float denoiser's tensors that are not quantized."""
     quantized = laid_out(adapter.build_denoiser().to(dtype), plan, adapter.timestep_scale)
-    known = float_denoiser.state_dict()
-    tensors = {
-        name: known[name].to(t.dtype) if name in known else _made_up(t) for name, t in quantized.state_dict().items()
-    }
+    tensors = {name: kept[name] if name in kept else _made_up(t) for name, t in quantized.state_dict().items()}
     quantized.load_state_dict(tensors, assign=True)
     for layer in quant_linears(quantized).values():
         layer.prepare()
@@ -42,9 +40,10 @@ def seconds_to_quantize(denoiser: nn.Module, plan: QuantPlan) -> float | None:
     """Of all layers, from the time that the largest one takes; None for a rounding whose time is not in proportion."""
     if any(scheme.rounding != "nearest" for scheme in plan.schemes.values()):
         return None
-    numel = {name: denoiser.get_submodule(name).weight.numel() for name in plan.layers}
+    linears: dict[str, Any] = {name: denoiser.get_submodule(name) for name in plan.layers}
+    numel = {name: linear.weight.numel() for name, linear in linears.items()}
     largest = max(numel, key=lambda name: numel[name])
-    linear: Any = denoiser.get_submodule(largest)
+    linear = linears[largest]
     alone = _Alone(linear)
     one = QuantPlan(plan.edges, plan.schemes, {"linear": plan.layers[largest]})
     stats = CalibrationStats({"linear": _made_up_observer(linear.in_features)})

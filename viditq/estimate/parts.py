@@ -134,5 +134,6 @@ def names_in_half(adapter: ModelAdapter) -> set[str]:
         folder = adapter.denoiser_source.part(part, weights=False)
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                found |= {prefix + name for name in file.keys() if file.get_slice(name).get_dtype() == "F16"}
+                names = list(file.keys())  # safe_open cannot be iterated over
+                found |= {prefix + name for name in names if file.get_slice(name).get_dtype() == "F16"}
     return found

@@ -111,8 +111,8 @@ def probe_on_meta(adapter: ModelAdapter, pipeline: Any, embeds: PromptEmbeds, ba
     for name in adapter.denoiser_names:
         denoiser = getattr(pipeline, name)
         denoiser.forward = meta.around(denoiser.forward, twin_on_meta(denoiser), "forward")
-    vae = getattr(pipeline, "vae", None)
-    if isinstance(vae, nn.Module):
+    vae: Any = getattr(pipeline, "vae", None)
+    if vae is not None:
         vae.decode = meta.around(vae.decode, twin_on_meta(vae), "decode")
     clips = generate(adapter, pipeline, [embeds] * batch_size, list(range(batch_size)), seed=0)
     return Probe(
@@ -166,7 +166,7 @@ def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 
 
 def freeze(scheduler: Any) -> None:
-    """Let `scheduler.step` return the sample unchanged, so that latents stay of the size of noise whatever is predicted."""
+    """Let `scheduler.step` return the sample unchanged: latents stay as large as noise, whatever is predicted."""
     if getattr(scheduler.step, "frozen", False):
         return
     signature = inspect.signature(scheduler.step)

@@ -34,7 +34,9 @@ def duration(seconds: float | None) -> str:
 def show(console: Console, name: str, model: str, estimate: Estimate) -> None:
     """Print the estimate."""
     how = "a forward of a whole batch was timed" if estimate.durations else "from the configuration alone"
-    console.print(f"[bold]Estimate[/bold] of {name} on {model}, batches of {estimate.batch_size}: {how}; nothing was run.")
+    console.print(
+        f"[bold]Estimate[/bold] of {name} on {model}, batches of {estimate.batch_size}: {how}; nothing was run."
+    )
     console.print(parts_table(estimate))
     console.print(weights_table(estimate))
     console.print(stages_table(estimate))

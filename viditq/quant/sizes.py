@@ -1,6 +1,7 @@
 """Bytes counted from shapes alone: weights before and after quantization, files, statistics.
 
-Nothing is computed and no weight is needed: a quantized denoiser is laid out on the meta device, as loading an artifact does.
+Nothing is computed and no weight is needed: a quantized denoiser is laid out on the meta device, as loading an artifact
+does.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def module_bytes(module: nn.Module) -> int:
     return tensor_bytes([*module.parameters(), *module.buffers()])
 
 
-def laid_out(denoiser: nn.Module, plan: QuantPlan, timestep_scale: float = 1000.0) -> nn.Module:
+def laid_out(denoiser: nn.Module, plan: QuantPlan, timestep_scale: float | Mapping[str, Any] = 1000.0) -> nn.Module:
     """`denoiser`, whose parameters are on meta, with the QuantLinears of `plan` swapped in (in place)."""
     build_quantized(denoiser, plan, "fake", timestep_scale)
     return denoiser
