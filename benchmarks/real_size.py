@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import T5Config, T5EncoderModel
 
 from viditq import config
 from viditq.assets import SHIPPED
+from viditq.engine.processes import Processes
 from viditq.estimate import estimate
 from viditq.estimate.table import duration, size
 from viditq.experiment import Experiment, build
@@ -87,14 +89,14 @@ def experiment_of(name: str, folder: Path) -> tuple[Experiment, RunDir]:
     """The experiment and the folder of its run."""
     config.register()
     write = folder / "prompts.txt"
-    write.write_text("a small red circle on a white background\na large blue square on a black background\n")
+    write.write_text("a small red circle on a white background\n")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose(
             "config",
             [
-                *(f"model={name}", f"model.path='{folder / 'model'}'", "model.dtype=float32", "model.num_steps=4"),
+                *(f"model={name}", f"model.path='{folder / 'model'}'", "model.dtype=float32", "model.num_steps=2"),
                 *(f"model.height={LATENT * 4}", f"model.width={LATENT * 4}", *MODELS[name][3]),
-                *("data=prompt_file", f"data.path='{write}'", "data.num_prompts=2", "data.num_calibration_prompts=2"),
+                *("data=prompt_file", f"data.path='{write}'", "data.num_prompts=1", "data.num_calibration_prompts=1"),
                 *("quant=w4a8", "quant/smoothing=static", "logger=none", "metric=psnr", "name=real_size"),
                 *(f"cache_dir='{folder / 'cache'}'", "batch_size=1", "noise_floor.num_prompts=0"),
             ],
@@ -114,10 +116,6 @@ def child(task: str, name: str, folder: Path) -> None:
     experiment, run_dir = experiment_of(name, folder)
     job = Job(experiment, run_dir)
     if task != "estimate":
-        from dataclasses import replace
-
-        from viditq.engine.processes import Processes
-
         run_stages(replace(experiment, stages=(task,)), run_dir, Processes())
         return
     told = estimate(job, True)
@@ -150,21 +148,36 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         if not (folder / "model").is_dir():
             measured("build", args.model, folder)
-        results = {task: measured(task, args.model, folder) for task in ("estimate", *STAGES)}
+        took, peak = measured("estimate", args.model, folder)
         told = json.loads((folder / "told.json").read_text())
-        run = folder / "run"
-        stats = next((folder / "cache" / "stats").rglob("stats.safetensors"))
-        print(f"\n{args.model}: {told['parameters']:,} parameters in the denoiser")
-        print(f"  artifact    estimated {size(told['artifact'])}, measured {size(size_bytes(run / 'quantized'))}")
-        print(f"  statistics  estimated {size(told['statistics'])}, measured {size(stats.stat().st_size)}")
-        own = {**read_seconds(stats.parent), **read_seconds(run)}
+        print(f"\n{args.model}: {told['parameters']:,} parameters in the denoiser", flush=True)
+        print(f"  estimating  peak RAM {size(peak)}, {duration(took)}", flush=True)
         for stage in STAGES:
+            took, peak = measured(stage, args.model, folder)
             print(
-                f"  {stage:10s}  peak RAM estimated {size(told['peaks'][stage])}, measured {size(results[stage][1])}; "
-                f"estimated {duration(told['seconds'].get(stage))}, measured {duration(own.get(stage))} "
-                f"(whole process {duration(results[stage][0])})"
+                f"  {stage:10s}  peak RAM estimated {size(told['peaks'][stage])}, measured {size(peak)}; "
+                f"estimated {duration(told['seconds'].get(stage))}, measured {duration(own_seconds(folder, stage))} "
+                f"(whole process {duration(took)})",
+                flush=True,
             )
-        print(f"  estimating  peak RAM {size(results['estimate'][1])}, {duration(results['estimate'][0])}")
+        for what, there in (
+            ("artifact", size_bytes(folder / "run" / "quantized")),
+            ("statistics", stats_file(folder).stat().st_size),
+        ):
+            print(f"  {what:10s}  estimated {told[what]:,} bytes, measured {there:,}")
+
+
+def stats_file(folder: Path) -> Path:
+    """The statistics of the run."""
+    return next((folder / "cache" / "stats").rglob("stats.safetensors"))
+
+
+def own_seconds(folder: Path, stage: str) -> float | None:
+    """What the stage itself recorded."""
+    recorded = read_seconds(folder / "run")
+    if stage not in ("prompts", "quantize", "generate"):
+        recorded |= read_seconds(stats_file(folder).parent)
+    return recorded.get(stage)
 
 
 if __name__ == "__main__":

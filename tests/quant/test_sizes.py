@@ -57,7 +57,7 @@ def made_up_stats(denoiser: nn.Module, names: list[str]) -> CalibrationStats:
 def model(request: pytest.FixtureRequest, configure: Callable[..., Any]) -> Any:
     """Adapter, its denoiser and their names of Linears."""
     adapter: ModelAdapter = instantiate(configure(f"model={request.param}").model, _convert_="all")
-    return adapter, getattr(adapter.load(), adapter.denoiser)
+    return adapter, adapter.denoiser_of(adapter.load())
 
 
 def plan_of(

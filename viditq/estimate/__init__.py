@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,9 @@ def estimate(job: Job, mode: Any) -> Estimate:
     float_bytes = {name: size for name, (_, size) in sizes.items()}
     denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
     text_bytes = sum(size for name, size in float_bytes.items() if name.startswith(parts.TEXT))
-    stats = stats_bytes(in_features, e.num_buckets, e.rows_per_bucket) if e.plan.needs_stats else 0
+    stats = (
+        stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, e.plan.moment_layers) if e.plan.needs_stats else 0
+    )
     pieces = Pieces(
         denoiser=denoiser_bytes,
         rest=sum(float_bytes.values()) - denoiser_bytes - text_bytes,
@@ -109,7 +112,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
     gpu = trainer.strategy.root_device.type != "cpu"
     in_half = seen.in_half if seen.in_half is not None else parts.names_in_half(e.adapter)
     artifact = artifact_bytes(quantized, e.plan, in_half, {"model": e.adapter.to_dict(), "weights": e.weights})
-    works = work_of(job, texts, seen.float_model, seen.quantized, seen.quantize_seconds)
+    works = work_of(job, texts, seen.float_model, seen.quantized, (seen.load_seconds, seen.quantize_seconds))
     return Estimate(
         durations=mode is True,
         batch_size=batch,
@@ -136,6 +139,7 @@ class _Seen:
 
     float_model: Probe
     quantized: Probe | None = None
+    load_seconds: float = 0.0
     quantize_seconds: float | None = None
     in_half: frozenset[str] | None = None
 
@@ -148,13 +152,15 @@ def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: t
         _place(pipeline, trainer)
         return probe(e.adapter, pipeline, embeds, batch, synchronize)
 
+    start = time.perf_counter()
     pipeline = e.adapter.load()
+    loading = time.perf_counter() - start
     denoiser = e.adapter.denoiser_of(pipeline)
     in_half = frozenset(n for n, t in denoiser.state_dict().items() if t.dtype == torch.float32 and _fits_half(t))
     seconds = seconds_to_quantize(denoiser, e.plan) if e.plan.layers else None
     float_model = probed(pipeline)
     if not e.plan.layers:
-        return _Seen(float_model, None, seconds, in_half)
+        return _Seen(float_model, None, loading, seconds, in_half)
     quantized_weights = {f"{name}.weight" for name in e.plan.layers}
     kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
     del pipeline, denoiser  # the two need not fit side by side
@@ -162,7 +168,7 @@ def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: t
     quantized = made_up_quantized(e.adapter, e.plan, kept, dtype)
     if e.quant.float_dtype not in (None, e.adapter.dtype):
         DtypeBoundary(quantized, dtype, e.adapter.torch_dtype, e.adapter.timestep_argument)
-    return _Seen(float_model, probed(e.adapter.load(quantized)), seconds, in_half)
+    return _Seen(float_model, probed(e.adapter.load(quantized)), loading, seconds, in_half)
 
 
 def _fits_half(tensor: torch.Tensor) -> bool:
@@ -201,8 +207,9 @@ def _remarks(mode: Any, seen: _Seen, gpu: bool) -> list[str]:
         ]
     else:
         lines += [
-            "Durations: one forward of a whole batch, times their number; other sizes of batches in proportion. "
-            "Encoding, metrics and the report are not in them, nor loading; observing adds up to a fifth to calibrate.",
+            "Durations: loading, and one forward of a whole batch times their number; other sizes of batches in "
+            "proportion. Not in them: encoding, metrics, the report, and writing; observing adds up to a fifth, more "
+            "where batches are tiny.",
         ]
     if not gpu:
         lines.append("RAM is that of one process, the interpreter and its libraries included.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from viditq.quant.sizes import WeightBytes
 
+HOLES = 0.4  # of the dense weights: glibc's heap keeps the temporaries between them (MALLOC_MMAP_THRESHOLD_ avoids it)
 TEMPORARY_PER_WEIGHT = 21  # while a weight is quantized: float32 copies, scaled and rounded, int16 and uint8 codes
 
 
@@ -42,7 +43,8 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     activations, step = max(p.step, p.decode), p.step
     models = p.denoiser + p.rest
     quantized = p.weights.resident + p.rest
-    both = models + p.rest + p.weights.resident
+    both = models + quantized
+    holes = round(HOLES * p.weights.dense)
     # what is on the CPU whatever computes; and beside it, on the device that computes
     on_cpu = {
         "prompts": p.text,
@@ -54,8 +56,8 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         + p.weights.resident
         - p.weights.rest
         + max(p.stats, TEMPORARY_PER_WEIGHT * p.largest_layer, p.weights.rest // 2),
-        "generate": quantized,
-        "diagnose": both,
+        "generate": quantized + holes,
+        "diagnose": both + holes,
     }
     computing = {
         "prompts": 0,

@@ -38,7 +38,7 @@ def _made_up(tensor: Tensor) -> Tensor:
 
 def seconds_to_quantize(denoiser: nn.Module, plan: QuantPlan) -> float | None:
     """Of all layers, from the time that the largest one takes; None for a rounding whose time is not in proportion."""
-    if any(scheme.rounding != "nearest" for scheme in plan.schemes.values()):
+    if any(scheme.rounding.needs_moments for scheme in plan.schemes.values()):
         return None
     linears: dict[str, Any] = {name: denoiser.get_submodule(name) for name in plan.layers}
     numel = {name: linear.weight.numel() for name, linear in linears.items()}

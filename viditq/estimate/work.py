@@ -29,8 +29,8 @@ class Work:
 class Counter:
     """Samples, forwards and seconds of batches, from what was seen of one batch of the float or the quantized model."""
 
-    def __init__(self, job: Job, texts: TextShapes) -> None:
-        self.job, self.texts = job, texts
+    def __init__(self, job: Job, texts: TextShapes, load_seconds: float) -> None:
+        self.job, self.texts, self.load_seconds = job, texts, load_seconds
         self.size, self.count = job.experiment.batch_size, job.num_prompts
 
     def missing(self, folder: Path, count: int) -> list[list[int]]:
@@ -47,15 +47,15 @@ class Counter:
         seconds = None
         if seen.forward_seconds is not None and seen.decode_seconds is not None:
             each = seen.forwards * seen.forward_seconds + (seen.decode_seconds if decode else 0.0)
-            seconds = each * samples / seen.batch_size
+            seconds = each * samples / seen.batch_size + (self.load_seconds if batches else 0.0)
         return Work(samples, kept, calls * seen.forwards, seconds, "" if batches else "nothing left to do")
 
 
 def work_of(
-    job: Job, texts: TextShapes, seen: Probe, quantized: Probe | None, quantize_seconds: float | None
+    job: Job, texts: TextShapes, seen: Probe, quantized: Probe | None, once: tuple[float, float | None]
 ) -> Mapping[str, Work]:
-    """Stage -> its work, of the configured stages."""
-    e, count, counter = job.experiment, job.num_prompts, Counter(job, texts)
+    """Stage -> its work, of the configured stages. once: seconds to load the pipeline, and to quantize its weights."""
+    e, count, counter = job.experiment, job.num_prompts, Counter(job, texts, once[0])
     prompts, calibration = e.data.prompts, e.data.calibration_prompts
     later, made = quantized or seen, job.run_dir.artifact.is_dir()
     floors = [batch for entry in job.floors.values() for batch in counter.missing(entry.path, job.floor_size)]
@@ -69,7 +69,7 @@ def work_of(
         "calibrate": counter.work(
             seen, calibration, [] if observed else batches_of(len(calibration), e.batch_size), decode=False
         ),
-        "quantize": Work(seconds=0.0 if made else quantize_seconds, note="nothing left to do" if made else ""),
+        "quantize": Work(seconds=0.0 if made else _total(once), note="nothing left to do" if made else ""),
         "generate": counter.work(later, prompts, counter.missing(job.run_dir.samples, count), count),
         "diagnose": _both(
             counter.work(seen, prompts, batches, decode=False), counter.work(later, prompts, batches, decode=False)
@@ -90,3 +90,7 @@ def _both(exact: Work, quantized: Work) -> Work:
     if exact.seconds is not None and quantized.seconds is not None:
         seconds = exact.seconds + 2 * quantized.seconds
     return Work(exact.samples, 0, exact.forwards + quantized.forwards, seconds, exact.note)
+
+
+def _total(once: tuple[float, float | None]) -> float | None:
+    return None if once[1] is None else once[0] + once[1]

@@ -125,14 +125,20 @@ def safetensors_bytes(entries: Mapping[str, Entry]) -> int:
     return 8 + text + -text % 8 + end
 
 
-def stats_bytes(in_features: Mapping[str, int], num_buckets: int, rows_per_bucket: int) -> int:
-    """Size of the file of calibration statistics of these Linears (name -> in_features)."""
+def stats_bytes(
+    in_features: Mapping[str, int], num_buckets: int, rows_per_bucket: int, moment_layers: Iterable[str] = ()
+) -> int:
+    """Size of the file of calibration statistics of these Linears (name -> in_features).
+
+    moment_layers: those with second moments; those that turn out to read the same tensor share them, so that with any
+    it is the most that the file can take.
+    """
     entries: dict[str, Entry] = {}
     for layer, width in in_features.items():
         observer = Observer(num_buckets, width, rows_per_bucket, "meta")
         tensors = {field: getattr(observer, field) for field in REDUCTIONS}
         entries |= {f"{layer}/{field}": (t.dtype, tuple(t.shape)) for field, t in tensors.items()}
-    return safetensors_bytes(entries)
+    return safetensors_bytes(entries) + sum(4 * in_features[layer] ** 2 for layer in moment_layers)
 
 
 def artifact_bytes(quantized: nn.Module, plan: QuantPlan, in_half: Iterable[str], meta: Mapping[str, Any]) -> int:
