@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from viditq.quant.sizes import WeightBytes
 
-HOLES = 0.4  # of the dense weights: glibc's heap keeps the temporaries between them (MALLOC_MMAP_THRESHOLD_ avoids it)
+# Of the dense weights: glibc's heap keeps the holes of temporaries between them (MALLOC_MMAP_THRESHOLD_ avoids it).
+HOLES, HOLES_QUANTIZING = 0.4, 0.2
 TEMPORARY_PER_WEIGHT = 21  # while a weight is quantized: float32 copies, scaled and rounded, int16 and uint8 codes
 
 
@@ -55,6 +56,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         + p.stats
         + p.weights.resident
         - p.weights.rest
+        + round(HOLES_QUANTIZING * p.weights.dense)
         + max(p.stats, TEMPORARY_PER_WEIGHT * p.largest_layer, p.weights.rest // 2),
         "generate": quantized + holes,
         "diagnose": both + holes,
