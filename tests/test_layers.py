@@ -25,7 +25,7 @@ FLOORS = [
         "quant",
         *(
             f"quant.{n}"
-            for n in ["calibration", "convert", "artifact", "diagnosis", "reached", "sensitivity", "allocate"]
+            for n in ["calibration", "convert", "artifact", "diagnosis", "reached", "sizes", "sensitivity", "allocate"]
         ),
     },
     {"models", "data", "metrics", "report"},
@@ -35,6 +35,7 @@ FLOORS = [
         "cli",
         "config",
         "console",
+        "estimate",
         "experiment",
         "gate",
         "job",

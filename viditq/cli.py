@@ -75,10 +75,13 @@ def summary_of_sweep() -> list[JobRecord]:
 
 def guarded_run(cfg: DictConfig, folder: Path) -> None:
     """`runner.run` with its errors as an exit status and a message; in a sweep they go into the job's record."""
+    from viditq.estimate.traces import remove_traces
     from viditq.runner import run
 
     job = current_job(folder)
     status = guarded(cfg, lambda: run(cfg, folder), job)
+    if cfg.estimate and job is None:
+        remove_traces(folder)
     if status and job is None:
         sys.exit(status)
 

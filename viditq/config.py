@@ -55,6 +55,7 @@ class RootConfig:
     batch_size: int = 8
     cache_dir: str = "outputs/_cache"
     debug: bool = False
+    estimate: Any = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     noise_floor: NoiseFloorConfig = field(default_factory=NoiseFloorConfig)
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
@@ -94,9 +95,15 @@ def nodes() -> int:
     return int(os.environ.get("SLURM_NNODES", 1))
 
 
+def unless(estimate: Any, value: Any) -> Any:
+    """`value`, or nothing where the run is only estimated."""
+    return None if estimate else value
+
+
 def register() -> None:
     """Make the schema and the resolver known to Hydra."""
     ConfigStore.instance().store(name="schema", node=RootConfig)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("local_processes", local_processes, replace=True)
+    OmegaConf.register_new_resolver("unless", unless, replace=True)
     OmegaConf.register_new_resolver("nodes", nodes, replace=True)

@@ -28,7 +28,7 @@ from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
-UNTRACKED = ("stages", "trainer", "logger", "debug", "cache_dir", "batch_size", "gate")
+UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "cache_dir", "batch_size", "gate")
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,8 @@ def _trainer(node: Any) -> L.Trainer:
         trainer = instantiate(node, _convert_="all")
     except Exception as error:
         cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
         if isinstance(cause, MisconfigurationException | ValueError | TypeError):
             given = ", ".join(f"trainer.{key}={value}" for key, value in node.items() if key != "_target_")
             raise UserError(

@@ -19,6 +19,8 @@ from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
 from viditq.engine.processes import Processes, environment, joined
 from viditq.errors import GateFailed, UserError
+from viditq.estimate import check_mode, estimate
+from viditq.estimate.table import show
 from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
@@ -36,8 +38,12 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     slow where possible.
     """
     quiet_libraries()
+    check_mode(cfg.estimate)
     experiment = build(cfg)
     run_dir = RunDir(folder, experiment.tracked)
+    if cfg.estimate:
+        tell(experiment, run_dir, cfg.estimate)
+        return None
     count = processes_to_launch(experiment)
     if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
         experiment.make_metrics()  # one that cannot be built is seen now, not after hours of sampling
@@ -48,6 +54,13 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         else:
             run_stages(experiment, run_dir, processes)
         return conclude(experiment, run_dir) if processes.first else None
+
+
+def tell(experiment: Experiment, run_dir: RunDir, mode: Any) -> None:
+    """Print what the run would need."""
+    if sweep_name() is not None:
+        raise UserError("estimate tells of one run: leave out -m.")
+    show(terminal(), experiment.name, experiment.adapter.name, estimate(Job(experiment, run_dir), mode))
 
 
 def processes_to_launch(experiment: Experiment) -> int:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from viditq.engine.offload import offload_layers, offload_pipeline
 from viditq.engine.partials import Partial, Partials
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate
@@ -32,6 +34,11 @@ class PipelineModule(L.LightningModule):
         self.adapter, self.pipeline, self.load_embeds, self.seed = adapter, pipeline, load_embeds, seed
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         self.parts = nn.ModuleDict(parts)
+
+    def offload(self, offload: str, device: torch.device) -> None:
+        """Leave the models on the CPU but while they compute; Lightning no longer moves them."""
+        self.parts = nn.ModuleDict()
+        offload_pipeline(self.pipeline, offload, device)
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Stop at SIGTERM: Lightning only takes note of it, and heeds it in training alone."""
@@ -98,7 +105,14 @@ class Diagnosing(Accumulation):
 
     def __init__(self, *args: Any, quantized: nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.quantized = quantized  # moved to the device with this module
+        self.quantized: nn.Module | None = quantized  # moved to the device with this module
+
+    def offload(self, offload: str, device: torch.device) -> None:
+        """Of the quantized denoiser always layer by layer: its layers are also called outside it."""
+        super().offload(offload, device)
+        if self.quantized is not None:
+            offload_layers(self.quantized, device)
+        self.quantized = None
 
     def noise_indices(self, indices: list[int]) -> list[int]:
         """Those of the evaluation."""
@@ -120,7 +134,10 @@ class _Batches(Dataset[Any]):
         return self.batches[number]
 
 
-def run_batches(trainer: L.Trainer, module: L.LightningModule, batches: Sequence[Any]) -> None:
+def run_batches(trainer: L.Trainer, module: PipelineModule, batches: Sequence[Any]) -> None:
     """`trainer.predict` over this process's batches (lists of indices); a process without any takes part, idle."""
+    offload = getattr(trainer, "offload", None)
+    if offload is not None:
+        module.offload(offload, trainer.strategy.root_device)
     loader = DataLoader(_Batches(batches), batch_size=None, collate_fn=lambda batch: batch)
     trainer.predict(module, loader, return_predictions=False)

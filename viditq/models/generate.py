@@ -101,7 +101,7 @@ def _call(
     seed: int,
     output: str,
 ) -> Tensor:
-    device = next(adapter.denoiser_of(pipeline).parameters()).device
+    device = pipeline._execution_device  # not that of the weights, which may be offloaded
     arguments = _arguments(adapter, {k: v.to(device) for k, v in _stack(embeds).items()})
     if "negative_prompt_embeds" in arguments and "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
         arguments["negative_prompt"] = None

@@ -68,7 +68,6 @@ class Diagnosis:
         self.sums.merge(other.sums)
 
     def __enter__(self) -> Diagnosis:
-        self.sums.to(next(self._denoiser.parameters()).device)
         quantized = denoisers_of(self._quantized)
         handles = [
             part.register_forward_hook(partial(self._measure_output, quantized[prefix]), with_kwargs=True)

@@ -40,6 +40,8 @@ class ErrorSums:
 
     def add_error(self, row: int, bucket: int, quantized: Tensor, exact: Tensor) -> None:
         """Adds ||quantized - exact||^2 and ||exact||^2."""
+        if self.squared_error.device != exact.device:  # weights that are offloaded lie elsewhere than they compute
+            self.to(exact.device)
         exact = exact.float()
         error = quantized.to(exact.device, exact.dtype) - exact
         self.squared_error[row, bucket] += error.square().sum(dtype=torch.float64)

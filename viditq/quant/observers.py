@@ -57,6 +57,8 @@ class Observer:
 
     def update(self, bucket: int, x_LNC: Tensor, candidates: Tensor, keys: Tensor, layer: str) -> None:
         """Adds one input. candidates: indices into its L N rows; keys: theirs. NaN or inf: UserError."""
+        if self.minimum.device != x_LNC.device:  # made before the model was moved, or its weights are offloaded
+            self.to(x_LNC.device)
         lo_LC, hi_LC = x_LNC.amin(1), x_LNC.amax(1)
         amax_LC = torch.maximum(-lo_LC, hi_LC).double()
         total_C = amax_LC.sum(0)

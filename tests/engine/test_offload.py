@@ -1,0 +1,161 @@
+"""Offloaded pipelines give what others give; the CPU plays the GPU, and the meta device shows where tensors lie."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from viditq.engine.offload import check_offload, offload_layers, offload_pipeline
+from viditq.engine.sampling import Calibration, Diagnosing, Generation, run_batches
+from viditq.errors import UserError
+from viditq.experiment import build
+from viditq.models.adapter import ModelAdapter
+from viditq.models.generate import generate
+from viditq.quant.calibration import Calibrator
+from viditq.quant.convert import linear_names, quantize_denoiser
+from viditq.quant.diagnosis import Diagnosis
+from viditq.quant.linear import quant_linears
+from viditq.quant.observers import Observer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def adapter(configure: Callable[..., Any]) -> ModelAdapter:
+    made: ModelAdapter = instantiate(configure("model=tiny_image", "model.num_steps=3").model, _convert_="all")
+    return made
+
+
+@pytest.fixture(scope="module")
+def embeds(adapter: ModelAdapter) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(1, adapter.max_tokens or 0, dtype=torch.int64)
+    values = {f"{n}prompt_embeds": torch.randn(1, 16, 96, generator=generator) for n in ("", "negative_")}
+    return {**values, "prompt_attention_mask": mask, "negative_prompt_attention_mask": mask.clone()}
+
+
+@pytest.fixture(scope="module")
+def plan(adapter: ModelAdapter, configure: Callable[..., Any]) -> Any:
+    setting = instantiate(configure("quant=w4a8", "quant/smoothing=timestep_aware").quant, _convert_="all")
+    return setting.plan(linear_names(adapter.build_denoiser()), adapter.keep_float)
+
+
+@pytest.fixture(scope="module")
+def stats(adapter: ModelAdapter, embeds: dict[str, Tensor]) -> Any:
+    pipeline = adapter.load()
+    calibrator = Calibrator(pipeline.transformer, linear_names(pipeline.transformer))
+    calibrator.set_sample_seeds([0])
+    with calibrator:
+        generate(adapter, pipeline, [embeds], [0], 0)
+    return calibrator.stats
+
+
+def loaded(adapter: ModelAdapter, plan: Any, stats: Any) -> Any:
+    pipeline = adapter.load()
+    if plan is not None:
+        quantize_denoiser(pipeline.transformer, plan, stats)
+    return pipeline
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_samples_are_the_same(
+    offload: str, quantized: bool, adapter: ModelAdapter, embeds: dict[str, Tensor], plan: Any, stats: Any
+) -> None:
+    plan = plan if quantized else None
+    expected = generate(adapter, loaded(adapter, plan, stats), [embeds, embeds], [0, 1], 0)
+    pipeline = loaded(adapter, plan, stats)
+    offload_pipeline(pipeline, offload, CPU)
+    assert torch.equal(generate(adapter, pipeline, [embeds, embeds], [0, 1], 0), expected)
+
+
+def test_between_calls_weights_are_away(adapter: ModelAdapter, plan: Any, stats: Any) -> None:
+    denoiser = loaded(adapter, plan, stats).transformer
+    biases = {f"{name}.bias" for name in quant_linears(denoiser)}
+    offload_layers(denoiser, CPU)
+    assert {p.device.type for n, p in denoiser.named_parameters() if n not in biases} == {"meta"}
+    assert quant_linears(denoiser).keys() == set(plan.layers)
+
+
+def test_tensors_of_the_current_variant_alone_go_to_the_device(adapter: ModelAdapter, plan: Any, stats: Any) -> None:
+    """Computing on meta: only there does a device differ from the CPU on this machine."""
+    denoiser = loaded(adapter, plan, stats).transformer
+    layer = next(iter(quant_linears(denoiser).values()))
+    offload_layers(denoiser, torch.device("meta"))
+    layer.context.set_timestep(900)
+    seen: list[tuple[str, str]] = []
+
+    def linear(variant: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        current, other = layer.current_variant(), next(v for v in layer.variants if v is not layer.current_variant())
+        seen.append((current.dense_weight.device.type, other.dense_weight.device.type))
+        return x
+
+    layer.backend = SimpleNamespace(linear=linear)
+    assert layer(torch.zeros(1, layer.in_features)).is_meta
+    assert seen == [("meta", "cpu")]
+    assert {v.dense_weight.device.type for v in layer.variants} == {"cpu"}
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_lightning_moves_nothing_and_the_stages_agree(
+    offload: str, adapter: ModelAdapter, embeds: dict[str, Tensor], plan: Any, stats: Any, configure: Callable[..., Any]
+) -> None:
+    """Generation, calibration and diagnosis, through the trainer."""
+
+    def run(offload: str | None) -> tuple[Tensor, Any, Any]:
+        trainer = instantiate(configure("trainer=cpu").trainer, _convert_="all")
+        trainer.offload = offload  # as on a GPU: the constructor refuses it here
+        arguments = (adapter, loaded(adapter, None, None), lambda i: embeds, 0)
+        clips: list[Tensor] = []
+        module = Generation(*arguments, sink=lambda i, clip: clips.append(clip))
+        run_batches(trainer, module, [[0]])
+        assert (len(list(module.parameters())) == 0) == (offload is not None)
+        partials = SimpleNamespace(load=lambda rank: SimpleNamespace(done=frozenset(), state={}), save=lambda *_: None)
+        pipeline = loaded(adapter, None, None)
+        calibrator = Calibrator(pipeline.transformer, linear_names(pipeline.transformer))
+        arguments = (adapter, pipeline, lambda i: embeds, 0)
+        run_batches(trainer, Calibration(*arguments, accumulator=calibrator, partials=partials, rank=0), [(0, [0])])
+        pipeline, quantized = loaded(adapter, None, None), loaded(adapter, plan, stats).transformer
+        diagnosis = Diagnosis(pipeline.transformer, quantized, plan)
+        arguments = (adapter, pipeline, lambda i: embeds, 0)
+        diagnosing = Diagnosing(*arguments, accumulator=diagnosis, quantized=quantized, partials=partials, rank=0)
+        run_batches(trainer, diagnosing, [(0, [0])])
+        return clips[0], calibrator.state(), diagnosis.state()
+
+    (clip, observed, errors), (clip_0, observed_0, errors_0) = run(offload), run(None)
+    assert torch.equal(clip, clip_0)
+    for mine, theirs in ((observed, observed_0), (errors, errors_0)):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_statistics_follow_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    observer, moved = Observer(2, 4, 3), []
+    real = observer.minimum
+    observer.minimum = real.to("meta")
+
+    def to(self: Observer, device: torch.device) -> None:
+        moved.append(device)
+        self.minimum = real
+
+    monkeypatch.setattr(Observer, "to", to)
+    observer.update(0, torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), "layer")
+    observer.update(0, torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), "layer")
+    assert moved == [CPU]
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_there_is_nothing_to_spare_without_a_gpu(offload: str, configure: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=rf"trainer.offload={offload} spares .* trainer=gpu"):
+        build(configure("experiment=smoke", f"trainer.offload={offload}"))
+    check_offload(offload, torch.device("cuda", 0))
+    check_offload(None, CPU)
+
+
+def test_unknown_offloads_are_refused(configure: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="offload='disk' is unknown; choose null or one of model, sequential"):
+        build(configure("experiment=smoke", "trainer.offload=disk"))

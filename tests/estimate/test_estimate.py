@@ -1,0 +1,178 @@
+"""Estimates against what a run does: bytes of its files, forwards of its denoisers, batches of its stages."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from viditq import runner
+from viditq.errors import UserError
+from viditq.estimate import Estimate, estimate
+from viditq.estimate.table import duration, show, size
+from viditq.experiment import build
+from viditq.job import Job
+from viditq.quant.artifact import size_bytes
+from viditq.run_dir import RunDir
+from viditq.stages import FUNCTIONS
+
+ROOT = Path(__file__).parents[2]
+VIDEO = ("model=tiny_video", "metric=psnr", "data.num_prompts=3", "batch_size=2", "noise_floor.num_prompts=2")
+
+
+def told(configure: Callable[..., Any], shrunk: list[str], folder: Path, mode: Any, *overrides: str) -> Estimate:
+    experiment = build(configure(*shrunk, f"cache_dir='{folder / 'cache'}'", *overrides))
+    return estimate(Job(experiment, RunDir(folder / "run", experiment.tracked)), mode)
+
+
+@pytest.fixture(scope="module")
+def counted_run(
+    run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Counter[str], dict[str, int]]:
+    """A run of tiny_video whose captions differ in length: its folder, forwards by stage, bytes of its caches."""
+    from diffusers import LatteTransformer3DModel
+
+    folder = tmp_path_factory.mktemp("counted")
+    forwards: Counter[str] = Counter()
+    stage, forward = [""], LatteTransformer3DModel.forward
+
+    @functools.wraps(forward)
+    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forwards[stage[0]] += 1
+        return forward(self, *args, **kwargs)
+
+    def named(name: str, function: Callable[[Job], str]) -> Callable[[Job], str]:
+        def work(job: Job) -> str:
+            stage[0] = name
+            return function(job)
+
+        return work
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatteTransformer3DModel, "forward", counting)
+        for name, function in FUNCTIONS.items():
+            patch.setitem(FUNCTIONS, name, named(name, function))
+        run(folder / "run", folder / "cache", *VIDEO)
+    on_disk = {
+        kind: sum(f.stat().st_size for f in (folder / "cache" / kind).rglob("*.safetensors"))
+        for kind in ("stats", "prompts", "reference")
+    }
+    return folder, forwards, on_disk
+
+
+@pytest.mark.parametrize("mode", [True, "meta"])
+def test_forwards_and_files_are_those_of_the_run(
+    mode: Any, counted_run: Any, configure: Callable[..., Any], shrunk: list[str], tmp_path: Path
+) -> None:
+    folder, forwards, on_disk = counted_run
+    e = told(configure, shrunk, tmp_path, mode, *VIDEO)
+    assert {stage: work.forwards for stage, work in e.works.items() if work.forwards} == forwards
+    assert e.disk["artifact"] == pytest.approx(size_bytes(folder / "run" / "quantized"), rel=0.01)
+    assert e.disk["statistics"] == pytest.approx(on_disk["stats"], rel=0.01)
+    assert e.disk["embeddings of prompts"] == pytest.approx(on_disk["prompts"], rel=0.3)  # lengths differ
+    samples = on_disk["reference"] + sum(f.stat().st_size for f in (folder / "run" / "samples").glob("*.safetensors"))
+    assert e.disk["samples"] == pytest.approx(samples, rel=0.01)
+    assert (e.works["reference"].seconds is not None) == (mode is True)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_what_is_there_already_is_not_counted(
+    counted_run: Any, configure: Callable[..., Any], shrunk: list[str], tmp_path: Path
+) -> None:
+    e = told(configure, shrunk, counted_run[0], "meta", *VIDEO)
+    assert sum(work.forwards for work in e.works.values()) == 0
+    assert e.works["reference"].note == e.works["prompts"].note == "nothing left to do"
+
+
+@pytest.mark.parametrize("model", ["tiny_image", "tiny_video"])
+def test_activations_on_meta_are_those_of_the_real_model(
+    model: str, configure: Callable[..., Any], shrunk: list[str], tmp_path: Path
+) -> None:
+    real, meta = (told(configure, shrunk, tmp_path, mode, f"model={model}") for mode in (True, "meta"))
+    assert real.probe.forward_bytes == meta.probe.forward_bytes
+    assert real.probe.decode_bytes == pytest.approx(meta.probe.decode_bytes, rel=0.15)
+    assert real.weights == meta.weights
+    assert real.artifact == meta.artifact
+    assert {stage: peak.ram for stage, peak in real.peaks.items()} == pytest.approx(
+        {stage: peak.ram for stage, peak in meta.peaks.items()}, rel=0.05
+    )
+
+
+def test_peaks_grow_with_what_they_hold(configure: Callable[..., Any], shrunk: list[str], tmp_path: Path) -> None:
+    few, many = (told(configure, shrunk, tmp_path, "meta", f"calibration.num_buckets={n}") for n in (5, 40))
+    assert many.stats == pytest.approx(8 * few.stats, rel=0.05)
+    assert many.peaks["calibrate"].ram > few.peaks["calibrate"].ram
+    assert many.peaks["reference"].ram == few.peaks["reference"].ram
+
+
+def test_unquantized_and_unknown_stages(configure: Callable[..., Any], shrunk: list[str], tmp_path: Path) -> None:
+    e = told(configure, shrunk, tmp_path, True, "experiment=fp16", "model=tiny_image", "batch_size=2")
+    assert e.weights.codes == e.weights.dense == 0
+    assert e.works["evaluate"].note == "not estimated"
+
+
+def test_the_tables_say_it_all(configure: Callable[..., Any], shrunk: list[str], tmp_path: Path) -> None:
+    console = Console(width=100, record=True)
+    e = told(configure, shrunk, tmp_path, "meta")
+    show(console, "smoke", "tiny_image", e)
+    text = console.export_text()
+    for words in ("2,745,040", "codes, packed", "calibrate", "statistics", "no durations", "Not counted"):
+        assert words in text
+    assert size(e.artifact) in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (999, "999 B"), (2_440_000_000, "2.44 GB"), (999_700, "1000 kB"), (None, "-")]
+)
+def test_sizes_in_words(value: float | None, text: str) -> None:
+    assert size(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.5, "0.5 s"), (38, "38 s"), (600, "10 min"), (18_800, "5.2 h")])
+def test_durations_in_words(value: float, text: str) -> None:
+    assert duration(value) == text
+
+
+def test_an_unknown_mode_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"estimate='often' is unknown: true .* meta"):
+        run(tmp_path / "run", tmp_path / "cache", "estimate=often")
+
+
+def test_the_command_leaves_nothing_behind(tmp_path: Path, shrunk: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), *shrunk, "estimate=meta"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Estimate of smoke on tiny_image" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_shapes_depend_on_values_is_told_of(
+    configure: Callable[..., Any], shrunk: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import PixArtTransformer2DModel
+
+    forward = PixArtTransformer2DModel.forward
+
+    def packing(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if bool((hidden_states > 1e9).any()):
+            raise AssertionError
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(PixArtTransformer2DModel, "forward", functools.wraps(forward)(packing))
+    with pytest.raises(UserError, match=r"depend on values .* Use estimate=true"):
+        told(configure, shrunk, tmp_path, "meta")
+
+
+def test_a_run_does_not_know_of_the_key(configure: Callable[..., Any], shrunk: list[str]) -> None:
+    assert "estimate" not in build(configure(*shrunk)).tracked
+    assert runner.tell.__doc__
+    assert torch.is_grad_enabled()

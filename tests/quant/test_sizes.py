@@ -1,0 +1,115 @@
+"""Counted bytes against the files themselves."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from safetensors.torch import load_file
+from torch import nn
+
+from viditq.files import write_tensors
+from viditq.models.adapter import ModelAdapter
+from viditq.quant.artifact import MODEL, save_denoiser, size_bytes
+from viditq.quant.convert import linear_names, quantize_denoiser
+from viditq.quant.linear import quant_linears
+from viditq.quant.observers import CalibrationStats, Observer
+from viditq.quant.plan import QuantPlan
+from viditq.quant.sizes import (
+    artifact_bytes,
+    laid_out,
+    module_bytes,
+    safetensors_bytes,
+    stats_bytes,
+    stored_entries,
+    tensor_bytes,
+    weight_bytes,
+)
+
+SETTINGS = {
+    "w8a8": ["quant=w8a8"],
+    "w8a8 smoothed": ["quant=w8a8", "quant/smoothing=static"],
+    "w4a8": ["quant=w4a8"],
+    "w4a8 smoothed by segment": ["quant=w4a8", "quant/smoothing=timestep_aware"],
+    "w4a8 naive": ["quant=w4a8_naive"],
+    "groups": ["quant=w4a8", "quant/format@quant.weight=int4_group64"],
+    "activations alone": ["quant=w8a8", "quant.weight=null"],
+}
+
+
+def made_up_stats(denoiser: nn.Module, names: list[str]) -> CalibrationStats:
+    """Statistics as if every bucket had seen something."""
+    layers = {}
+    for name in names:
+        observer = Observer(4, denoiser.get_submodule(name).in_features, 3)
+        observer.minimum.fill_(-1.0)
+        observer.maximum.copy_(torch.rand_like(observer.maximum) + 0.5)
+        observer.amax_sum.copy_(observer.maximum)
+        observer.count.fill_(1)
+        layers[name] = observer
+    return CalibrationStats(layers)
+
+
+@pytest.fixture(scope="module", params=["tiny_image", "tiny_video"])
+def model(request: pytest.FixtureRequest, configure: Callable[..., Any]) -> Any:
+    """Adapter, its denoiser and their names of Linears."""
+    adapter: ModelAdapter = instantiate(configure(f"model={request.param}").model, _convert_="all")
+    return adapter, adapter.denoiser_of(adapter.load())
+
+
+def plan_of(
+    configure: Callable[..., Any], adapter: ModelAdapter, denoiser: nn.Module, overrides: list[str]
+) -> QuantPlan:
+    setting = instantiate(configure(*overrides).quant, _convert_="all")
+    plan: QuantPlan = setting.plan(linear_names(denoiser), adapter.keep_float)
+    return plan
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_an_artifact_is_as_large_as_counted(
+    setting: str, model: Any, configure: Callable[..., Any], tmp_path: Path
+) -> None:
+    adapter, denoiser = model
+    plan = plan_of(configure, adapter, denoiser, SETTINGS[setting])
+    counted = laid_out(adapter.build_denoiser(), plan)
+    in_half = [n for n, t in denoiser.state_dict().items() if torch.equal(t.half().float(), t)]
+    meta = {"model": adapter.to_dict()}
+
+    quantized = copy.deepcopy(denoiser)
+    quantize_denoiser(quantized, plan, made_up_stats(denoiser, list(plan.layers)))
+    save_denoiser(tmp_path / "artifact", quantized, plan, meta)
+
+    assert artifact_bytes(counted, plan, in_half, meta) == pytest.approx(size_bytes(tmp_path / "artifact"), rel=0.01)
+    file = tmp_path / "artifact" / MODEL
+    assert safetensors_bytes(stored_entries(counted, in_half)) == pytest.approx(file.stat().st_size, rel=0.002)
+    assert weight_bytes(counted) == weight_bytes(quantized)
+    assert weight_bytes(counted).stored == tensor_bytes(quantized.state_dict().values())
+    variants = [v for q in quant_linears(quantized).values() for v in q.variants]
+    assert weight_bytes(counted).dense == tensor_bytes(v.dense_weight for v in variants if v.qweight is not None)
+
+
+def test_a_file_of_tensors_is_counted_to_the_byte(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.zeros(3, 5),
+        "a": torch.zeros(7, dtype=torch.uint8),
+        "c.d": torch.zeros((), dtype=torch.int64),
+    }
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    assert load_file(tmp_path / "x.safetensors").keys() == tensors.keys()
+    entries = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    assert safetensors_bytes(entries) == (tmp_path / "x.safetensors").stat().st_size
+
+
+def test_statistics_are_counted_to_the_byte(tmp_path: Path) -> None:
+    widths = {"first": 12, "second.third": 40}
+    stats = CalibrationStats({name: Observer(5, width, 3) for name, width in widths.items()})
+    stats.save(tmp_path / "stats.safetensors")
+    assert stats_bytes(widths, 5, 3) == (tmp_path / "stats.safetensors").stat().st_size
+
+
+def test_a_module_counts_parameters_and_buffers() -> None:
+    module = nn.BatchNorm1d(6)  # weight, bias, running mean and variance in float32, one int64
+    assert module_bytes(module) == 4 * 6 * 4 + 8

@@ -1,0 +1,221 @@
+"""`estimate=true`: what a run will need, told before it starts; nothing is written."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from viditq.engine.offload import offload_pipeline
+from viditq.errors import UserError
+from viditq.estimate import parts
+from viditq.estimate.memory import Peak, Pieces, peaks
+from viditq.estimate.mock import made_up_quantized, seconds_to_quantize
+from viditq.estimate.probe import Probe, probe, probe_on_meta
+from viditq.estimate.work import Work, work_of
+from viditq.job import Job
+from viditq.models.checks import DTYPES
+from viditq.models.generate import DtypeBoundary
+from viditq.models.text import PromptEmbeds
+from viditq.quant.convert import linear_names
+from viditq.quant.sizes import (
+    WeightBytes,
+    artifact_bytes,
+    laid_out,
+    module_bytes,
+    stats_bytes,
+    tensor_bytes,
+    weight_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All bytes. parts: part -> (parameters, bytes as loaded). float16: the denoisers' parameters in two bytes each.
+
+    base: what the process held before. probes of the float and of the quantized model; works: stage -> what it does.
+    """
+
+    durations: bool
+    batch_size: int
+    processes: int
+    parts: Mapping[str, tuple[int, int]]
+    denoisers: tuple[str, ...]
+    float16: int
+    weights: WeightBytes
+    artifact: int
+    stats: int
+    base: int
+    probe: Probe
+    quantized_probe: Probe | None
+    works: Mapping[str, Work]
+    peaks: Mapping[str, Peak]
+    disk: Mapping[str, int]
+    remarks: tuple[str, ...]
+
+
+def check_mode(mode: Any) -> None:
+    """Raises UserError for a value of the key `estimate` that means nothing."""
+    if mode not in (False, True, "meta"):
+        raise UserError(
+            f"estimate={mode!r} is unknown: true loads the model and times a step, meta takes its configuration alone "
+            "(no durations), false runs."
+        )
+
+
+def estimate(job: Job, mode: Any) -> Estimate:
+    """The estimate of a run.
+
+    mode: True = two denoiser forwards of a whole batch are computed, on the run's device, with embeddings of
+    made-up values; "meta" = from the model's configuration alone, without its weights and without durations.
+    Raises UserError for a model whose shapes "meta" cannot follow.
+    """
+    e, trainer = job.experiment, job.experiment.make_trainer()
+    base = resident_bytes()
+    skeleton = e.adapter.build_denoiser()
+    linears: dict[str, Any] = {name: skeleton.get_submodule(name) for name in linear_names(skeleton)}
+    in_features = {name: linear.in_features for name, linear in linears.items()}
+    dtype = DTYPES[e.quant.float_dtype or e.adapter.dtype]
+    quantized = laid_out(e.adapter.build_denoiser().to(dtype), e.plan, e.adapter.timestep_scale)
+    texts = parts.TextShapes(e.adapter)
+    embeds = texts.embeds(e.data.prompts[0])
+    batch = min(e.batch_size, job.num_prompts)
+    if mode == "meta":
+        seen = _Seen(probe_on_meta(e.adapter, parts.hollow_pipeline(e.adapter), embeds, batch))
+    else:
+        seen = _measured(job, trainer, embeds, batch, dtype)
+    sizes = parts.sizes(e.adapter)
+    float_bytes = {name: size for name, (_, size) in sizes.items()}
+    denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
+    text_bytes = sum(size for name, size in float_bytes.items() if name.startswith(parts.TEXT))
+    stats = (
+        stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, e.plan.moment_layers) if e.plan.needs_stats else 0
+    )
+    pieces = Pieces(
+        denoiser=denoiser_bytes,
+        rest=sum(float_bytes.values()) - denoiser_bytes - text_bytes,
+        text=text_bytes,
+        step=seen.float_model.forward_bytes or 0,
+        decode=seen.float_model.decode_bytes or 0,
+        stats=stats,
+        weights=weight_bytes(quantized),
+        largest_layer=max((linears[name].weight.numel() for name in e.plan.layers), default=0),
+    )
+    layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
+    gpu = trainer.strategy.root_device.type != "cpu"
+    in_half = seen.in_half if seen.in_half is not None else parts.names_in_half(e.adapter)
+    artifact = artifact_bytes(quantized, e.plan, in_half, {"model": e.adapter.to_dict(), "weights": e.weights})
+    works = work_of(job, texts, seen.float_model, seen.quantized, (seen.load_seconds, seen.quantize_seconds))
+    return Estimate(
+        durations=mode is True,
+        batch_size=batch,
+        processes=trainer.world_size,
+        parts=sizes,
+        denoisers=tuple(e.adapter.denoiser_names),
+        float16=sum(2 * p.numel() for p in skeleton.parameters()),
+        weights=pieces.weights,
+        artifact=artifact,
+        stats=stats,
+        base=base,
+        probe=seen.float_model,
+        quantized_probe=seen.quantized,
+        works=works,
+        peaks=peaks(pieces, gpu, getattr(trainer, "offload", None), layer_bytes),
+        disk=_disk(job, works, seen.float_model, artifact, stats, embeds),
+        remarks=tuple(_remarks(mode, seen, gpu)),
+    )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was found by running; in_half: parameters that float16 holds without loss, None = not looked at."""
+
+    float_model: Probe
+    quantized: Probe | None = None
+    load_seconds: float = 0.0
+    quantize_seconds: float | None = None
+    in_half: frozenset[str] | None = None
+
+
+def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: torch.dtype) -> _Seen:
+    e, device = job.experiment, trainer.strategy.root_device
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def probed(pipeline: Any) -> Probe:
+        _place(pipeline, trainer)
+        return probe(e.adapter, pipeline, embeds, batch, synchronize)
+
+    start = time.perf_counter()
+    pipeline = e.adapter.load()
+    loading = time.perf_counter() - start
+    denoiser = e.adapter.denoiser_of(pipeline)
+    in_half = frozenset(n for n, t in denoiser.state_dict().items() if t.dtype == torch.float32 and _fits_half(t))
+    seconds = seconds_to_quantize(denoiser, e.plan) if e.plan.layers else None
+    float_model = probed(pipeline)
+    if not e.plan.layers:
+        return _Seen(float_model, None, loading, seconds, in_half)
+    quantized_weights = {f"{name}.weight" for name in e.plan.layers}
+    kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
+    del pipeline, denoiser  # the two need not fit side by side
+    gc.collect()
+    quantized = made_up_quantized(e.adapter, e.plan, kept, dtype)
+    if e.quant.float_dtype not in (None, e.adapter.dtype):
+        DtypeBoundary(quantized, dtype, e.adapter.torch_dtype, e.adapter.timestep_argument)
+    return _Seen(float_model, probed(e.adapter.load(quantized)), loading, seconds, in_half)
+
+
+def _fits_half(tensor: torch.Tensor) -> bool:
+    return torch.equal(tensor.half().float(), tensor)
+
+
+def _place(pipeline: Any, trainer: Any) -> None:
+    offload, device = getattr(trainer, "offload", None), trainer.strategy.root_device
+    if offload is not None:
+        offload_pipeline(pipeline, offload, device)
+    else:
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.to(device)
+
+
+def _disk(
+    job: Job, works: Mapping[str, Work], seen: Probe, artifact: int, stats: int, embeds: PromptEmbeds
+) -> dict[str, int]:
+    data = job.experiment.data
+    prompts = len({*data.prompts, *data.calibration_prompts})
+    kept = sum(works[name].kept for name in ("reference", "noise_floor", "generate") if name in works)
+    return {
+        "samples": kept * seen.sample_bytes,
+        "artifact": artifact,
+        "statistics": stats,
+        "embeddings of prompts": prompts * tensor_bytes(embeds.values()),
+    }
+
+
+def _remarks(mode: Any, seen: _Seen, gpu: bool) -> list[str]:
+    lines = ["Not counted: what a text encoder or a metric's network computes with, kernels' own workspace, caches."]
+    if mode == "meta":
+        lines += [
+            "From the configuration alone: no durations; attention is taken as fused (its matrix is never formed).",
+        ]
+    else:
+        lines += [
+            "Durations: loading, and one forward of a whole batch times their number; other sizes of batches in "
+            "proportion. Not in them: encoding, metrics, the report, and writing; observing adds up to a fifth, more "
+            "where batches are tiny.",
+        ]
+    if not gpu:
+        lines.append("RAM is that of one process, the interpreter and its libraries included.")
+    return lines
+
+
+def resident_bytes() -> int:
+    """The most that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,61 @@
+"""Models without weights: parameters that take no memory, outputs whose shapes come from the meta device.
+
+A hollow module has the class, configuration, device (the CPU) and dtype of the real one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+MAX_LAYERS = 4  # of a text encoder: shapes of embeddings do not depend on how many it has
+LAYER_KEYS = ("num_layers", "num_hidden_layers", "num_decoder_layers", "n_layer")
+
+
+def on_meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """What `build` makes, on the meta device in `dtype`, in evaluation mode."""
+    with init_empty_weights(include_buffers=False):
+        module = build()
+    return module.to(dtype).eval().requires_grad_(False)
+
+
+def hollowed(module: nn.Module) -> nn.Module:
+    """Parameters on meta replaced, in place, by zeros of the same shape that share one element in memory."""
+    for parent in module.modules():
+        for name, parameter in parent._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                parent._parameters[name] = nn.Parameter(zero, requires_grad=False)
+    return module
+
+
+def twin_on_meta(module: nn.Module) -> nn.Module:
+    """A copy on the meta device."""
+    return copy.deepcopy(module).to("meta")
+
+
+def as_meta(value: Any) -> Any:
+    """Tensors of a nested value, on meta."""
+    return tree_map_only(Tensor, lambda t: t.to("meta"), value)
+
+
+def as_zeros(value: Any) -> Any:
+    """Tensors of a nested value, as zeros on the CPU that share one element in memory."""
+    return tree_map_only(Tensor, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape), value)
+
+
+def shallow(config: Any) -> Any:
+    """A text encoder's configuration with few layers."""
+    config = copy.deepcopy(config)
+    for part in (config, getattr(config, "text_config", None)):
+        for key in LAYER_KEYS:
+            value = getattr(part, key, None)
+            if isinstance(value, int):
+                setattr(part, key, min(value, MAX_LAYERS))
+    return config

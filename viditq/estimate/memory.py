@@ -1,0 +1,93 @@
+"""The most that each stage holds, put together from weights, activations and statistics; all in bytes.
+
+A model of what the code does (which copies live at once), set against measurements in docs/estimate.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from viditq.quant.sizes import WeightBytes
+
+# Of the dense weights: glibc's heap keeps the holes of temporaries between them (MALLOC_MMAP_THRESHOLD_ avoids it).
+HOLES, HOLES_QUANTIZING = 0.4, 0.2
+TEMPORARY_PER_WEIGHT = 21  # while a weight is quantized: float32 copies, scaled and rounded, int16 and uint8 codes
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """denoiser, rest, text: weights as loaded (rest: VAE and others). step, decode: activations.
+
+    stats: calibration statistics. weights: the quantized denoiser. largest_layer: weights of the largest Linear.
+    """
+
+    denoiser: int
+    rest: int
+    text: int
+    step: int
+    decode: int
+    stats: int
+    weights: WeightBytes
+    largest_layer: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """ram: of the process, without interpreter and libraries. vram: None on a CPU."""
+
+    ram: int
+    vram: int | None = None
+
+
+def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -> dict[str, Peak]:
+    """Stage -> its peak."""
+    activations, step = max(p.step, p.decode), p.step
+    models = p.denoiser + p.rest
+    quantized = p.weights.resident + p.rest
+    both = models + quantized
+    holes = round(HOLES * p.weights.dense)
+    # what is on the CPU whatever computes; and beside it, on the device that computes
+    on_cpu = {
+        "prompts": p.text,
+        "reference": models,
+        "noise_floor": models,
+        "calibrate": models + 4 * p.stats,  # the observers, their file read back, and two copies on the way
+        "quantize": p.denoiser
+        + p.stats
+        + p.weights.resident
+        - p.weights.rest
+        + round(HOLES_QUANTIZING * p.weights.dense)
+        + max(p.stats, TEMPORARY_PER_WEIGHT * p.largest_layer, p.weights.rest // 2),
+        "generate": quantized + holes,
+        "diagnose": both + holes,
+    }
+    computing = {
+        "prompts": 0,
+        "reference": activations,
+        "noise_floor": activations,
+        "calibrate": step,
+        "quantize": 0,
+        "generate": activations,
+        "diagnose": 2 * step,
+    }
+    if not gpu:
+        # statistics are copied when a batch is done, when its activations are gone
+        beside = {
+            stage: max(0, size - 3 * p.stats if stage == "calibrate" else size) for stage, size in computing.items()
+        }
+        return {stage: Peak(size + beside[stage]) for stage, size in on_cpu.items()}
+    resident = {
+        "prompts": 0,
+        "reference": models,
+        "noise_floor": models,
+        "calibrate": models + p.stats,
+        "quantize": 0,
+        "generate": quantized,
+        "diagnose": both,
+    }
+    if offload == "model":
+        resident = {stage: max(size - p.rest, p.rest) if size else 0 for stage, size in resident.items()}
+    if offload == "sequential":
+        resident = {stage: largest_layer_bytes if size else 0 for stage, size in resident.items()}
+        resident["calibrate"] += p.stats
+    return {stage: Peak(size, resident[stage] + computing[stage]) for stage, size in on_cpu.items()}

@@ -1,0 +1,139 @@
+"""The parts of a pipeline for an estimate: their bytes, hollow ones from configurations alone, embeddings without the
+text encoder's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from viditq.errors import UserError
+from viditq.estimate.hollow import hollowed, on_meta, shallow
+from viditq.files import read_json
+from viditq.models.adapter import COPY_AGAIN, ModelAdapter
+from viditq.models.checks import DTYPES
+from viditq.models.generate import group_by_shape
+from viditq.models.registry import find_class
+from viditq.models.text import PromptEmbeds, encode_prompt
+from viditq.quant.sizes import module_bytes
+
+TEXT = ("text_", "tokenizer")
+
+
+def dtype_of(adapter: ModelAdapter, part: str) -> torch.dtype:
+    """The dtype in which a part of the pipeline is loaded."""
+    return DTYPES[adapter.component_dtypes.get(part, adapter.dtype)]
+
+
+def classes(adapter: ModelAdapter) -> dict[str, Any]:
+    """Part -> class, of the parts of the pipeline that are models."""
+    found = {}
+    for part, value in adapter.index().items():
+        if isinstance(value, list) and value[0] is not None:
+            library = transformers if value[0] == "transformers" else diffusers
+            cls = getattr(library, value[1], None) or find_class(value[1])
+            if isinstance(cls, type) and issubclass(cls, nn.Module):
+                found[part] = cls
+    return found
+
+
+def on_meta_part(adapter: ModelAdapter, part: str, cls: Any, few_layers: bool = False) -> nn.Module:
+    """One part of the pipeline from its config.json, on the meta device."""
+    if part in adapter.denoiser_names:
+        folder = adapter.denoiser_source.part(part, weights=False)
+    else:
+        folder = adapter.folder / part
+    if issubclass(cls, transformers.PreTrainedModel):
+        config = cls.config_class.from_pretrained(folder)
+        return on_meta(lambda: cls(shallow(config) if few_layers else config), dtype_of(adapter, part))
+    values = read_json(folder / "config.json", COPY_AGAIN)
+    return on_meta(lambda: cls.from_config(values), dtype_of(adapter, part))
+
+
+def sizes(adapter: ModelAdapter) -> dict[str, tuple[int, int]]:
+    """Part -> its number of parameters and bytes as it is loaded, in the order of the pipeline."""
+    found = {}
+    for part, cls in classes(adapter).items():
+        module = on_meta_part(adapter, part, cls)
+        found[part] = (sum(p.numel() for p in module.parameters()), module_bytes(module))
+    return found
+
+
+def hollow_pipeline(adapter: ModelAdapter) -> Any:
+    """The pipeline without its text part and without weights."""
+    parts: dict[str, Any] = {}
+    for part in (name for name, value in adapter.index().items() if isinstance(value, list)):
+        cls = classes(adapter).get(part)
+        if part.startswith(TEXT):
+            parts[part] = None
+        elif cls is not None:
+            parts[part] = hollowed(on_meta_part(adapter, part, cls))
+    return _assembled(adapter, parts)
+
+
+class TextShapes:
+    """What prompts become, without the text encoder's weights: embeddings whose shapes and dtypes are right."""
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self.adapter = adapter
+        self._by_length: dict[int, PromptEmbeds] = {}
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        parts: dict[str, Any] = {}
+        for part in (name for name, value in self.adapter.index().items() if isinstance(value, list)):
+            cls = classes(self.adapter).get(part)
+            if part.startswith("text_") and cls is not None:
+                parts[part] = hollowed(on_meta_part(self.adapter, part, cls, few_layers=True))
+            elif not part.startswith(TEXT):
+                parts[part] = None
+        return _assembled(self.adapter, parts)
+
+    def embeds(self, prompt: str) -> PromptEmbeds:
+        """Random values in place of the encoder's; masks and labels are the real ones. Prompts of equally many tokens
+        have equal shapes, so that only the first of them is encoded."""
+        tokenizer = getattr(self._pipeline, self.adapter.prompt_tokenizer, None)
+        length = 0 if tokenizer is None else len(tokenizer(prompt)["input_ids"])
+        if length not in self._by_length:
+            generator = torch.Generator().manual_seed(0)
+            embeds = encode_prompt(self.adapter, self._pipeline, prompt)
+            self._by_length[length] = {name: _random(value, generator) for name, value in embeds.items()}
+        return self._by_length[length]
+
+    def calls(self, prompts: Sequence[str]) -> int:
+        """How many calls of the pipeline sample them in one batch: one for each shape."""
+        return len(group_by_shape([self.embeds(prompt) for prompt in prompts]))
+
+
+def _random(value: Tensor, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return torch.randn(value.shape, generator=generator).to(value.dtype)
+
+
+def _assembled(adapter: ModelAdapter, parts: Mapping[str, Any]) -> Any:
+    try:
+        pipeline = find_class(adapter.pipeline).from_pretrained(adapter.folder, local_files_only=True, **parts)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The pipeline in {adapter.folder} cannot be put together: {error}. {COPY_AGAIN}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def names_in_half(adapter: ModelAdapter) -> set[str]:
+    """Parameters of the denoisers that their safetensors files hold in float16, as far as they are here."""
+    found: set[str] = set()
+    for part in adapter.denoiser_names:
+        prefix = f"{part}." if len(adapter.denoiser_names) > 1 else ""
+        folder = adapter.denoiser_source.part(part, weights=False)
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())  # safe_open cannot be iterated over
+                found |= {prefix + name for name in names if file.get_slice(name).get_dtype() == "F16"}
+    return found

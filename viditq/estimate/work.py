@@ -1,0 +1,96 @@
+"""What each stage computes: samples, forwards of the denoiser, seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from viditq.data.samples import missing_samples
+from viditq.engine.sampling import batches_of
+from viditq.estimate.parts import TextShapes
+from viditq.estimate.probe import Probe
+from viditq.files import is_whole
+from viditq.job import Job
+
+
+@dataclass(frozen=True)
+class Work:
+    """samples: sampled (in whole batches); kept: files they leave in the end, with those there already. forwards: of
+    float and quantized denoisers together. seconds: None = not told."""
+
+    samples: int = 0
+    kept: int = 0
+    forwards: int = 0
+    seconds: float | None = None
+    note: str = ""
+
+
+class Counter:
+    """Samples, forwards and seconds of batches, from what was seen of one batch of the float or the quantized model."""
+
+    def __init__(self, job: Job, texts: TextShapes, load_seconds: float) -> None:
+        self.job, self.texts, self.load_seconds = job, texts, load_seconds
+        self.size, self.count = job.experiment.batch_size, job.num_prompts
+
+    def missing(self, folder: Path, count: int) -> list[list[int]]:
+        """The batches that a stage will go through, as `stages.samples` cuts them."""
+        gone = set(missing_samples(folder, count, self.job.experiment.adapter.modality))
+        return [batch for batch in batches_of(self.count, self.size) if gone & set(batch)]
+
+    def work(
+        self, seen: Probe, prompts: list[str], batches: list[list[int]], kept: int = 0, decode: bool = True
+    ) -> Work:
+        """Of `batches` of indices into `prompts`; kept: files in the end."""
+        samples = sum(map(len, batches))
+        calls = sum(self.texts.calls([prompts[i] for i in batch]) for batch in batches)
+        seconds = None
+        if seen.forward_seconds is not None and seen.decode_seconds is not None:
+            each = seen.forwards * seen.forward_seconds + (seen.decode_seconds if decode else 0.0)
+            seconds = each * samples / seen.batch_size + (self.load_seconds if batches else 0.0)
+        return Work(samples, kept, calls * seen.forwards, seconds, "" if batches else "nothing left to do")
+
+
+def work_of(
+    job: Job, texts: TextShapes, seen: Probe, quantized: Probe | None, once: tuple[float, float | None]
+) -> Mapping[str, Work]:
+    """Stage -> its work, of the configured stages. once: seconds to load the pipeline, and to quantize its weights."""
+    e, count, counter = job.experiment, job.num_prompts, Counter(job, texts, once[0])
+    prompts, calibration = e.data.prompts, e.data.calibration_prompts
+    later, made = quantized or seen, job.run_dir.artifact.is_dir()
+    floors = [batch for entry in job.floors.values() for batch in counter.missing(entry.path, job.floor_size)]
+    observed = is_whole(job.stats_file) or not e.plan.needs_stats
+    diagnosed = 0 if is_whole(job.run_dir.errors) or not e.plan.layers else min(e.diagnosis_prompts, count)
+    batches = batches_of(diagnosed, e.batch_size)
+    works = {
+        "prompts": _encoding(job),
+        "reference": counter.work(seen, prompts, counter.missing(job.reference.path, count), count),
+        "noise_floor": counter.work(seen, prompts, floors, len(job.floors) * job.floor_size),
+        "calibrate": counter.work(
+            seen, calibration, [] if observed else batches_of(len(calibration), e.batch_size), decode=False
+        ),
+        "quantize": Work(seconds=0.0 if made else _total(once), note="nothing left to do" if made else ""),
+        "generate": counter.work(later, prompts, counter.missing(job.run_dir.samples, count), count),
+        "diagnose": _both(
+            counter.work(seen, prompts, batches, decode=False), counter.work(later, prompts, batches, decode=False)
+        ),
+    }
+    return {stage: works.get(stage, Work(note="not estimated")) for stage in e.stages}
+
+
+def _encoding(job: Job) -> Work:
+    data = job.experiment.data
+    left = [p for p in {*data.prompts, *data.calibration_prompts} if not is_whole(job.embeds_path(p))]
+    return Work(note=f"{len(left)} to encode" if left else "nothing left to do")
+
+
+def _both(exact: Work, quantized: Work) -> Work:
+    """The quantized denoiser runs twice beside the float one: as a whole, and layer by layer."""
+    seconds = None
+    if exact.seconds is not None and quantized.seconds is not None:
+        seconds = exact.seconds + 2 * quantized.seconds
+    return Work(exact.samples, 0, exact.forwards + quantized.forwards, seconds, exact.note)
+
+
+def _total(once: tuple[float, float | None]) -> float | None:
+    return None if once[1] is None else once[0] + once[1]

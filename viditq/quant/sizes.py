@@ -1,0 +1,156 @@
+"""Bytes counted from shapes alone: weights before and after quantization, files, statistics.
+
+Nothing is computed and no weight is needed: a quantized denoiser is laid out on the meta device, as loading an artifact
+does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from viditq.quant.artifact import FORMAT_VERSION, META, MODEL, PLAN
+from viditq.quant.convert import build_quantized
+from viditq.quant.linear import quant_linears
+from viditq.quant.observers import REDUCTIONS, Observer
+from viditq.quant.plan import QuantPlan
+
+NAMES = {  # safetensors' names of dtypes, for its header
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+KINDS = {"qweight": "codes", "weight_scale": "scales", "weight_zero_point": "zero_points"}
+Entry = tuple[torch.dtype, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a quantized denoiser's tensors as they lie in memory, by kind.
+
+    transforms: of the chains, static activation ranges and low-rank branches. rest: what stays in float. dense: the
+    dequantized weights that the fake backend adds (not stored).
+    """
+
+    codes: int
+    scales: int
+    zero_points: int
+    transforms: int
+    rest: int
+    dense: int
+
+    @property
+    def stored(self) -> int:
+        """All that is stored."""
+        return self.codes + self.scales + self.zero_points + self.transforms + self.rest
+
+    @property
+    def resident(self) -> int:
+        """What a process holds once the fake backend has prepared it."""
+        return self.stored + self.dense
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, on whatever device."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return tensor_bytes([*module.parameters(), *module.buffers()])
+
+
+def laid_out(denoiser: nn.Module, plan: QuantPlan, timestep_scale: float | Mapping[str, Any] = 1000.0) -> nn.Module:
+    """`denoiser`, whose parameters are on meta, with the QuantLinears of `plan` swapped in (in place)."""
+    build_quantized(denoiser, plan, "fake", timestep_scale)
+    return denoiser
+
+
+def weight_bytes(quantized: nn.Module) -> WeightBytes:
+    """By kind, of a denoiser that `laid_out` gave or of a real one."""
+    counts = dict.fromkeys(("codes", "scales", "zero_points", "transforms", "rest"), 0)
+    dense = 0
+    variants = {
+        f"{name}.variants.{i}.": v for name, q in quant_linears(quantized).items() for i, v in enumerate(q.variants)
+    }
+    for name, tensor in quantized.state_dict().items():
+        prefix, _, field = name.rpartition(".")
+        inside = next((p for p in (f"{prefix}.", *_parents(prefix)) if p in variants), None)
+        kind = "rest" if inside is None or field == "weight" else KINDS.get(field, "transforms")
+        counts[kind] += tensor_bytes([tensor])
+    for layer in quant_linears(quantized).values():
+        for variant in layer.variants:
+            if variant.qweight is not None:  # a weight in float is used as it is
+                dense += layer.in_features * layer.out_features * layer.dtype.itemsize
+    return WeightBytes(**counts, dense=dense)
+
+
+def _parents(prefix: str) -> list[str]:
+    parts = prefix.split(".")
+    return [".".join(parts[:i]) + "." for i in range(len(parts) - 1, 0, -1)]
+
+
+def stored_entries(quantized: nn.Module, in_half: Iterable[str]) -> dict[str, Entry]:
+    """Name -> dtype and shape in the artifact's file; in_half: float parameters that float16 holds without loss."""
+    half = set(in_half)
+    for name, layer in quant_linears(quantized).items():  # a weight kept as it was has another name there
+        kept = [i for i, v in enumerate(layer.variants) if v.weight is not None and not v.chain]
+        half |= {f"{name}.variants.{i}.weight" for i in kept if f"{name}.weight" in half}
+    return {
+        name: (torch.float16 if t.dtype == torch.float32 and name in half else t.dtype, tuple(t.shape))
+        for name, t in quantized.state_dict().items()
+    }
+
+
+def safetensors_bytes(entries: Mapping[str, Entry]) -> int:
+    """Size of a safetensors file, its header included."""
+    header, end = {}, 0
+    for name, (dtype, shape) in sorted(entries.items(), key=lambda e: (-e[1][0].itemsize, e[0])):
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + text + -text % 8 + end
+
+
+def stats_bytes(
+    in_features: Mapping[str, int], num_buckets: int, rows_per_bucket: int, moment_layers: Iterable[str] = ()
+) -> int:
+    """Size of the file of calibration statistics of these Linears (name -> in_features).
+
+    moment_layers: those with second moments; those that turn out to read the same tensor share them, so that with any
+    it is the most that the file can take.
+    """
+    entries: dict[str, Entry] = {}
+    for layer, width in in_features.items():
+        observer = Observer(num_buckets, width, rows_per_bucket, "meta")
+        tensors = {field: getattr(observer, field) for field in REDUCTIONS}
+        entries |= {f"{layer}/{field}": (t.dtype, tuple(t.shape)) for field, t in tensors.items()}
+    return safetensors_bytes(entries) + sum(4 * in_features[layer] ** 2 for layer in moment_layers)
+
+
+def artifact_bytes(quantized: nn.Module, plan: QuantPlan, in_half: Iterable[str], meta: Mapping[str, Any]) -> int:
+    """Size of all files that `save_denoiser` will write."""
+    entries = stored_entries(quantized, in_half)
+    widened = sorted(n for n, t in quantized.state_dict().items() if t.dtype != entries[n][0])
+    own = {
+        "format_version": FORMAT_VERSION,
+        "timestep_scale": 1000.0,
+        "dtypes": {name: str(q.dtype).removeprefix("torch.") for name, q in quant_linears(quantized).items()},
+        "widened": widened,
+        "sha256": dict.fromkeys((PLAN, MODEL, META), "0" * 64),
+    }
+    text = json.dumps({**meta, **own}, indent=1) + "\n"
+    return safetensors_bytes(entries) + len(plan.to_json().encode()) + len(text.encode())
