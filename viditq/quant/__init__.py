@@ -9,11 +9,11 @@ from viditq.quant.diagnosis import Diagnosis
 from viditq.quant.linear import QuantLinear, Variant
 from viditq.quant.observers import CalibrationStats, SegmentStats
 from viditq.quant.plan import QuantPlan
-from viditq.quant.ranges import GridFit, LpSearch, MinMax, Percentile
+from viditq.quant.ranges import GridFit, LpSearch, MinMax, NormalSteps, Percentile
 from viditq.quant.recipe import Recipe, Rule
 from viditq.quant.rounding import AdaRound, Gptq, Nearest
 from viditq.quant.scheme import LayerScheme, QuantSpec, RangeSpec, RoundingSpec, TransformSpec
-from viditq.quant.transforms import Chain, Rotate, RotateSpec, Smooth, SmoothSpec, Transform
+from viditq.quant.transforms import Chain, Rotate, RotateSpec, SalienceSpec, Smooth, SmoothSpec, Transform
 
 __all__ = [
     "AdaRound",
@@ -27,6 +27,7 @@ __all__ = [
     "LayerScheme",
     "LpSearch",
     "MinMax",
+    "NormalSteps",
     "Nearest",
     "Percentile",
     "QuantLinear",
@@ -36,6 +37,7 @@ __all__ = [
     "Recipe",
     "Rotate",
     "RotateSpec",
+    "SalienceSpec",
     "RoundingSpec",
     "Rule",
     "SegmentStats",

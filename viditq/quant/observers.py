@@ -4,7 +4,7 @@ Legend: K buckets, C in_features, L leading axis (one "sample" each), N tokens, 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -111,6 +111,26 @@ class SegmentStats:
         """Input rows [n, C] kept from the segment."""
         observer, buckets = self._observer, self._buckets
         return observer.rows[buckets][observer.keys[buckets] != NO_KEY]
+
+    @property
+    def bucket_amax(self) -> Tensor:
+        """Largest magnitude of each channel in each bucket with data, low noise first [K, C]."""
+        minimum_KC, maximum_KC = (getattr(self._observer, f)[self._buckets] for f in ("minimum", "maximum"))
+        return torch.maximum(-minimum_KC, maximum_KC)
+
+    def rows_like(self, density: Callable[[float], float]) -> Tensor:
+        """Input rows [n, C], of each bucket as many as `density` at its middle says next to the largest density.
+
+        A bucket's rows come in the reservoir's pseudo-random order, so its first ones are a sample. At least one row
+        of each bucket.
+        """
+        observer, num_all = self._observer, len(self._observer.count)
+        weights = [density((bucket + 0.5) / num_all) for bucket in self._buckets]
+        kept = []
+        for bucket, weight in zip(self._buckets, weights, strict=True):
+            rows = observer.rows[bucket][observer.keys[bucket] != NO_KEY]
+            kept.append(rows[: max(round(len(rows) * weight / max(weights)), 1)])
+        return torch.cat(kept)
 
     def amax(self, aggregate: str = "ema", percentile: float = 99.9) -> Tensor:
         """Magnitude of each channel.

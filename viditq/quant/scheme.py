@@ -168,6 +168,11 @@ class RangeSpec(NamedSpec):
         """float32 scale and zero point [G, 1] of `bits` and `symmetric` of `spec` for each row of values."""
         raise NotImplementedError
 
+    def rows_of(self, stats: Any) -> Tensor:
+        """Of a segment's kept input rows, those that a static activation's grid is fitted to [n, C]."""
+        rows: Tensor = stats.rows
+        return rows
+
 
 @dataclass(frozen=True)
 class RoundingSpec(NamedSpec):

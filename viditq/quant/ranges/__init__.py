@@ -3,6 +3,7 @@
 from viditq.quant.ranges.activation import static_grid
 from viditq.quant.ranges.grid_fit import GridFit
 from viditq.quant.ranges.min_max import MinMax, Percentile
+from viditq.quant.ranges.normal_steps import NormalSteps
 from viditq.quant.ranges.search import LpSearch
 
-__all__ = ["GridFit", "LpSearch", "MinMax", "Percentile", "static_grid"]
+__all__ = ["GridFit", "LpSearch", "MinMax", "NormalSteps", "Percentile", "static_grid"]

@@ -30,7 +30,7 @@ def static_grid(
         bounds = chain.bounds(stats.minimum.to(like.device), stats.maximum.to(like.device))
         if bounds is not None:
             return static_qparams(*bounds, spec)
-    rows_nC = chain.activation(stats.rows.to(like.device).float())
+    rows_nC = chain.activation(ranges.rows_of(stats).to(like.device).float())
     sets = granularity.activation_sets(rows_nC, spec.granularity, spec.group_size)
     scale, zero_point = ranges.fit(sets, spec)
     return (scale, zero_point) if spec.granularity == "group" else (scale.flatten(), zero_point.flatten())

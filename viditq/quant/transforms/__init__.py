@@ -2,6 +2,7 @@
 
 from viditq.quant.transforms.base import Chain, Transform
 from viditq.quant.transforms.rotate import Rotate, RotateSpec
+from viditq.quant.transforms.salience import SalienceSpec
 from viditq.quant.transforms.smooth import Smooth, SmoothSpec
 
-__all__ = ["Chain", "Rotate", "RotateSpec", "Smooth", "SmoothSpec", "Transform"]
+__all__ = ["Chain", "Rotate", "RotateSpec", "SalienceSpec", "Smooth", "SmoothSpec", "Transform"]
