@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.viditq_grid import Grid
 from viditq import config
 from viditq.experiment import build
 from viditq.quant.convert import linear_names
@@ -25,6 +27,7 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
+METHODS = [name for name in options("experiment") if name != "bench" and not re.match(r"w\d|fp16|smoke|tune", name)]
 PRESETS = [name for name in options("quant") if name != "base"]
 SHIPPED_MODELS = [m for m in options("model") if "\npath: shipped:" in (ROOT / f"conf/model/{m}.yaml").read_text()]
 
@@ -43,6 +46,30 @@ def test_experiment_builds(name: str, configure: Configure, tmp_path: Path) -> N
     if quantized:
         assert set(experiment.plan.layers) == {layer for layer, role in roles.items() if role != "float"}
     assert experiment.make_metrics()
+
+
+@pytest.mark.parametrize("bits", options("bits"))
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_every_width(name: str, bits: str, configure: Configure) -> None:
+    plan = build(configure(f"experiment={name}", f"bits={bits}", "model=tiny_image")).plan
+    found = {(s.weight.bits, s.activation.bits) for s in plan.schemes.values() if s.weight and s.activation}
+    assert found == {tuple(int(digit) for digit in re.findall(r"\d", bits))}
+
+
+def test_bench_is_every_method_at_every_width(tmp_path: Path) -> None:
+    """The command line narrows every key but the experiment, which names the sweep itself."""
+    params = OmegaConf.load(ROOT / "conf/experiment/bench.yaml").hydra.sweeper.params
+    methods = params.experiment.split(",")
+    assert params.bits.split(",") == ["w8a8", "w6a6", "w4a8", "w4a4"]
+    assert sorted(methods) == sorted(METHODS)
+    sweeper, jobs = Grid(max_batch_size=None, params=dict(params)), []
+    sweeper.launcher = SimpleNamespace(launch=lambda batch, initial_job_idx: jobs.extend(batch) or [])
+    sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    sweeper.hydra_context = SimpleNamespace(config_loader=None)
+    sweeper.validate_batch_is_legal = lambda batch: None
+    sweeper.sweep(["experiment=bench", "model=tiny_image", "bits=w4a4,w4a8", "seed=7"])
+    wanted = [{f"experiment={m}", "model=tiny_image", f"bits={b}", "seed=7"} for m in methods for b in ("w4a4", "w4a8")]
+    assert [set(job) for job in jobs] == wanted
 
 
 @pytest.mark.parametrize("name", options("experiment"))
