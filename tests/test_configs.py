@@ -1,5 +1,6 @@
 """Everything under conf composes and builds; each experiment's first comment is the command that runs it."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.viditq_grid import Grid
+from hydra_plugins import viditq_grid
 from viditq import config
 from viditq.experiment import build
 from viditq.quant.convert import linear_names
@@ -62,7 +63,8 @@ def test_bench_is_every_method_at_every_width(tmp_path: Path) -> None:
     methods = params.experiment.split(",")
     assert params.bits.split(",") == ["w8a8", "w6a6", "w4a8", "w4a4"]
     assert sorted(methods) == sorted(METHODS)
-    sweeper, jobs = Grid(max_batch_size=None, params=dict(params)), []
+    grid = importlib.reload(viditq_grid).Grid  # Hydra's scan for plugins executes the base class's module anew
+    sweeper, jobs = grid(max_batch_size=None, params=dict(params)), []
     sweeper.launcher = SimpleNamespace(launch=lambda batch, initial_job_idx: jobs.extend(batch) or [])
     sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     sweeper.hydra_context = SimpleNamespace(config_loader=None)

@@ -1,6 +1,6 @@
 """Each method of conf/experiment, at W4A4, against its formulas written out again for one Linear.
 
-Legend: S samples, N tokens, C inputs, O outputs.
+Legend: S samples, N tokens, C inputs, G inputs of a group.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from viditq.quant import Calibrator, QuantLinear, quantize_denoiser
 from viditq.quant.hadamard import rotate
 from viditq.quant.observers import CalibrationStats
 
-S, N, C, O, G = 4, 6, 128, 24, 64
+S, N, C, G = 4, 6, 128, 64
+NUM_OUT = 24
 LEVELS = [100, 500, 900]
 
 
@@ -24,7 +25,7 @@ class OneLinear(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(C, O)
+        self.fc = nn.Linear(C, NUM_OUT)
 
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
         out: Tensor = self.fc(hidden_states)
@@ -140,7 +141,7 @@ def test_reconstructing_methods(quantized, stats: CalibrationStats, name: str, p
     assert (len(variant.chain) == 1) == (name == "ptq4dit")
     codes = variant.dequantized_weight()
     nearest = torch.empty_like(weight)
-    for row in range(O):
+    for row in range(NUM_OUT):
         scale, zero = shrunk(weight[row], p)
         nearest[row] = fake(weight[row], scale, zero)
         clipped = weight[row].clamp(-zero * scale, (15 - zero) * scale)
@@ -155,10 +156,10 @@ def test_reconstructing_methods(quantized, stats: CalibrationStats, name: str, p
 
 def test_q_dit(quantized, stats: CalibrationStats) -> None:
     """Groups of 64 on both sides; GPTQ as the plain loop over columns, largest second moment first."""
-    weight, bias, linear, out = quantized("q_dit", "quant.rounding.descending=false")
+    weight, bias, _linear, out = quantized("q_dit", "quant.rounding.descending=false")
     moments = stats.moments.of("fc").double()
     moments += torch.eye(C) * moments.diagonal().mean() * 0.01
-    left, done = weight.double().clone(), torch.empty(O, C, dtype=torch.float64)
+    left, done = weight.double().clone(), torch.empty(NUM_OUT, C, dtype=torch.float64)
     scale, zero = grid(weight.double().unflatten(-1, (-1, G)), -1)
     inverse = torch.linalg.inv(moments)
     for column in range(C):
@@ -176,7 +177,7 @@ def test_svdquant(quantized) -> None:
     s = amax.sqrt() / weight.abs().amax(0).sqrt()
     variant = linear.variants[0]
     up, down = variant.low_rank_up.float(), variant.low_rank_down.float()
-    assert up.shape == (O, 4) and down.shape == (4, C)
+    assert up.shape == (NUM_OUT, 4) and down.shape == (4, C)
     rest = groups(weight * s - up @ down)
     x = inputs(500) / s
     close(out, x @ (up @ down).T + groups(x) @ rest.T + bias)

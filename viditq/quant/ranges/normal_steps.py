@@ -1,7 +1,7 @@
 """PTQ4DM's calibration set: noise levels drawn from a normal distribution that leans to low noise.
 
-The observed input rows are thinned out bucket by bucket until their noise levels follow N(mean, deviation^2); the range is
-then the L_p search's (Shang et al., arXiv 2211.15736: t ~ N(mu, T/2), mu <= T/2, ranges by MSE).
+The observed input rows are thinned out bucket by bucket until their noise levels follow N(mean, deviation^2); the
+range is then the L_p search's (Shang et al., arXiv 2211.15736: t ~ N(mu, T/2), mu <= T/2, ranges by MSE).
 """
 
 from dataclasses import dataclass
