@@ -15,6 +15,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate
 from viditq.models.text import PromptEmbeds
 from viditq.quant.calibration import Calibrator
+from viditq.quant.correction import CorrectionFit
 from viditq.quant.diagnosis import Diagnosis
 
 LoadEmbeds = Callable[[int], PromptEmbeds]
@@ -64,7 +65,9 @@ class Generation(PipelineModule):
 class Accumulation(PipelineModule):
     """Samples while `accumulator` sums things up; after each batch its state is on disk. Batches carry their number."""
 
-    def __init__(self, *args: Any, accumulator: Calibrator | Diagnosis, partials: Partials, rank: int) -> None:
+    def __init__(
+        self, *args: Any, accumulator: Calibrator | Diagnosis | CorrectionFit, partials: Partials, rank: int
+    ) -> None:
         super().__init__(*args)
         self.accumulator, self.partials, self.rank = accumulator, partials, rank
         before = partials.load(rank)
@@ -101,7 +104,7 @@ class Calibration(Accumulation):
 class Diagnosing(Accumulation):
     """The quantized denoiser beside the float one, on evaluation prompts and their noise."""
 
-    accumulator: Diagnosis
+    accumulator: Any
 
     def __init__(self, *args: Any, quantized: nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,6 +121,14 @@ class Diagnosing(Accumulation):
         """Those of the evaluation."""
         self.accumulator.add_prompts(len(indices))
         return indices
+
+
+class Correcting(Diagnosing):
+    """The same for the fit of a correction, on calibration prompts and their noise."""
+
+    def noise_indices(self, indices: list[int]) -> list[int]:
+        """Those of the calibration."""
+        return [CALIBRATION_OFFSET + i for i in indices]
 
 
 CALIBRATION_OFFSET = 1_000_000

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.quant.context import StepContext
 from viditq.quant.convert import build_quantized
+from viditq.quant.correction import attach_empty
 from viditq.quant.linear import quant_linears
 from viditq.quant.plan import QuantPlan
 
@@ -84,6 +85,7 @@ def load_denoiser(
     tensors = load_file(folder / MODEL)
     tensors |= {name: tensors[name].float() for name in meta["widened"]}
     tensors |= {name: tensors[other] for name, other in meta.get("equal", {}).items()}
+    attach_empty(denoiser, tensors, context)
     _check_fits(denoiser, tensors, folder)
     denoiser.load_state_dict(tensors, assign=True)
     on_meta = [name for name, t in (*denoiser.named_parameters(), *denoiser.named_buffers()) if t.is_meta]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from viditq.errors import UserError
+from viditq.quant.correction import CORRECTIONS
 from viditq.quant.plan import QuantPlan
 from viditq.quant.policy import Policy
 from viditq.quant.recipe import Recipe, Smoothing
@@ -15,6 +16,7 @@ FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 class QuantSetting:
     """How to quantize: see `Recipe` for the formats, smoothing, rounding, ranges, segments and rules.
 
+    correction: ptqd = what can be foretold of the output's error is taken back; None = nothing is.
     float_dtype: dtype of the quantized denoiser's float arithmetic, None = the model's own.
     Raises UserError for everything that can be seen without a model.
     """
@@ -32,12 +34,17 @@ class QuantSetting:
         rules: Sequence[Any],
         policy: Policy,
         float_dtype: str | None,
+        correction: str | None,
     ) -> None:
         if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
             raise UserError(f"quant.float_dtype={float_dtype!r}: choose null or one of {', '.join(FLOAT_DTYPES)}.")
+        if correction is not None and correction not in CORRECTIONS:
+            raise UserError(f"quant.correction={correction!r}: choose null or one of {', '.join(CORRECTIONS)}.")
+        if correction is not None and weight is None and activation is None:
+            raise UserError(f"quant.correction={correction}: nothing is quantized, so there is no error to correct.")
         how = (ranges, activation_ranges, low_rank)
         self.recipe = Recipe(weight, activation, smoothing, rounding, segments, rules, *how)
-        self.policy, self.float_dtype = policy, float_dtype
+        self.policy, self.float_dtype, self.correction = policy, float_dtype, correction
 
     def plan(self, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
         """The plan for a model with these Linears, of which `keep_float` patterns stay in float."""

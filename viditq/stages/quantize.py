@@ -1,5 +1,8 @@
 """Stage `quantize`: plan, transforms and integer codes as an artifact."""
 
+import shutil
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -9,21 +12,25 @@ from viditq.quant.convert import quantize_denoiser
 from viditq.quant.observers import CalibrationStats
 from viditq.quant.step_shares import step_shares
 from viditq.stages.calibrate import observe
+from viditq.stages.correct import correct, uncorrected
 
 
 def quantize(job: Job) -> str:
     """Fit transforms, quantize the weights, write the artifact, on the first process."""
     folder = job.run_dir.artifact
     if job.processes.first_does(folder.is_dir):
+        job.processes.first_does(lambda: shutil.rmtree(uncorrected(job), ignore_errors=True))  # a kill's leftover
         return f"already done ({folder})"
     if job.needs_stats:
         observe(job)
     with job.timed(job.run_dir.path, "quantize"):
-        return job.processes.first_does(lambda: _quantize(job))
+        if job.experiment.quant.correction is None:
+            return job.processes.first_does(lambda: _quantize(job, folder))
+        return correct(job, lambda work: _quantize(job, work))
 
 
-def _quantize(job: Job) -> str:
-    e, plan, folder = job.experiment, job.plan, job.run_dir.artifact
+def _quantize(job: Job, folder: Path) -> str:
+    e, plan = job.experiment, job.plan
     stats = CalibrationStats.load(job.stats_file) if job.needs_stats else None
     denoiser = e.adapter.denoiser_of(e.adapter.load())
     if e.quant.float_dtype is not None:

@@ -1,0 +1,46 @@
+"""Part of stage `quantize`: what can be foretold of the quantized denoiser's error becomes a part of the artifact."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from viditq.engine.partials import Partials
+from viditq.engine.sampling import Correcting, batches_of, run_batches
+from viditq.job import Job
+from viditq.loading import load_artifact
+from viditq.quant.artifact import OWN_KEYS, load_denoiser, read_meta, save_denoiser, size_bytes
+from viditq.quant.correction import CorrectionFit, attach_corrections
+
+
+def uncorrected(job: Job) -> Path:
+    """Where the artifact lies until it is corrected."""
+    return job.run_dir.path / "uncorrected"
+
+
+def correct(job: Job, quantize: Callable[[Path], str]) -> str:
+    """Let `quantize` make an artifact, compare it with float on the calibration prompts, each process its share."""
+    e, processes, work = job.experiment, job.processes, uncorrected(job)
+    processes.first_does(lambda: None if (work / "quantized").is_dir() else quantize(work / "quantized"))
+    partials = Partials(work, CorrectionFit.merge_states)
+    done = processes.first_does(partials.compact)
+    prompts = e.data.calibration_prompts
+    batches = [b for b in enumerate(batches_of(len(prompts), e.batch_size)) if b[0] not in done]
+    pipeline, quantized = e.adapter.load(), load_artifact(work / "quantized", e.backend, complete=False)
+    denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
+    fit: Any = CorrectionFit(denoiser, other, e.adapter.timestep_scale, e.num_buckets)
+    arguments = (e.adapter, pipeline, job.load_embeds(prompts), e.seed)
+    module = Correcting(*arguments, accumulator=fit, quantized=other, partials=partials, rank=processes.rank)
+    run_batches(e.make_trainer(), module, processes.share(batches))
+    processes.wait()
+    return processes.first_does(lambda: _write(job, work, partials))
+
+
+def _write(job: Job, work: Path, partials: Partials) -> str:
+    e, folder = job.experiment, job.run_dir.artifact
+    denoiser, plan, _, context = load_denoiser(work / "quantized", e.adapter.build_denoiser, e.backend)
+    attach_corrections(denoiser, partials.gathered().state, context)
+    meta = {name: value for name, value in read_meta(work / "quantized").items() if name not in OWN_KEYS}
+    save_denoiser(folder, denoiser, plan, meta | {"correction": e.quant.correction})
+    shutil.rmtree(work)
+    return f"{len(plan.layers)} Linears, output corrected, {size_bytes(folder) / 1e6:.2f} MB ({folder})"
