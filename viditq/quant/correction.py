@@ -1,8 +1,8 @@
 """PTQD: part of a quantized denoiser's error is known in advance, by noise level, and is taken back from its output.
 
 e = eps_q - eps_fp = k eps_fp + rest; k = max(slope of e on eps_fp, 0), bias = channel mean of the rest;
-eps = (eps_q - bias) / (1 + k) (He et al., arXiv 2305.10657). Being linear, it may be
-applied to each guidance branch instead of the guided output. The paper's third part, a smaller variance of stochastic samplers, is left out.
+eps = (eps_q - bias) / (1 + k) (He et al., arXiv 2305.10657). Being affine, it may be applied to each guidance branch
+instead of the guided output. The paper's third part, a smaller variance of stochastic samplers, is left out.
 
 Legend: K buckets of noise level, C channels of the denoiser's prediction, B batch.
 """
