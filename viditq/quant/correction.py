@@ -57,7 +57,8 @@ class Correction(nn.Module):
         axis, num_channels = int(self.channel_axis), self.bias.shape[1]
         shape = [-1 if i == axis else 1 for i in range(output.ndim)]
         parts = list(output.split([num_channels, output.shape[axis] - num_channels], axis))
-        corrected = (parts[0].float() - self.bias[bucket].view(shape)) / (1 + self.slope[bucket])
+        slope, bias_C = self.slope[bucket].to(output.device), self.bias[bucket].to(output.device)  # may be offloaded
+        corrected = (parts[0].float() - bias_C.view(shape)) / (1 + slope)
         return torch.cat([corrected.to(output.dtype), parts[1]], axis)
 
 
