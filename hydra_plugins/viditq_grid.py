@@ -13,6 +13,9 @@ class Grid(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the jobs."""
+        assert self.config is not None
         if "experiment" in self.params:
+            # what says that this is a sweep goes with the experiment: the jobs have to be told
+            self.config.hydra.overrides.hydra.append("hydra.mode=MULTIRUN")
             arguments = [text for text in arguments if text.partition("=")[0] != "experiment"]
         return super().sweep(arguments)

@@ -66,12 +66,13 @@ def test_bench_is_every_method_at_every_width(tmp_path: Path) -> None:
     grid = importlib.reload(viditq_grid).Grid  # Hydra's scan for plugins executes the base class's module anew
     sweeper, jobs = grid(max_batch_size=None, params=dict(params)), []
     sweeper.launcher = SimpleNamespace(launch=lambda batch, initial_job_idx: jobs.extend(batch) or [])
-    sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    sweeper.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "overrides": {"hydra": []}}})
     sweeper.hydra_context = SimpleNamespace(config_loader=None)
     sweeper.validate_batch_is_legal = lambda batch: None
     sweeper.sweep(["experiment=bench", "model=tiny_image", "bits=w4a4,w4a8", "seed=7"])
     wanted = [{f"experiment={m}", "model=tiny_image", f"bits={b}", "seed=7"} for m in methods for b in ("w4a4", "w4a8")]
     assert [set(job) for job in jobs] == wanted
+    assert sweeper.config.hydra.overrides.hydra == ["hydra.mode=MULTIRUN"], "jobs leave records only in a sweep"
 
 
 @pytest.mark.parametrize("name", options("experiment"))
