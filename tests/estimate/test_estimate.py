@@ -25,7 +25,15 @@ from viditq.run_dir import RunDir
 from viditq.stages import FUNCTIONS
 
 ROOT = Path(__file__).parents[2]
-VIDEO = ("model=tiny_video", "metric=psnr", "data.num_prompts=3", "batch_size=2", "noise_floor.num_prompts=2")
+VIDEO = (
+    "model=tiny_video",
+    "metric=psnr",
+    "data.num_prompts=3",
+    "batch_size=2",
+    "noise_floor.num_prompts=2",
+    "quant/smoothing=static",
+    "quant.segments=[0,1]",
+)
 
 
 def told(configure: Callable[..., Any], shrunk: list[str], folder: Path, mode: Any, *overrides: str) -> Estimate:
@@ -176,3 +184,10 @@ def test_a_run_does_not_know_of_the_key(configure: Callable[..., Any], shrunk: l
     assert "estimate" not in build(configure(*shrunk)).tracked
     assert runner.tell.__doc__
     assert torch.is_grad_enabled()
+
+
+def test_a_plan_that_has_yet_to_be_searched(configure: Callable[..., Any], shrunk: list[str], tmp_path: Path) -> None:
+    e = told(configure, shrunk, tmp_path, "meta", "quant/policy=sensitivity", "quant/smoothing=none")
+    assert e.works["search"].note == "not estimated"
+    assert e.works["calibrate"].forwards and e.stats
+    assert any("search" in remark for remark in e.remarks)

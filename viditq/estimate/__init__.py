@@ -25,6 +25,7 @@ from viditq.models.checks import DTYPES
 from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
 from viditq.quant.convert import linear_names
+from viditq.quant.plan import QuantPlan
 from viditq.quant.sizes import (
     WeightBytes,
     artifact_bytes,
@@ -77,13 +78,13 @@ def estimate(job: Job, mode: Any) -> Estimate:
     made-up values; "meta" = from the model's configuration alone, without its weights and without durations.
     Raises UserError for a model whose shapes "meta" cannot follow.
     """
-    e, trainer = job.experiment, job.experiment.make_trainer()
+    e, plan, trainer = job.experiment, _plan(job), job.experiment.make_trainer()
     base = resident_bytes()
     skeleton = e.adapter.build_denoiser()
     linears: dict[str, Any] = {name: skeleton.get_submodule(name) for name in linear_names(skeleton)}
     in_features = {name: linear.in_features for name, linear in linears.items()}
     dtype = DTYPES[e.quant.float_dtype or e.adapter.dtype]
-    quantized = laid_out(e.adapter.build_denoiser().to(dtype), e.plan, e.adapter.timestep_scale)
+    quantized = laid_out(e.adapter.build_denoiser().to(dtype), plan, e.adapter.timestep_scale)
     texts = parts.TextShapes(e.adapter)
     embeds = texts.embeds(e.data.prompts[0])
     batch = min(e.batch_size, job.num_prompts)
@@ -95,9 +96,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
     float_bytes = {name: size for name, (_, size) in sizes.items()}
     denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
     text_bytes = sum(size for name, size in float_bytes.items() if name.startswith(parts.TEXT))
-    stats = (
-        stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, e.plan.moment_layers) if e.plan.needs_stats else 0
-    )
+    stats = stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, e.plan.moment_layers) if job.needs_stats else 0
     pieces = Pieces(
         denoiser=denoiser_bytes,
         rest=sum(float_bytes.values()) - denoiser_bytes - text_bytes,
@@ -106,12 +105,12 @@ def estimate(job: Job, mode: Any) -> Estimate:
         decode=seen.float_model.decode_bytes or 0,
         stats=stats,
         weights=weight_bytes(quantized),
-        largest_layer=max((linears[name].weight.numel() for name in e.plan.layers), default=0),
+        largest_layer=max((linears[name].weight.numel() for name in plan.layers), default=0),
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"
     in_half = seen.in_half if seen.in_half is not None else parts.names_in_half(e.adapter)
-    artifact = artifact_bytes(quantized, e.plan, in_half, {"model": e.adapter.to_dict(), "weights": e.weights})
+    artifact = artifact_bytes(quantized, plan, in_half, {"model": e.adapter.to_dict(), "weights": e.weights})
     works = work_of(job, texts, seen.float_model, seen.quantized, (seen.load_seconds, seen.quantize_seconds))
     return Estimate(
         durations=mode is True,
@@ -129,7 +128,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         works=works,
         peaks=peaks(pieces, gpu, getattr(trainer, "offload", None), layer_bytes),
         disk=_disk(job, works, seen.float_model, artifact, stats, embeds),
-        remarks=tuple(_remarks(mode, seen, gpu)),
+        remarks=tuple(_remarks(mode, gpu, job.searches)),
     )
 
 
@@ -145,7 +144,7 @@ class _Seen:
 
 
 def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: torch.dtype) -> _Seen:
-    e, device = job.experiment, trainer.strategy.root_device
+    e, plan, device = job.experiment, _plan(job), trainer.strategy.root_device
     synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def probed(pipeline: Any) -> Probe:
@@ -157,18 +156,23 @@ def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: t
     loading = time.perf_counter() - start
     denoiser = e.adapter.denoiser_of(pipeline)
     in_half = frozenset(n for n, t in denoiser.state_dict().items() if t.dtype == torch.float32 and _fits_half(t))
-    seconds = seconds_to_quantize(denoiser, e.plan) if e.plan.layers else None
+    seconds = seconds_to_quantize(denoiser, plan) if plan.layers else None
     float_model = probed(pipeline)
-    if not e.plan.layers:
+    if not plan.layers:
         return _Seen(float_model, None, loading, seconds, in_half)
-    quantized_weights = {f"{name}.weight" for name in e.plan.layers}
+    quantized_weights = {f"{name}.weight" for name in plan.layers}
     kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
     del pipeline, denoiser  # the two need not fit side by side
     gc.collect()
-    quantized = made_up_quantized(e.adapter, e.plan, kept, dtype)
+    quantized = made_up_quantized(e.adapter, plan, kept, dtype)
     if e.quant.float_dtype not in (None, e.adapter.dtype):
         DtypeBoundary(quantized, dtype, e.adapter.torch_dtype, e.adapter.timestep_argument)
     return _Seen(float_model, probed(e.adapter.load(quantized)), loading, seconds, in_half)
+
+
+def _plan(job: Job) -> QuantPlan:
+    """The plan of the run; while it has yet to be searched, the one that the search starts from."""
+    return job.plan if not job.searches or job.run_dir.plan.is_file() else job.experiment.plan
 
 
 def _fits_half(tensor: torch.Tensor) -> bool:
@@ -199,7 +203,7 @@ def _disk(
     }
 
 
-def _remarks(mode: Any, seen: _Seen, gpu: bool) -> list[str]:
+def _remarks(mode: Any, gpu: bool, searches: bool) -> list[str]:
     lines = ["Not counted: what a text encoder or a metric's network computes with, kernels' own workspace, caches."]
     if mode == "meta":
         lines += [
@@ -211,6 +215,8 @@ def _remarks(mode: Any, seen: _Seen, gpu: bool) -> list[str]:
             "proportion. Not in them: encoding, metrics, the report, and writing; observing adds up to a fifth, more "
             "where batches are tiny.",
         ]
+    if searches:
+        lines.append("The search is not in it, and until it is done weights are those of the plan that it starts from.")
     if not gpu:
         lines.append("RAM is that of one process, the interpreter and its libraries included.")
     return lines

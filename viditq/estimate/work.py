@@ -59,7 +59,7 @@ def work_of(
     prompts, calibration = e.data.prompts, e.data.calibration_prompts
     later, made = quantized or seen, job.run_dir.artifact.is_dir()
     floors = [batch for entry in job.floors.values() for batch in counter.missing(entry.path, job.floor_size)]
-    observed = is_whole(job.stats_file) or not e.plan.needs_stats
+    observed = is_whole(job.stats_file) or not job.needs_stats
     diagnosed = 0 if is_whole(job.run_dir.errors) or not e.plan.layers else min(e.diagnosis_prompts, count)
     batches = batches_of(diagnosed, e.batch_size)
     works = {
@@ -69,6 +69,7 @@ def work_of(
         "calibrate": counter.work(
             seen, calibration, [] if observed else batches_of(len(calibration), e.batch_size), decode=False
         ),
+        "search": Work(note="not estimated" if job.searches else "nothing left to do"),
         "quantize": Work(seconds=0.0 if made else _total(once), note="nothing left to do" if made else ""),
         "generate": counter.work(later, prompts, counter.missing(job.run_dir.samples, count), count),
         "diagnose": _both(

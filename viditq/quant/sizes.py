@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from viditq.quant.artifact import FORMAT_VERSION, META, MODEL, PLAN
 from viditq.quant.convert import build_quantized
-from viditq.quant.linear import quant_linears
+from viditq.quant.linear import QuantLinear, quant_linears
 from viditq.quant.observers import REDUCTIONS, Observer
 from viditq.quant.plan import QuantPlan
+from viditq.quant.scheme import LayerScheme
 
 NAMES = {  # safetensors' names of dtypes, for its header
     torch.float64: "F64",
@@ -104,7 +105,12 @@ def _parents(prefix: str) -> list[str]:
 
 
 def stored_entries(quantized: nn.Module, in_half: Iterable[str]) -> dict[str, Entry]:
-    """Name -> dtype and shape in the artifact's file; in_half: float parameters that float16 holds without loss."""
+    """Name -> dtype and shape in the artifact's file; in_half: float parameters that float16 holds without loss.
+
+    What variants of one Linear are bound to have in common is stored once. Transforms of different segments count as
+    different: the file is smaller where they turn out equal (keys and values of captions, which know no noise level).
+    """
+    common = {name for path, layer in quant_linears(quantized).items() for name in _in_common(path, layer)}
     half = set(in_half)
     for name, layer in quant_linears(quantized).items():  # a weight kept as it was has another name there
         kept = [i for i, v in enumerate(layer.variants) if v.weight is not None and not v.chain]
@@ -112,7 +118,22 @@ def stored_entries(quantized: nn.Module, in_half: Iterable[str]) -> dict[str, En
     return {
         name: (torch.float16 if t.dtype == torch.float32 and name in half else t.dtype, tuple(t.shape))
         for name, t in quantized.state_dict().items()
+        if name not in common
     }
+
+
+def _in_common(path: str, layer: QuantLinear) -> list[str]:
+    """Tensors of later variants whose weight is fitted as an earlier one's: all but ranges of static activations."""
+    schemes: list[LayerScheme] = []
+    found = []
+    for i, variant in enumerate(layer.variants):
+        scheme: Any = variant.scheme
+        fitted: LayerScheme = replace(scheme, activation=None)  # the rest decides the weight
+        varies = any(transform.differs_by_segment for transform in fitted.transforms)
+        if not varies and fitted in schemes:
+            found += [f"{path}.variants.{i}.{n}" for n in variant.state_dict() if not n.startswith("input_")]
+        schemes.append(fitted)
+    return found
 
 
 def safetensors_bytes(entries: Mapping[str, Entry]) -> int:
@@ -144,12 +165,14 @@ def stats_bytes(
 def artifact_bytes(quantized: nn.Module, plan: QuantPlan, in_half: Iterable[str], meta: Mapping[str, Any]) -> int:
     """Size of all files that `save_denoiser` will write."""
     entries = stored_entries(quantized, in_half)
-    widened = sorted(n for n, t in quantized.state_dict().items() if t.dtype != entries[n][0])
+    state = quantized.state_dict()
+    widened = sorted(name for name, (dtype, _) in entries.items() if state[name].dtype != dtype)
     own = {
         "format_version": FORMAT_VERSION,
         "timestep_scale": 1000.0,
         "dtypes": {name: str(q.dtype).removeprefix("torch.") for name, q in quant_linears(quantized).items()},
         "widened": widened,
+        "equal": {name: name for name in state if name not in entries},
         "sha256": dict.fromkeys((PLAN, MODEL, META), "0" * 64),
     }
     text = json.dumps({**meta, **own}, indent=1) + "\n"
