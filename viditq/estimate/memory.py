@@ -87,6 +87,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     }
     if offload == "model":
         resident = {stage: max(size - p.rest, p.rest) if size else 0 for stage, size in resident.items()}
+        resident["diagnose"] = p.denoiser + largest_layer_bytes  # the quantized one always goes layer by layer
     if offload == "sequential":
         resident = {stage: largest_layer_bytes if size else 0 for stage, size in resident.items()}
         resident["calibrate"] += p.stats

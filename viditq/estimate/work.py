@@ -13,6 +13,8 @@ from viditq.estimate.probe import Probe
 from viditq.files import is_whole
 from viditq.job import Job
 
+DONE = "nothing left to do"
+
 
 @dataclass(frozen=True)
 class Work:
@@ -48,7 +50,7 @@ class Counter:
         if seen.forward_seconds is not None and seen.decode_seconds is not None:
             each = seen.forwards * seen.forward_seconds + (seen.decode_seconds if decode else 0.0)
             seconds = each * samples / seen.batch_size + (self.load_seconds if batches else 0.0)
-        return Work(samples, kept, calls * seen.forwards, seconds, "" if batches else "nothing left to do")
+        return Work(samples, kept, calls * seen.forwards, seconds, "" if batches else DONE)
 
 
 def work_of(
@@ -69,8 +71,8 @@ def work_of(
         "calibrate": counter.work(
             seen, calibration, [] if observed else batches_of(len(calibration), e.batch_size), decode=False
         ),
-        "search": Work(note="not estimated" if job.searches else "nothing left to do"),
-        "quantize": Work(seconds=0.0 if made else _total(once), note="nothing left to do" if made else ""),
+        "search": Work(note="not estimated" if job.searches else DONE),
+        "quantize": Work(seconds=0.0 if made else _total(once), note=DONE if made else ""),
         "generate": counter.work(later, prompts, counter.missing(job.run_dir.samples, count), count),
         "diagnose": _both(
             counter.work(seen, prompts, batches, decode=False), counter.work(later, prompts, batches, decode=False)
@@ -82,7 +84,7 @@ def work_of(
 def _encoding(job: Job) -> Work:
     data = job.experiment.data
     left = [p for p in {*data.prompts, *data.calibration_prompts} if not is_whole(job.embeds_path(p))]
-    return Work(note=f"{len(left)} to encode" if left else "nothing left to do")
+    return Work(note=f"{len(left)} to encode" if left else DONE)
 
 
 def _both(exact: Work, quantized: Work) -> Work:

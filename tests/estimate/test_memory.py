@@ -1,0 +1,40 @@
+"""Peaks put together from pieces of round sizes."""
+
+from dataclasses import replace
+
+import pytest
+
+from viditq.estimate.memory import Peak, Pieces, peaks
+from viditq.quant.sizes import WeightBytes
+
+WEIGHTS = WeightBytes(codes=100, scales=10, zero_points=5, transforms=5, rest=80, dense=1000)
+PIECES = Pieces(denoiser=1200, rest=300, text=5000, step=40, decode=70, stats=20, weights=WEIGHTS, largest_layer=1)
+SAMPLING = ("reference", "noise_floor", "calibrate", "generate", "diagnose")
+
+
+def test_on_a_cpu_everything_is_in_one_memory() -> None:
+    found = peaks(PIECES, gpu=False, offload=None, largest_layer_bytes=9)
+    assert found["prompts"] == Peak(5000)
+    assert found["reference"] == Peak(1200 + 300 + 70)
+    assert found["generate"].ram == 1200 + 300 + 70 + 400  # codes and dense weights, decoder, decoding, holes
+    assert found["calibrate"].ram == 1500 + 4 * 20
+
+
+def test_calibrating_holds_statistics_and_activations_or_copies_whichever_is_more() -> None:
+    busy = replace(PIECES, step=1000)
+    assert peaks(busy, False, None, 9)["calibrate"].ram == 1500 + 1000 + 20
+
+
+def test_on_a_gpu_weights_are_in_both_memories_but_activations_in_one() -> None:
+    found = peaks(PIECES, gpu=True, offload=None, largest_layer_bytes=9)
+    assert found["reference"] == Peak(ram=1500, vram=1570)
+    assert found["calibrate"].vram == 1500 + 20 + 40
+    assert found["generate"].vram == 1200 + 300 + 70
+    assert found["quantize"].vram == 0
+
+
+@pytest.mark.parametrize("stage", SAMPLING)
+def test_offloading_spares_the_gpu(stage: str) -> None:
+    none, model, sequential = (peaks(PIECES, True, o, 9)[stage].vram for o in (None, "model", "sequential"))
+    assert none is not None and model is not None and sequential is not None
+    assert sequential < model < none
