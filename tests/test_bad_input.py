@@ -145,6 +145,16 @@ def test_debug_shows_the_traceback(configure: Callable, shrunk: list[str], tmp_p
         guarded_run(configure(*shrunk, "seed=-1", "debug=true"), tmp_path / "run")
 
 
+def test_errors_that_name_each_other_as_their_cause() -> None:
+    """As libraries that re-raise do: the message is found all the same."""
+    first, second = UserError("mend it"), RuntimeError("instantiation failed")
+    second.__cause__, first.__context__ = first, second
+    assert user_message(second) == "mend it"
+    cycle = [KeyError("a"), KeyError("b")]
+    cycle[0].__context__, cycle[1].__context__ = cycle[1], cycle[0]
+    assert user_message(cycle[0]) is None
+
+
 def test_bugs_keep_their_traceback() -> None:
     assert user_message(KeyError("x")) is None
     assert user_message(TypeError("y")) is None

@@ -130,7 +130,7 @@ def user_message(error: BaseException) -> str | None:
     """The message for the user if `error` is one a user can mend, else None (a bug: show the traceback)."""
     chain: list[BaseException] = []
     link: BaseException | None = error
-    while link is not None:
+    while link is not None and not any(link is seen for seen in chain):  # a chain may bite its own tail
         chain.append(link)
         link = link.__cause__ or link.__context__
     for link in chain:
