@@ -71,7 +71,7 @@ def quantize_denoiser(
 
     context, places = StepContext(plan.edges, timestep_scale), _places(denoiser)
     for name in plan.layers:
-        quantized = _quant_linear(name, linears[name], plan, fit(name), context, chosen)
+        quantized = quant_linear(name, linears[name], plan, fit(name), context, chosen)
         quantized.prepare()
         _replace(places[linears[name]], quantized)
     context.attach(denoiser)
@@ -90,7 +90,7 @@ def build_quantized(
         return empty_variant(scheme, linear.in_features, linear.out_features, linear.weight.dtype)
 
     for name in plan.layers:
-        _replace(places[linears[name]], _quant_linear(name, linears[name], plan, empty, context, chosen))
+        _replace(places[linears[name]], quant_linear(name, linears[name], plan, empty, context, chosen))
     context.attach(denoiser)
     return context
 
@@ -144,7 +144,7 @@ def _check_stats(plan: QuantPlan, stats: CalibrationStats | None, name: str, seg
         stats.segment(name, plan.edges[stand_in], plan.edges[stand_in + 1])
 
 
-def _quant_linear(
+def quant_linear(
     name: str, linear: nn.Linear, plan: QuantPlan, make: MakeVariant, context: StepContext, backend: Backend
 ) -> QuantLinear:
     """Segments whose tensors cannot differ share one variant."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from viditq.quant.backends import get_backend
 from viditq.quant.context import StepContext, TimestepScaleLike, denoisers_of
-from viditq.quant.convert import fit_variant
+from viditq.quant.convert import fit_variant, quant_linear
 from viditq.quant.linear import QuantLinear, Variant
 from viditq.quant.observers import CalibrationStats
 from viditq.quant.plan import QuantPlan
@@ -69,19 +69,10 @@ class Swapper:
                 setattr(parent, key, child)
 
     def _quantized(self, name: str, linear: nn.Linear, plan: QuantPlan) -> QuantLinear:
-        variants: list[Variant] = []
-        index_of: dict[tuple[str | None, int | None], int] = {}
-        segment_to_variant = []
-        for segment, scheme_name in enumerate(plan.layers[name]):
-            scheme = plan.scheme(name, segment) or LayerScheme(None, None)
-            key = (scheme_name, segment if scheme.per_segment else None)
-            if key not in index_of:
-                index_of[key] = len(variants)
-                lo, hi = plan.edges[segment], plan.edges[segment + 1]
-                variants.append(fit_variant(name, linear, scheme, self.stats, lo, hi))
-            segment_to_variant.append(index_of[key])
-        bias, features = linear.bias, linear.out_features
-        quantized = QuantLinear(name, bias, variants, segment_to_variant, features, self.context, self.backend)
+        def fit(linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:
+            return fit_variant(name, linear, scheme, self.stats, lo, hi)
+
+        quantized = quant_linear(name, linear, plan, fit, self.context, self.backend)
         quantized.prepare()
         return quantized.to(linear.weight.device)
 
