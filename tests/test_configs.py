@@ -70,7 +70,8 @@ def test_bench_is_every_method_at_every_width(tmp_path: Path) -> None:
     sweeper.hydra_context = SimpleNamespace(config_loader=None)
     sweeper.validate_batch_is_legal = lambda batch: None
     sweeper.sweep(["experiment=bench", "model=tiny_image", "bits=w4a4,w4a8", "seed=7"])
-    wanted = [{f"experiment={m}", "model=tiny_image", f"bits={b}", "seed=7"} for m in methods for b in ("w4a4", "w4a8")]
+    both = {"model=tiny_image", "seed=7", "data.num_prompts=32", "diagnosis.num_prompts=0"}
+    wanted = [both | {f"experiment={m}", f"bits={b}"} for m in methods for b in ("w4a4", "w4a8")]
     assert [set(job) for job in jobs] == wanted
     assert sweeper.config.hydra.overrides.hydra == ["hydra.mode=MULTIRUN"], "jobs leave records only in a sweep"
 
