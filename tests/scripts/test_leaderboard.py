@@ -183,3 +183,46 @@ def test_a_click_sorts(clicks: int, order: str, leaderboard: Leaderboard, tmp_pa
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=home).stdout
     assert "".join(re.findall(r'<tr><td data-key="(\w)"', dom)) == order
     assert ("aria-sort" in dom.split("<script>")[0].split("<thead>")[1]) == bool(clicks)
+
+
+def per_prompt(folder: Path, psnr: list[float]) -> None:
+    """A prompt that recurs stands for two."""
+    values = {"prompts": ["a", "b", "a", "c", "d", "e"], "metrics": {"psnr": psnr}}
+    (folder / "per_prompt.json").write_text(json.dumps(values))
+
+
+def test_paired_differences(leaderboard: Leaderboard, tmp_path: Path) -> None:
+    """Common noise cancels: the order is certain though the ± overlap; not where seeds differ or nothing is paired."""
+    shared, offset = [[10.0, 50.0, 20.0, 40.0, 30.0, 60.0], [60.0, 30.0, 10.0, 20.0, 50.0, 40.0]], [0, 1, 2, 0, 1, 2]
+    for seed, values in enumerate(shared):
+        better = [value + 2 + extra for value, extra in zip(values, offset, strict=True)]
+        per_prompt(write_run(tmp_path / f"good{seed}", "good", seed, sum(better) / 6), better)
+        per_prompt(write_run(tmp_path / f"fair{seed}", "fair", seed, sum(values) / 6), values)
+        write_run(tmp_path / f"poor{seed}", "poor", seed, 20.0 + seed)
+    rows = table(leaderboard(f"{tmp_path}/good*", f"{tmp_path}/fair*", f"{tmp_path}/poor*"))
+    difference, low, high = map(float, re.findall(r"[+-][\d.]+", rows["fair"][7]))
+    assert difference == pytest.approx(-3, abs=0.01) and -4.5 < low < -3 < high < -1.5
+    assert rows["good"][7] == rows["poor"][7] == "-"
+
+
+def test_widths(leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table per pair of widths and one of methods; bold is what the best does not surely beat."""
+    noise = [3.0, -1.0, 0.5, -2.0, 1.0, -1.5]
+    quality = {("a", 8): 50.0, ("b", 8): 40.0, ("c", 8): 49.9, ("a", 4): 30.0, ("b", 4): 20.0}
+    for place, ((name, bits), psnr) in enumerate(quality.items()):
+        widths = {"weight": {"bits": bits}, "activation": {"bits": 8}}
+        run = write_run(tmp_path / f"{name}{bits}", name, 0, psnr, config={"quant": widths})
+        per_prompt(run, [psnr + value * (1 + place / 10) for value in noise])
+    board = leaderboard(f"{tmp_path}/??", "--widths")
+    text = Path(f"{board}.md").read_text()
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in text.splitlines()[2:7]}
+    assert cells["method"] == ["W4A8", "W8A8"]
+    assert [cell.startswith("**") for name in "abc" for cell in cells[name]] == [True, True, False, False, False, True]
+    assert cells["c"][0] == "-" and list(cells)[2:] == ["a", "b", "c"]
+    assert "### m W4A8 (4 pairs a seed)" in text and "### m W8A8" in text and text.count("± is the standard") == 1
+    for name in ("board_m_widths.png", "board_m.png"):
+        with Image.open(board.with_name(name)) as picture:
+            assert picture.width > 800
+    assert Path(f"{board}.html").read_text().count("<img ") == 2
+    whole = leaderboard(f"{tmp_path}/??")
+    assert "a W4A8" in table(whole)

@@ -8,16 +8,17 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from viditq.errors import UserError
+from viditq.report.paired import PAIRED_NOTE, Z95, Interval, IntervalOf, Paired, Prompt, paired_difference, paired_text
 from viditq.report.table import decimals, number, value_and_error
 
-Z95 = 1.959964  # a normal distribution's 95 % interval, in standard errors
 DIFFERS, UNTOLD = "differ by seed", "cannot be told"
 NOTE = (
     "± is the standard error over seeds; [ ] the 95 % interval over the prompts of a single seed. "
@@ -32,7 +33,7 @@ class Score:
 
     value: float
     error: float | None
-    interval: tuple[float, float] | None
+    interval: Interval | None
     verdict: str = ""
     warning: str = ""
 
@@ -50,7 +51,7 @@ class Score:
         return f"{number(self.value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
     @property
-    def bounds(self) -> tuple[float, float]:
+    def bounds(self) -> Interval:
         """What an error bar spans."""
         error = self.error or 0.0
         return self.interval or (self.value - error, self.value + error)
@@ -58,11 +59,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration; `metrics` is metrics.json of each seed, `link` a page about its first run."""
+    """One configuration; `metrics` and `per_prompt` are those files of each seed, `link` a page about its first run."""
 
     name: str
     metrics: Sequence[Mapping[str, Any]]
     link: str = ""
+    per_prompt: Sequence[Mapping[str, Any]] = ()
 
     @property
     def weight_bits(self) -> float:
@@ -98,6 +100,19 @@ class Row:
             return Score(mean, statistics.stdev(values) / math.sqrt(len(values)), None, verdict, warning)
         return Score(mean, None, single_interval(self.metrics[0], name), verdict, warning)
 
+    def values(self, name: str) -> dict[Prompt, list[float]]:
+        """Prompt -> its values, one for each seed; empty where a metric has no value per prompt."""
+        found: dict[Prompt, list[float]] = {}
+        for part in self.per_prompt:
+            for prompt, value in zip(enumerate(part["prompts"]), part["metrics"].get(name, []), strict=False):
+                found.setdefault(prompt, []).append(value)
+        return found
+
+    def minus(self, other: "Row", name: str, interval_of: IntervalOf) -> Paired | None:
+        """The paired difference of a metric; None where the two rows do not share seeds and prompts."""
+        mine, theirs = self.values(name), other.values(name)
+        return paired_difference(mine, theirs, interval_of) if self.seeds == other.seeds else None
+
     @property
     def verdict(self) -> str:
         """`worse: PSNR, SSIM; 4 equal`, worst first; empty where nothing was judged."""
@@ -113,12 +128,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Board:
-    """The rows of one model, best first by the metric `first`; `metrics` are names with label, unit and direction."""
+    """The rows of one model, best first by the metric `first`; `metrics` are names with label, unit and direction.
+
+    above, best: row name -> its paired difference to the row above and to the best one, and that one's 95 % interval.
+    width: of all rows (`W4A8`), where the board holds no others.
+    """
 
     model: str
     rows: Sequence[Row]
     metrics: Mapping[str, Mapping[str, Any]]
     first: str
+    above: Mapping[str, Paired] = field(default_factory=dict)
+    best: Mapping[str, Paired] = field(default_factory=dict)
+    width: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} {self.width}".strip()
+
+    def as_good_as_best(self, row: Row) -> bool:
+        """True if the interval of its difference to the best row includes 0."""
+        interval = self.best[row.name][1] if row.name in self.best else None
+        return interval is not None and interval[0] <= 0 <= interval[1]
 
     @property
     def float_scores(self) -> dict[str, str]:
@@ -140,6 +171,8 @@ class Board:
     def notes(self) -> list[str]:
         """What a reader has to know before comparing rows."""
         notes = [NOTE]
+        if self.above:
+            notes.append(PAIRED_NOTE)
         if self.float_scores:
             values = ", ".join(f"{label} {value}" for label, value in self.float_scores.items())
             notes.append(f"Float model: {values}.")
@@ -155,12 +188,16 @@ class Board:
     @property
     def headings(self) -> list[str]:
         fixed = ["experiment", "verdict", "seeds", "pairs", "W bits", "A bits", "MB", "seconds"]
-        return [*fixed, *(heading(label) for label in self.metrics.values())]
+        paired = [f"{heading(self.metrics[self.first])} to the row above"] if self.above else []
+        return [*fixed, *paired, *(heading(label) for label in self.metrics.values())]
 
     def cells(self, row: Row) -> list[tuple[str, float | str]]:
         """Text and sort key of each cell of a row."""
         scores = [row.score(name) for name in self.metrics]
         pairs = row.metrics[0]["prompts"]
+        above = (
+            [(paired_text(self.above.get(row.name)), self.above.get(row.name, (math.nan,))[0])] if self.above else []
+        )
         return [
             (row.name, row.name),
             (row.verdict or "-", row.verdict),
@@ -168,6 +205,7 @@ class Board:
             (str(pairs), pairs),
             *((f"{value:.2f}", value) for value in (row.weight_bits, row.activation_bits, row.megabytes)),
             ("-" if math.isnan(row.seconds) else f"{row.seconds:.1f}", row.seconds),
+            *above,
             *((score.text, score.value) if score else ("-", math.nan) for score in scores),
         ]
 
@@ -179,7 +217,7 @@ def word(entry: Mapping[str, Any] | None) -> str:
     return entry["verdict"] if entry["difference_interval"] is not None else UNTOLD
 
 
-def single_interval(metrics: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+def single_interval(metrics: Mapping[str, Any], name: str) -> Interval | None:
     """The verdict's 95 % interval of a single run, or one from the standard error where it was not judged."""
     judged = metrics.get("verdict", {}).get(name, {}).get("interval")
     if judged:
@@ -188,10 +226,13 @@ def single_interval(metrics: Mapping[str, Any], name: str) -> tuple[float, float
     return None if error is None else (value - Z95 * error, value + Z95 * error)
 
 
-def make_board(model: str, rows: Sequence[Row], first: str | None = None) -> Board:
+def make_board(
+    model: str, rows: Sequence[Row], first: str | None = None, interval_of: IntervalOf | None = None, width: str = ""
+) -> Board:
     """Rows in order, best first by the metric `first` (default: the first one with a better direction).
 
-    Rows that did not measure it come last. Raises UserError if it has no better direction.
+    Rows that did not measure it come last. interval_of: the 95 % interval of a mean, for paired differences.
+    Raises UserError if `first` has no better direction.
     """
     metrics: dict[str, Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda row: -len(row.metrics[0]["metrics"])):
@@ -207,7 +248,16 @@ def make_board(model: str, rows: Sequence[Row], first: str | None = None) -> Boa
         score = row.score(first)
         return (sign * score.value if score else math.inf), row.name
 
-    return Board(model, sorted(rows, key=rank), metrics, first)
+    ordered = sorted(rows, key=rank)
+    if interval_of is None:
+        return Board(model, ordered, metrics, first, width=width)
+    above = {row.name: row.minus(before, first, interval_of) for before, row in pairwise(ordered)}
+    best = {row.name: row.minus(ordered[0], first, interval_of) for row in ordered[1:]}
+    return Board(model, ordered, metrics, first, _known(above), _known(best), width)
+
+
+def _known(paired: Mapping[str, Paired | None]) -> dict[str, Paired]:
+    return {name: difference for name, difference in paired.items() if difference}
 
 
 def heading(label: Mapping[str, Any]) -> str:
@@ -220,14 +270,24 @@ def short(label: str) -> str:
     return label.split(" (")[0]
 
 
+def closing_notes(boards: Sequence[Board]) -> list[list[str]]:
+    """What stands below each board: nothing, or, below the last one of a model, the notes of all of its boards."""
+    found = []
+    for board, after in zip(boards, [*boards[1:], None], strict=True):
+        last = after is None or after.model != board.model
+        notes = [note for other in boards if last and other.model == board.model for note in other.notes]
+        found.append(list(dict.fromkeys(notes)))
+    return found
+
+
 def markdown(boards: Sequence[Board]) -> str:
-    """A table per model, with its notes below."""
+    """A table per board; below the last one of a model what to know of all of them."""
     parts = []
-    for board in boards:
+    for board, notes in zip(boards, closing_notes(boards), strict=True):
         pairs = f"{board.prompts[0]} pairs a seed" if len(board.prompts) == 1 else "see pairs"
-        lines = [f"### {board.model} ({pairs})", "", table_line(board.headings), "|" + "---|" * len(board.headings)]
+        lines = [f"### {board.title} ({pairs})", "", table_line(board.headings), "|" + "---|" * len(board.headings)]
         lines += [table_line([text for text, _ in board.cells(row)]) for row in board.rows]
-        parts.append("\n".join([*lines, "", *board.notes]))
+        parts.append("\n".join([*lines, *([""] if notes else []), *notes]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -260,8 +320,13 @@ def comma_separated(boards: Sequence[Board]) -> str:
     return out.getvalue()
 
 
-def page(boards: Sequence[Board], pictures: Mapping[str, str]) -> str:
-    """A self-contained page; `pictures` are data URIs of each model's plot. Everything from runs is escaped."""
+def page(boards: Sequence[Board], pictures: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """A self-contained page; `pictures`: below the board of that title, in words and as data URIs.
+
+    Everything from runs is escaped.
+    """
     folder = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("leaderboard.html").render(boards=boards, pictures=pictures)
+    return environment.get_template("leaderboard.html").render(
+        boards=list(zip(boards, closing_notes(boards), strict=True)), pictures=pictures
+    )
