@@ -12,7 +12,7 @@ Paired = tuple[float, Interval | None]  # a difference and its interval
 Z95 = 1.959964  # a normal distribution's 95 % interval, in standard errors
 PAIRED_NOTE = (
     "To the row above: the paired difference over the same prompts and noise, with its 95 % interval over prompts; "
-    "where that includes 0, the order of the two is not certain. Pairing takes out what methods share: it tells more than ±."
+    "where that includes 0, their order is not certain. Pairing takes out what methods share: it tells more than ±."
 )
 
 
