@@ -22,7 +22,7 @@ FLOORS = [
     },
     {"quant.context", "quant.linear", "quant.backends"},
     {
-        "quant",
+        *("quant", "quant.observed_diagnosis"),
         *(
             f"quant.{n}"
             for n in ["calibration", "convert", "artifact", "diagnosis", "reached", "sizes", "sensitivity", "allocate"]

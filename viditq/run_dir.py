@@ -114,6 +114,15 @@ class RunDir:
         return self.path / "errors.json"
 
     @property
+    def incoherence(self) -> Path:
+        """How far the largest values of each layer stick out, before and after scaling and rotation."""
+        return self.path / "incoherence.json"
+
+    @property
+    def incoherence_picture(self) -> Path:
+        return self.incoherence.with_suffix(".png")
+
+    @property
     def plan(self) -> Path:
         """The plan that a search has found."""
         return self.path / "plan.json"

@@ -17,6 +17,7 @@ from viditq.models.text import PromptEmbeds
 from viditq.quant.calibration import Calibrator
 from viditq.quant.correction import CorrectionFit
 from viditq.quant.diagnosis import Diagnosis
+from viditq.quant.observed_diagnosis import ObservedDiagnosis
 
 LoadEmbeds = Callable[[int], PromptEmbeds]
 
@@ -66,7 +67,11 @@ class Accumulation(PipelineModule):
     """Samples while `accumulator` sums things up; after each batch its state is on disk. Batches carry their number."""
 
     def __init__(
-        self, *args: Any, accumulator: Calibrator | Diagnosis | CorrectionFit, partials: Partials, rank: int
+        self,
+        *args: Any,
+        accumulator: Calibrator | Diagnosis | ObservedDiagnosis | CorrectionFit,
+        partials: Partials,
+        rank: int,
     ) -> None:
         super().__init__(*args)
         self.accumulator, self.partials, self.rank = accumulator, partials, rank
@@ -121,6 +126,15 @@ class Diagnosing(Accumulation):
         """Those of the evaluation."""
         self.accumulator.add_prompts(len(indices))
         return indices
+
+
+class ObservedDiagnosing(Diagnosing):
+    """The same with observers on the float denoiser."""
+
+    def noise_indices(self, indices: list[int]) -> list[int]:
+        """Those of the evaluation, which are also the seeds of the reservoir's choice."""
+        self.accumulator.set_sample_seeds(indices)
+        return super().noise_indices(indices)
 
 
 class Correcting(Diagnosing):

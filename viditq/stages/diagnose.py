@@ -2,24 +2,34 @@
 
 from typing import Any
 
-from viditq.engine.partials import Partials, State
-from viditq.engine.sampling import Diagnosing, batches_of, run_batches
+from torch import Tensor
+
+from viditq.engine.partials import Partials
+from viditq.engine.sampling import Diagnosing, ObservedDiagnosing, batches_of, run_batches
 from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.loading import load_artifact
+from viditq.quant import error_sums, observed_diagnosis
+from viditq.quant.calibration import Calibrator
 from viditq.quant.diagnosis import Diagnosis
-from viditq.quant.error_sums import merge_states
+from viditq.quant.observed_diagnosis import ObservedDiagnosis
+from viditq.quant.observers import CalibrationStats
+from viditq.stages.incoherence import has_incoherence, quantized_weights, write_incoherence
 
 
 def diagnose(job: Job) -> str:
-    """Measure the errors on a few evaluation prompts, each process its share; writes errors.json."""
+    """Measure the errors on a few evaluation prompts, each process its share; writes errors.json.
+
+    Without calibration statistics also incoherence.json.
+    """
     path, count = job.run_dir.errors, min(job.experiment.diagnosis_prompts, job.num_prompts)
     if not count or not job.experiment.plan.layers:
         return "switched off (diagnosis.num_prompts=0)" if not count else "not needed: nothing is quantized"
-    if job.processes.first_does(lambda: is_whole(path)):
+    if job.processes.first_does(lambda: is_whole(path)) and (job.needs_stats or has_incoherence(job)):
         return f"already done ({path})"
+    merge = error_sums.merge_states if job.needs_stats else observed_diagnosis.merge_states
     with job.timed(job.run_dir.path, "diagnose"):
-        worst = _diagnose(job, Partials(job.run_dir.path, merge_states), count)
+        worst = _diagnose(job, Partials(job.run_dir.path, merge), count)
     return f"{count} prompts, worst layer {worst} ({path})"
 
 
@@ -30,18 +40,29 @@ def _diagnose(job: Job, partials: Partials, count: int) -> str:
     pipeline = e.adapter.load()
     quantized: Any = load_artifact(job.run_dir.artifact, backend=e.backend, complete=False)
     denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
+    weights = quantized_weights(job, denoiser)  # held on to: offloading replaces those of the layers
     diagnosis = Diagnosis(denoiser, other, job.plan, e.adapter.timestep_scale, e.num_buckets)
+    accumulator: Any = diagnosis
+    if not job.needs_stats:
+        sizes = (e.num_buckets, e.rows_per_bucket)
+        accumulator = ObservedDiagnosis(
+            diagnosis, Calibrator(denoiser, list(job.plan.layers), e.adapter.timestep_scale, *sizes)
+        )
+    kind = Diagnosing if job.needs_stats else ObservedDiagnosing
     arguments = (e.adapter, pipeline, job.load_embeds(e.data.prompts), e.seed)
-    module = Diagnosing(*arguments, accumulator=diagnosis, quantized=other, partials=partials, rank=processes.rank)
+    module = kind(*arguments, accumulator=accumulator, quantized=other, partials=partials, rank=processes.rank)
     run_batches(e.make_trainer(), module, processes.share(batches))
     processes.wait()
-    return processes.first_does(lambda: _write(job, diagnosis, partials))
+    return processes.first_does(lambda: _write(job, diagnosis, partials, weights))
 
 
-def _write(job: Job, diagnosis: Diagnosis, partials: Partials) -> str:
-    whole: State = partials.gathered().state
-    diagnosis.load_state(whole)
+def _write(job: Job, diagnosis: Diagnosis, partials: Partials, weights: dict[str, Tensor]) -> str:
+    sums, inputs = observed_diagnosis.separated(partials.gathered().state)
+    diagnosis.load_state(sums)
     errors = diagnosis.to_json(job.experiment.roles)
+    if inputs:
+        stats = CalibrationStats.from_tensors(inputs)
+        write_incoherence(job, weights, stats, "diagnose", errors["num_prompts"])
     write_json(job.run_dir.errors, errors)
     partials.remove()
     totals = {name: layer["total"] for name, layer in errors["layers"].items() if layer["total"] is not None}

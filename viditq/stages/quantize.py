@@ -13,6 +13,7 @@ from viditq.quant.observers import CalibrationStats
 from viditq.quant.step_shares import step_shares
 from viditq.stages.calibrate import observe
 from viditq.stages.correct import correct, uncorrected
+from viditq.stages.incoherence import calibrated_incoherence, quantized_weights, restore_incoherence
 
 
 def quantize(job: Job) -> str:
@@ -20,6 +21,7 @@ def quantize(job: Job) -> str:
     folder = job.run_dir.artifact
     if job.processes.first_does(folder.is_dir):
         job.processes.first_does(lambda: shutil.rmtree(uncorrected(job), ignore_errors=True))  # a kill's leftover
+        restore_incoherence(job)
         return f"already done ({folder})"
     if job.needs_stats:
         observe(job)
@@ -35,6 +37,8 @@ def _quantize(job: Job, folder: Path) -> str:
     denoiser = e.adapter.denoiser_of(e.adapter.load())
     if e.quant.float_dtype is not None:
         denoiser.to(getattr(torch, e.quant.float_dtype))
+    if stats is not None:
+        calibrated_incoherence(job, quantized_weights(job, denoiser), stats)
     linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     numel = {name: m.weight.numel() for name, m in linears.items()}
     in_features = {name: m.in_features for name, m in linears.items()}
