@@ -18,6 +18,7 @@ from viditq.report import wording
 from viditq.report.cards import clip_data, make_card, sort_keys
 from viditq.report.content import PageContent
 from viditq.report.diagnosis import diagnose
+from viditq.report.incoherence import incoherence_view
 from viditq.report.media import MAX_MEDIA_BYTES, encode_pairs
 from viditq.report.plan_view import segment_words
 from viditq.report.search_view import search_view
@@ -71,6 +72,7 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
             sort_keys=sort_keys(content),
             clip_data=clip_data(content, media.sheets),
             diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
+            incoherence=incoherence_view(content.incoherence) if content.incoherence else None,
             search=search_view(content.search, content.heat_map) if content.search and content.heat_map else None,
             segment_words=segment_words(content.segments),
             stage_seconds=_stage_seconds(content.metrics),

@@ -14,19 +14,26 @@ from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.job import Job
 from viditq.report.content import MAX_PAIRS, PageContent, Pair
+from viditq.report.incoherence_picture import incoherence_picture
 from viditq.report.page import write_page
 from viditq.report.pictures import comparison_gif, comparison_picture
 from viditq.report.plan_view import summarize_plan
 from viditq.report.ranking import Ranking, rank_pairs
+from viditq.run_dir import RunDir
 
 
 def report(job: Job) -> str:
     """Draw and write, on the first process."""
     run_dir = job.run_dir
-    if job.processes.first_does(lambda: is_whole(run_dir.picture) and is_whole(run_dir.page)):
+    if job.processes.first_does(lambda: all(map(is_whole, (run_dir.picture, run_dir.page))) and _has_drawn(run_dir)):
         return f"already done ({run_dir.page})"
     with job.timed(run_dir.path, "report"):
         return job.processes.first_does(lambda: _report(job))
+
+
+def _has_drawn(run_dir: RunDir) -> bool:
+    """Whether the layers' incoherence is drawn, or not there."""
+    return is_whole(run_dir.incoherence_picture) or not is_whole(run_dir.incoherence)
 
 
 def _report(job: Job) -> str:
@@ -36,6 +43,9 @@ def _report(job: Job) -> str:
     metrics, per_prompt = read_json(run_dir.metrics), read_json(run_dir.per_prompt)
     ranking = rank_pairs(per_prompt, metrics["labels"])
     _draw(job, ranking, metrics["labels"][ranking.metric])
+    if is_whole(run_dir.incoherence):
+        e, found = job.experiment, read_json(run_dir.incoherence)
+        incoherence_picture(found, run_dir.incoherence_picture, f"{e.name} on {e.adapter.name}, seed {e.seed}")
     write_page(_content(job, ranking, metrics, per_prompt), run_dir.page)
     return f"picture and page ({run_dir.page})"
 
@@ -101,4 +111,5 @@ def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt:
         sorted_by=ranking.metric,
         search=read_json(run_dir.search) if is_whole(run_dir.search) else None,
         heat_map=run_dir.heat_map if is_whole(run_dir.heat_map) else None,
+        incoherence=read_json(run_dir.incoherence) if is_whole(run_dir.incoherence) else None,
     )
