@@ -17,6 +17,8 @@ OF_RUN = [
     "per_prompt.json",
     "seconds.json",
     "comparison.png",
+    "incoherence.json",
+    "incoherence.png",
     "samples/000001.png",
     "quantized/plan.json",
     "quantized/meta.json",

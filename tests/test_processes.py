@@ -69,7 +69,7 @@ def assert_same_run(folder: Path, alone: Path) -> None:
         found, expected = load_file(folder / stats.relative_to(alone)), load_file(stats)
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-8, msg=key)
-    for name in ("metrics.json", "errors.json"):
+    for name in ("metrics.json", "errors.json", "incoherence.json"):
         found, expected = (json.loads((f / "run" / name).read_text()) for f in (folder, alone))
         for numbers in (found, expected):
             numbers.pop("seconds", None)

@@ -276,6 +276,28 @@ def test_wandb_errors(configure: Callable, run_dir: RunDir) -> None:
     assert ranges[:2] == [(0.625, "blocks.0.fc2", 1), (0.875, "blocks.0.fc2", 8)], "the most varying first"
 
 
+def test_wandb_incoherence(configure: Callable, run_dir: RunDir) -> None:
+    """A table of all layers, and lines of those that have values."""
+    values = {"raw": 40.8, "scaled": 17.8, "rotated": 12.8, "both": 5.0}
+    layers = {
+        "blocks.0.fc1": {"role": "mlp", "activation": values, "weight": {k: v / 2 for k, v in values.items()}},
+        "blocks.0.fc2": {"role": "mlp", "activation": None, "weight": None},
+        "blocks.1.fc1": {"role": "mlp", "activation": dict.fromkeys(values, 6.0), "weight": values},
+    }
+    write_json(run_dir.incoherence, {"layers": layers})
+    Image.new("RGB", (4, 4)).save(run_dir.incoherence_picture)
+    run = logged(configure, run_dir, METRICS)
+    rows = run.table("incoherence/layers")
+    assert [(row["number"], row["layer"], row["role"]) for row in rows] == [
+        (number, name, "mlp") for number, name in enumerate(layers)
+    ]
+    assert rows[0]["activation_raw"] == 40.8 and rows[0]["weight_both"] == 2.5 and rows[1]["weight_raw"] is None
+    assert run.plot("incoherence/activations")["stringSettings"]["xname"] == "number of the layer"
+    points = [tuple(row.values()) for row in run.table("incoherence/activations_table")]
+    assert points[:4] == [(0, "raw", 40.8), (2, "raw", 6.0), (0, "scaled", 17.8), (2, "scaled", 6.0)]
+    assert run.file("incoherence/picture").read_bytes() == run_dir.incoherence_picture.read_bytes()
+
+
 def test_errors_of_a_plan_without_layers() -> None:
     found = wandb_objects.error_objects(ERRORS | {"layers": {}})
     assert found["errors/layers"].data == [] and "errors/by_layer" not in found

@@ -25,6 +25,14 @@ def test_calibrating_holds_statistics_and_activations_or_copies_whichever_is_mor
     assert peaks(busy, False, None, 9)["calibrate"].ram == 1500 + 1000 + 20
 
 
+def test_diagnosing_holds_what_it_observes_where_nothing_was_calibrated() -> None:
+    observing = replace(PIECES, stats=0, observed=20)
+    for gpu, offload in ((False, None), (True, None), (True, "model"), (True, "sequential")):
+        (without, found) = (peaks(p, gpu, offload, 9)["diagnose"] for p in (replace(PIECES, stats=0), observing))
+        assert found.ram == without.ram + 4 * 20
+        assert (found.vram or 0) == (without.vram or 0) + (20 if gpu else 0)
+
+
 def test_on_a_gpu_weights_are_in_both_memories_but_activations_in_one() -> None:
     found = peaks(PIECES, gpu=True, offload=None, largest_layer_bytes=9)
     assert found["reference"] == Peak(ram=1500, vram=1570)

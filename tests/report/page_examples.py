@@ -102,6 +102,18 @@ def make_errors(num_blocks: int = 3, num_buckets: int = 20, num_steps: int = 12)
     return {"num_prompts": 8, "bucket_edges": edges, "denoiser": {"relative_error": whole}, "layers": layers}
 
 
+def make_incoherence(roles: dict[str, str]) -> dict[str, Any]:
+    """incoherence.json of these layers (name -> role); the last one was never called."""
+    generator = torch.Generator().manual_seed(1)
+    layers: dict[str, Any] = {}
+    for name, role in roles.items():
+        high = 5 + 40 * float(torch.rand((), generator=generator)) ** 3
+        values = {"raw": high, "scaled": 3 + high / 2, "rotated": 5 + high / 20, "both": 4.5 + high / 30}
+        layers[name] = {"role": role, "activation": values, "weight": {k: 3 + v / 3 for k, v in values.items()}}
+    layers[list(roles)[-1]].update(activation=None, weight=None)
+    return {"stage": "calibrate", "num_prompts": 16, "max_rows": 160, "alpha": 0.5, "layers": layers}
+
+
 def make_plan(layers: list[str]) -> dict[str, Any]:
     """plan.json for `layers`: every first one of a role in more bits above noise level 0.5."""
     specs = {name: {"weight": {"bits": bits}, "activation": {"bits": 8}} for name, bits in (("w4a8", 4), ("w8a8", 8))}
@@ -191,10 +203,11 @@ def make_content(
         configuration="name: w4a8\nseed: 0\nquant:\n  weight:\n    bits: 4\n",
         pairs=pairs,
         sorted_by="psnr",
+        incoherence=make_incoherence(roles),
     )
 
 
 def without_verdict(content: PageContent) -> PageContent:
     """The same run as an older version wrote it."""
     metrics = {k: v for k, v in content.metrics.items() if k not in ("verdict", "noise_floor")}
-    return replace(content, metrics=metrics, errors=None)
+    return replace(content, metrics=metrics, errors=None, incoherence=None)

@@ -8,7 +8,7 @@ from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
-from page_examples import make_content, without_verdict
+from page_examples import make_content, make_incoherence, without_verdict
 
 from viditq.report.cards import badness
 from viditq.report.page import render, write_page
@@ -87,7 +87,7 @@ def test_ids_are_unique_and_labels_have_targets(page):
 
 def test_the_order_of_the_sections(page):
     sections = [a["id"] for a in page.all("section")]
-    assert sections == ["verdict", "cost", "pairs", "levels", "layers", "ranges", "repeat"]
+    assert sections == ["verdict", "cost", "pairs", "levels", "layers", "ranges", "incoherence", "repeat"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,7 @@ def test_every_string_is_escaped():
     metrics["noise_floor"]["dtype"] = metrics["fingerprint"] = NASTY
     errors = json.loads(json.dumps(content.errors))
     errors["layers"] = {f"{NASTY}{i}": {**v, "role": NASTY} for i, v in enumerate(errors["layers"].values())}
+    incoherence = make_incoherence({f"{NASTY}{i}": NASTY for i in range(3)})
     scores = {**content.per_prompt["metrics"], NASTY: [1.0, 2.0]}
     plan = [replace(role, role=NASTY, schemes=((NASTY,), (NASTY,))) for role in content.plan]
     html = render(
@@ -140,6 +141,7 @@ def test_every_string_is_escaped():
             machine=replace(content.machine, cpu=NASTY, gpu=NASTY),
             metrics=metrics,
             errors=errors,
+            incoherence=incoherence,
             per_prompt={**content.per_prompt, "metrics": scores},
             plan=plan,
         )

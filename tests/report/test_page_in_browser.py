@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from chromium import Chromium
-from page_examples import make_content, without_verdict
+from page_examples import make_content, make_incoherence, without_verdict
 
 from viditq.report.page import write_page
 
@@ -238,6 +238,22 @@ def test_a_phone_with_hostile_prompts_does_not_scroll_sideways(browser, tmp_path
         browser.press(" ")
         browser.press("t")
         assert mode(browser, 0) == "toggle"
+    assert_clean(browser)
+
+
+@pytest.mark.parametrize("num_layers", [60, 280])
+def test_the_incoherence_of_many_layers_fits_a_phone(browser, tmp_path, num_layers):
+    """Few layers as a whole; many in a strip that scrolls by itself, wide enough to tell layers apart."""
+    roles = {f"blocks.{i}.to_q": ("self_attention", "mlp")[i % 2] for i in range(num_layers)}
+    content = replace(make_content(1, 1), incoherence=make_incoherence(roles))
+    load(browser, write_page(content, tmp_path / "report.html"), width=360)
+    assert browser.evaluate("document.documentElement.scrollWidth") == 360
+    box = "document.querySelector('#incoherence svg').getBoundingClientRect()"
+    assert browser.evaluate(f"{box}.width") == (328 if num_layers == 60 else 900)
+    dots = "document.querySelectorAll('#incoherence .dots').length"
+    assert browser.evaluate(dots) == 2 * 4
+    title = "document.querySelector('#incoherence rect title').textContent"
+    assert browser.evaluate(title).startswith("blocks.0.to_q: raw ")
     assert_clean(browser)
 
 

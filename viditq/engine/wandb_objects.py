@@ -11,6 +11,7 @@ import wandb
 
 from viditq.data.samples import load_sample, sample_path
 from viditq.files import read_json
+from viditq.report.incoherence import SIDES, VARIANTS
 from viditq.report.pictures import save_gif
 from viditq.report.ranking import rank_pairs
 from viditq.run_dir import RunDir
@@ -31,6 +32,10 @@ def run_objects(run_dir: RunDir, metrics: Mapping[str, Any], scratch: Path) -> d
         found["pairs"] = pairs_table(read_json(run_dir.per_prompt), metrics["labels"], run_dir.samples, scratch)
     if (errors := run_dir.errors).is_file():
         found |= error_objects(read_json(errors))
+    if run_dir.incoherence.is_file():
+        found |= incoherence_objects(read_json(run_dir.incoherence))
+    if run_dir.incoherence_picture.is_file():
+        found["incoherence/picture"] = wandb.Image(str(run_dir.incoherence_picture))
     if run_dir.search.is_file():
         found["sensitivity/candidates"] = candidate_table(read_json(run_dir.search))
     if run_dir.heat_map.is_file():
@@ -137,6 +142,28 @@ def error_objects(errors: Mapping[str, Any]) -> dict[str, Any]:
             levels,
             {name: layers[name]["amax"] for name in varying},
             f"Largest |input| by noise level, the {len(varying)} layers where it varies most",
+        )
+    return found
+
+
+def incoherence_objects(incoherence: Mapping[str, Any]) -> dict[str, Any]:
+    """incoherence.json as a table, one row per layer, and a plot of activations and of weights over the layers."""
+    layers, names = incoherence["layers"], list(VARIANTS)
+    fields = [(side, variant) for side in SIDES for variant in names]
+    columns: list[str | int] = ["number", "layer", "role", *(f"{side}_{variant}" for side, variant in fields)]
+    rows = [
+        [number, name, layer["role"], *(layer[side] and layer[side][variant] for side, variant in fields)]
+        for number, (name, layer) in enumerate(layers.items())
+    ]
+    found: dict[str, Any] = {"incoherence/layers": wandb.Table(columns=columns, data=rows)}
+    for side in SIDES:
+        seen = {i: layer[side] for i, layer in enumerate(layers.values()) if layer[side] is not None}
+        found[f"incoherence/{side}s"] = wandb.plot.line_series(
+            [list(seen)] * len(names),
+            [[values[variant] for values in seen.values()] for variant in names],
+            keys=names,
+            title=f"Incoherence (amax / mean |x|) of {side}s by layer",
+            xname="number of the layer",
         )
     return found
 

@@ -97,6 +97,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
     denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
     text_bytes = sum(size for name, size in float_bytes.items() if name.startswith(parts.TEXT))
     stats = stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, e.plan.moment_layers) if job.needs_stats else 0
+    diagnosed = {name: in_features[name] for name in plan.layers} if e.diagnosis_prompts and not job.needs_stats else {}
     pieces = Pieces(
         denoiser=denoiser_bytes,
         rest=sum(float_bytes.values()) - denoiser_bytes - text_bytes,
@@ -106,6 +107,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         stats=stats,
         weights=weight_bytes(quantized),
         largest_layer=max((linears[name].weight.numel() for name in plan.layers), default=0),
+        observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"

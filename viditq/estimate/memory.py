@@ -18,7 +18,8 @@ TEMPORARY_PER_WEIGHT = 21  # while a weight is quantized: float32 copies, scaled
 class Pieces:
     """denoiser, rest, text: weights as loaded (rest: VAE and others). step, decode: activations.
 
-    stats: calibration statistics. weights: the quantized denoiser. largest_layer: weights of the largest Linear.
+    stats: calibration statistics. observed: those gathered while diagnosing, where nothing is calibrated. weights: the
+    quantized denoiser. largest_layer: weights of the largest Linear.
     """
 
     denoiser: int
@@ -29,6 +30,7 @@ class Pieces:
     stats: int
     weights: WeightBytes
     largest_layer: int
+    observed: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         + round(HOLES_QUANTIZING * p.weights.dense)
         + max(p.stats, TEMPORARY_PER_WEIGHT * p.largest_layer, p.weights.rest // 2),
         "generate": quantized + holes,
-        "diagnose": both + holes,
+        "diagnose": both + holes + 4 * p.observed,
     }
     computing = {
         "prompts": 0,
@@ -91,4 +93,5 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     if offload == "sequential":
         resident = {stage: largest_layer_bytes if size else 0 for stage, size in resident.items()}
         resident["calibrate"] += p.stats
+    resident["diagnose"] += p.observed
     return {stage: Peak(size, resident[stage] + computing[stage]) for stage, size in on_cpu.items()}
