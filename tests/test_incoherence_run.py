@@ -25,6 +25,12 @@ def ratio(x: np.ndarray) -> float:
     return float(np.abs(x).max() / np.abs(x).mean())
 
 
+def statistics(folder: Path, cache: Path) -> CalibrationStats:
+    """Those that the run was made with."""
+    entry = read_json(folder / "quantized" / "meta.json")["stats"]
+    return CalibrationStats.load(cache / "stats" / entry / "stats.safetensors")
+
+
 def read(folder: Path) -> Any:
     return read_json(folder / "incoherence.json")
 
@@ -39,8 +45,7 @@ def test_values_from_the_calibration(finished_run: Path, shared_cache: Path) -> 
             assert set(layer[side]) == {"raw", "scaled", "rotated", "both"}
             assert all(np.isfinite(v) and v >= 1 for v in layer[side].values())
     assert (found["stage"], found["alpha"]) == ("calibrate", 0.5)
-    (file,) = shared_cache.glob("stats/*/stats.safetensors")
-    stats = CalibrationStats.load(file)
+    stats = statistics(finished_run, shared_cache)
     model = PixArtTransformer2DModel.from_pretrained(SHIPPED / "tiny_image" / "transformer").float()
     for name in list(plan["layers"])[::7]:
         observer = stats.layers[name]
@@ -97,8 +102,7 @@ def test_a_calibrated_run_has_it_without_diagnosis_and_restores_it(
 def test_a_layer_that_was_never_called_is_said_to_have_no_values(
     finished_run: Path, shared_cache: Path, tmp_path: Path
 ) -> None:
-    (file,) = shared_cache.glob("stats/*/stats.safetensors")
-    stats = CalibrationStats.load(file)
+    stats = statistics(finished_run, shared_cache)
     first, second = list(read(finished_run)["layers"])[:2]
     stats.layers[second].keys.fill_(torch.iinfo(torch.int64).max)
     stats.layers[second].count.zero_()
