@@ -97,7 +97,7 @@ def build(cfg: DictConfig) -> Experiment:
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
     _check_segments(adapter, plan, cfg.calibration.num_buckets)
-    if quant.correction is not None:
+    if quant.shrinks_noise:
         check_shrinkable(adapter.make_scheduler(), adapter.call)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}

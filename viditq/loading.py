@@ -43,14 +43,15 @@ def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | 
     if float_dtype not in (None, adapter.dtype):
         DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype, adapter.timestep_argument)
     pipeline = adapter.load_complete(denoiser) if complete else adapter.load(denoiser)
-    _tell_sampler(folder, adapter, pipeline, denoiser)
+    if meta.get("correction") == "ptqd":
+        _tell_sampler(folder, adapter, pipeline, denoiser)
     return with_settings(adapter, pipeline) if complete else pipeline
 
 
 def _tell_sampler(folder: Path, adapter: ModelAdapter, pipeline: Any, denoiser: nn.Module) -> None:
     """Let a stochastic sampler add less noise where a corrected denoiser's error adds some."""
     corrections = corrections_of(denoiser)
-    if not corrections or not check_shrinkable(pipeline.scheduler, adapter.call):
+    if not check_shrinkable(pipeline.scheduler, adapter.call):
         return
     if any(correction.variance is None for correction in corrections):
         raise UserError(

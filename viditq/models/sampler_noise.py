@@ -33,7 +33,7 @@ def check_shrinkable(scheduler: Any, call: Mapping[str, Any]) -> bool:
     """Whether its steps add noise; raises UserError if they do in a way that cannot be made less."""
     if not adds_noise(scheduler, call):
         return False
-    name, how = type(scheduler).__name__, "or quant.correction=null"
+    name, how = type(scheduler).__name__, "or quant.correction=ptqd_mean"
     if name not in SUPPORTED:
         raise UserError(
             f"quant.correction=ptqd makes a sampler's noise smaller, and cannot for {name}, which adds noise (or is "
@@ -148,5 +148,6 @@ def _seeded(seed: int) -> torch.Generator:
 def _not_affine() -> UserError:
     return UserError(
         "quant.correction=ptqd: a step of the scheduler does not depend on noise and prediction in proportion, so that "
-        "its noise cannot be made smaller. Choose another model.scheduler (one that does not clip)."
+        "its noise cannot be made smaller. Choose another model.scheduler (one that does not clip), or "
+        "quant.correction=ptqd_mean."
     )

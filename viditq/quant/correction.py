@@ -29,7 +29,7 @@ from viditq.quant.observers import NUM_BUCKETS
 NAME = "output_correction"  # of the module below its denoiser
 SUMS = ("count", "exact", "error", "exact_squared", "error_squared", "product")
 GUIDED = "guided."  # prefix of the same sums over what the sampler is given
-CORRECTIONS = ("ptqd",)
+CORRECTIONS = ("ptqd", "ptqd_mean")  # the second leaves the sampler's noise as it is
 
 
 class Correction(nn.Module):
@@ -91,7 +91,7 @@ def channel_axis_of(denoiser: nn.Module, prediction: Tensor) -> int:
     axes = [axis for axis in (1, 2)[: prediction.ndim - 3] if channels is None or prediction.shape[axis] == channels]
     if len(axes) != 1:
         raise UserError(
-            f"quant.correction=ptqd does not know the channels of the output of {type(denoiser).__name__}, of shape "
+            f"quant.correction does not know the channels of the output of {type(denoiser).__name__}, of shape "
             f"{list(prediction.shape)}; use quant.correction=null"
         )
     return axes[0]

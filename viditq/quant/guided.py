@@ -59,5 +59,5 @@ def watch_steps(scheduler: Any, seen: Callable[[Tensor, Tensor], None]) -> Calla
 def _no_mix(what: str) -> UserError:
     return UserError(
         "quant.correction=ptqd with a stochastic scheduler needs a pipeline that mixes its denoiser's outputs channel "
-        f"by channel before the step ({what}). Use a deterministic model.scheduler, or quant.correction=null."
+        f"by channel before the step ({what}). Use a deterministic model.scheduler, or quant.correction=ptqd_mean."
     )

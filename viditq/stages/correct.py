@@ -29,7 +29,8 @@ def correct(job: Job, quantize: Callable[[Path], str]) -> str:
     batches = [b for b in enumerate(batches_of(len(prompts), e.batch_size)) if b[0] not in done]
     pipeline, quantized = e.adapter.load(), load_artifact(work / "quantized", e.backend, complete=False)
     denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
-    scheduler = pipeline.scheduler if check_shrinkable(pipeline.scheduler, e.adapter.call) else None
+    shrinks = e.quant.shrinks_noise and check_shrinkable(pipeline.scheduler, e.adapter.call)
+    scheduler = pipeline.scheduler if shrinks else None
     fit: Any = CorrectionFit(denoiser, other, e.adapter.timestep_scale, e.num_buckets, scheduler)
     arguments = (e.adapter, pipeline, job.load_embeds(prompts), e.seed)
     module = Correcting(*arguments, accumulator=fit, quantized=other, partials=partials, rank=processes.rank)
