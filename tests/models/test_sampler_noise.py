@@ -14,6 +14,7 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.models.sampler_noise import check_shrinkable, cloned, measure, shrink_noise
+from viditq.models.schedulers import check_seeded
 
 STEPS = 8
 SHAPE = (64, 4, 16, 16)
@@ -216,3 +217,10 @@ def test_what_is_refused() -> None:
     shrink_noise(scheduler, lambda: 0.1)
     with pytest.raises(UserError, match="in proportion"):
         scheduler.step(drawn(1), scheduler.timesteps[400], drawn(0))
+
+
+def test_noise_that_cannot_be_seeded_is_refused() -> None:
+    check_seeded(diffusers.PixArtAlphaPipeline, diffusers.DDPMScheduler(), {})
+    check_seeded(diffusers.DiTPipeline, diffusers.DDIMScheduler(), {})
+    with pytest.raises(UserError, match="passes no generator"):
+        check_seeded(diffusers.DiTPipeline, diffusers.DDPMScheduler(), {})

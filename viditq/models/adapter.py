@@ -223,8 +223,8 @@ class ModelAdapter:
     def _check_scheduler(self) -> None:
         if self.call.get("sampler") is not None:
             raise UserError(
-                f"model.scheduler: model.call.sampler={self.call['sampler']} chooses the scheduler already. Set one of "
-                "the two to null."
+                f"model.scheduler: model.call.sampler={self.call['sampler']} chooses the scheduler already. "
+                "Leave out model.scheduler, or set model.call.sampler=null."
             )
         check_samples(self.make_scheduler(), self.num_steps)
         check_seeded(find_class(self.pipeline), self.make_scheduler(), self.call)
