@@ -17,6 +17,7 @@ from viditq.errors import UserError
 from viditq.loading import load_quantized
 from viditq.models.adapter import ModelAdapter
 from viditq.models.opensora_pipeline import OpenSoraPipeline
+from viditq.quant.artifact import read_meta
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["model=opensora_v1", "model.dtype=float32", "model.height=32", "model.width=32", "model.num_frames=4"]
@@ -68,6 +69,33 @@ def test_artifact_makes_the_runs_samples_from_text(finished: Path, model_folder:
     stored = next(iter(load_file(finished / "samples" / "000001.safetensors").values()))
     difference = ((clip[0].clamp(0, 1) * 255).round() - stored.float()).abs()
     assert difference.max() <= 1 and difference.mean() < 0.01
+
+
+def test_ptqd_with_a_learned_variance_and_guided_channels(
+    model_folder: Path, cache: Path, tmp_path: Path, run: Callable
+) -> None:
+    """Three of four channels are guided, so that the error of the fourth is the caption's alone."""
+    few = ["model.num_frames=2", "model.num_steps=3", "stages=[prompts,quantize,generate]"]  # of 4 frames, 4 channels
+    options = [*SMALL, f"model.path='{model_folder}'", *few]
+    for name in ("ptqd", "ptqd_mean"):
+        run(tmp_path / name, cache, *options, f"quant.correction={name}")
+    pipeline, mean = (load_quantized(tmp_path / name) for name in ("ptqd", "ptqd_mean"))
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert hasattr(pipeline.scheduler.step, "__wrapped__") and not hasattr(mean.scheduler.step, "__wrapped__")
+    assert float(pipeline.transformer.output_correction.variance.min()) > 0
+    files = [sorted((tmp_path / name / "samples").glob("*.safetensors")) for name in ("ptqd", "ptqd_mean")]
+    assert len(files[0]) == len(files[1]) > 1
+    first, second = (next(iter(load_file(paths[1]).values())) for paths in files)
+    assert not torch.equal(first, second)
+    prompt = read_prompts("shipped:prompts/opensora_t2v_samples_10.txt")[1]
+    generator = [torch.Generator().manual_seed(1)]
+    clip = pipeline(prompt, generator=generator, output_type="pt", return_dict=False)[0]
+    difference = ((clip[0].clamp(0, 1) * 255).round() - first.float()).abs()
+    assert difference.max() <= 1 and difference.mean() < 0.01
+    with pytest.raises(UserError, match="sampler=null"):
+        ModelAdapter.from_dict(
+            {**read_meta(tmp_path / "ptqd" / "quantized")["model"], "scheduler": "DPMSolverMultistepScheduler"}
+        )
 
 
 def test_embeddings_made_before_replace_the_text_encoder(

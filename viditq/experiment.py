@@ -19,6 +19,7 @@ from viditq.errors import UserError
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
 from viditq.models.roles import FLOAT
+from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
 from viditq.quant.backends import get_backend
 from viditq.quant.convert import linear_names
@@ -96,6 +97,8 @@ def build(cfg: DictConfig) -> Experiment:
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
     _check_segments(adapter, plan, cfg.calibration.num_buckets)
+    if quant.shrinks_noise:
+        check_shrinkable(adapter.make_scheduler(), adapter.call)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     experiment = Experiment(

@@ -20,6 +20,7 @@ from viditq.run_dir import Entry, RunDir, fingerprint, timed
 
 # What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
 NOT_SAMPLING = ("name", "path", "revision", "denoiser_path", "denoiser_revision", "fps", "roles", "keep_float", "guess")
+UNLESS_GIVEN = ("scheduler", "scheduler_settings")  # younger than what caches hold
 OF_TEXT = (
     *("pipeline", "dtype", "component_dtypes", "conditioning", "negative_prompt"),
     *("encode", "encode_outputs", "max_tokens", "prompt_tokenizer"),
@@ -39,7 +40,8 @@ class Job:
 
     @cached_property
     def _base_key(self) -> dict[str, Any]:
-        model = {k: v for k, v in self.experiment.adapter.to_dict().items() if k not in NOT_SAMPLING}
+        values = self.experiment.adapter.to_dict()
+        model = {k: v for k, v in values.items() if k not in NOT_SAMPLING and not (k in UNLESS_GIVEN and not v)}
         return {"model": model, "weights": self.experiment.weights}
 
     def _entry(self, kind: str, key: Mapping[str, Any]) -> Entry:

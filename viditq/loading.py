@@ -1,13 +1,18 @@
 """From an artifact back to a pipeline, without statistics, prompts or the denoiser's float weights."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
 from viditq.models.checks import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
+from viditq.models.sampler_noise import check_shrinkable, shrink_noise
 from viditq.quant.artifact import load_denoiser, read_meta
+from viditq.quant.correction import corrections_of, latest_variance
 
 
 def load_quantized(path: str | Path, backend: str = "fake", model_path: str | None = None) -> Any:
@@ -37,7 +42,23 @@ def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | 
     denoiser = load_denoiser(folder, adapter.build_denoiser, backend)[0].eval().requires_grad_(False)
     if float_dtype not in (None, adapter.dtype):
         DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype, adapter.timestep_argument)
-    return with_settings(adapter, adapter.load_complete(denoiser)) if complete else adapter.load(denoiser)
+    pipeline = adapter.load_complete(denoiser) if complete else adapter.load(denoiser)
+    if meta.get("correction") == "ptqd":
+        _tell_sampler(folder, adapter, pipeline, denoiser)
+    return with_settings(adapter, pipeline) if complete else pipeline
+
+
+def _tell_sampler(folder: Path, adapter: ModelAdapter, pipeline: Any, denoiser: nn.Module) -> None:
+    """Let a stochastic sampler add less noise where a corrected denoiser's error adds some."""
+    corrections = corrections_of(denoiser)
+    if not check_shrinkable(pipeline.scheduler, adapter.call):
+        return
+    if any(correction.variance is None for correction in corrections):
+        raise UserError(
+            f"{folder} was corrected without the variance that {type(pipeline.scheduler).__name__}, a stochastic "
+            "scheduler, needs (by an earlier version, or for another scheduler). Delete the folder and quantize again."
+        )
+    shrink_noise(pipeline.scheduler, partial(latest_variance, corrections))
 
 
 def in_dtype(adapter: ModelAdapter, pipeline: Any, dtype: str) -> Any:

@@ -10,13 +10,14 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from viditq.engine.offload import check_offload, offload_layers, offload_pipeline
-from viditq.engine.sampling import Calibration, Diagnosing, Generation, run_batches
+from viditq.engine.sampling import Calibration, Correcting, Diagnosing, Generation, run_batches
 from viditq.errors import UserError
 from viditq.experiment import build
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import generate
 from viditq.quant.calibration import Calibrator
 from viditq.quant.convert import linear_names, quantize_denoiser
+from viditq.quant.correction import CorrectionFit, attach_corrections
 from viditq.quant.diagnosis import Diagnosis
 from viditq.quant.linear import quant_linears
 from viditq.quant.observers import Observer
@@ -159,3 +160,31 @@ def test_there_is_nothing_to_spare_without_a_gpu(offload: str, configure: Callab
 def test_unknown_offloads_are_refused(configure: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="offload='disk' is unknown; choose null or one of model, sequential"):
         build(configure("experiment=smoke", "trainer.offload=disk"))
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_a_corrected_denoiser_and_the_fit_of_its_correction(
+    offload: str, adapter: ModelAdapter, embeds: dict[str, Tensor], plan: Any, stats: Any, configure: Callable[..., Any]
+) -> None:
+    """The correction is no layer of its own that offloading could bring when it is called."""
+
+    def run(offload: str | None) -> tuple[dict[str, Tensor], Tensor]:
+        trainer = instantiate(configure("trainer=cpu").trainer, _convert_="all")
+        trainer.offload = offload
+        pipeline, quantized = loaded(adapter, None, None), loaded(adapter, plan, stats).transformer
+        fit = CorrectionFit(pipeline.transformer, quantized, scheduler=pipeline.scheduler)
+        partials = SimpleNamespace(load=lambda rank: SimpleNamespace(done=frozenset(), state={}), save=lambda *_: None)
+        arguments = (adapter, pipeline, lambda i: embeds, 0)
+        correcting = Correcting(*arguments, accumulator=fit, quantized=quantized, partials=partials, rank=0)
+        run_batches(trainer, correcting, [(0, [0])])
+        corrected = loaded(adapter, None, None)
+        context = quantize_denoiser(corrected.transformer, plan, stats)
+        attach_corrections(corrected.transformer, fit.state(), context)
+        clips: list[Tensor] = []
+        sink = Generation(adapter, corrected, lambda i: embeds, 0, sink=lambda i, clip: clips.append(clip))
+        run_batches(trainer, sink, [[0]])
+        return fit.state(), clips[0]
+
+    (sums, clip), (sums_0, clip_0) = run(offload), run(None)
+    assert all(torch.equal(sums[name], sums_0[name]) for name in sums_0)
+    assert torch.equal(clip, clip_0)

@@ -100,6 +100,62 @@ def test_what_is_there_already_is_not_counted(
     assert e.works["reference"].note == e.works["prompts"].note == "nothing left to do"
 
 
+def test_the_fit_of_a_correction_is_counted(
+    run: Callable[..., Any],
+    configure: Callable[..., Any],
+    shrunk: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from diffusers import PixArtTransformer2DModel
+
+    overrides = ("quant/smoothing=none", "quant.segments=[0,1]", "quant.correction=ptqd", "stages=[prompts,quantize]")
+    e = told(configure, shrunk, tmp_path, True, *overrides)
+    plain = told(configure, shrunk, tmp_path, True, *overrides[:2], overrides[3])
+    count, forward = [0], PixArtTransformer2DModel.forward
+
+    @functools.wraps(forward)
+    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(PixArtTransformer2DModel, "forward", counting)
+    run(tmp_path / "run", tmp_path / "cache", *overrides)
+    assert (e.works["quantize"].samples, e.works["quantize"].forwards) == (2, count[0])
+    assert e.works["quantize"].seconds > plain.works["quantize"].seconds
+    assert e.peaks["quantize"].ram == max(plain.peaks["quantize"].ram, e.peaks["diagnose"].ram)
+    assert told(configure, shrunk, tmp_path, "meta", *overrides).works["quantize"].note == "nothing left to do"
+
+
+def test_a_search_is_counted(
+    run: Callable[..., Any],
+    configure: Callable[..., Any],
+    shrunk: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every candidate generated, none left out: forwards are those of the run but for the proxies' few."""
+    from diffusers import PixArtTransformer2DModel
+
+    overrides = ["quant/policy=sensitivity", "quant.policy.measure=all", "quant.policy.weight_choices=[4,8]"]
+    overrides += ["quant.policy.num_prompts=1", "quant/smoothing=none", "stages=[prompts,calibrate,search]"]
+    overrides += ["quant.policy.metrics.cross_attention=${quant.policy.metrics.default}"]
+    e = told(configure, shrunk, tmp_path, True, *overrides)
+    count, forward = [0], PixArtTransformer2DModel.forward
+
+    @functools.wraps(forward)
+    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(PixArtTransformer2DModel, "forward", counting)
+    run(tmp_path / "run", tmp_path / "cache", *overrides)
+    search = e.works["search"]
+    assert search.forwards == pytest.approx(count[0] - e.works["calibrate"].forwards, rel=0.25)
+    assert search.seconds > 0 and "candidates" in search.note
+    assert told(configure, shrunk, tmp_path, "meta", *overrides).works["search"].note == "nothing left to do"
+
+
 @pytest.mark.parametrize("model", ["tiny_image", "tiny_video"])
 def test_activations_on_meta_are_those_of_the_real_model(
     model: str, configure: Callable[..., Any], shrunk: list[str], tmp_path: Path
@@ -188,6 +244,6 @@ def test_a_run_does_not_know_of_the_key(configure: Callable[..., Any], shrunk: l
 
 def test_a_plan_that_has_yet_to_be_searched(configure: Callable[..., Any], shrunk: list[str], tmp_path: Path) -> None:
     e = told(configure, shrunk, tmp_path, "meta", "quant/policy=sensitivity", "quant/smoothing=none")
-    assert e.works["search"].note == "not estimated"
+    assert e.works["search"].note == "at most, 24 candidates"
     assert e.works["calibrate"].forwards and e.stats
     assert any("search" in remark for remark in e.remarks)

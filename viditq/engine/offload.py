@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from viditq.errors import UserError
+from viditq.quant.correction import Correction
 from viditq.quant.linear import QuantLinear
 
 OFFLOADS = ("model", "sequential")
@@ -42,15 +43,16 @@ def offload_pipeline(pipeline: Any, offload: str, device: torch.device) -> None:
 
 
 def offload_layers(model: nn.Module, device: torch.device) -> None:
-    """Every layer comes to `device` for its forward and goes again; a QuantLinear as a whole."""
+    """Every layer comes to `device` for its forward and goes again; a QuantLinear as a whole. A Correction stays."""
     children = [(parent, key, child) for parent in model.modules() for key, child in parent._modules.items()]
-    places = [(parent, key, child) for parent, key, child in children if isinstance(child, QuantLinear)]
+    kept = QuantLinear | Correction
+    places = [(parent, key, child) for parent, key, child in children if isinstance(child, kept)]
     for parent, key, _ in places:  # accelerate moves what a module itself holds, and only if its own forward is called
         parent._modules[key] = nn.Identity()
     cpu_offload(model, device, offload_buffers=True)
     for parent, key, layer in places:
         parent._modules[key] = layer
-    for layer in {id(layer): layer for _, _, layer in places}.values():
+    for layer in {id(layer): layer for _, _, layer in places if isinstance(layer, QuantLinear)}.values():
         add_hook_to_module(layer, Visit(device))
 
 

@@ -16,10 +16,11 @@ from torch import nn
 from viditq.engine.offload import offload_pipeline
 from viditq.errors import UserError
 from viditq.estimate import parts
-from viditq.estimate.memory import Peak, Pieces, peaks
+from viditq.estimate.memory import Peak, Pieces, larger, peaks
 from viditq.estimate.mock import made_up_quantized, seconds_to_quantize
 from viditq.estimate.probe import Probe, probe, probe_on_meta
-from viditq.estimate.work import Work, work_of
+from viditq.estimate.searching import searching
+from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
 from viditq.models.checks import DTYPES
 from viditq.models.generate import DtypeBoundary
@@ -114,6 +115,12 @@ def estimate(job: Job, mode: Any) -> Estimate:
     in_half = seen.in_half if seen.in_half is not None else parts.names_in_half(e.adapter)
     artifact = artifact_bytes(quantized, plan, in_half, {"model": e.adapter.to_dict(), "weights": e.weights})
     works = work_of(job, texts, seen.float_model, seen.quantized, (seen.load_seconds, seen.quantize_seconds))
+    if job.searches and "search" in works:
+        counter = Counter(job, texts, seen.load_seconds)
+        works["search"] = searching(job, counter, seen.float_model, seen.quantized or seen.float_model)
+    most = peaks(pieces, gpu, getattr(trainer, "offload", None), layer_bytes)
+    if e.quant.correction is not None:  # its fit holds what the diagnosis holds
+        most["quantize"] = larger(most["quantize"], most["diagnose"])
     return Estimate(
         durations=mode is True,
         batch_size=batch,
@@ -128,7 +135,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         probe=seen.float_model,
         quantized_probe=seen.quantized,
         works=works,
-        peaks=peaks(pieces, gpu, getattr(trainer, "offload", None), layer_bytes),
+        peaks=most,
         disk=_disk(job, works, seen.float_model, artifact, stats, embeds),
         remarks=tuple(_remarks(mode, gpu, job.searches)),
     )
@@ -218,7 +225,10 @@ def _remarks(mode: Any, gpu: bool, searches: bool) -> list[str]:
             "where batches are tiny.",
         ]
     if searches:
-        lines.append("The search is not in it, and until it is done weights are those of the plan that it starts from.")
+        lines.append(
+            "Of the search's candidates every one is counted that pruning may leave; its memory and its metrics' time "
+            "are not. Until it is done weights are those of the plan that it starts from."
+        )
     if not gpu:
         lines.append("RAM is that of one process, the interpreter and its libraries included.")
     return lines

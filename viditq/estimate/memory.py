@@ -41,6 +41,12 @@ class Peak:
     vram: int | None = None
 
 
+def larger(one: Peak, other: Peak) -> Peak:
+    """The peak of two pieces of work one after the other."""
+    vram = None if one.vram is None or other.vram is None else max(one.vram, other.vram)
+    return Peak(max(one.ram, other.ram), vram)
+
+
 def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -> dict[str, Peak]:
     """Stage -> its peak."""
     activations, step = max(p.step, p.decode), p.step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,11 +54,14 @@ class Counter:
 
 def work_of(
     job: Job, texts: TextShapes, seen: Probe, quantized: Probe | None, once: tuple[float, float | None]
-) -> Mapping[str, Work]:
-    """Stage -> its work, of the configured stages. once: seconds to load the pipeline, and to quantize its weights."""
+) -> dict[str, Work]:
+    """Stage -> its work, of the configured stages (a search is left to `searching`).
+
+    once: seconds to load the pipeline, and to quantize its weights.
+    """
     e, count, counter = job.experiment, job.num_prompts, Counter(job, texts, once[0])
     prompts, calibration = e.data.prompts, e.data.calibration_prompts
-    later, made = quantized or seen, job.run_dir.artifact.is_dir()
+    later = quantized or seen
     floors = [batch for entry in job.floors.values() for batch in counter.missing(entry.path, job.floor_size)]
     observed = is_whole(job.stats_file) or not job.needs_stats
     diagnosed = 0 if is_whole(job.run_dir.errors) or not e.plan.layers else min(e.diagnosis_prompts, count)
@@ -71,8 +73,8 @@ def work_of(
         "calibrate": counter.work(
             seen, calibration, [] if observed else batches_of(len(calibration), e.batch_size), decode=False
         ),
-        "search": Work(note="not estimated" if job.searches else DONE),
-        "quantize": Work(seconds=0.0 if made else _total(once), note=DONE if made else ""),
+        "search": Work(note=DONE),
+        "quantize": _quantizing(job, counter, seen, later, once),
         "generate": counter.work(later, prompts, counter.missing(job.run_dir.samples, count), count),
         "diagnose": _both(
             counter.work(seen, prompts, batches, decode=False), counter.work(later, prompts, batches, decode=False)
@@ -85,6 +87,22 @@ def _encoding(job: Job) -> Work:
     data = job.experiment.data
     left = [p for p in {*data.prompts, *data.calibration_prompts} if not is_whole(job.embeds_path(p))]
     return Work(note=f"{len(left)} to encode" if left else DONE)
+
+
+def _quantizing(job: Job, counter: Counter, seen: Probe, quantized: Probe, once: tuple[float, float | None]) -> Work:
+    """With a correction also the float and the quantized denoiser side by side on the calibration prompts."""
+    e, alone = job.experiment, _total(once)
+    if job.run_dir.artifact.is_dir():
+        return Work(seconds=0.0, note=DONE)
+    if e.quant.correction is None:
+        return Work(seconds=alone)
+    prompts = e.data.calibration_prompts
+    batches = batches_of(len(prompts), e.batch_size)
+    exact, other = (counter.work(probe, prompts, batches, decode=False) for probe in (seen, quantized))
+    seconds = None
+    if alone is not None and exact.seconds is not None and other.seconds is not None:
+        seconds = alone + exact.seconds + other.seconds
+    return Work(exact.samples, 0, exact.forwards + other.forwards, seconds, "and its correction")
 
 
 def _both(exact: Work, quantized: Work) -> Work:

@@ -22,6 +22,8 @@ from viditq.models.attention import check_attention, check_dispatches, set_atten
 from viditq.models.checks import DTYPES, check_values
 from viditq.models.guess import guess_settings
 from viditq.models.registry import find_class
+from viditq.models.samplers import make_sampler
+from viditq.models.schedulers import build_scheduler, check_samples, check_seeded
 from viditq.models.source import Source
 
 COPY_AGAIN = "Copy the model's folder again."
@@ -43,6 +45,8 @@ class ModelAdapter:
     `__call__`, for embeddings made before.
 
     timestep_scale: the timestep that means pure noise, or {at_noise, at_clean, argument} of the denoiser's forward.
+    scheduler: another scheduler class of diffusers than the stored one; scheduler_settings: what replaces its settings.
+
     dtype: of all parts but component_dtypes (part -> dtype). attention: backend of diffusers' dispatch, None = the
     model's own. roles: role -> patterns of Linear names, for reports and mixed precision; keep_float: patterns of
     Linears never quantized. guess: the roles are guessed, and every field that is None but has to have a value.
@@ -74,6 +78,8 @@ class ModelAdapter:
     negative_prompt: str | None = None
     list_embeds: bool = False
     attention: str | None = None
+    scheduler: str | None = None
+    scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
     encode: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     roles: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -91,6 +97,8 @@ class ModelAdapter:
             if self.index().get(name, [None])[0] is None:
                 parts = ", ".join(self._components())
                 raise UserError(f"model.denoisers has {name!r}, which is no part of the pipeline; it has {parts}.")
+        if self._chooses_scheduler:
+            self._check_scheduler()
 
     def _fill_in(self, guessed: Mapping[str, Any]) -> None:
         """Guessed values in place of None; arguments of encode_prompt and __call__ that are given stay."""
@@ -172,6 +180,8 @@ class ModelAdapter:
         try:
             cls = find_class(self.pipeline)
             components = self._denoisers_elsewhere(components) | components
+            if self._chooses_scheduler or self.call.get("sampler") is not None:
+                components["scheduler"] = self.make_scheduler()
             pipeline = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"The pipeline in {folder} cannot be loaded: {error}. {COPY_AGAIN}") from error
@@ -203,6 +213,30 @@ class ModelAdapter:
                     f"{component}.{name} of {self.folder} contains NaN or inf as {self.dtype}. Check the checkpoint, "
                     f"or load it in a wider type: model.dtype={' or '.join(d for d in DTYPES if d != self.dtype)}."
                 )
+
+    # Scheduler --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _chooses_scheduler(self) -> bool:
+        return self.scheduler is not None or bool(self.scheduler_settings)
+
+    def _check_scheduler(self) -> None:
+        if self.call.get("sampler") is not None:
+            raise UserError(
+                f"model.scheduler: model.call.sampler={self.call['sampler']} chooses the scheduler already. "
+                "Leave out model.scheduler, or set model.call.sampler=null."
+            )
+        check_samples(self.make_scheduler(), self.num_steps)
+        check_seeded(find_class(self.pipeline), self.make_scheduler(), self.call)
+
+    def make_scheduler(self) -> Any:
+        """The scheduler that samples; raises UserError if the pipeline has none of its own."""
+        if self.call.get("sampler") is not None:
+            return make_sampler(self.call["sampler"])
+        entry = self.index().get("scheduler")
+        if not isinstance(entry, list) or entry[1] is None:
+            raise UserError(f"The pipeline in {self.folder} has no scheduler.")
+        return build_scheduler(self.folder, entry[1], self.scheduler, self.scheduler_settings)
 
     # Denoisers --------------------------------------------------------------------------------------------------------
 

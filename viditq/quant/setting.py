@@ -1,6 +1,6 @@
 """QuantSetting: the configuration's `quant` node, a recipe with the policy that turns it into plans."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from viditq.errors import UserError
@@ -16,7 +16,8 @@ FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 class QuantSetting:
     """How to quantize: see `Recipe` for the formats, smoothing, rounding, ranges, segments and rules.
 
-    correction: ptqd = what can be foretold of the output's error is taken back; None = nothing is.
+    correction: ptqd = what can be foretold of the output's error is taken back, and a stochastic sampler adds less
+    noise for the rest; ptqd_mean = without the latter; None = nothing is corrected.
     float_dtype: dtype of the quantized denoiser's float arithmetic, None = the model's own.
     Raises UserError for everything that can be seen without a model.
     """
@@ -36,12 +37,20 @@ class QuantSetting:
         float_dtype: str | None,
         correction: str | None,
     ) -> None:
+        for side, spec in {"weight": weight, "activation": activation}.items():
+            if isinstance(spec, Mapping):  # bits= on top of a side that the setting leaves in float
+                raise UserError(
+                    f"quant.{side}={dict(spec)} is no format, only a part of one: this setting leaves the {side}s in "
+                    "float, so that there is nothing to change (bits= goes with a setting that quantizes both). "
+                    f"Choose another quant=..., or give a whole format: +quant/format@quant.{side}=int8_token."
+                )
         if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
             raise UserError(f"quant.float_dtype={float_dtype!r}: choose null or one of {', '.join(FLOAT_DTYPES)}.")
         if correction is not None and correction not in CORRECTIONS:
             raise UserError(f"quant.correction={correction!r}: choose null or one of {', '.join(CORRECTIONS)}.")
         if correction is not None and weight is None and activation is None:
             raise UserError(f"quant.correction={correction}: nothing is quantized, so there is no error to correct.")
+        self.shrinks_noise = correction == "ptqd"
         how = (ranges, activation_ranges, low_rank)
         self.recipe = Recipe(weight, activation, smoothing, rounding, segments, rules, *how)
         self.policy, self.float_dtype, self.correction = policy, float_dtype, correction

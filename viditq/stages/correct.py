@@ -9,6 +9,7 @@ from viditq.engine.partials import Partials
 from viditq.engine.sampling import Correcting, batches_of, run_batches
 from viditq.job import Job
 from viditq.loading import load_artifact
+from viditq.models.sampler_noise import check_shrinkable
 from viditq.quant.artifact import OWN_KEYS, load_denoiser, read_meta, save_denoiser, size_bytes
 from viditq.quant.correction import CorrectionFit, attach_corrections
 
@@ -28,7 +29,9 @@ def correct(job: Job, quantize: Callable[[Path], str]) -> str:
     batches = [b for b in enumerate(batches_of(len(prompts), e.batch_size)) if b[0] not in done]
     pipeline, quantized = e.adapter.load(), load_artifact(work / "quantized", e.backend, complete=False)
     denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
-    fit: Any = CorrectionFit(denoiser, other, e.adapter.timestep_scale, e.num_buckets)
+    shrinks = e.quant.shrinks_noise and check_shrinkable(pipeline.scheduler, e.adapter.call)
+    scheduler = pipeline.scheduler if shrinks else None
+    fit: Any = CorrectionFit(denoiser, other, e.adapter.timestep_scale, e.num_buckets, scheduler)
     arguments = (e.adapter, pipeline, job.load_embeds(prompts), e.seed)
     module = Correcting(*arguments, accumulator=fit, quantized=other, partials=partials, rank=processes.rank)
     run_batches(e.make_trainer(), module, processes.share(batches))

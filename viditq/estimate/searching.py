@@ -1,0 +1,64 @@
+"""The search stage's work: at most so many candidates are generated, each from its segment's first step on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from viditq.engine.sampling import batches_of
+from viditq.estimate.probe import Probe
+from viditq.estimate.work import DONE, Counter, Work
+from viditq.files import is_whole
+from viditq.job import Job
+from viditq.models.schedule import noise_levels
+from viditq.quant.candidates import Candidate, candidates_of
+from viditq.quant.search import SensitivitySearch
+from viditq.quant.table import to_measure
+from viditq.stages.search import PROXY_PROMPTS, proxy_entry, table_entry
+
+
+def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work:
+    """Proxies: float samples, and a forward of every candidate; then the candidates that may have to be generated.
+
+    Pruning is known only when the proxies are: without them every candidate that it may leave is counted.
+    """
+    policy, e = job.experiment.quant.policy, job.experiment
+    if not isinstance(policy, SensitivitySearch):
+        return Work(note=DONE)
+    if is_whole(job.run_dir.search) and is_whole(job.run_dir.plan):
+        return Work(note=DONE)
+    candidates = _candidates(job, policy)
+    wanted = to_measure(dict.fromkeys(candidates, 1.0), policy.measure, 0.0)
+    table = table_entry(job, policy).path
+    missing = [c for c in wanted if not is_whole(table / f"{c.name}.json")]
+    prompts = e.data.calibration_prompts[: policy.num_prompts]
+    batches = batches_of(len(prompts), e.batch_size)
+    one = counter.work(quantized, prompts, batches)
+    share = sum(_share(job, c) for c in missing) + len(policy.curve)
+    exact = counter.work(seen, prompts, batches if missing or policy.curve else [])
+    forwards, seconds = exact.forwards + round(one.forwards * share), None
+    if one.seconds is not None and exact.seconds is not None:
+        seconds = exact.seconds + share * (one.seconds - counter.load_seconds)
+    if not is_whole(proxy_entry(job).path / "proxies.json"):
+        proxy = counter.work(seen, prompts, [[*range(min(PROXY_PROMPTS, len(prompts)))]], decode=False)
+        forwards += proxy.forwards + len(candidates)
+        if seconds is not None and proxy.seconds is not None and quantized.forward_seconds is not None:
+            seconds += proxy.seconds + len(candidates) * quantized.forward_seconds
+    samples = exact.samples + len(prompts) * (len(missing) + len(policy.curve))
+    return Work(samples, 0, forwards, seconds, f"at most, {len(missing)} candidates")
+
+
+def _candidates(job: Job, policy: SensitivitySearch) -> list[Candidate]:
+    e = job.experiment
+    linears: dict[str, Any] = {n: m for n, m in e.adapter.build_denoiser().named_modules() if isinstance(m, nn.Linear)}
+    shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
+    equal = [1 / e.plan.num_segments] * e.plan.num_segments  # what there is to choose from does not depend on it
+    space = policy.search(e.plan, e.roles, shapes, equal)
+    return candidates_of(space.groups, e.plan.num_segments, space.choices)
+
+
+def _share(job: Job, candidate: Candidate) -> float:
+    """Of the steps: those before the candidate's segment are replayed."""
+    levels, top = noise_levels(job.experiment.adapter), job.experiment.plan.edges[candidate.segment + 1]
+    return 1.0 if not levels else sum(level <= top for level in levels) / len(levels)

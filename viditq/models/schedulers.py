@@ -1,0 +1,73 @@
+"""Which scheduler a pipeline samples with, and whether its steps add noise of their own."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from viditq.errors import UserError
+
+SETTING = "model.scheduler_settings"
+DETERMINISTIC = {
+    *("DDIMScheduler", "CogVideoXDDIMScheduler"),  # with eta = 0
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),  # but for the sde algorithms
+    *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler"),
+    *("DEISMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler", "IPNDMScheduler"),
+    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),  # but for stochastic_sampling
+}
+
+
+def build_scheduler(folder: Path, stored: str, name: str | None, settings: Mapping[str, Any]) -> Any:
+    """The scheduler in `folder`/scheduler, of class `stored`, or of class `name` with its settings and `settings`.
+
+    Raises UserError for a class or a setting that does not exist, and for one that cannot sample this model.
+    """
+    found = getattr(diffusers, name or stored, None)
+    if not (inspect.isclass(found) and issubclass(found, diffusers.SchedulerMixin)):
+        raise UserError(f"model.scheduler={name!r} is no scheduler of diffusers {diffusers.__version__}.")
+    cls: Any = found
+    known = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
+    if unknown := sorted(set(settings) - set(known)):
+        raise UserError(f"{SETTING}.{unknown[0]}: {cls.__name__} has no such setting. It has {', '.join(known)}.")
+    config = getattr(diffusers, stored).load_config(folder, subfolder="scheduler", local_files_only=True)
+    try:
+        return cls.from_config({**config, **settings})
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{cls.__name__} refuses its settings ({SETTING}): {error}") from error
+
+
+def check_samples(scheduler: Any, num_steps: int) -> None:
+    """Raises UserError if a scheduler that the user chose cannot take a step with what the model predicts."""
+    x = torch.zeros(1, 4, 2, 2)
+    try:
+        scheduler.set_timesteps(num_steps)
+        first = scheduler.timesteps[0]
+        scheduler.step(x, first, scheduler.scale_model_input(x, first))
+    except (ValueError, TypeError, NotImplementedError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"{type(scheduler).__name__} cannot sample this model: {error} Choose another model.scheduler, or other "
+            f"{SETTING}."
+        ) from error
+
+
+def adds_noise(scheduler: Any, call: Mapping[str, Any]) -> bool:
+    """Whether its steps draw noise, for all that is known of it. call: arguments of the pipeline's call (eta)."""
+    config = scheduler.config
+    return bool(
+        type(scheduler).__name__ not in DETERMINISTIC
+        or str(config.get("algorithm_type", "")).startswith("sde")
+        or config.get("stochastic_sampling", False)
+        or ("eta" in inspect.signature(scheduler.step).parameters and call.get("eta", 0))
+    )
+
+
+def check_seeded(pipeline: type, scheduler: Any, call: Mapping[str, Any]) -> None:
+    """Raises UserError where steps add noise that the pipeline does not let be seeded: samples were not repeatable."""
+    if adds_noise(scheduler, call) and not hasattr(pipeline, "prepare_extra_step_kwargs"):
+        raise UserError(
+            f"{type(scheduler).__name__} adds noise in its steps, and {pipeline.__name__} passes no generator on to "
+            "it, so that no run could be repeated. Choose a deterministic model.scheduler."
+        )
