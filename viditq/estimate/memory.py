@@ -51,7 +51,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "prompts": p.text,
         "reference": models,
         "noise_floor": models,
-        "calibrate": models + 4 * p.stats,  # the observers, their file read back, and two copies on the way
+        "calibrate": max(models, p.stats) + p.stats,  # the observers beside the model; then the files of two processes
         "quantize": p.denoiser
         + p.stats
         + p.weights.resident
@@ -71,11 +71,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "diagnose": 2 * step,
     }
     if not gpu:
-        # statistics are copied when a batch is done, when its activations are gone
-        beside = {
-            stage: max(0, size - 3 * p.stats if stage == "calibrate" else size) for stage, size in computing.items()
-        }
-        return {stage: Peak(size + beside[stage]) for stage, size in on_cpu.items()}
+        return {stage: Peak(size + computing[stage]) for stage, size in on_cpu.items()}
     resident = {
         "prompts": 0,
         "reference": models,

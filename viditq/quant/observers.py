@@ -37,8 +37,8 @@ AGGREGATES = ("ema", "max", "percentile")
 class Summary(NamedTuple):
     """What one input adds to the state of every Linear that reads it.
 
-    minimum, maximum [C]; amax_sum [C] float64: over the leading axis, of each sample's amax over its tokens; num_samples:
-    its length. rows [n, C]: candidates of the reservoir, in the input's dtype; keys [n]: theirs.
+    minimum, maximum [C]. amax_sum [C] float64: sum over the leading axis, of num_samples, of the amax over the tokens.
+    rows [n, C]: candidates of the reservoir, in the input's dtype; keys [n]: theirs.
     """
 
     minimum: Tensor
