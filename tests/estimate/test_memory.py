@@ -8,7 +8,7 @@ from viditq.estimate.memory import Peak, Pieces, peaks
 from viditq.quant.sizes import WeightBytes
 
 WEIGHTS = WeightBytes(codes=100, scales=10, zero_points=5, transforms=5, rest=80, dense=1000)
-PIECES = Pieces(denoiser=1200, rest=300, text=5000, step=40, decode=70, stats=20, weights=WEIGHTS, largest_layer=1)
+PIECES = Pieces(1200, 300, text=5000, file=0, step=40, decode=70, stats=20, weights=WEIGHTS, largest_layer=1)
 SAMPLING = ("reference", "noise_floor", "calibrate", "generate", "diagnose")
 
 
@@ -23,6 +23,13 @@ def test_on_a_cpu_everything_is_in_one_memory() -> None:
 def test_calibrating_holds_the_model_or_the_statistics_of_another_process_whichever_is_more() -> None:
     much = replace(PIECES, stats=2000)
     assert peaks(much, False, None, 9)["calibrate"].ram == 2 * 2000 + 40
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_file_that_is_loaded_may_be_what_takes_most(gpu: bool) -> None:
+    found = peaks(replace(PIECES, file=600), gpu, None, 9)
+    assert found["reference"].ram == found["calibrate"].ram == 1500 + 600
+    assert found["generate"] == peaks(PIECES, gpu, None, 9)["generate"]
 
 
 def test_on_a_gpu_weights_are_in_both_memories_but_activations_in_one() -> None:

@@ -24,6 +24,7 @@ class Pieces:
     denoiser: int
     rest: int
     text: int
+    file: int
     step: int
     decode: int
     stats: int
@@ -46,6 +47,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     quantized = p.weights.resident + p.rest
     both = models + quantized
     holes = round(HOLES * p.weights.dense)
+    loading = dict.fromkeys(("reference", "noise_floor", "calibrate"), models + p.file)
     # what is on the CPU whatever computes; and beside it, on the device that computes
     on_cpu = {
         "prompts": p.text,
@@ -71,7 +73,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "diagnose": 2 * step,
     }
     if not gpu:
-        return {stage: Peak(size + computing[stage]) for stage, size in on_cpu.items()}
+        return {stage: Peak(max(size + computing[stage], loading.get(stage, 0))) for stage, size in on_cpu.items()}
     resident = {
         "prompts": 0,
         "reference": models,
@@ -87,4 +89,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     if offload == "sequential":
         resident = {stage: largest_layer_bytes if size else 0 for stage, size in resident.items()}
         resident["calibrate"] += p.stats
-    return {stage: Peak(size, resident[stage] + computing[stage]) for stage, size in on_cpu.items()}
+    return {
+        stage: Peak(max(size, loading.get(stage, 0)), resident[stage] + computing[stage])
+        for stage, size in on_cpu.items()
+    }

@@ -45,7 +45,11 @@ def _observe(job: Job, partials: Partials) -> None:
     gc.collect()  # the model and the observers go, which Lightning's modules and trainers hold in a ring
     job.processes.wait()
     if job.processes.first:
-        CalibrationStats.from_tensors(partials.gathered().state).save(job.stats_file)
+        whole = partials.only()
+        if whole is not None:  # one process did everything: statistics can be gigabytes, to read and write again
+            whole.rename(job.stats_file)
+        else:
+            CalibrationStats.from_tensors(partials.gathered().state).save(job.stats_file)
         partials.remove()
 
 
