@@ -1,9 +1,12 @@
-"""What emulation costs: one denoising run of the float model beside the same run quantized, in one process.
+"""What emulation and calibration cost: one denoising run of the float model beside the same run quantized, or observed,
+in one process.
 
     python benchmarks/fake_overhead.py                           # tiny_video: w8a8, w4a8 with and without smoothing
+    python benchmarks/fake_overhead.py --calibration             # plain, calibrating, calibrating with second moments
     python benchmarks/fake_overhead.py --model tiny_image --batch 8
 
-Prints medians and ratios; runs are interleaved, so that a busy machine slows all of them alike.
+Prints medians and ratios of the time that went by and of processor time, which other processes disturb less; runs are
+interleaved, so that a busy machine slows all of them alike.
 """
 
 import argparse
@@ -41,11 +44,16 @@ def configured(overrides: list[str]) -> tuple[ModelAdapter, QuantSetting]:
         return instantiate(cfg.model, _convert_="all"), instantiate(cfg.quant, _convert_="all")
 
 
-def calibrated(adapter: ModelAdapter, embeds: list[PromptEmbeds]) -> tuple[CalibrationStats, Callable[[], None]]:
-    """Statistics of one batch, and the calibrating run itself for timing."""
+def calibrated(
+    adapter: ModelAdapter, embeds: list[PromptEmbeds], moments: bool
+) -> tuple[CalibrationStats, Callable[[], None]]:
+    """Statistics of one batch, and the calibrating run itself for timing; moments: as for GPTQ, of the same layers."""
     pipeline = adapter.load()
     denoiser = adapter.denoiser_of(pipeline)
-    calibrator = Calibrator(denoiser, linear_names(denoiser), adapter.timestep_scale)
+    names = linear_names(denoiser)
+    setting = configured([f"model={adapter.name}", "quant=w4a8", "quant/rounding=gptq"])[1]
+    asked = setting.plan(names, adapter.keep_float).moment_layers if moments else []
+    calibrator = Calibrator(denoiser, names, adapter.timestep_scale, moment_layers=asked)
     indices = list(range(len(embeds)))
 
     def run() -> None:
@@ -74,6 +82,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny_video")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--calibration", action="store_true", help="only the float model, observed and not")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     args = parser.parse_args()
     if args.threads:
@@ -83,25 +92,32 @@ def main() -> None:
     adapter, _ = configured([f"model={args.model}"])
     text = adapter.load_text_part()
     embeds = [encode_prompt(adapter, text, "a small red circle moving left on a black background")] * args.batch
-    stats, calibrating = calibrated(adapter, embeds)
-    runs = {"float": runner_of(adapter, embeds, None, None), "float, calibrating": calibrating}
-    for name, overrides in SETTINGS.items():
+    stats, calibrating = calibrated(adapter, embeds, moments=False)
+    runs = {
+        "float": runner_of(adapter, embeds, None, None),
+        "float, calibrating": calibrating,
+        "float, calibrating with moments": calibrated(adapter, embeds, moments=True)[1],
+    }
+    for name, overrides in SETTINGS.items() if not args.calibration else ():
         runs[name] = runner_of(adapter, embeds, configured([f"model={args.model}", *overrides])[1], stats)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for repeat in range(args.repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             run()
             if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start, time.process_time() - busy))
     print(
         f"{args.model}, batch {args.batch}, {adapter.num_steps} steps, {args.repeats} runs, "
         f"{torch.get_num_threads()} threads"
     )
-    base = statistics.median(seconds["float"])
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"  {name:34s} median {median:7.3f} s   {median / base:5.2f}x float")
+    medians = {name: [statistics.median(v) for v in zip(*values, strict=True)] for name, values in seconds.items()}
+    (base, busy_base) = medians["float"]
+    for name, (median, busy) in medians.items():
+        print(
+            f"  {name:34s} median {median:7.3f} s   {median / base:5.2f}x float   processor {busy:7.3f} s   "
+            f"{busy / busy_base:5.2f}x"
+        )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@ quantized, each stage in a process of its own, and what it took is set against w
 
     python benchmarks/real_size.py pixart_alpha                  # PixArt-XL/2, 28 blocks x 1152
     python benchmarks/real_size.py opensora_v1 --folder /data    # STDiT-XL/2; keeps the random pipeline there
+    python benchmarks/real_size.py pixart_alpha --overrides quant/rounding=gptq --stages prompts calibrate quantize
 
 The denoiser is real in everything but its values. VAE and text encoder are tiny (the encoder as wide as the denoiser's
 captions), latents small, prompts and steps few: none of them changes what quantizing holds, and calibrating holds more
-by the activations of larger latents alone. Rounding is to nearest, W4A8 with static smoothing.
+by the activations of larger latents alone. Rounding is to nearest, W4A8 with static smoothing, where no override says
+otherwise.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +88,7 @@ def build_folder(name: str, folder: Path) -> None:
     T5EncoderModel(t5).save_pretrained(folder / "text_encoder")
 
 
-def experiment_of(name: str, folder: Path) -> tuple[Experiment, RunDir]:
+def experiment_of(name: str, folder: Path, overrides: Sequence[str]) -> tuple[Experiment, RunDir]:
     """The experiment and the folder of its run."""
     config.register()
     write = folder / "prompts.txt"
@@ -99,13 +102,14 @@ def experiment_of(name: str, folder: Path) -> tuple[Experiment, RunDir]:
                 *("data=prompt_file", f"data.path='{write}'", "data.num_prompts=1", "data.num_calibration_prompts=1"),
                 *("quant=w4a8", "quant/smoothing=static", "logger=none", "metric=psnr", "name=real_size"),
                 *(f"cache_dir='{folder / 'cache'}'", "batch_size=1", "noise_floor.num_prompts=0"),
+                *overrides,
             ],
         )
     experiment = build(cfg)
     return experiment, RunDir(folder / "run", experiment.tracked)
 
 
-def child(task: str, name: str, folder: Path) -> None:
+def child(task: str, name: str, folder: Path, overrides: Sequence[str]) -> None:
     """One stage, or the estimate as json."""
     from viditq.runner import quiet_libraries, run_stages
 
@@ -113,7 +117,7 @@ def child(task: str, name: str, folder: Path) -> None:
     if task == "build":
         build_folder(name, folder / "model")
         return
-    experiment, run_dir = experiment_of(name, folder)
+    experiment, run_dir = experiment_of(name, folder, overrides)
     job = Job(experiment, run_dir)
     if task != "estimate":
         run_stages(replace(experiment, stages=(task,)), run_dir, Processes())
@@ -125,10 +129,11 @@ def child(task: str, name: str, folder: Path) -> None:
     write_json(folder / "told.json", {"peaks": peaks, "seconds": seconds, **sizes})
 
 
-def measured(task: str, name: str, folder: Path) -> tuple[float, int]:
+def measured(task: str, name: str, folder: Path, overrides: Sequence[str] = ()) -> tuple[float, int]:
     """Seconds and peak RAM in bytes of a task in a process of its own."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, __file__, name, "--folder", str(folder), "--task", task])
+    command = [sys.executable, __file__, name, "--folder", str(folder), "--task", task]
+    process = subprocess.Popen([*command, "--overrides", *overrides])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{task} failed")
@@ -139,31 +144,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--folder", type=Path, help="where everything goes and stays (default: a temporary folder)")
+    parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        child(args.task, args.model, args.folder)
+        child(args.task, args.model, args.folder, args.overrides)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         if not (folder / "model").is_dir():
             measured("build", args.model, folder)
-        took, peak = measured("estimate", args.model, folder)
+        took, peak = measured("estimate", args.model, folder, args.overrides)
         told = json.loads((folder / "told.json").read_text())
         print(f"\n{args.model}: {told['parameters']:,} parameters in the denoiser", flush=True)
         print(f"  estimating  peak RAM {size(peak)}, {duration(took)}", flush=True)
-        for stage in STAGES:
-            took, peak = measured(stage, args.model, folder)
+        for stage in args.stages:
+            took, peak = measured(stage, args.model, folder, args.overrides)
             print(
                 f"  {stage:10s}  peak RAM estimated {size(told['peaks'][stage])}, measured {size(peak)}; "
                 f"estimated {duration(told['seconds'].get(stage))}, measured {duration(own_seconds(folder, stage))} "
                 f"(whole process {duration(took)})",
                 flush=True,
             )
-        for what, there in (
-            ("artifact", size_bytes(folder / "run" / "quantized")),
-            ("statistics", stats_file(folder).stat().st_size),
-        ):
+        found = {"artifact": size_bytes(folder / "run" / "quantized")} if "quantize" in args.stages else {}
+        if "calibrate" in args.stages:
+            found["statistics"] = stats_file(folder).stat().st_size
+        for what, there in found.items():
             print(f"  {what:10s}  estimated {told[what]:,} bytes, measured {there:,}")
 
 

@@ -14,6 +14,7 @@ from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, read_tensors, remove_temporary, unfinished, write_json
 from viditq.models.text import PromptEmbeds
 from viditq.quant.artifact import META, MODEL, PLAN
+from viditq.quant.calibration import MOMENT_ROWS, MOMENT_SHARE
 from viditq.quant.plan import QuantPlan
 from viditq.quant.search import SensitivitySearch
 from viditq.run_dir import Entry, RunDir, fingerprint, timed
@@ -69,7 +70,8 @@ class Job:
         e = self.experiment
         prompts = {"calibration_prompts": e.data.calibration_prompts, "batch_size": e.batch_size}
         sizes = {"num_buckets": e.num_buckets, "rows_per_bucket": e.rows_per_bucket}
-        moments = {"moment_layers": e.plan.moment_layers} if e.plan.moment_layers else {}
+        rows = {"share": MOMENT_SHARE, "of_each": MOMENT_ROWS}
+        moments = {"moment_layers": e.plan.moment_layers, "moment_rows": rows} if e.plan.moment_layers else {}
         return self._entry("stats", {**self._base_key, "seed": e.seed, **prompts, **sizes, **moments})
 
     @property

@@ -20,7 +20,7 @@ from viditq.quant.convert import linear_names, quantize_denoiser
 from viditq.quant.correction import CorrectionFit, attach_corrections
 from viditq.quant.diagnosis import Diagnosis
 from viditq.quant.linear import quant_linears
-from viditq.quant.observers import Observer
+from viditq.quant.observers import Observer, summary_of
 
 CPU = torch.device("cpu")
 
@@ -144,8 +144,8 @@ def test_statistics_follow_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None
         self.minimum = real
 
     monkeypatch.setattr(Observer, "to", to)
-    observer.update(0, torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), "layer")
-    observer.update(0, torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), "layer")
+    observer.update(0, summary_of(torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), "layer"))
+    observer.update(0, summary_of(torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), "layer"))
     assert moved == [CPU]
 
 

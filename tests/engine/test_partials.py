@@ -50,3 +50,11 @@ def test_damaged(partials: Partials) -> None:
     partials.path(0).write_bytes(partials.path(0).read_bytes()[:-3])
     with pytest.raises(UserError, match="Delete it"):
         partials.compact()
+
+
+def test_one_file_that_holds_everything(partials: Partials) -> None:
+    assert partials.only() is None
+    partials.save(1, Partial(frozenset({0}), {"sum": torch.tensor(1)}))
+    assert partials.only() == partials.path(1)
+    partials.save(0, Partial(frozenset({1}), {"sum": torch.tensor(10)}))
+    assert partials.only() is None

@@ -8,7 +8,7 @@ from viditq.estimate.memory import Peak, Pieces, peaks
 from viditq.quant.sizes import WeightBytes
 
 WEIGHTS = WeightBytes(codes=100, scales=10, zero_points=5, transforms=5, rest=80, dense=1000)
-PIECES = Pieces(denoiser=1200, rest=300, text=5000, step=40, decode=70, stats=20, weights=WEIGHTS, largest_layer=1)
+PIECES = Pieces(1200, 300, text=5000, file=0, step=40, decode=70, stats=20, weights=WEIGHTS, largest_layer=1)
 SAMPLING = ("reference", "noise_floor", "calibrate", "generate", "diagnose")
 
 
@@ -17,12 +17,19 @@ def test_on_a_cpu_everything_is_in_one_memory() -> None:
     assert found["prompts"] == Peak(5000)
     assert found["reference"] == Peak(1200 + 300 + 70)
     assert found["generate"].ram == 1200 + 300 + 70 + 400  # codes and dense weights, decoder, decoding, holes
-    assert found["calibrate"].ram == 1500 + 4 * 20
+    assert found["calibrate"].ram == 1500 + 20 + 40
 
 
-def test_calibrating_holds_statistics_and_activations_or_copies_whichever_is_more() -> None:
-    busy = replace(PIECES, step=1000)
-    assert peaks(busy, False, None, 9)["calibrate"].ram == 1500 + 1000 + 20
+def test_calibrating_holds_the_model_or_the_statistics_of_another_process_whichever_is_more() -> None:
+    much = replace(PIECES, stats=2000)
+    assert peaks(much, False, None, 9)["calibrate"].ram == 2 * 2000 + 40
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_file_that_is_loaded_may_be_what_takes_most(gpu: bool) -> None:
+    found = peaks(replace(PIECES, file=600), gpu, None, 9)
+    assert found["reference"].ram == found["calibrate"].ram == 1500 + 600
+    assert found["generate"] == peaks(PIECES, gpu, None, 9)["generate"]
 
 
 def test_diagnosing_holds_what_it_observes_where_nothing_was_calibrated() -> None:

@@ -4,7 +4,7 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant import CalibrationStats, Calibrator, linear_names
-from viditq.quant.calibration import MOMENT_ROWS, _stratified, row_keys
+from viditq.quant.calibration import _stratified, num_moment_rows, row_keys
 
 STEPS = [980, 640, 300, 10]
 
@@ -107,7 +107,7 @@ def test_row_keys_follow_the_prompt_not_the_batch():
 
 def test_every_prompt_and_branch_gives_a_row_before_any_gives_a_second():
     keys = torch.randint(2**62, (6, 50), generator=torch.Generator().manual_seed(0))
-    rows, kept, _ = _stratified(keys, 8)
+    rows, kept, *_ = _stratified(keys, 8)
     cells = (rows // 50).tolist()
     assert sorted(cells[:6]) == list(range(6)) and len(rows) == len(set(rows.tolist())) == 8
     assert kept.tolist() == sorted(kept.tolist())
@@ -117,7 +117,7 @@ def test_every_prompt_and_branch_gives_a_row_before_any_gives_a_second():
 
 
 def test_second_moments_are_those_of_the_inputs(denoiser, calibrated):
-    """Fewer rows than MOMENT_ROWS here, so that all take part."""
+    """Few rows, so that all take part."""
     seen = []
     denoiser.blocks[1]["fc2"].register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
     stats = calibrated(denoiser, [1, 2, 3], STEPS)
@@ -160,7 +160,7 @@ def test_layers_that_read_the_same_tensor_share_their_moments():
     assert torch.equal(later.stats.moments.of("to_v"), moments.of("to_v"))
 
 
-def test_moments_take_so_many_rows_of_each_prompt_whatever_the_batch():
+def test_a_sample_of_rows_stands_for_all_whatever_the_batch():
     model = Attention()
     x = torch.randn(4, 500, 16)
     together, apart = (Calibrator(model, ["to_q"], moment_layers=["to_q"]) for _ in range(2))
@@ -169,9 +169,58 @@ def test_moments_take_so_many_rows_of_each_prompt_whatever_the_batch():
             for batch in batches:
                 calibrator.set_sample_seeds(batch)
                 model(x[batch], torch.full((len(batch),), 300))
-    torch.testing.assert_close(together.stats.moments.of("to_q"), apart.stats.moments.of("to_q"), rtol=1e-4, atol=1e-2)
-    trace = float(together.stats.moments.of("to_q").trace())
-    assert trace == pytest.approx(4 * MOMENT_ROWS * 16, rel=0.1)
+    moments = together.stats.moments.of("to_q")
+    torch.testing.assert_close(moments, apart.stats.moments.of("to_q"), rtol=1e-4, atol=1e-2)
+    rows = x.flatten(0, 1)
+    assert torch.linalg.norm(moments - rows.T @ rows) < 0.5 * torch.linalg.norm(rows.T @ rows)
+    assert float(moments.trace()) == pytest.approx(4 * 500 * 16, rel=0.1)
+
+
+@pytest.mark.parametrize("rows, taken", [(1, 1), (5, 5), (16, 8), (128, 8), (256, 16), (4096, 64)])
+def test_few_rows_of_many_go_into_the_moments(rows, taken):
+    assert num_moment_rows(rows) == taken
+    keys = torch.randint(2**62, (3, rows), generator=torch.Generator().manual_seed(0))
+    chosen = _stratified(keys, 2)
+    assert chosen.moment_weight * taken == rows
+    assert (chosen.moment_rows // rows).bincount().tolist() == [taken] * 3
+    assert len(chosen.moment_rows.unique()) == 3 * taken
+
+
+class Shared(nn.Module):
+    """a and b read one tensor; c reads it after it was changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = hidden_states * 1
+        y = self.a(x) + self.b(x)
+        x.mul_(3)
+        return y + self.c(x)
+
+
+def test_an_input_changed_in_place_is_another_one():
+    model, x = Shared(), torch.randn(2, 5, 4)
+    with Calibrator(model, ["a", "b", "c"], moment_layers=["a", "b", "c"]) as calibrator, torch.inference_mode():
+        calibrator.set_sample_seeds([1, 2])
+        model(x, torch.full((2,), 300))
+    stats, rows = calibrator.stats, x.flatten(0, 1)
+    assert stats.moments.leader == {"a": "a", "b": "a", "c": "c"}
+    for name, factor in (("a", 1), ("b", 1), ("c", 3)):
+        assert torch.equal(stats.segment(name, 0, 1).maximum, factor * rows.amax(0))
+        torch.testing.assert_close(stats.moments.of(name), factor**2 * rows.T @ rows)
+
+
+def test_a_loaded_state_is_not_written_to(denoiser, calibrated):
+    state = calibrated(denoiser, [1, 2], STEPS).to_tensors()
+    before = {key: value.clone() for key, value in state.items()}
+    names = linear_names(denoiser)
+    with Calibrator(denoiser, names, moment_layers=names) as later, torch.no_grad():
+        later.load_state(state)
+        later.set_sample_seeds([9])
+        denoiser(torch.randn(1, 5, 8), torch.zeros(1))
+    assert all(torch.equal(before[key], value) for key, value in state.items())
 
 
 def test_only_layers_that_ask_have_moments(denoiser):

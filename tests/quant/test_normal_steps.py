@@ -7,7 +7,7 @@ import torch
 
 from viditq.errors import UserError
 from viditq.quant import Chain, LpSearch, NormalSteps, QuantSpec
-from viditq.quant.observers import Observer, SegmentStats
+from viditq.quant.observers import Observer, SegmentStats, summary_of
 from viditq.quant.ranges import static_grid
 
 SPEC = QuantSpec(4, granularity="tensor")
@@ -19,7 +19,7 @@ def stats() -> SegmentStats:
     observer = Observer(10, 3, 16)
     for bucket in range(10):
         rows = torch.full((1, 16, 3), bucket + 1.0)
-        observer.update(bucket, rows, torch.arange(16), torch.arange(16), "layer")
+        observer.update(bucket, summary_of(rows, torch.arange(16), torch.arange(16), "layer"))
     return SegmentStats(observer, list(range(10)))
 
 

@@ -5,13 +5,13 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.quant import CalibrationStats
 from viditq.quant.noise_level import bucket_edges, interval_of, overlapping
-from viditq.quant.observers import Observer
+from viditq.quant.observers import Observer, summary_of
 
 
 def update(observer: Observer, bucket: int, x_LNC: Tensor, seed: int) -> None:
     num_rows = x_LNC.shape[0] * x_LNC.shape[1]
     keys = torch.randint(2**60, (num_rows,), generator=torch.Generator().manual_seed(seed))
-    observer.update(bucket, x_LNC, torch.arange(num_rows), keys, "layer")
+    observer.update(bucket, summary_of(x_LNC, torch.arange(num_rows), keys, "layer"))
 
 
 def observe(parts: list[int], data: list[Tensor], device: str = "cpu") -> CalibrationStats:

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import rankdata, spearmanr
 
 from viditq.quant import LayerScheme, QuantSpec, SalienceSpec
-from viditq.quant.observers import Observer, SegmentStats
+from viditq.quant.observers import Observer, SegmentStats, summary_of
 from viditq.quant.transforms.salience import ranks, spearman, weighted_salience
 
 SCHEME = LayerScheme(QuantSpec(4, granularity="channel"), None, (SalienceSpec(),))
@@ -20,7 +20,7 @@ def stats() -> SegmentStats:
     observer = Observer(5, 12, 4)
     for bucket in (0, 2, 4):
         x_LNC = torch.randn(2, 6, 12) * torch.linspace(0.1, 3, 12).roll(bucket * 2)
-        observer.update(bucket, x_LNC, torch.arange(2), torch.arange(2), "layer")
+        observer.update(bucket, summary_of(x_LNC, torch.arange(2), torch.arange(2), "layer"))
     return SegmentStats(observer, [0, 2, 4])
 
 

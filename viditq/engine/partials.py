@@ -69,6 +69,11 @@ class Partials:
         path = self.path(rank)
         return _load(path) if path.is_file() else Partial(frozenset(), {})
 
+    def only(self) -> Path | None:
+        """The file that holds everything by itself."""
+        files = self._files()
+        return files[0] if len(files) == 1 else None
+
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(PARTIAL))
 

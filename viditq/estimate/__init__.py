@@ -103,6 +103,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         denoiser=denoiser_bytes,
         rest=sum(float_bytes.values()) - denoiser_bytes - text_bytes,
         text=text_bytes,
+        file=parts.largest_file(e.adapter),
         step=seen.float_model.forward_bytes or 0,
         decode=seen.float_model.decode_bytes or 0,
         stats=stats,

@@ -25,6 +25,7 @@ class Pieces:
     denoiser: int
     rest: int
     text: int
+    file: int
     step: int
     decode: int
     stats: int
@@ -54,12 +55,13 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     quantized = p.weights.resident + p.rest
     both = models + quantized
     holes = round(HOLES * p.weights.dense)
+    loading = dict.fromkeys(("reference", "noise_floor", "calibrate"), models + p.file)
     # what is on the CPU whatever computes; and beside it, on the device that computes
     on_cpu = {
         "prompts": p.text,
         "reference": models,
         "noise_floor": models,
-        "calibrate": models + 4 * p.stats,  # the observers, their file read back, and two copies on the way
+        "calibrate": max(models, p.stats) + p.stats,  # the observers beside the model; then the files of two processes
         "quantize": p.denoiser
         + p.stats
         + p.weights.resident
@@ -79,11 +81,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "diagnose": 2 * step,
     }
     if not gpu:
-        # statistics are copied when a batch is done, when its activations are gone
-        beside = {
-            stage: max(0, size - 3 * p.stats if stage == "calibrate" else size) for stage, size in computing.items()
-        }
-        return {stage: Peak(size + beside[stage]) for stage, size in on_cpu.items()}
+        return {stage: Peak(max(size + computing[stage], loading.get(stage, 0))) for stage, size in on_cpu.items()}
     resident = {
         "prompts": 0,
         "reference": models,
@@ -100,4 +98,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         resident = {stage: largest_layer_bytes if size else 0 for stage, size in resident.items()}
         resident["calibrate"] += p.stats
     resident["diagnose"] += p.observed
-    return {stage: Peak(size, resident[stage] + computing[stage]) for stage, size in on_cpu.items()}
+    return {
+        stage: Peak(max(size, loading.get(stage, 0)), resident[stage] + computing[stage])
+        for stage, size in on_cpu.items()
+    }

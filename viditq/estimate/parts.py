@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -126,13 +127,23 @@ def _assembled(adapter: ModelAdapter, parts: Mapping[str, Any]) -> Any:
     return pipeline
 
 
+def weight_files(adapter: ModelAdapter, part: str) -> list[Path]:
+    """The safetensors files of a denoiser, as far as they are here."""
+    return sorted(adapter.denoiser_source.part(part, weights=False).glob("*.safetensors"))
+
+
+def largest_file(adapter: ModelAdapter) -> int:
+    """Bytes of the largest file with weights of a denoiser; 0 where none is here."""
+    files = [path for part in adapter.denoiser_names for path in weight_files(adapter, part)]
+    return max((path.stat().st_size for path in files), default=0)
+
+
 def names_in_half(adapter: ModelAdapter) -> set[str]:
     """Parameters of the denoisers that their safetensors files hold in float16, as far as they are here."""
     found: set[str] = set()
     for part in adapter.denoiser_names:
         prefix = f"{part}." if len(adapter.denoiser_names) > 1 else ""
-        folder = adapter.denoiser_source.part(part, weights=False)
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(adapter, part):
             with safe_open(path, "pt") as file:
                 names = list(file.keys())  # safe_open cannot be iterated over
                 found |= {prefix + name for name in names if file.get_slice(name).get_dtype() == "F16"}

@@ -16,21 +16,42 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.quant.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
-from viditq.quant.moments import of_moments
+from viditq.quant.moments import Moments, of_moments
 from viditq.quant.noise_level import bucket_edges, interval_of
-from viditq.quant.observers import NUM_BUCKETS, REDUCTIONS, ROWS_PER_BUCKET, CalibrationStats, Observer
+from viditq.quant.observers import (
+    NUM_BUCKETS,
+    REDUCTIONS,
+    ROWS_PER_BUCKET,
+    CalibrationStats,
+    Observer,
+    Summary,
+    summary_of,
+)
 from viditq.quant.registry import close_names
 
-MOMENT_ROWS = 64  # of each prompt, guidance branch and step go into the second moments: few of thousands, to be fast
+# Of the rows of each prompt, guidance branch and step, so many go into the second moments: one in 16, 8 to 64.
+MOMENT_SHARE, MOMENT_ROWS = 16, (8, 64)
 RANK_BITS = 20
 
 
 class Candidates(NamedTuple):
-    """Rows of one input, by index into its L N rows: those the reservoir may want, with their keys; and for moments."""
+    """Rows of one input, by index into its L N rows: those the reservoir may want, with their keys; and for moments.
+
+    moment_weight: how many rows each of the latter stands for.
+    """
 
     rows: Tensor
     keys: Tensor
     moment_rows: Tensor
+    moment_weight: float
+
+
+class Reading(NamedTuple):
+    """An input that was read in this step: held weakly, so that it can be freed; its first reader; what it adds."""
+
+    tensor: weakref.ref[Tensor]
+    leader: str
+    summary: Summary
 
 
 class Calibrator:
@@ -60,7 +81,7 @@ class Calibrator:
         self._sample_seeds: list[int] = []
         self._num_elements = 0
         self._candidates: dict[tuple[int, int], Candidates] = {}
-        self._readers: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # id of an input -> it, its first reader
+        self._readings: dict[int, Reading] = {}  # by the id of the input
         self._attachment: Attachment | None = None
         self.stats = CalibrationStats(
             {
@@ -91,11 +112,12 @@ class Calibrator:
             raise UserError(
                 "the saved calibration state has other layers or sizes than this model; delete it and calibrate again"
             )
-        loaded = CalibrationStats.from_tensors(state)
-        for name, observer in loaded.layers.items():
-            observer.to(self._linears[name].weight.device)
-        loaded.moments.to({name: linear.weight.device for name, linear in self._linears.items()})
-        self.stats.layers, self.stats.moments = loaded.layers, loaded.moments
+        for name, observer in self.stats.layers.items():
+            for field in REDUCTIONS:
+                getattr(observer, field).copy_(state[f"{name}/{field}"])
+        loaded = Moments.from_tensors({key: state[key].clone() for key in moments})
+        loaded.to({name: linear.weight.device for name, linear in self._linears.items()})
+        self.stats.moments = loaded
 
     def __enter__(self) -> Calibrator:
         parts = denoisers_of(self._denoiser).values()
@@ -113,7 +135,7 @@ class Calibrator:
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._num_elements = _batch_size([*args, *kwargs.values()])
-        self._candidates, self._readers = {}, {}
+        self._candidates, self._readings = {}, {}
         if not self._sample_seeds or self._num_elements % len(self._sample_seeds):
             raise UserError(
                 f"a batch of {self._num_elements} does not fit {len(self._sample_seeds)} sample seeds; "
@@ -129,21 +151,27 @@ class Calibrator:
             x_LNC = args[0].flatten(1, -2) if args[0].ndim > 2 else args[0].unsqueeze(1)
             bucket = interval_of(self._edges, noise_level)
             candidates = self._candidates_of(x_LNC, noise_level)
-            self.stats.layers[name].update(bucket, x_LNC, candidates.rows, candidates.keys, name)
+            reading = self._reading_of(args[0], x_LNC, candidates, name)
+            self.stats.layers[name].update(bucket, reading.summary)
             if name in self._moment_layers:
-                leader = self._first_reader(args[0], name)
-                rows_nC = x_LNC.flatten(0, 1)[candidates.moment_rows] if leader == name else None
-                self.stats.moments.add(name, leader, rows_nC)
+                leads = reading.leader == name
+                rows_nC = x_LNC.flatten(0, 1)[candidates.moment_rows] if leads else None
+                self.stats.moments.add(name, reading.leader, rows_nC, candidates.moment_weight)
 
         return observe
 
-    def _first_reader(self, x: Tensor, name: str) -> str:
-        """Which layer was the first in this step to read the very tensor `x`; held weakly, so that it can be freed."""
-        seen, leader = self._readers.get(id(x), (None, name))
-        if seen is None or seen() is not x:
-            self._readers[id(x)] = (weakref.ref(x), name)
-            return name
-        return leader
+    def _reading_of(self, x: Tensor, x_LNC: Tensor, candidates: Candidates, name: str) -> Reading:
+        """Of the layer that was the first in this step to read the very tensor `x` (q, k and v read one), or a new one.
+
+        A tensor whose candidate rows are no longer what they were was changed in place: another input.
+        """
+        seen = self._readings.get(id(x))
+        same = seen is not None and seen.tensor() is x
+        if seen is not None and same and torch.equal(seen.summary.rows, x_LNC.flatten(0, 1)[candidates.rows]):
+            return seen
+        summary = summary_of(x_LNC, candidates.rows, candidates.keys, name)
+        self._readings[id(x)] = Reading(weakref.ref(x), name, summary)
+        return self._readings[id(x)]
 
     def _candidates_of(self, x_LNC: Tensor, noise_level: float) -> Candidates:
         """The rows of this step to choose from; shared by all Linears of the same shape."""
@@ -152,7 +180,8 @@ class Calibrator:
             keys = row_keys(*shape, self._sample_seeds, self._num_elements, noise_level)
             cells = 1 if shape[0] % self._num_elements else self._num_elements
             chosen = _stratified(keys.view(cells, -1), self._rows_per_bucket)
-            self._candidates[shape] = Candidates(*(part.to(x_LNC.device) for part in chosen))
+            rows, keys, moment_rows = (part.to(x_LNC.device) for part in chosen[:3])
+            self._candidates[shape] = Candidates(rows, keys, moment_rows, chosen.moment_weight)
         return self._candidates[shape]
 
 
@@ -162,11 +191,19 @@ def _stratified(keys_EM: Tensor, num_rows: int) -> Candidates:
     keys_EM: of the M rows of each cell. A new key is the row's rank in its cell, then as many bits of its key as fit.
     """
     cells, num_cell = keys_EM.shape
-    lowest, index = keys_EM.topk(min(max(num_rows, MOMENT_ROWS), num_cell), largest=False)
+    num_moment = num_moment_rows(num_cell)
+    lowest, index = keys_EM.topk(min(max(num_rows, num_moment), num_cell), largest=False)
     index = index + torch.arange(cells)[:, None] * num_cell
     ranked = (torch.arange(lowest.shape[1]) << (63 - RANK_BITS)) | (lowest >> RANK_BITS)
     keys, best = ranked[:, :num_rows].flatten().topk(min(num_rows, ranked[:, :num_rows].numel()), largest=False)
-    return Candidates(index[:, :num_rows].flatten()[best], keys, index[:, :MOMENT_ROWS].flatten())
+    rows = index[:, :num_rows].flatten()[best]
+    return Candidates(rows, keys, index[:, :num_moment].flatten(), num_cell / num_moment)
+
+
+def num_moment_rows(num_rows: int) -> int:
+    """How many of so many rows of a prompt in a guidance branch and step go into the second moments."""
+    lowest, highest = MOMENT_ROWS
+    return min(max(num_rows // MOMENT_SHARE, lowest), highest, num_rows)
 
 
 def _batch_size(arguments: Sequence[Any]) -> int:

@@ -6,6 +6,7 @@ Legend: K buckets, C in_features, L leading axis (one "sample" each), N tokens, 
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +30,32 @@ REDUCTIONS = {
     "rows": "lowest",
     "keys": "lowest",
 }
+MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
 AGGREGATES = ("ema", "max", "percentile")
+
+
+class Summary(NamedTuple):
+    """What one input adds to the state of every Linear that reads it.
+
+    minimum, maximum [C]. amax_sum [C] float64: sum over the leading axis, of num_samples, of the amax over the tokens.
+    rows [n, C]: candidates of the reservoir, in the input's dtype; keys [n]: theirs.
+    """
+
+    minimum: Tensor
+    maximum: Tensor
+    amax_sum: Tensor
+    num_samples: int
+    rows: Tensor
+    keys: Tensor
+
+
+def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor, layer: str) -> Summary:
+    """candidates: indices into the L N rows of the input of `layer`; keys: theirs. NaN or inf: UserError."""
+    lo_LC, hi_LC = x_LNC.amin(1), x_LNC.amax(1)
+    total_C = torch.maximum(-lo_LC, hi_LC).sum(0, dtype=torch.float64)
+    if not torch.isfinite(total_C).all():
+        raise UserError(f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating")
+    return Summary(lo_LC.amin(0), hi_LC.amax(0), total_C, len(x_LNC), x_LNC.flatten(0, 1)[candidates], keys)
 
 
 class Observer:
@@ -55,41 +81,30 @@ class Observer:
         for name in REDUCTIONS:
             setattr(self, name, getattr(self, name).to(device))
 
-    def update(self, bucket: int, x_LNC: Tensor, candidates: Tensor, keys: Tensor, layer: str) -> None:
-        """Adds one input. candidates: indices into its L N rows; keys: theirs. NaN or inf: UserError."""
-        if self.minimum.device != x_LNC.device:  # made before the model was moved, or its weights are offloaded
-            self.to(x_LNC.device)
-        lo_LC, hi_LC = x_LNC.amin(1), x_LNC.amax(1)
-        amax_LC = torch.maximum(-lo_LC, hi_LC).double()
-        total_C = amax_LC.sum(0)
-        if not torch.isfinite(total_C).all():
-            raise UserError(
-                f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating"
-            )
-        torch.minimum(self.minimum[bucket], lo_LC.amin(0), out=self.minimum[bucket])
-        torch.maximum(self.maximum[bucket], hi_LC.amax(0), out=self.maximum[bucket])
-        self.amax_sum[bucket] += total_C
-        self.count[bucket] += len(x_LNC)
-        rows = x_LNC.flatten(0, 1)[candidates].to(self.rows.dtype)
+    def update(self, bucket: int, seen: Summary) -> None:
+        """Adds one input."""
+        if self.minimum.device != seen.minimum.device:  # made before the model was moved, or its weights are offloaded
+            self.to(seen.minimum.device)
+        torch.minimum(self.minimum[bucket], seen.minimum, out=self.minimum[bucket])
+        torch.maximum(self.maximum[bucket], seen.maximum, out=self.maximum[bucket])
+        self.amax_sum[bucket] += seen.amax_sum
+        self.count[bucket] += seen.num_samples
         self.rows[bucket], self.keys[bucket] = _lowest(
-            torch.cat([self.rows[bucket], rows]), torch.cat([self.keys[bucket], keys]), self.keys.shape[1]
+            torch.cat([self.rows[bucket], seen.rows.to(self.rows.dtype)]),
+            torch.cat([self.keys[bucket], seen.keys]),
+            self.keys.shape[1],
         )
 
     def merge(self, other: "Observer") -> None:
-        """Adds what `other` saw (another rank, another part of the prompts)."""
+        """Adds what `other` saw (another rank, another part of the prompts); into new tensors, field by field."""
         num_rows = self.keys.shape[1]
         rows = torch.cat([self.rows, other.rows], 1)
         keys = torch.cat([self.keys, other.keys], 1)
-        for bucket in range(len(keys)):
-            self.rows[bucket], self.keys[bucket] = _lowest(rows[bucket], keys[bucket], num_rows)
+        kept = [_lowest(rows[bucket], keys[bucket], num_rows) for bucket in range(len(keys))]
+        self.rows, self.keys = (torch.stack(parts) for parts in zip(*kept, strict=True))
         for name, reduction in REDUCTIONS.items():
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if reduction == "sum":
-                mine += theirs
-            elif reduction == "min":
-                torch.minimum(mine, theirs, out=mine)
-            elif reduction == "max":
-                torch.maximum(mine, theirs, out=mine)
+            if reduction in MERGES:
+                setattr(self, name, MERGES[reduction](getattr(self, name), getattr(other, name)))
 
 
 def _lowest(rows: Tensor, keys: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -181,9 +196,9 @@ class CalibrationStats:
         self.moments.merge(other.moments)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Flat state on the CPU, `<layer>/<field>` -> tensor; copies, but for the second moments."""
+        """Flat state on the CPU, `<layer>/<field>` -> tensor; not copied when it is there (it can be gigabytes)."""
         fields = {
-            f"{layer}/{field}": getattr(observer, field).detach().cpu().clone()
+            f"{layer}/{field}": getattr(observer, field).detach().cpu()
             for layer, observer in self.layers.items()
             for field in REDUCTIONS
         }
@@ -191,12 +206,13 @@ class CalibrationStats:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CalibrationStats":
+        """Inverse of `to_tensors`; holds the very tensors."""
         layers: dict[str, Observer] = {}
         for layer in _layer_names(tensors):
             num_buckets, num_rows, in_features = tensors[f"{layer}/rows"].shape
-            layers[layer] = Observer(num_buckets, in_features, num_rows)
+            layers[layer] = Observer(num_buckets, in_features, num_rows, "meta")
             for field in REDUCTIONS:
-                setattr(layers[layer], field, tensors[f"{layer}/{field}"].clone())
+                setattr(layers[layer], field, tensors[f"{layer}/{field}"])
         return cls(layers, Moments.from_tensors(tensors))
 
     def save(self, path: str | Path) -> None:

@@ -1,5 +1,7 @@
 """Stage `calibrate`: the float model samples the calibration prompts with observers attached."""
 
+import gc
+
 from viditq.engine.partials import PARTIAL, Partials, State
 from viditq.engine.sampling import Calibration, batches_of, run_batches
 from viditq.files import is_whole
@@ -39,6 +41,19 @@ def merge_states(mine: State, theirs: State) -> State:
 
 
 def _observe(job: Job, partials: Partials) -> None:
+    _sample(job, partials)
+    gc.collect()  # the model and the observers go, which Lightning's modules and trainers hold in a ring
+    job.processes.wait()
+    if job.processes.first:
+        whole = partials.only()
+        if whole is not None:  # one process did everything: statistics can be gigabytes, to read and write again
+            whole.rename(job.stats_file)
+        else:
+            CalibrationStats.from_tensors(partials.gathered().state).save(job.stats_file)
+        partials.remove()
+
+
+def _sample(job: Job, partials: Partials) -> None:
     e, processes = job.experiment, job.processes
     prompts = e.data.calibration_prompts
     done = processes.first_does(partials.compact)
@@ -57,7 +72,3 @@ def _observe(job: Job, partials: Partials) -> None:
         rank=processes.rank,
     )
     run_batches(e.make_trainer(), module, processes.share([b for b in batches if b[0] not in done]))
-    processes.wait()
-    if processes.first:
-        CalibrationStats.from_tensors(partials.gathered().state).save(job.stats_file)
-        partials.remove()
