@@ -40,9 +40,10 @@ def search_all(overrides: list[str], budgets: list[float], out: Path) -> None:
         cfg = configured([*overrides, *budget, "quant.policy.curve=[0]"])
         folder = out / cfg.model.name / ("plan" if bits is None else f"weight_bits={bits:g}")
         run(cfg, folder)
-        points += read_json(folder / "search.json")["curve"]
+        found = read_json(folder / "search.json")
+        points += found["curve"]
     print(curve_table(points))
-    budget_curve_picture(points, out / cfg.model.name / "budget_curve.png")
+    budget_curve_picture({**found, "curve": points}, out / cfg.model.name / "budget_curve.png")
     with atomic(out / cfg.model.name / "budget_curve.md") as temporary:
         temporary.write_text(curve_table(points))
 

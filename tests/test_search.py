@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from viditq.errors import UserError
 from viditq.experiment import build
 from viditq.quant.plan import QuantPlan
-from viditq.stages import search
+from viditq.stages import search_result, search_table
 
 SEARCH = (
     "quant/policy=sensitivity",
@@ -80,8 +80,8 @@ def test_what_was_measured_and_what_was_predicted(searched: Path) -> None:
 def test_other_budgets_take_everything_from_the_table(
     run: Run, searched: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "Probing", lambda *_, **__: pytest.fail("a candidate was generated again"))
-    monkeypatch.setattr(search, "ProxyPass", lambda *_, **__: pytest.fail("proxies were computed again"))
+    monkeypatch.setattr(search_table, "Probing", lambda *_, **__: pytest.fail("a candidate was generated again"))
+    monkeypatch.setattr(search_table, "ProxyPass", lambda *_, **__: pytest.fail("proxies were computed again"))
     others = ("quant.policy.budget.weight_bits=6", "quant.policy.solver=greedy", "quant.policy.objective=output")
     run(tmp_path / "run", shared_cache, *SEARCH, *others, "stages=[prompts,search]")
     assert read(tmp_path / "run")["used"]["weight_bits"] > read(searched)["used"]["weight_bits"]
@@ -95,7 +95,7 @@ def test_a_killed_search_goes_on_where_it_stopped(
         pass
 
     written: list[Path] = []
-    real = search.write_json
+    real = search_table.write_json
 
     def spy(path: Path, value: Any) -> None:
         if len(written) == 5 and not (tmp_path / "tried").exists():
@@ -103,7 +103,8 @@ def test_a_killed_search_goes_on_where_it_stopped(
         written.append(path)
         real(path, value)
 
-    monkeypatch.setattr(search, "write_json", spy)
+    for module in (search_table, search_result):
+        monkeypatch.setattr(module, "write_json", spy)
     overrides = (*SEARCH, "seed=3", "stages=[prompts,calibrate,search]")
     with pytest.raises(Killed):
         run(tmp_path / "run", shared_cache, *overrides)
@@ -117,7 +118,7 @@ def test_a_killed_search_goes_on_where_it_stopped(
 def test_proxy_alone_generates_nothing(
     run: Run, searched: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "Probing", lambda *_, **__: pytest.fail("a candidate was generated"))
+    monkeypatch.setattr(search_table, "Probing", lambda *_, **__: pytest.fail("a candidate was generated"))
     run(tmp_path / "run", shared_cache, *SEARCH, "quant.policy.measure=proxy", "stages=[prompts,search]")
     found = read(tmp_path / "run")
     assert not any(c["measured"] for c in found["candidates"])
