@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,10 +28,10 @@ class SensitivitySearch:
     weight_choices, activation_choices: bit-widths to choose from, 16 = float; a side that the recipe leaves in float
     stays so. budget: see `Budget`. measure: all | pruned | proxy, see `table.to_measure`; prune: its share.
     num_prompts: of the calibration prompts, each candidate is generated for. objective: roles (output error shares the
-    budget between roles, a role's own metric decides inside it) | output (output error alone). average: of the output
-    error over prompts, mean | geometric. solver: exact | greedy. metrics: role (or "default") -> configuration of a
-    metric with one score per prompt. curve: shares (0 .. 1) of the way from the budget to the widest choices at which
-    predicted and measured quality are also reported.
+    budget between roles, a role's own metric decides inside it) | output (output error alone). average: of the errors
+    over prompts, geometric (a few failing prompts do not decide) | mean. solver: exact | greedy. metrics: role (or
+    "default") -> configuration of a metric with one score per prompt. curve: shares (0 .. 1) of the way from the budget
+    to the widest choices at which predicted and measured quality are also reported.
     """
 
     budget: Mapping[str, Any]
@@ -101,6 +101,13 @@ class SensitivitySearch:
     def metric_of(self, role: str) -> str:
         """The entry of `metrics` that governs a role."""
         return role if role in self.metrics else DEFAULT
+
+    def rivals(self, search: Search) -> Callable[[Candidate], str]:
+        """What candidates that are weighed against each other have in common: with roles, their metric."""
+        if self.objective == "output":
+            return lambda candidate: "output"
+        groups = groups_by_name(search)
+        return lambda candidate: self.metric_of(groups[candidate.group].role)
 
     def allocated(
         self, search: Search, output: Mapping[Candidate, float], metric: Mapping[Candidate, float], budget: Budget

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from viditq.engine.probing import OUTPUT, Scores
+from viditq.errors import UserError
 from viditq.files import atomic, write_json
 from viditq.quant.allocate import Assignment, Search, cost_of, used
 from viditq.quant.budget import Budget
@@ -36,7 +38,7 @@ def costs_of(policy: SensitivitySearch, space: Search, measured: Measured, proxy
     names = {c: policy.metric_of(groups[c.group].role) for c in proxy}
     by_metric: dict[Candidate, float] = {}
     for name in dict.fromkeys(names.values()):
-        own = {c: fmean(s[name]) for c, s in measured.items() if names[c] == name}
+        own = {c: average(s[name], policy.average) for c, s in measured.items() if names[c] == name}
         by_metric |= completed(own, {c: p for c, p in proxy.items() if names[c] == name})
     return Costs(by_output, by_metric)
 
@@ -59,9 +61,16 @@ def point(policy: SensitivitySearch, space: Search, costs: Costs, assignment: As
 
 
 def predicted_curve(policy: SensitivitySearch, space: Search, costs: Costs) -> list[dict[str, Any]]:
-    """The best plans from the leanest choices to the widest, as the table foretells them: nothing is generated."""
-    budgets = policy.ladder(space, LADDER)
-    return [point(policy, space, costs, allocated(policy, space, costs, budget)) for budget in budgets]
+    """The best plans from the leanest choices to the widest, as the table foretells them: nothing is generated.
+
+    Several limits move together; where they contradict each other (the fastest widths need not be the smallest), there
+    is no plan and no point.
+    """
+    points = []
+    for budget in policy.ladder(space, LADDER):
+        with suppress(UserError):
+            points.append(point(policy, space, costs, allocated(policy, space, costs, budget)))
+    return points
 
 
 def result_of(
