@@ -122,6 +122,17 @@ def test_a_killed_search_goes_on_where_it_stopped(
     assert sum(c["measured"] for c in read(tmp_path / "run")["candidates"]) == len(written) - 2  # proxies, search.json
 
 
+def test_two_processes_share_the_candidates(run: Run, searched: Path, tmp_path: Path) -> None:
+    processes = ("trainer=ddp_cpu", "trainer.devices=2", "stages=[prompts,calibrate,search]")
+    run(tmp_path / "run", tmp_path / "cache", *SEARCH, *processes)
+    found, alone = read(tmp_path / "run"), read(searched)
+    assert found["bits"] == alone["bits"]
+    for one, other in zip(found["candidates"], alone["candidates"], strict=True):
+        assert one["measured"] == other["measured"] and one["group"] == other["group"]
+        for score in ("proxy", "output", "metric"):
+            assert one[score] == pytest.approx(other[score], rel=1e-5)
+
+
 def test_activations_are_generated_and_searched_with_the_weights(run: Run, shared_cache: Path, tmp_path: Path) -> None:
     """Weights and activations in one knapsack; both sides' fewest bits are scored by real samples."""
     both = ("quant.policy.activation_choices=[4,8]", "quant.policy.budget.activation_bits=6", "quant.policy.prune=0")
