@@ -25,17 +25,20 @@ Key = tuple[str, float, float]
 Run = dict[str, Any]
 
 
-def key_of(config: Run, found: Run | None) -> Key:
-    """What a run is, from run.json and search.json."""
+def key_of(config: Run, found: Run | None, metrics: Run) -> Key:
+    """What a run is, from its json files; the bits of a plan file are averages with the Linears kept in float."""
     quant, policy = config["quant"], config["quant"]["policy"]
+    if found is None and "path" in policy:
+        return "plan file", round(metrics["average_weight_bits"], 2), round(metrics["average_activation_bits"], 2)
     if found is None:
-        how = "plan file" if "path" in policy else "uniform"
-        return how, quant["weight"]["bits"], quant["activation"]["bits"]
+        return "uniform", quant["weight"]["bits"], quant["activation"]["bits"]
     how = "searched" if policy["objective"] == "output" else policy["objective"]
     if policy["average"] != "geometric":
         how += f", {policy['average']}"
-    limits = {**found["used"], **{k: v for k, v in found["budget"].items() if v is not None}}
-    return how, float(limits["weight_bits"]), round(float(limits["activation_bits"]), 3)
+    given = {name: limit for name, limit in found["budget"].items() if limit is not None}
+    how += ", bytes" * ("size_bytes" in given) + ", latency" * ("latency" in given)
+    bits = (given.get(name) or found["used"][name] for name in ("weight_bits", "activation_bits"))
+    return how, *(round(float(value), 2) for value in bits)  # type: ignore[return-value]
 
 
 def read(patterns: list[str]) -> dict[Key, dict[int, Run]]:
@@ -47,7 +50,7 @@ def read(patterns: list[str]) -> dict[Key, dict[int, Run]]:
             config = read_json(folder / "run.json")
             run = {"metrics": read_json(folder / "metrics.json"), "search": search}
             run["scores"] = read_json(folder / "per_prompt.json")["metrics"]
-            runs[key_of(config, search)][config["seed"]] = run
+            runs[key_of(config, search, run["metrics"])][config["seed"]] = run
     return runs
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     quiet_libraries()
     config.register()
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        cfg = compose("config", ["experiment=w4a8_mp", *WIDE, *args.overrides])
+        cfg = compose("config", ["experiment=w4a8_mp_search", *WIDE, *args.overrides])
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     setting: QuantSetting = instantiate(cfg.quant, _convert_="all")
     policy = setting.policy

@@ -1,7 +1,7 @@
 """Search plans for one or several budgets without a whole run; what is measured once serves every budget.
 
-python scripts/search_plan.py experiment=w4a8_mp
-python scripts/search_plan.py experiment=w4a8_mp --weight-bits 4.5 5 6 --out outputs/plans
+python scripts/search_plan.py experiment=w4a8_mp_search
+python scripts/search_plan.py experiment=w4a8_mp_search --weight-bits 4.5 5 6 --out outputs/plans
 python run.py quant/policy=plan_file quant.policy.path=outputs/plans/tiny_video/weight_bits=5/plan.json
 
 Overrides are those of run.py. Each budget leaves plan.json, search.json and sensitivity.png in a folder of its own;
