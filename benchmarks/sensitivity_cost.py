@@ -30,7 +30,7 @@ from viditq.quant.sensitivity import Swapper
 from viditq.quant.setting import QuantSetting
 from viditq.quant.step_shares import step_shares
 from viditq.runner import quiet_libraries
-from viditq.stages.search import PROXY_PROMPTS
+from viditq.stages.search_table import PROXY_PROMPTS
 
 WIDE = ["quant/policy=sensitivity", "quant.policy.activation_choices=[4,6,8]"]
 
@@ -44,7 +44,7 @@ def main() -> None:
     quiet_libraries()
     config.register()
     with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
-        cfg = compose("config", ["experiment=w4a8_mp", *WIDE, *args.overrides])
+        cfg = compose("config", ["experiment=w4a8_mp_search", *WIDE, *args.overrides])
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     setting: QuantSetting = instantiate(cfg.quant, _convert_="all")
     policy = setting.policy
@@ -70,7 +70,7 @@ def main() -> None:
         seconds["calibration"].append(time.perf_counter() - start)
         shares = step_shares(calibrator.stats, base.edges)
         space = policy.search(base, adapter.linear_roles(names), shapes, shares)
-        candidates = candidates_of(space.groups, base.num_segments, space.choices)
+        candidates = candidates_of(space.cells, space.choices)
         start = time.perf_counter()
         with torch.inference_mode():
             swapper = Swapper(denoiser, base.edges, calibrator.stats, adapter.timestep_scale)

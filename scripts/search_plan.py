@@ -1,7 +1,7 @@
 """Search plans for one or several budgets without a whole run; what is measured once serves every budget.
 
-python scripts/search_plan.py experiment=w4a8_mp
-python scripts/search_plan.py experiment=w4a8_mp --weight-bits 4.5 5 6 --out outputs/plans
+python scripts/search_plan.py experiment=w4a8_mp_search
+python scripts/search_plan.py experiment=w4a8_mp_search --weight-bits 4.5 5 6 --out outputs/plans
 python run.py quant/policy=plan_file quant.policy.path=outputs/plans/tiny_video/weight_bits=5/plan.json
 
 Overrides are those of run.py. Each budget leaves plan.json, search.json and sensitivity.png in a folder of its own;
@@ -40,9 +40,10 @@ def search_all(overrides: list[str], budgets: list[float], out: Path) -> None:
         cfg = configured([*overrides, *budget, "quant.policy.curve=[0]"])
         folder = out / cfg.model.name / ("plan" if bits is None else f"weight_bits={bits:g}")
         run(cfg, folder)
-        points += read_json(folder / "search.json")["curve"]
+        found = read_json(folder / "search.json")
+        points += found["curve"]
     print(curve_table(points))
-    budget_curve_picture(points, out / cfg.model.name / "budget_curve.png")
+    budget_curve_picture({**found, "curve": points}, out / cfg.model.name / "budget_curve.png")
     with atomic(out / cfg.model.name / "budget_curve.md") as temporary:
         temporary.write_text(curve_table(points))
 

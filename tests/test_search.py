@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import DictConfig
 
+from viditq.assets import resolve_plan
 from viditq.errors import UserError
 from viditq.experiment import build
 from viditq.quant.plan import QuantPlan
-from viditq.stages import search
+from viditq.stages import search_result, search_table
 
 SEARCH = (
     "quant/policy=sensitivity",
@@ -25,6 +27,7 @@ SEARCH = (
     "diagnosis.num_prompts=0",
     "metric=psnr",
 )
+GOLDEN = Path(__file__).parent / "data" / "golden" / "open_sora"
 Run = Callable[..., dict[str, Any] | None]
 
 
@@ -73,6 +76,10 @@ def test_what_was_measured_and_what_was_predicted(searched: Path) -> None:
         if bits == 8:
             narrow = by_cell[group, segment, 4]
             assert c["output"] == pytest.approx(narrow["output"] * c["proxy"] / narrow["proxy"])
+    predicted = [p["predicted"] for p in found["predicted_curve"]]
+    assert len(predicted) > 5 and predicted == sorted(predicted, reverse=True)
+    bits = [p["weight_bits"] for p in found["predicted_curve"]]
+    assert bits[0] == pytest.approx(4) and bits[-1] == pytest.approx(8)
     low, high = found["curve"]
     assert high["weight_bits"] == 8 and high["measured"] < low["measured"] and high["predicted"] < low["predicted"]
 
@@ -80,8 +87,8 @@ def test_what_was_measured_and_what_was_predicted(searched: Path) -> None:
 def test_other_budgets_take_everything_from_the_table(
     run: Run, searched: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "Probing", lambda *_, **__: pytest.fail("a candidate was generated again"))
-    monkeypatch.setattr(search, "ProxyPass", lambda *_, **__: pytest.fail("proxies were computed again"))
+    monkeypatch.setattr(search_table, "Probing", lambda *_, **__: pytest.fail("a candidate was generated again"))
+    monkeypatch.setattr(search_table, "ProxyPass", lambda *_, **__: pytest.fail("proxies were computed again"))
     others = ("quant.policy.budget.weight_bits=6", "quant.policy.solver=greedy", "quant.policy.objective=output")
     run(tmp_path / "run", shared_cache, *SEARCH, *others, "stages=[prompts,search]")
     assert read(tmp_path / "run")["used"]["weight_bits"] > read(searched)["used"]["weight_bits"]
@@ -95,7 +102,7 @@ def test_a_killed_search_goes_on_where_it_stopped(
         pass
 
     written: list[Path] = []
-    real = search.write_json
+    real = search_table.write_json
 
     def spy(path: Path, value: Any) -> None:
         if len(written) == 5 and not (tmp_path / "tried").exists():
@@ -103,7 +110,8 @@ def test_a_killed_search_goes_on_where_it_stopped(
         written.append(path)
         real(path, value)
 
-    monkeypatch.setattr(search, "write_json", spy)
+    for module in (search_table, search_result):
+        monkeypatch.setattr(module, "write_json", spy)
     overrides = (*SEARCH, "seed=3", "stages=[prompts,calibrate,search]")
     with pytest.raises(Killed):
         run(tmp_path / "run", shared_cache, *overrides)
@@ -114,10 +122,76 @@ def test_a_killed_search_goes_on_where_it_stopped(
     assert sum(c["measured"] for c in read(tmp_path / "run")["candidates"]) == len(written) - 2  # proxies, search.json
 
 
+def test_two_processes_share_the_candidates(run: Run, searched: Path, tmp_path: Path) -> None:
+    processes = ("trainer=ddp_cpu", "trainer.devices=2", "stages=[prompts,calibrate,search]")
+    run(tmp_path / "run", tmp_path / "cache", *SEARCH, *processes)
+    found, alone = read(tmp_path / "run"), read(searched)
+    assert found["bits"] == alone["bits"]
+    for one, other in zip(found["candidates"], alone["candidates"], strict=True):
+        assert one["measured"] == other["measured"] and one["group"] == other["group"]
+        for score in ("proxy", "output", "metric"):
+            assert one[score] == pytest.approx(other[score], rel=1e-5)
+
+
+def test_activations_are_generated_and_searched_with_the_weights(run: Run, shared_cache: Path, tmp_path: Path) -> None:
+    """Weights and activations in one knapsack; both sides' fewest bits are scored by real samples."""
+    both = ("quant.policy.activation_choices=[4,8]", "quant.policy.budget.activation_bits=6", "quant.policy.prune=0")
+    run(tmp_path / "run", shared_cache, *SEARCH, *both, "stages=[prompts,calibrate,search,quantize]")
+    found = read(tmp_path / "run")
+    measured = [c for c in found["candidates"] if c["measured"]]
+    assert {(c["side"], c["bits"]) for c in measured} == {("weight", 4), ("activation", 4)}
+    assert len(measured) == len(found["groups"]) * 2 * 2 and all(c["output"] > 0 for c in measured)
+    for side, limit in (("weight", 5), ("activation", 6)):
+        assert limit - 0.5 < found["used"][f"{side}_bits"] <= limit + 1e-6
+    plan = QuantPlan.from_json((tmp_path / "run" / "quantized" / "plan.json").read_text())
+    assert {"w4a4", "w8a8"} < set(plan.schemes)
+    assert found["proxy_correlation"]["activation"] > 0.3
+
+
+def test_a_table_of_latencies(run: Run, searched: Path, shared_cache: Path, tmp_path: Path) -> None:
+    """w8a8 is the fastest, so bytes are what w4a8 is for: both limits hold, from the table that is already there."""
+    costs = "quant.policy.budget.latency_costs={w4a8:0.72,w8a8:0.58}"
+    limits = ("quant.policy.budget.latency=0.66", "quant.policy.budget.size_bytes=1.9e+6")
+    without = ("quant.policy.budget.weight_bits=null", "stages=[prompts,search]")
+    run(tmp_path / "run", shared_cache, *SEARCH[:4], *SEARCH[5:], costs, *limits, *without)
+    found = read(tmp_path / "run")
+    assert 0.58 < found["used"]["latency"] <= 0.66 + 1e-6 and found["used"]["size_bytes"] <= 1.9e6
+    table = {4: 0.72, 8: 0.58}
+    assert {b for *_, b, _ in found["bits"]} == set(table)
+    with pytest.raises(UserError, match="latency_costs has no w8a8"):
+        run(
+            tmp_path / "other",
+            shared_cache,
+            *SEARCH[:4],
+            *SEARCH[5:],
+            costs.replace(",w8a8:0.58", ""),
+            *limits,
+            *without,
+        )
+
+
+def test_a_shipped_plan_and_a_model_without_one(configure: Callable[..., DictConfig]) -> None:
+    for model in ("tiny_video", "tiny_image"):
+        plan = build(configure("experiment=w4a8_mp", f"model={model}")).plan
+        assert plan.num_segments == 4 and plan.bits_vary and {"w4a8", "w6a8"} <= set(plan.schemes)
+    with pytest.raises(Exception, match=r"shipped:pixart_alpha/w4a8_mp.*experiment=w4a8_mp_search"):
+        build(configure("experiment=w4a8_mp", "model=pixart_alpha", "model.path=shipped:tiny_image"))
+
+
+def test_the_shipped_plan_of_open_sora_is_the_published_one() -> None:
+    plan = QuantPlan.from_json(resolve_plan("shipped:opensora_v1/w4a8_mp").read_text())
+    for side, name in (("weight", "t20_weight_4_mp"), ("activation", "t20_act_8_mp")):
+        table = yaml.safe_load((GOLDEN / f"{name}.yaml").read_text())
+        for segment, span in enumerate(("4-0", "9-5", "14-10", "19-15")):
+            for layer, bits in table[span].items():
+                scheme = plan.scheme(layer.removeprefix("model."), segment)
+                assert scheme is not None and getattr(scheme, side).bits == bits
+
+
 def test_proxy_alone_generates_nothing(
     run: Run, searched: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "Probing", lambda *_, **__: pytest.fail("a candidate was generated"))
+    monkeypatch.setattr(search_table, "Probing", lambda *_, **__: pytest.fail("a candidate was generated"))
     run(tmp_path / "run", shared_cache, *SEARCH, "quant.policy.measure=proxy", "stages=[prompts,search]")
     found = read(tmp_path / "run")
     assert not any(c["measured"] for c in found["candidates"])
@@ -139,6 +213,7 @@ def test_quantize_without_a_found_plan_says_so(run: Run, shared_cache: Path, tmp
         (["quant.policy.prune=1"], "from 0 to below 1"),
         (["quant.policy.curve=[2]"], "numbers from 0 to 1"),
         (["quant.policy.budget.weight_bits=null"], "has no budget"),
+        (["quant.policy.budget.latency=0.6"], "needs latency_costs"),
         (["+quant.policy.budget.watts=3"], "no field 'watts'"),
         (["~quant.policy.metrics.default"], "needs the entry 'default'"),
         (["quant=none"], "changes the bits of a recipe"),

@@ -1,4 +1,4 @@
-"""Where models live: a folder on disk, or `shipped:NAME` for one that comes with the package."""
+"""Where models and plans live: on disk, or `shipped:NAME` for one that comes with the package."""
 
 from pathlib import Path
 
@@ -24,3 +24,24 @@ def resolve(path: str) -> Path:
             f"Folder {path!r} does not exist. Give an existing folder, or shipped:NAME for a shipped model."
         )
     return folder
+
+
+def resolve_plan(path: str) -> Path:
+    """Return the file that `path` names: a plan.json, or `shipped:MODEL/NAME`, one that comes with the package.
+
+    Raises UserError if there is none.
+    """
+    if not path.startswith("shipped:"):
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise UserError(f"Plan file {path!r} does not exist. Give the path of a plan.json.")
+        return file
+    name = path.removeprefix("shipped:")
+    file = SHIPPED / "plans" / f"{name}.json"
+    if not file.is_file():
+        names = sorted(str(p.relative_to(SHIPPED / "plans").with_suffix("")) for p in SHIPPED.glob("plans/*/*.json"))
+        raise UserError(
+            f"No plan {path!r} is shipped; there are {', '.join('shipped:' + n for n in names)}. Search one for this "
+            "model with experiment=w4a8_mp_search, or give the path of a plan.json (quant.policy.path=...)."
+        )
+    return file

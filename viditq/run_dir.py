@@ -137,6 +137,10 @@ class RunDir:
         return self.path / "sensitivity.png"
 
     @property
+    def budget_curve(self) -> Path:
+        return self.path / "budget_curve.png"
+
+    @property
     def page(self) -> Path:
         return self.path / "report.html"
 

@@ -23,6 +23,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import noise_generator, with_settings
 from viditq.models.text import encode_prompt
 from viditq.quant.convert import linear_names
+from viditq.quant.plan import QuantPlan
 from viditq.runner import run
 
 LOW = "quant.segments=[0.0,0.3,1.0]"  # the two steps lie at noise levels 0.001 and 0.501
@@ -128,6 +129,19 @@ def test_every_model_of_the_hub_is_here() -> None:
 
     files = {file.stem: path(file) for file in (ROOT / "conf" / "model").glob("*.yaml")}
     assert {name for name, path in files.items() if hub.is_hub_id(path)} == MODELS.keys()
+
+
+def test_a_search_measures_each_of_two_denoisers_where_it_runs(shrink: Callable[..., Any], tmp_path: Path) -> None:
+    metrics = ("~quant.policy.metrics.cross_attention", "~quant.policy.metrics.temporal_attention")
+    policy = ("quant/policy=sensitivity", "quant.policy.num_prompts=1", "quant.policy.prune=0", *metrics)
+    cfg = shrink("wan2.2", *policy, "stages=[prompts,calibrate,search,quantize]")
+    run(cfg, tmp_path / "run")
+    found = read_json(tmp_path / "run" / "search.json")
+    cells = {(c["group"].split(".")[0], c["segment"]) for c in found["candidates"]}
+    assert cells == {("transformer", 1), ("transformer_2", 0)}
+    assert all(c["output"] > 0 for c in found["candidates"] if c["measured"] and c["bits"] == 4)
+    plan = QuantPlan.from_json((tmp_path / "run" / "quantized" / "plan.json").read_text())
+    assert all(len(set(names)) == 1 for names in plan.layers.values())  # nothing is stored for steps that never come
 
 
 @pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m in VARIANTS)) for m in MODELS])

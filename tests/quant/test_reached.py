@@ -8,10 +8,16 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.quant import CalibrationStats, Calibrator, QuantSpec, Recipe, SmoothSpec, linear_names, quantize_denoiser
+from viditq.quant.allocate import Search
 from viditq.quant.artifact import load_denoiser, save_denoiser
+from viditq.quant.candidates import candidates_of, groups_of
 from viditq.quant.context import StepContext, TimestepScale
 from viditq.quant.linear import quant_linears
+from viditq.quant.proxy import OneStep, proxies
 from viditq.quant.reached import stand_ins
+from viditq.quant.search import found_plan, groups_by_name
+from viditq.quant.sensitivity import Swapper
+from viditq.quant.step_shares import step_shares
 
 W4, A8 = QuantSpec(4, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)
 EDGES = (0.0, 0.3, 0.6, 1.0)
@@ -83,6 +89,37 @@ def test_artifact_of_both(tmp_path: Any) -> None:
     assert isinstance(loaded, nn.ModuleDict)
     for out, want in zip(sample(loaded), sample(denoisers), strict=True):
         assert torch.equal(out, want)
+
+
+def test_a_plan_of_one_denoiser_only() -> None:
+    denoisers = pair()
+    plan = Recipe(W4, A8, SmoothSpec(0.5, per_segment=True), segments=EDGES).resolve(["low.fc"])
+    assert stand_ins(denoisers, plan, calibrated(denoisers)) == {"low.fc": [0, 1, 1]}
+    quantize_denoiser(denoisers, plan, calibrated(pair()))
+
+
+def test_a_search_measures_each_denoiser_where_it_runs() -> None:
+    denoisers, edges = pair(), (0.0, 0.3, 1.0)  # both run in the second segment, only `low` in the first
+    names = linear_names(denoisers)
+    base = Recipe(W4, A8, SmoothSpec(0.5, per_segment=True), segments=edges).resolve(names)
+    stats = calibrated(denoisers)
+    shares = step_shares(stats, edges)
+    assert shares == {"high.fc": (0.0, 1.0), "low.fc": (0.5, 0.5)}
+    groups = groups_of(names, dict.fromkeys(names, "mlp"), dict.fromkeys(names, 64), dict.fromkeys(names, 8))
+    space = Search(base, groups, {"weight": (3, 8)}, dict.fromkeys(names, (8, 8)), shares)
+    candidates = candidates_of(space.cells, space.choices)
+    assert {(c.group, c.segment) for c in candidates} == {("high.fc/mlp", 1), ("low.fc/mlp", 0), ("low.fc/mlp", 1)}
+    swapper = Swapper(denoisers, edges, stats)
+    one_step = OneStep(swapper)
+    with one_step.recording():
+        sample(denoisers)
+    found = proxies(denoisers, base, stats, groups_by_name(space), candidates, one_step)
+    assert all(found[c] > 0 for c in candidates)
+    plan = found_plan(space, {("high.fc/mlp", 1): (3, 16), ("low.fc/mlp", 0): (8, 16), ("low.fc/mlp", 1): (3, 16)})
+    exact = sample(denoisers)
+    with swapper.swapped(plan):  # fits the segment that `high` never runs in as well
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(sample(denoisers), exact, strict=True)]
+    assert errors[0] > 0.05 and errors[1] > 0.05 and 0 < errors[2] < 0.02
 
 
 class Backwards(nn.Module):

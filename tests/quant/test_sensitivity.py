@@ -153,7 +153,7 @@ def test_groups_and_candidates() -> None:
     groups = groups_of(layers, roles, dict.fromkeys(layers, 6), dict.fromkeys(layers, 2))
     assert [g.name for g in groups] == ["b.0/attention", "b.0/mlp", "b.1/attention", "out/mlp"]
     assert groups[0].layers == ("b.0.attn.q", "b.0.attn.k") and groups[0].weights_numel == 12
-    found = candidates_of(groups, 3, {"weight": (4, 16), "activation": (4, 8)})
+    found = candidates_of([(g, s) for g in groups for s in range(3)], {"weight": (4, 16), "activation": (4, 8)})
     assert len(found) == 4 * 3 * (1 + 2) and all(c.bits != 16 for c in found)
     assert len({c.name for c in found}) == len(found) and not any("/" in c.name for c in found)
     assert block_of("temporal_transformer_blocks.3.ff.net.0.proj") == "temporal_transformer_blocks.3"
@@ -168,6 +168,8 @@ def test_impossible_choices_are_refused(choices: object) -> None:
 
 def test_step_shares_count_what_calibration_saw(denoiser: nn.Module, calibrated: Callable) -> None:
     stats = calibrated(denoiser, [1, 2], [999, 950, 900, 300])
-    assert step_shares(stats, (0, 0.5, 1)) == (0.25, 0.75)
-    assert step_shares(stats, (0, 0.5, 0.95, 1)) == pytest.approx((0.25, 0.5, 0.25))
-    assert step_shares(stats, (0, 0.275, 1)) == pytest.approx((0.125, 0.875))  # cuts the bucket 0.25 to 0.3 in half
+    shares = {edges: step_shares(stats, edges) for edges in [(0, 0.5, 1), (0, 0.5, 0.95, 1), (0, 0.275, 1)]}
+    assert all(list(found) == linear_names(denoiser) for found in shares.values())
+    assert set(shares[0, 0.5, 1].values()) == {(0.25, 0.75)}
+    assert shares[0, 0.5, 0.95, 1]["time"] == pytest.approx((0.25, 0.5, 0.25))
+    assert shares[0, 0.275, 1]["time"] == pytest.approx((0.125, 0.875))  # cuts the bucket 0.25 to 0.3 in half

@@ -9,7 +9,7 @@ import pytest
 from page_examples import make_content
 from PIL import Image
 
-from viditq.report.budget_curve import budget_curve_picture, curve_table, decibels
+from viditq.report.budget_curve import axis_label, budget_curve_picture, curve_table, decibels, spent
 from viditq.report.heat_map import chosen_bits, heat_map_picture, panels, segment_labels
 from viditq.report.page import render
 from viditq.report.search_view import search_view
@@ -20,6 +20,10 @@ WIDTHS = {"weight": (4, 8), "activation": (8,)}
 
 def cost(group: int, segment: int, bits: int) -> float:
     return (1 + group) * (1 + segment) * 4.0**-bits
+
+
+def point(bits: float) -> dict[str, float]:
+    return {"weight_bits": bits, "activation_bits": 8.0, "size_bytes": bits * 100, "predicted": 4.0**-bits}
 
 
 @pytest.fixture
@@ -44,6 +48,8 @@ def found() -> dict[str, Any]:
         "groups": groups,
         "candidates": candidates,
         "bits": bits,
+        "predicted_curve": [point(b) for b in (4.0, 6.0, 8.0)],
+        "curve": [],
     }
 
 
@@ -67,16 +73,29 @@ def test_heat_map_is_drawn(found: dict[str, Any], flat: bool, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
 
 
-def test_budget_curve(tmp_path: Path) -> None:
-    curve = [
-        {"weight_bits": b, "activation_bits": 8.0, "size_bytes": b * 100, "predicted": 4.0**-b, "measured": 2 * 4.0**-b}
-        for b in (6.0, 4.0, 5.0)
-    ]
+def test_budget_curve(found: dict[str, Any], tmp_path: Path) -> None:
+    curve = [{**point(b), "measured": 2 * 4.0**-b} for b in (6.0, 4.0, 5.0)]
     lines = curve_table(curve).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["4.00", "5.00", "6.00"]
     assert "24.08" in lines[2] and "21.07" in lines[2]  # -10 log10(1 / 256), and half of it
-    assert Image.open(budget_curve_picture(curve, tmp_path / "curve.png")).width > 300
+    measured = Image.open(budget_curve_picture({**found, "curve": curve}, tmp_path / "measured.png"))
+    predicted = Image.open(budget_curve_picture(found, tmp_path / "curve.png"))
+    assert predicted.width > 300 and measured.tobytes() != predicted.tobytes()
     assert decibels(1e-3) == pytest.approx(30) and decibels(0) == 100
+
+
+@pytest.mark.parametrize(
+    ("budget", "at", "label"),
+    [
+        ({"weight_bits": 7.0, "size_bytes": 1.0}, 6.7, "average bits of weights"),
+        ({"weight_bits": 7.0, "activation_bits": 8.0}, 7.35, "average bits of weights and activations"),
+        ({"weight_bits": None, "size_bytes": 9e4}, 0.012345, "weights, MB"),
+        ({"latency": 0.7, "latency_costs": {"w8a8": 0.5}}, 0.6, "latency, float = 1"),
+    ],
+)
+def test_the_axis_is_what_the_budget_limits(found: dict[str, Any], budget: dict, at: float, label: str) -> None:
+    search = {**found, "budget": budget, "used": {**found["used"], "latency": 0.6}}
+    assert spent(search, search["used"]) == pytest.approx(at) and axis_label(search) == label
 
 
 def test_the_page_shows_it_and_escapes_names(found: dict[str, Any], tmp_path: Path) -> None:
@@ -85,6 +104,9 @@ def test_the_page_shows_it_and_escapes_names(found: dict[str, Any], tmp_path: Pa
     assert (view.num_measured, view.num_candidates) == (6, 18) and view.predicted == "40.0 dB"
     assert view.parts[0].name == "blocks.<b>1</b>/mlp" and view.parts[0].how == "measured"
     assert ("weight bits", "6.7", "7") in view.used and ("size bytes", "12345", "–") in view.used
-    page = render(replace(make_content(), search=found, heat_map=picture))
+    curve = budget_curve_picture(found, tmp_path / "curve.png")
+    assert search_view(found, picture, curve).points == (("4", "24.1"), ("6", "36.1"), ("8", "48.2"))
+    page = render(replace(make_content(), search=found, heat_map=picture, budget_curve=curve))
+    assert "Quality against the budget" in page and '<td class="n">48.2</td>' in page
     assert "blocks.&lt;b&gt;1&lt;/b&gt;/mlp" in page and "data:image/png;base64," in page and 'id="sensitivity"' in page
     assert 'id="sensitivity"' not in render(make_content())

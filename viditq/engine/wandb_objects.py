@@ -40,6 +40,8 @@ def run_objects(run_dir: RunDir, metrics: Mapping[str, Any], scratch: Path) -> d
         found["sensitivity/candidates"] = candidate_table(read_json(run_dir.search))
     if run_dir.heat_map.is_file():
         found["sensitivity/heat_map"] = wandb.Image(str(run_dir.heat_map))
+    if run_dir.budget_curve.is_file():
+        found["sensitivity/budget_curve"] = wandb.Image(str(run_dir.budget_curve))
     if run_dir.picture.is_file():
         found["comparison"] = wandb.Image(str(run_dir.picture))
     if (gif := run_dir.picture.with_suffix(".gif")).is_file():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.knapsack import SOLVERS, Option, Problem
+from viditq.knapsack import SOLVERS, Choice, Option, Problem
+from viditq.quant.budget import Budget
 from viditq.quant.candidates import Bits, Candidate, Group
 from viditq.quant.plan import QuantPlan
 from viditq.quant.scheme import FLOAT_BITS, QuantSpec
@@ -19,70 +20,42 @@ Assignment = dict[tuple[str, int], Bits]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Upper limits, None = no limit; averages are over the Linears that are quantized (not those kept in float).
-
-    weight_bits, activation_bits: as `QuantPlan` averages them, segments by their share of the sampling steps.
-    size_bytes: of the stored weights of these Linears (codes, scales, zero points); equal weights of several segments
-    count once. latency: relative to all in float, a mean over weights of `latency_costs` (scheme such as w4a8 -> cost,
-    float = 1).
-    """
-
-    weight_bits: float | None = None
-    activation_bits: float | None = None
-    size_bytes: float | None = None
-    latency: float | None = None
-    latency_costs: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latency_costs"}
-        for name, value in given.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-                raise UserError(f"the budget's {name}={value!r} must be a number above 0, or null for no limit.")
-        if all(value is None for value in given.values()):
-            raise UserError(f"the search has no budget: give at least one of {', '.join(given)}.")
-        if self.latency is not None and not self.latency_costs:
-            raise UserError("a budget of latency needs latency_costs, such as {w8a8: 0.58, w4a8: 0.72, w16a16: 1}.")
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The limits that are sums."""
-        names = ("weight_bits", "activation_bits", "latency")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def latency_of(self, bits: Bits) -> float:
-        """Cost of a scheme; raises UserError when the table lacks it."""
-        name, costs = "w{}a{}".format(*bits), self.latency_costs or {}
-        if name not in costs:
-            raise UserError(f"latency_costs has no {name}; it needs every combination of the choices.")
-        return float(costs[name])
-
-
-@dataclass(frozen=True)
 class Search:
     """What there is to choose from. base: the plan whose bits are changed; choices: side -> bit-widths. shapes:
-    Linear -> (out_features, in_features). shares: of the sampling steps in each segment.
+    Linear -> (out_features, in_features). shares: layer -> of its sampling steps in each segment; one that has none is
+    in no segment's share.
     """
 
     base: QuantPlan
     groups: Sequence[Group]
     choices: Mapping[str, Sequence[int]]
     shapes: Mapping[str, tuple[int, int]]
-    shares: Sequence[float]
+    shares: Mapping[str, Sequence[float]]
 
     @property
     def cells(self) -> list[tuple[Group, int]]:
-        """Every group and segment, one choice each."""
-        return [(group, segment) for group in self.groups for segment in range(self.base.num_segments)]
+        """Every group and each segment that it runs in, one choice each."""
+        return [(group, s) for group in self.groups for s in range(self.base.num_segments) if self.share(group, s) > 0]
+
+    def share(self, group: Group, segment: int) -> float:
+        """Of the sampling steps of a group's denoiser, those in a segment."""
+        return self.shares[group.layers[0]][segment]
 
     def bits(self) -> list[Bits]:
         """The pairs that a cell may take."""
         weights, activations = (self.choices.get(side) or (FLOAT_BITS,) for side in ("weight", "activation"))
         return list(product(weights, activations))
 
+    def branch_numel(self, group: Group, segment: int, bits: int) -> int:
+        """Numbers of the low-rank branches beside the group's weights at these bits; a weight in float has none."""
+        schemes = {layer: self.base.scheme(layer, segment) for layer in group.layers if bits != FLOAT_BITS}
+        return sum(s.low_rank * sum(self.shapes[layer]) for layer, s in schemes.items() if s and s.low_rank)
+
     def stored_bytes(self, group: Group, segment: int, bits: int) -> float:
-        """Of the group's weights at these bits: packed codes, float32 scales and uint8 zero points, or float16."""
-        total = 0.0
+        """Of the group's weights at these bits: packed codes, float32 scales, uint8 zero points and branches of 16
+        bits, or float16.
+        """
+        total = 2.0 * self.branch_numel(group, segment, bits)
         for layer in group.layers:
             rows, columns = self.shapes[layer]
             scheme = self.base.scheme(layer, segment)
@@ -107,11 +80,12 @@ class Search:
         sizes: dict[Any, float] = {}
         cells = []
         for group, segment in self.cells:
-            share = self.shares[segment]
+            share = self.share(group, segment)
             of_weights, of_inputs = group.weights_numel / weights * share, group.inputs_numel / inputs * share
             options = []
             for bits in self.bits():
-                uses = {"weight_bits": bits[0] * of_weights, "activation_bits": bits[1] * of_inputs}
+                branch = FLOAT_BITS * self.branch_numel(group, segment, bits[0]) / group.weights_numel
+                uses = {"weight_bits": (bits[0] + branch) * of_weights, "activation_bits": bits[1] * of_inputs}
                 if budget.latency is not None:
                     uses["latency"] = budget.latency_of(bits) * of_weights
                 thing = (group.name, bits[0]) if self.shares_weights(group) else (group.name, bits[0], segment)
@@ -155,19 +129,41 @@ def allocate_by_role(
 
 def used(search: Search, assignment: Assignment, budget: Budget) -> dict[str, float]:
     """What an assignment uses: weight_bits, activation_bits, size_bytes, and latency where it has costs."""
+    problem, pairs = _unlimited(search, budget), search.bits()
+    return _uses(problem, tuple(pairs.index(assignment[g.name, s]) for g, s in search.cells))
+
+
+def extremes(search: Search, budget: Budget) -> dict[str, tuple[float, float]]:
+    """The least and the most that an assignment can use of each thing that `used` tells."""
+    problem = _unlimited(search, budget)
+    found = {}
+    for name in ("size_bytes", *problem.limits):
+
+        def load(option: Option, name: str = name) -> float:
+            return problem.sizes[option.keeps] if name == "size_bytes" else option.uses[name]
+
+        ends = [_uses(problem, tuple(_first(map(load, cell), end) for cell in problem.cells)) for end in (min, max)]
+        found[name] = ends[0][name], ends[1][name]
+    return found
+
+
+def _first(loads: Iterable[float], extreme: Callable[[list[float]], float]) -> int:
+    values = list(loads)
+    return values.index(extreme(values))
+
+
+def _uses(problem: Problem, choice: Choice) -> dict[str, float]:
+    return {**problem.used(choice), "size_bytes": problem.size(choice)}
+
+
+def _unlimited(search: Search, budget: Budget) -> Problem:
+    """The knapsack without costs, in which everything fits that `budget` has a name for."""
     zero = dict.fromkeys(
         (Candidate(g.name, s, side, b) for g, s in search.cells for side, w in search.choices.items() for b in w), 0.0
     )
-    wanted = replace(
-        budget,
-        weight_bits=float(FLOAT_BITS),
-        activation_bits=float(FLOAT_BITS),
-        size_bytes=math.inf,
-        latency=math.inf if budget.latency is not None else None,
-    )
-    problem, pairs = search.problem(zero, wanted), search.bits()
-    choice = tuple(pairs.index(assignment[g.name, s]) for g, s in search.cells)
-    return {**problem.used(choice), "size_bytes": problem.size(choice)}
+    latency = math.inf if budget.latency is not None else None
+    everything = Budget(math.inf, math.inf, math.inf, latency, budget.latency_costs)
+    return search.problem(zero, everything)
 
 
 def cost_of(search: Search, costs: Mapping[Candidate, float], assignment: Assignment) -> float:

@@ -75,15 +75,14 @@ def check_choices(choices: Sequence[int], what: str) -> tuple[int, ...]:
     return tuple(sorted(choices))
 
 
-def candidates_of(groups: Sequence[Group], num_segments: int, choices: Mapping[str, Sequence[int]]) -> list[Candidate]:
-    """Every candidate but those in float; choices: side -> bit-widths."""
+def candidates_of(cells: Sequence[tuple[Group, int]], choices: Mapping[str, Sequence[int]]) -> list[Candidate]:
+    """Every candidate but those in float. cells: groups with the segments they run in; choices: side -> bit-widths."""
     return [
         Candidate(group.name, segment, side, bits)
         for side, widths in choices.items()
         for bits in widths
         if bits != FLOAT_BITS
-        for group in groups
-        for segment in range(num_segments)
+        for group, segment in cells
     ]
 
 

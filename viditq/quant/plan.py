@@ -12,6 +12,9 @@ from viditq.errors import UserError
 from viditq.quant.registry import close_names
 from viditq.quant.scheme import FLOAT_BITS, LayerScheme, strict_kwargs
 
+SharesLike = Sequence[float] | Mapping[str, Sequence[float]]
+"""Share of the sampling steps in each segment, of all layers alike or by layer."""
+
 
 def check_edges(edges: Any, what: str = "segments") -> tuple[float, ...]:
     """Noise levels from 0 to 1 in ascending order, e.g. (0, 0.5, 1); raises UserError otherwise."""
@@ -90,14 +93,14 @@ class QuantPlan:
         self,
         weights_numel: Mapping[str, int],
         in_features: Mapping[str, int] | None = None,
-        shares: Sequence[float] | None = None,
+        shares: SharesLike | None = None,
     ) -> float:
         """Mean bits of a weight over all Linears in `weights_numel` (layer -> number of weights).
 
-        A Linear or a segment left in float counts 16 bits. shares: of the sampling steps that fall into each segment
-        (`step_shares`); None = by width in noise level. A low-rank branch counts its r (O + C) numbers at 16 bits each,
-        for which `in_features` (layer -> C) is needed. Scales and zero points are not counted (`artifact.size_bytes`
-        has them).
+        A Linear or a segment left in float counts 16 bits. shares: of the sampling steps that fall into each segment,
+        of all layers alike or by layer (`step_shares`); None = by width in noise level. A low-rank
+        branch counts its r (O + C) numbers at 16 bits each, for which `in_features` (layer -> C) is needed. Scales and
+        zero points are not counted (`artifact.size_bytes` has them).
         """
 
         def bits_of(layer: str, scheme: LayerScheme) -> float:
@@ -111,7 +114,7 @@ class QuantPlan:
 
         return self._average(weights_numel, bits_of, shares)
 
-    def average_activation_bits(self, inputs_numel: Mapping[str, int], shares: Sequence[float] | None = None) -> float:
+    def average_activation_bits(self, inputs_numel: Mapping[str, int], shares: SharesLike | None = None) -> float:
         """The same for the inputs of the Linears (layer -> in_features, or elements of its input).
 
         The input of a low-rank branch, the same values in 16 bits, is not counted: it is nothing that is stored.
@@ -122,15 +125,16 @@ class QuantPlan:
         self,
         numel: Mapping[str, int],
         bits_of: Callable[[str, LayerScheme], float],
-        shares: Sequence[float] | None,
+        shares: SharesLike | None,
     ) -> float:
-        shares = shares or [high - low for low, high in pairwise(self.edges)]
+        widths = [high - low for low, high in pairwise(self.edges)]
         missing = [layer for layer in self.layers if layer not in numel]
         if missing:
             raise UserError(f"the plan quantizes {missing[0]}, which the model lacks; {close_names(missing[0], numel)}")
         total = 0.0
         for layer, count in numel.items():
-            for segment, share in enumerate(shares):
+            of_layer = shares.get(layer, widths) if isinstance(shares, Mapping) else shares or widths
+            for segment, share in enumerate(of_layer):
                 scheme = self.scheme(layer, segment)
                 total += count * share * (FLOAT_BITS if scheme is None else bits_of(layer, scheme))
         return total / sum(numel.values())

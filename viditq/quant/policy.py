@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
+from viditq.assets import resolve_plan
 from viditq.errors import UserError
 from viditq.quant.plan import QuantPlan
 from viditq.quant.recipe import Recipe, Rule
@@ -29,17 +29,16 @@ class Uniform:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A plan made before: by a search, by hand, or copied from another run's artifact (plan.json)."""
+    """A plan made before: by a search, by hand, copied from another run (plan.json), or one that is shipped."""
 
     path: str
 
     def __post_init__(self) -> None:
-        if not Path(self.path).expanduser().is_file():
-            raise UserError(f"Plan file {self.path!r} does not exist. Give the path of a plan.json.")
+        resolve_plan(self.path)
 
     def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
         """The file's plan; the recipe is not consulted. Raises UserError if it names Linears the model lacks."""
-        plan = QuantPlan.from_json(Path(self.path).expanduser().read_text())
+        plan = QuantPlan.from_json(resolve_plan(self.path).read_text())
         unknown = sorted(set(plan.layers) - set(linear_names))
         if unknown:
             raise UserError(f"{self.path} quantizes {unknown[0]!r}, which is no Linear of this model.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,45 +33,56 @@ TINY = torch.finfo(torch.float32).tiny
 class OneStep:
     """Error of the denoiser's output in one step of each segment, the middle one, on inputs of a float run.
 
+    Where several denoisers of one pipeline share the noise levels, each has middle steps of its own.
     Use: `with one_step.recording(): sample`, then `error`.
     """
 
     def __init__(self, swapper: Swapper) -> None:
         self._swapper = swapper
-        self._calls: dict[int, list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]] = {}
-        self._exact: dict[int, Tensor] = {}
+        self._parts = denoisers_of(swapper.denoiser)
+        self._calls: dict[tuple[str, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._exact: dict[tuple[str, int], Tensor] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keeps the inputs of every step that the denoiser makes."""
         context = self._swapper.context
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert context.segment is not None
             copies = {key: _copy(value) for key, value in kwargs.items()}
-            self._calls.setdefault(context.segment, []).append((module, tuple(map(_copy, args)), copies))
+            self._calls.setdefault((prefix, context.segment), []).append((tuple(map(_copy, args)), copies))
 
-        parts = denoisers_of(self._swapper.denoiser).values()
-        handles = [part.register_forward_pre_hook(keep, with_kwargs=True) for part in parts]
+        handles = [
+            part.register_forward_pre_hook(partial(keep, prefix), with_kwargs=True)
+            for prefix, part in self._parts.items()
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        self._calls = {segment: [calls[len(calls) // 2]] for segment, calls in self._calls.items()}
-        self._exact = {segment: self._output(segment) for segment in self._calls}
+        self._calls = {step: [calls[len(calls) // 2]] for step, calls in self._calls.items()}
+        self._exact = {step: self._output(step) for step in self._calls}
 
     def error(self, plan: QuantPlan, segment: int) -> float:
-        """||quantized - float||^2 / ||float||^2 of the denoiser's output in the step of `segment`."""
+        """||quantized - float||^2 / ||float||^2 of the output in the step of `segment`; 0 where there is no step.
+
+        plan: of Linears of one denoiser.
+        """
+        layer = next(iter(plan.layers))
+        step = next(prefix for prefix in self._parts if layer.startswith(prefix)), segment
+        if step not in self._calls:
+            return 0.0
         with self._swapper.swapped(plan):
-            error = self._output(segment) - self._exact[segment]
-        return float(error.square().sum() / self._exact[segment].square().sum().clamp(min=TINY))
+            error = self._output(step) - self._exact[step]
+        return float(error.square().sum() / self._exact[step].square().sum().clamp(min=TINY))
 
     @torch.no_grad()
-    def _output(self, segment: int) -> Tensor:
-        ((part, args, kwargs),) = self._calls[segment]
+    def _output(self, step: tuple[str, int]) -> Tensor:
+        ((args, kwargs),) = self._calls[step]
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return predicted(part(*args, **kwargs), inputs).double()
+        return predicted(self._parts[step[0]](*args, **kwargs), inputs).double()
 
 
 def _copy(value: Any) -> Any:

@@ -20,22 +20,19 @@ def stand_ins(denoiser: nn.Module, plan: QuantPlan, stats: CalibrationStats | No
     prefixes = denoisers_of(denoiser)
     if stats is None or len(prefixes) == 1:
         return dict.fromkeys(plan.layers, own)
-    layers = {prefix: [name for name in plan.layers if name.startswith(prefix)] for prefix in prefixes}
     reached = {
-        prefix: [i for i in own if any(_seen(stats, name, plan, i) for name in names)]
-        for prefix, names in layers.items()
+        prefix: [i for i in own if any(_seen(stats, name, plan, i) for name in stats.layers if name.startswith(prefix))]
+        for prefix in prefixes
     }
     by_any = {i for segments in reached.values() for i in segments}
     found: dict[str, list[int]] = {}
     for prefix, segments in reached.items():
         nearest = [i if i not in by_any or not segments else min(segments, key=lambda s: abs(s - i)) for i in own]
-        found |= dict.fromkeys(layers[prefix], nearest)
+        found |= {name: nearest for name in plan.layers if name.startswith(prefix)}
     return found
 
 
 def _seen(stats: CalibrationStats, name: str, plan: QuantPlan, segment: int) -> bool:
-    if name not in stats.layers:
-        return False
     count = stats.layers[name].count
     buckets = overlapping(len(count), plan.edges[segment], plan.edges[segment + 1])
     return bool(count[buckets].any())

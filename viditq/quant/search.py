@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from viditq.errors import UserError
 from viditq.knapsack import SOLVERS
-from viditq.quant.allocate import Assignment, Budget, Search, allocate, allocate_by_role
+from viditq.quant.allocate import Assignment, Search, allocate, allocate_by_role, extremes
+from viditq.quant.budget import Budget
 from viditq.quant.candidates import Candidate, Group, assembled, check_choices, groups_of
 from viditq.quant.plan import QuantPlan
 from viditq.quant.policy import Uniform
@@ -27,10 +28,10 @@ class SensitivitySearch:
     weight_choices, activation_choices: bit-widths to choose from, 16 = float; a side that the recipe leaves in float
     stays so. budget: see `Budget`. measure: all | pruned | proxy, see `table.to_measure`; prune: its share.
     num_prompts: of the calibration prompts, each candidate is generated for. objective: roles (output error shares the
-    budget between roles, a role's own metric decides inside it) | output (output error alone). average: of the output
-    error over prompts, mean | geometric. solver: exact | greedy. metrics: role (or "default") -> configuration of a
-    metric with one score per prompt. curve: shares (0 .. 1) of the way from the budget to the widest choices at which
-    predicted and measured quality are also reported.
+    budget between roles, a role's own metric decides inside it) | output (output error alone). average: of the errors
+    over prompts, geometric (a few failing prompts do not decide) | mean. solver: exact | greedy. metrics: role (or
+    "default") -> configuration of a metric with one score per prompt. curve: shares (0 .. 1) of the way from the budget
+    to the widest choices at which predicted and measured quality are also reported.
     """
 
     budget: Mapping[str, Any]
@@ -79,9 +80,17 @@ class SensitivitySearch:
         base: QuantPlan,
         roles: Mapping[str, str],
         shapes: Mapping[str, tuple[int, int]],
-        shares: Sequence[float],
+        shares: Mapping[str, Sequence[float]],
     ) -> Search:
-        """What there is to choose from; roles and shapes (out_features, in_features) of every Linear of `base`."""
+        """What there is to choose from; roles, shapes (out_features, in_features) and shares of the steps
+        (`step_shares`) of every Linear of `base`. Raises UserError for one that never runs.
+        """
+        idle = [layer for layer in base.layers if layer not in shares]
+        if idle:
+            raise UserError(
+                f"{idle[0]} never ran during calibration ({len(idle)} such Linears), so there is nothing to measure of "
+                "it: leave it in float by a rule (quant.rules), or calibrate with more sampling steps."
+            )
         numel = {name: rows * columns for name, (rows, columns) in shapes.items()}
         groups = groups_of(list(base.layers), roles, numel, {name: columns for name, (_, columns) in shapes.items()})
         schemes = [base.scheme(layer, segment) for layer in base.layers for segment in range(base.num_segments)]
@@ -93,6 +102,13 @@ class SensitivitySearch:
         """The entry of `metrics` that governs a role."""
         return role if role in self.metrics else DEFAULT
 
+    def rivals(self, search: Search) -> Callable[[Candidate], str]:
+        """What candidates that are weighed against each other have in common: with roles, their metric."""
+        if self.objective == "output":
+            return lambda candidate: "output"
+        groups = groups_by_name(search)
+        return lambda candidate: self.metric_of(groups[candidate.group].role)
+
     def allocated(
         self, search: Search, output: Mapping[Candidate, float], metric: Mapping[Candidate, float], budget: Budget
     ) -> Assignment:
@@ -102,20 +118,31 @@ class SensitivitySearch:
             return allocate_by_role(search, output, metric, metrics, budget, self.solver)
         return allocate(search, output, budget, self.solver)
 
-    def budgets(self, search: Search) -> list[Budget]:
-        """Those of the curve: the shares of the way from the budget's average bits to the widest choices."""
-        widest = {f"{side}_bits": float(max(widths)) for side, widths in search.choices.items()}
-        out = []
-        for share in self.curve:
-            now = {k: v for k, v in self.parsed_budget.limits.items() if k in widest}
-            moved: dict[str, Any] = {name: value + share * (widest[name] - value) for name, value in now.items()}
-            out.append(replace(self.parsed_budget, **moved))
-        return out
+    def budgets(self, search: Search, shares: Sequence[float]) -> list[Budget]:
+        """Limits at these shares of the way from the budget to the widest choices, all of them moved together."""
+        return [self._between(search, self.parsed_budget.given, share) for share in shares]
+
+    def ladder(self, search: Search, num: int) -> list[Budget]:
+        """`num` budgets from the leanest choices to the widest."""
+        ends = extremes(search, self.parsed_budget)
+        leanest = {name: ends[name][0] for name in self.parsed_budget.given}
+        return [self._between(search, leanest, i / (num - 1)) for i in range(num)]
+
+    def _between(self, search: Search, start: Mapping[str, float], share: float) -> Budget:
+        ends = extremes(search, self.parsed_budget)
+        moved: dict[str, Any] = {n: value + share * max(ends[n][1] - value, 0.0) for n, value in start.items()}
+        return replace(self.parsed_budget, **moved)
 
 
 def found_plan(search: Search, assignment: Assignment) -> QuantPlan:
-    """The plan of an assignment."""
-    return assembled(search.base, search.groups, assignment)
+    """The plan of an assignment; where a group never runs it keeps the bits of the nearest segment in which it does."""
+    bits = dict(assignment)
+    for group in search.groups:
+        reached = [segment for name, segment in assignment if name == group.name]
+        for segment in range(search.base.num_segments):
+            nearest = min(reached, key=lambda s: abs(s - segment))
+            bits[group.name, segment] = assignment[group.name, nearest]
+    return assembled(search.base, search.groups, bits)
 
 
 def groups_by_name(search: Search) -> dict[str, Group]:

@@ -16,6 +16,7 @@ from viditq.quant.convert import fit_variant, quant_linear
 from viditq.quant.linear import QuantLinear, Variant
 from viditq.quant.observers import CalibrationStats
 from viditq.quant.plan import QuantPlan
+from viditq.quant.reached import stand_ins
 from viditq.quant.scheme import LayerScheme
 
 Forward = Callable[..., Any]
@@ -50,9 +51,10 @@ class Swapper:
         assert plan.edges == self.context.edges
         linears = {name: self.denoiser.get_submodule(name) for name in plan.layers}
         new: dict[nn.Module, QuantLinear] = {}
+        segments = stand_ins(self.denoiser, plan, self.stats)
         for name, linear in linears.items():
             assert isinstance(linear, nn.Linear)
-            new[linear] = self._quantized(name, linear, plan)
+            new[linear] = self._quantized(name, linear, plan, segments[name])
         places = [
             (parent, key, child)
             for parent in self.denoiser.modules()
@@ -68,9 +70,10 @@ class Swapper:
             for parent, key, child in places:
                 setattr(parent, key, child)
 
-    def _quantized(self, name: str, linear: nn.Linear, plan: QuantPlan) -> QuantLinear:
+    def _quantized(self, name: str, linear: nn.Linear, plan: QuantPlan, segments: Sequence[int]) -> QuantLinear:
         def fit(linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:
-            return fit_variant(name, linear, scheme, self.stats, lo, hi)
+            segment = segments[plan.edges.index(lo)]
+            return fit_variant(name, linear, scheme, self.stats, plan.edges[segment], plan.edges[segment + 1])
 
         quantized = quant_linear(name, linear, plan, fit, self.context, self.backend)
         quantized.prepare()

@@ -7,7 +7,7 @@ which is what a plan's cost, the sum over its choices, takes for granted; and th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from viditq.errors import UserError
 from viditq.quant.candidates import Candidate
@@ -17,22 +17,29 @@ MIN_FITTED = 3
 Costs = dict[Candidate, float]
 
 
-def to_measure(proxies: Mapping[Candidate, float], measure: str, prune: float) -> list[Candidate]:
+def to_measure(
+    proxies: Mapping[Candidate, float],
+    measure: str,
+    prune: float,
+    rivals: Callable[[Candidate], Hashable] = lambda candidate: "all",
+) -> list[Candidate]:
     """The candidates that must be generated.
 
     all: every one. pruned: of each (group, segment, side) the one of fewest bits, but for those of the smallest proxies
-    that together make up less than the share `prune` of their side's sum, and none of a side with a single bit-width,
-    where there is nothing to choose. proxy: none.
+    that together make up less than the share `prune` of the sum of their side and `rivals` (what is equal for those
+    that are weighed against each other), and none of a side with a single bit-width, where there is nothing to choose.
+    proxy: none.
     """
     if measure == "all":
         return list(proxies)
     if measure == "proxy":
         return []
     kept = []
-    for side in dict.fromkeys(c.side for c in proxies):
+    for side, kind in dict.fromkeys((c.side, rivals(c)) for c in proxies):
         if len({c.bits for c in proxies if c.side == side}) == 1:
             continue
-        anchors = sorted(anchors_of([c for c in proxies if c.side == side]).values(), key=lambda c: proxies[c])
+        of_kind = [c for c in proxies if c.side == side and rivals(c) == kind]
+        anchors = sorted(anchors_of(of_kind).values(), key=lambda c: proxies[c])
         total, seen = sum(proxies[c] for c in anchors), 0.0
         for candidate in anchors:
             seen += proxies[candidate]

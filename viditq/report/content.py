@@ -38,9 +38,9 @@ class PageContent:
 
     `metrics`, `per_prompt` and `errors` are the contents of metrics.json, per_prompt.json and errors.json (None where
     that stage has not run). `segments` are noise levels from 0 to 1. `pairs` come worst first and already limited (to
-    MAX_PAIRS, if the caller has no other wish); `sorted_by` names the metric that ordered them. `search` and
-    `heat_map` are the content of search.json and its picture, where a plan was searched; `incoherence` is the content
-    of incoherence.json, where there is one.
+    MAX_PAIRS, if the caller has no other wish); `sorted_by` names the metric that ordered them. `search`,
+    `heat_map` and `budget_curve` are the content of search.json and its pictures, where a plan was searched;
+    `incoherence` is the content of incoherence.json, where there is one.
     """
 
     title: str
@@ -61,6 +61,7 @@ class PageContent:
     frames_per_second: float = 8.0
     search: Mapping[str, Any] | None = None
     heat_map: Path | None = None
+    budget_curve: Path | None = None
     incoherence: Mapping[str, Any] | None = None
 
     @property

@@ -29,7 +29,7 @@ def panels(search: Mapping[str, Any], score: str = "output") -> dict[tuple[str, 
 
 
 def chosen_bits(search: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """side -> bits [G, S] of the found plan, in the same order."""
+    """side -> bits [G, S] of the found plan, in the same order; 0 where a group never runs."""
     rows = {group["name"]: i for i, group in enumerate(search["groups"])}
     num_segments = len(search["edges"]) - 1
     sides = list(dict.fromkeys(c["side"] for c in search["candidates"]))
@@ -74,7 +74,8 @@ def heat_map_picture(search: Mapping[str, Any], path: Path, score: str = "output
         axis.imshow(panel, aspect="auto", cmap="Blues", vmin=0, vmax=24)
         axis.set_title(f"plan, {side}s", fontsize=9)
         for (row, column), value in np.ndenumerate(panel):
-            axis.text(column, row, str(value), ha="center", va="center", fontsize=6)
+            if value:  # a part that never runs there has none
+                axis.text(column, row, str(value), ha="center", va="center", fontsize=6)
     step = -(-len(names) // MAX_LABELS)
     axes[0].set_yticks(range(0, len(names), step), names[::step], fontsize=7)
     for axis in axes:

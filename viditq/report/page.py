@@ -21,7 +21,7 @@ from viditq.report.diagnosis import diagnose
 from viditq.report.incoherence import incoherence_view
 from viditq.report.media import MAX_MEDIA_BYTES, encode_pairs
 from viditq.report.plan_view import segment_words
-from viditq.report.search_view import search_view
+from viditq.report.search_view import SearchView, search_view
 from viditq.report.verdicts import headline, judge_all
 from viditq.report.wording import digits_for, finite, plain
 
@@ -73,7 +73,7 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
             clip_data=clip_data(content, media.sheets),
             diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
             incoherence=incoherence_view(content.incoherence) if content.incoherence else None,
-            search=search_view(content.search, content.heat_map) if content.search and content.heat_map else None,
+            search=_search_view(content),
             segment_words=segment_words(content.segments),
             stage_seconds=_stage_seconds(content.metrics),
             prompt_table=_prompt_table(content),
@@ -83,6 +83,12 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
             "base-uri 'none'; form-action 'none'",
         )
     )
+
+
+def _search_view(content: PageContent) -> SearchView | None:
+    if content.search is None or content.heat_map is None:
+        return None
+    return search_view(content.search, content.heat_map, content.budget_curve)
 
 
 def _environment() -> Environment:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from viditq.report.budget_curve import decibels
+from viditq.report.budget_curve import axis_label, decibels, spent
 
 MAX_PARTS = 12
 
@@ -24,9 +24,14 @@ class Part:
 
 @dataclass(frozen=True)
 class SearchView:
-    """heat_map: the picture as a data: address. parts: the most sensitive ones. used: budget -> (spent, limit)."""
+    """heat_map, curve: the pictures as data: addresses ("" = none). points: the predicted curve, (budget, dB).
+    parts: the most sensitive ones. used: budget -> (spent, limit).
+    """
 
     heat_map: str
+    curve: str
+    axis: str
+    points: tuple[tuple[str, str], ...]
     num_groups: int
     num_measured: int
     num_candidates: int
@@ -36,8 +41,8 @@ class SearchView:
     used: tuple[tuple[str, str, str], ...]
 
 
-def search_view(search: Mapping[str, Any], heat_map: Path) -> SearchView:
-    """Shape search.json; heat_map: its PNG."""
+def search_view(search: Mapping[str, Any], heat_map: Path, curve: Path | None = None) -> SearchView:
+    """Shape search.json; heat_map, curve: its pictures (PNG)."""
     edges, candidates = search["edges"], search["candidates"]
     worst = sorted(candidates, key=lambda c: -c["output"])[:MAX_PARTS]
     parts = [
@@ -52,7 +57,10 @@ def search_view(search: Mapping[str, Any], heat_map: Path) -> SearchView:
     ]
     limits = {name: search["budget"].get(name) for name in search["used"]}
     return SearchView(
-        heat_map=f"data:image/png;base64,{b64encode(heat_map.read_bytes()).decode()}",
+        heat_map=_address(heat_map),
+        curve="" if curve is None else _address(curve),
+        axis="" if curve is None else axis_label(search),
+        points=() if curve is None else tuple(_point(search, p) for p in search["predicted_curve"]),
         num_groups=len(search["groups"]),
         num_measured=sum(c["measured"] for c in candidates),
         num_candidates=len(candidates),
@@ -64,3 +72,11 @@ def search_view(search: Mapping[str, Any], heat_map: Path) -> SearchView:
             for name, value in search["used"].items()
         ),
     )
+
+
+def _address(picture: Path) -> str:
+    return f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
+
+
+def _point(search: Mapping[str, Any], point: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{spent(search, point):.3g}", f"{decibels(point['predicted']):.1f}"
