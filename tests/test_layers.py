@@ -13,7 +13,7 @@ FLOORS = [
         "files",
         "assets",
         "knapsack",
-        *(f"quant.{n}" for n in ["granularity", "affine", "packing", "hadamard", "registry", "noise_level"]),
+        *(f"quant.{n}" for n in ["granularity", "affine", "packing", "hadamard", "registry", "noise_level", "blocks"]),
     },
     {"quant.scheme", "quant.plan", "quant.recipe", "quant.quantizer"},
     {

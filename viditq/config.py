@@ -25,10 +25,11 @@ COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to
 
 @dataclass
 class CalibrationConfig:
-    """Statistics: buckets of noise level, and input rows kept per bucket for choosing alpha."""
+    """Buckets of noise level, input rows kept per bucket for choosing alpha, bytes of the inputs of blocks."""
 
     num_buckets: int = 20
     rows_per_bucket: int = 16
+    block_input_bytes: int = 2**30
 
 
 @dataclass

@@ -45,6 +45,7 @@ class Experiment:
     batch_size: int
     num_buckets: int
     rows_per_bucket: int
+    block_input_bytes: int
     floor_prompts: int
     diagnosis_prompts: int
     gate: Gate
@@ -82,6 +83,7 @@ def build(cfg: DictConfig) -> Experiment:
     _check_number("batch_size", cfg.batch_size, 1)
     _check_number("calibration.num_buckets", cfg.calibration.num_buckets, 1)
     _check_number("calibration.rows_per_bucket", cfg.calibration.rows_per_bucket, 1)
+    _check_number("calibration.block_input_bytes", cfg.calibration.block_input_bytes, 1)
     _check_number("noise_floor.num_prompts", cfg.noise_floor.num_prompts, 0)
     if cfg.noise_floor.num_prompts == 1:
         raise UserError("noise_floor.num_prompts=1: one prompt has no spread. Give 0 (no noise floor), or 2 or more.")
@@ -107,6 +109,7 @@ def build(cfg: DictConfig) -> Experiment:
         batch_size=cfg.batch_size,
         num_buckets=cfg.calibration.num_buckets,
         rows_per_bucket=cfg.calibration.rows_per_bucket,
+        block_input_bytes=cfg.calibration.block_input_bytes,
         floor_prompts=cfg.noise_floor.num_prompts,
         diagnosis_prompts=cfg.diagnosis.num_prompts,
         gate=gate,

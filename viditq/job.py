@@ -68,11 +68,22 @@ class Job:
     def stats(self) -> Entry:
         """Calibration statistics."""
         e = self.experiment
-        prompts = {"calibration_prompts": e.data.calibration_prompts, "batch_size": e.batch_size}
-        sizes = {"num_buckets": e.num_buckets, "rows_per_bucket": e.rows_per_bucket}
         rows = {"share": MOMENT_SHARE, "of_each": MOMENT_ROWS}
         moments = {"moment_layers": e.plan.moment_layers, "moment_rows": rows} if e.plan.moment_layers else {}
-        return self._entry("stats", {**self._base_key, "seed": e.seed, **prompts, **sizes, **moments})
+        return self._entry("stats", {**self._calibration_key, "rows_per_bucket": e.rows_per_bucket, **moments})
+
+    @cached_property
+    def block_inputs(self) -> Entry:
+        """Inputs of blocks, of a plan that learns roundings block by block."""
+        e = self.experiment
+        key = {"blocks": [*e.plan.learned_blocks], "block_input_bytes": e.block_input_bytes}
+        return self._entry("block_inputs", {**self._calibration_key, **key})
+
+    @property
+    def _calibration_key(self) -> dict[str, Any]:
+        e = self.experiment
+        prompts = {"calibration_prompts": e.data.calibration_prompts, "batch_size": e.batch_size}
+        return {**self._base_key, "seed": e.seed, **prompts, "num_buckets": e.num_buckets}
 
     @property
     def searches(self) -> bool:
@@ -93,6 +104,11 @@ class Job:
         """Whether calibration is part of this run: also where average bits depend on where the steps fall."""
         plan = self.experiment.plan
         return self.searches or plan.needs_stats or plan.bits_vary
+
+    @property
+    def needs_block_inputs(self) -> bool:
+        """Whether inputs of blocks are kept while calibrating."""
+        return bool(self.experiment.plan.learned_blocks)
 
     @property
     def num_prompts(self) -> int:

@@ -123,6 +123,11 @@ class RunDir:
         return self.incoherence.with_suffix(".png")
 
     @property
+    def reconstruction(self) -> Path:
+        """What learning by block did for each block."""
+        return self.path / "reconstruction.json"
+
+    @property
     def plan(self) -> Path:
         """The plan that a search has found."""
         return self.path / "plan.json"

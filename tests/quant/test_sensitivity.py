@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.quant import QuantPlan, Recipe, linear_names, quantize_denoiser
+from viditq.quant.blocks import block_of
 from viditq.quant.candidates import (
     Candidate,
     Group,
-    block_of,
     candidate_plan,
     candidates_of,
     check_choices,

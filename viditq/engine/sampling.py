@@ -18,6 +18,8 @@ from viditq.quant.calibration import Calibrator
 from viditq.quant.correction import CorrectionFit
 from viditq.quant.diagnosis import Diagnosis
 from viditq.quant.observed_diagnosis import ObservedDiagnosis
+from viditq.quant.reconstruction.collect import BlockInputs
+from viditq.quant.reconstruction.together import Together
 
 LoadEmbeds = Callable[[int], PromptEmbeds]
 
@@ -69,7 +71,7 @@ class Accumulation(PipelineModule):
     def __init__(
         self,
         *args: Any,
-        accumulator: Calibrator | Diagnosis | ObservedDiagnosis | CorrectionFit,
+        accumulator: Calibrator | BlockInputs | Together | Diagnosis | ObservedDiagnosis | CorrectionFit,
         partials: Partials,
         rank: int,
     ) -> None:
@@ -97,7 +99,7 @@ class Accumulation(PipelineModule):
 class Calibration(Accumulation):
     """Observers on the float model; noise indices are kept apart from those of the evaluation."""
 
-    accumulator: Calibrator
+    accumulator: Calibrator | BlockInputs | Together
 
     def noise_indices(self, indices: list[int]) -> list[int]:
         """Also the seeds of the reservoir's choice."""

@@ -11,13 +11,20 @@ from viditq.quant.observers import CalibrationStats, SegmentStats
 from viditq.quant.plan import QuantPlan
 from viditq.quant.ranges import GridFit, LpSearch, MinMax, NormalSteps, Percentile
 from viditq.quant.recipe import Recipe, Rule
-from viditq.quant.rounding import AdaRound, Gptq, Nearest
+from viditq.quant.reconstruction.collect import BlockInputs
+from viditq.quant.reconstruction.learn import BlockReconstruction
+from viditq.quant.reconstruction.store import BlockStore
+from viditq.quant.rounding import AdaRound, BlockAdaRound, Gptq, Nearest
 from viditq.quant.scheme import LayerScheme, QuantSpec, RangeSpec, RoundingSpec, TransformSpec
 from viditq.quant.transforms import Chain, Rotate, RotateSpec, SalienceSpec, Smooth, SmoothSpec, Transform
 
 __all__ = [
     "AdaRound",
     "Backend",
+    "BlockAdaRound",
+    "BlockInputs",
+    "BlockReconstruction",
+    "BlockStore",
     "CalibrationStats",
     "Calibrator",
     "Chain",

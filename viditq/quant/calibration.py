@@ -134,7 +134,7 @@ class Calibrator:
         self._attachment.remove()
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._num_elements = _batch_size([*args, *kwargs.values()])
+        self._num_elements = batch_size([*args, *kwargs.values()])
         self._candidates, self._readings = {}, {}
         if not self._sample_seeds or self._num_elements % len(self._sample_seeds):
             raise UserError(
@@ -206,7 +206,7 @@ def num_moment_rows(num_rows: int) -> int:
     return min(max(num_rows // MOMENT_SHARE, lowest), highest, num_rows)
 
 
-def _batch_size(arguments: Sequence[Any]) -> int:
+def batch_size(arguments: Sequence[Any]) -> int:
     """Length of the first batch among a denoiser's arguments: a tensor of more than one axis, or a list of tensors."""
     for value in arguments:
         batch = value.ndim > 1 if isinstance(value, Tensor) else isinstance(value, list) and len(value) > 0

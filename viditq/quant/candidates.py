@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from viditq.errors import UserError
+from viditq.quant.blocks import block_of
 from viditq.quant.plan import QuantPlan
 from viditq.quant.scheme import FLOAT_BITS, LayerScheme
 
 SIDES = ("weight", "activation")
-BLOCK = re.compile(r"(.*?\.\d+)(?:\.|$)")  # up to the first number in a module's name
 Bits = tuple[int, int]
 """Of the weight and of the activation; 16 = float."""
 
@@ -45,12 +44,6 @@ class Candidate:
     def name(self) -> str:
         """Also a file name."""
         return f"{self.group.replace('/', '-')}.segment{self.segment}.{self.side}{self.bits}"
-
-
-def block_of(layer: str) -> str:
-    """`transformer_blocks.3` of `transformer_blocks.3.attn1.to_q`; a layer outside numbered blocks is its own block."""
-    found = BLOCK.match(layer)
-    return found[1] if found else layer
 
 
 def groups_of(

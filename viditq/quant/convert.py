@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant.backends import Backend, check_supported, get_backend
+from viditq.quant.blocks import block_of
 from viditq.quant.context import StepContext, TimestepScaleLike
 from viditq.quant.granularity import check_group_size
 from viditq.quant.linear import QuantLinear, Variant, empty_variant
@@ -18,6 +20,7 @@ from viditq.quant.plan import QuantPlan
 from viditq.quant.quantizer import Grid
 from viditq.quant.ranges import static_grid
 from viditq.quant.reached import stand_ins
+from viditq.quant.reconstruction.learn import BlockReconstruction
 from viditq.quant.registry import close_names
 from viditq.quant.scheme import LayerScheme
 from viditq.quant.transforms import Chain
@@ -43,19 +46,24 @@ def quantize_denoiser(
     stats: CalibrationStats | None,
     backend: str = "fake",
     timestep_scale: TimestepScaleLike = 1000.0,
+    reconstruct: BlockReconstruction | None = None,
 ) -> StepContext:
     """Quantizes in place and attaches the returned StepContext; everything is checked before anything is
     changed.
 
     denoiser: one, or an nn.ModuleDict of those of one pipeline (the plan's layers are `<denoiser>.<layer>`).
+    reconstruct: the inputs of blocks, for a plan that learns its roundings block by block.
 
-    Raises UserError for: layers the model or the statistics lack, missing statistics, NaN or inf in a weight,
-    group sizes that do not divide, schemes the backend cannot run.
+    Raises UserError for: layers the model or the statistics lack, missing statistics or inputs of blocks, NaN or inf
+    in a weight, group sizes that do not divide, schemes the backend cannot run.
     """
     if plan.needs_stats and stats is None:
         raise UserError("this plan needs calibration statistics (static activations or smoothing); calibrate first")
     chosen = get_backend(backend)
     linears, segments = _checked_linears(denoiser, plan, chosen), stand_ins(denoiser, plan, stats)
+    learned = plan.learned_blocks
+    if learned and reconstruct is None:
+        raise UserError("this plan learns roundings block by block: give quantize_denoiser the kept inputs of blocks")
     for name in plan.layers:
         if not torch.isfinite(linears[name].weight).all():
             raise UserError(f"the weight of {name} contains NaN or inf; check the checkpoint and its dtype")
@@ -70,12 +78,25 @@ def quantize_denoiser(
         return make
 
     context, places = StepContext(plan.edges, timestep_scale), _places(denoiser)
-    for name in plan.layers:
-        quantized = quant_linear(name, linears[name], plan, fit(name), context, chosen)
-        quantized.prepare()
-        _replace(places[linears[name]], quantized)
+    for block, names in _in_turn(plan):
+        layers = {name: quant_linear(name, linears[name], plan, fit(name), context, chosen) for name in names}
+        if block in learned and reconstruct is not None:
+            reconstruct.learn(block, copy.deepcopy(denoiser.get_submodule(block)), layers, plan)
+        for name, quantized in layers.items():
+            quantized.prepare()
+            _replace(places[linears[name]], quantized)
     context.attach(denoiser)
     return context
+
+
+def _in_turn(plan: QuantPlan) -> list[tuple[str, list[str]]]:
+    """The plan's layers by what is quantized at once: blocks whose roundings are learned, and single layers."""
+    learned = plan.learned_blocks
+    groups: dict[str, list[str]] = {}
+    for name in plan.layers:
+        block = block_of(name)
+        groups.setdefault(block if block in learned else name, []).append(name)
+    return list(groups.items())
 
 
 def build_quantized(
@@ -114,7 +135,7 @@ def fit_variant(
         segment = seen(per_segment=True)
         assert segment is not None and scheme.activation is not None
         grid = static_grid(chain, segment, scheme.activation, scheme.activation_ranges, weight_OC)
-    moments_CC = stats.moments.of(name) if scheme.needs_moments and stats is not None else None
+    moments_CC = stats.moments.of(name) if scheme.moments_for(name) and stats is not None else None
     return Variant.fit(scheme, weight_OC, chain, grid, moments_CC)
 
 
@@ -139,7 +160,7 @@ def _check_stats(plan: QuantPlan, stats: CalibrationStats | None, name: str, seg
     scheme = plan.scheme(name, segment)
     if scheme is not None and scheme.needs_stats:
         assert stats is not None
-        if scheme.needs_moments:
+        if scheme.moments_for(name):
             stats.moments.check(name)
         stats.segment(name, plan.edges[stand_in], plan.edges[stand_in + 1])
 

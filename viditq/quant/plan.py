@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from viditq.errors import UserError
+from viditq.quant.blocks import by_block
 from viditq.quant.registry import close_names
 from viditq.quant.scheme import FLOAT_BITS, LayerScheme, strict_kwargs
 
@@ -86,8 +87,17 @@ class QuantPlan:
     @property
     def moment_layers(self) -> list[str]:
         """Layers whose rounding needs second moments of their inputs."""
-        needing = {name for name, scheme in self.schemes.items() if scheme.needs_moments}
-        return [layer for layer, names in self.layers.items() if needing & set(names)]
+        return self._layers_where(lambda layer, scheme: scheme.moments_for(layer))
+
+    @property
+    def learned_blocks(self) -> dict[str, list[str]]:
+        """Block -> its layers whose roundings are learned together, on kept inputs of the block."""
+        return by_block(self._layers_where(lambda layer, scheme: scheme.learned_in_block(layer)))
+
+    def _layers_where(self, condition: Callable[[str, LayerScheme], bool]) -> list[str]:
+        """Layers of which any scheme meets `condition`."""
+        used = {layer: [self.schemes[name] for name in {*names} if name] for layer, names in self.layers.items()}
+        return [layer for layer, schemes in used.items() if any(condition(layer, scheme) for scheme in schemes)]
 
     def average_weight_bits(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from viditq.errors import UserError
+from viditq.quant.blocks import in_block
 from viditq.quant.registry import RANGES, ROUNDINGS, TRANSFORMS, Registry, close_names
 
 if TYPE_CHECKING:
@@ -180,11 +181,13 @@ class RoundingSpec(NamedSpec):
 
     registry: ClassVar[Registry] = ROUNDINGS
     needs_moments: ClassVar[bool] = False
+    learns_blocks: ClassVar[bool] = False
+    """Whether all Linears of a block are rounded together (viditq.quant.reconstruction); those outside blocks alone."""
 
     def quantize(self, weight_OC: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor], moments_CC: Any) -> Any:
         """The QuantizedWeight of a weight that has been through its chain.
 
-        moments_CC: X^T X of the chain's outputs X up to a factor, float; None unless `needs_moments`.
+        moments_CC: X^T X of the chain's outputs X up to a factor, float; None unless `LayerScheme.moments_for`.
         """
         raise NotImplementedError
 
@@ -256,8 +259,16 @@ class LayerScheme:
 
     @property
     def needs_moments(self) -> bool:
-        """Whether second moments of the layer's input are needed to apply it."""
+        """Whether second moments of the layer's input are needed to apply it, but to layers that `learned_in_block`."""
         return self.weight is not None and self.rounding.needs_moments
+
+    def learned_in_block(self, layer: str) -> bool:
+        """Whether the weight of this layer is rounded together with the rest of its block."""
+        return self.weight is not None and self.rounding.learns_blocks and in_block(layer)
+
+    def moments_for(self, layer: str) -> bool:
+        """Whether second moments of the input of this layer are needed."""
+        return self.needs_moments and not self.learned_in_block(layer)
 
     @property
     def needs_stats(self) -> bool:

@@ -1,6 +1,13 @@
 """Stage `calibrate`: the float model samples the calibration prompts with observers attached."""
 
 import gc
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
 
 from viditq.engine.partials import PARTIAL, Partials, State
 from viditq.engine.sampling import Calibration, batches_of, run_batches
@@ -9,66 +16,139 @@ from viditq.job import Job
 from viditq.quant.calibration import Calibrator
 from viditq.quant.convert import linear_names
 from viditq.quant.observers import CalibrationStats
+from viditq.quant.reconstruction.collect import BlockInputs, finish
+from viditq.quant.reconstruction.store import BlockStore
+from viditq.quant.reconstruction.together import Together, divided
+from viditq.run_dir import Entry
+
+STATS, INPUTS = "stats", "inputs"
 
 
 def calibrate(job: Job) -> str:
     """Observe the float model; resumes after the last finished batches."""
     if not job.needs_stats:
         return "not needed: this recipe takes no statistics"
-    already = job.processes.first_does(lambda: is_whole(job.stats_file))
+    already = not missing(job)
     observe(job)
     what = "already done" if already else f"{len(job.experiment.data.calibration_prompts)} prompts observed"
     return f"{what} ({job.stats_file})"
 
 
 def observe(job: Job) -> None:
-    """Leave the calibration statistics on disk."""
-    if job.processes.first_does(lambda: is_whole(job.stats_file)):
-        job.sweep_up(job.stats, leftovers=PARTIAL)
+    """Leave the calibration statistics on disk, and the inputs of blocks where the plan asks for them."""
+    if not missing(job):
+        for entry in _entries(job).values():
+            job.sweep_up(entry, leftovers=PARTIAL)
         return
-    with job.holding(job.stats):
-        if job.processes.first_does(lambda: is_whole(job.stats_file)):
+    with _holding(job, [*_entries(job).values()]):
+        wanted = missing(job)
+        if not wanted:
             return  # by the run that this one has waited for
         with job.timed(job.stats.path, "calibrate"):
-            _observe(job, Partials(job.stats.path, merge_states))
+            _observe(job, wanted, Partials(_partials_folder(job, wanted), merge_states))
+
+
+def missing(job: Job) -> list[str]:
+    """What of STATS and INPUTS has yet to be made."""
+
+    def look() -> list[str]:
+        done = {STATS: is_whole(job.stats_file), INPUTS: BlockStore(job.block_inputs.path).complete}
+        return [name for name in _entries(job) if not done[name]]
+
+    return job.processes.first_does(look)
+
+
+def _entries(job: Job) -> dict[str, Entry]:
+    return {STATS: job.stats} | ({INPUTS: job.block_inputs} if job.needs_block_inputs else {})
+
+
+@contextmanager
+def _holding(job: Job, entries: list[Entry]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for entry in entries:  # always in this order, so that two runs never wait for each other
+            stack.enter_context(job.holding(entry))
+        yield
+
+
+def _partials_folder(job: Job, wanted: list[str]) -> Path:
+    """One for each combination: a partial state holds everything that its batches were sampled for."""
+    if wanted == [STATS, INPUTS]:
+        return job.stats.path / f"with-{job.block_inputs.path.name}"
+    return job.stats.path if wanted == [STATS] else job.block_inputs.path
 
 
 def merge_states(mine: State, theirs: State) -> State:
-    """The statistics of two processes as one."""
-    stats = CalibrationStats.from_tensors(mine)
-    stats.merge(CalibrationStats.from_tensors(theirs))
-    return stats.to_tensors()
+    """What two processes have gathered as one."""
+    (stats, inputs), (other_stats, other_inputs) = divided(mine), divided(theirs)
+    merged: State = {key: torch.maximum(size, other_inputs[key]) for key, size in inputs.items()}
+    if stats:
+        whole = CalibrationStats.from_tensors(stats)
+        whole.merge(CalibrationStats.from_tensors(other_stats))
+        merged |= whole.to_tensors()
+    return merged
 
 
-def _observe(job: Job, partials: Partials) -> None:
-    _sample(job, partials)
+def _observe(job: Job, wanted: list[str], partials: Partials) -> None:
+    _sample(job, wanted, partials)
     gc.collect()  # the model and the observers go, which Lightning's modules and trainers hold in a ring
     job.processes.wait()
-    if job.processes.first:
-        whole = partials.only()
-        if whole is not None:  # one process did everything: statistics can be gigabytes, to read and write again
-            whole.rename(job.stats_file)
-        else:
-            CalibrationStats.from_tensors(partials.gathered().state).save(job.stats_file)
-        partials.remove()
+    if not job.processes.first:
+        return
+    whole = partials.only()
+    if wanted == [STATS] and whole is not None:
+        whole.rename(job.stats_file)  # one process did everything: statistics can be gigabytes, to read and write again
+    else:
+        _finish(job, wanted, partials.gathered().state)
+    partials.remove()
+    if partials.folder not in (job.stats.path, job.block_inputs.path):
+        shutil.rmtree(partials.folder)
 
 
-def _sample(job: Job, partials: Partials) -> None:
+def _finish(job: Job, wanted: list[str], state: State) -> None:
+    stats, inputs = divided(state)
+    if INPUTS in wanted:
+        e = job.experiment
+        index = finish(BlockStore(job.block_inputs.path), e.block_input_bytes, inputs, e.num_buckets)
+        counts = sorted({len(names) for names in index["blocks"].values()})
+        each = " to ".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
+        job.say(f"      {each} inputs of each block kept, {index['bytes'] / 1e6:,.1f} MB ({job.block_inputs.path})")
+    if STATS in wanted:
+        CalibrationStats.from_tensors(stats).save(job.stats_file)
+
+
+def _sample(job: Job, wanted: list[str], partials: Partials) -> None:
     e, processes = job.experiment, job.processes
     prompts = e.data.calibration_prompts
     done = processes.first_does(partials.compact)
     batches = list(enumerate(batches_of(len(prompts), e.batch_size)))
     pipeline = e.adapter.load()
-    denoiser = e.adapter.denoiser_of(pipeline)
-    names = linear_names(denoiser)
-    sizes = (e.num_buckets, e.rows_per_bucket)
-    calibrator = Calibrator(denoiser, names, e.adapter.timestep_scale, *sizes, e.plan.moment_layers)
-    if processes.first:
-        job.say(f"      statistics take at most {calibrator.max_bytes / 1e6:,.0f} MB")
+    accumulator = _accumulator(job, e.adapter.denoiser_of(pipeline), wanted)
+    processes.wait()  # all have seen which inputs of blocks are there, before any of them goes on
     module = Calibration(
         *(e.adapter, pipeline, job.load_embeds(prompts), e.seed),
-        accumulator=calibrator,
+        accumulator=accumulator,
         partials=partials,
         rank=processes.rank,
     )
     run_batches(e.make_trainer(), module, processes.share([b for b in batches if b[0] not in done]))
+
+
+def _accumulator(job: Job, denoiser: nn.Module, wanted: list[str]) -> Calibrator | BlockInputs | Together:
+    """What is wanted, and a line that says how much it can take."""
+    e, names, told = job.experiment, linear_names(denoiser), []
+    scale = e.adapter.timestep_scale
+    calibrator = inputs = None
+    if STATS in wanted:
+        calibrator = Calibrator(denoiser, names, scale, e.num_buckets, e.rows_per_bucket, e.plan.moment_layers)
+        told.append(f"statistics take at most {calibrator.max_bytes / 1e6:,.0f} MB")
+    if INPUTS in wanted:
+        blocks = [*e.plan.learned_blocks]
+        inputs = BlockInputs(denoiser, blocks, job.block_inputs.path, e.block_input_bytes, scale, e.num_buckets)
+        told.append(f"inputs of {len(blocks)} blocks at most {e.block_input_bytes / 1e6:,.0f} MB on disk")
+    if job.processes.first:
+        job.say(f"      {', '.join(told)}")
+    if calibrator is not None and inputs is not None:
+        return Together(calibrator, inputs)
+    found = calibrator or inputs
+    assert found is not None
+    return found

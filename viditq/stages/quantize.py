@@ -2,14 +2,19 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from viditq.files import write_json
 from viditq.job import Job
 from viditq.quant.artifact import save_denoiser, size_bytes
 from viditq.quant.convert import quantize_denoiser
 from viditq.quant.observers import CalibrationStats
+from viditq.quant.plan import QuantPlan
+from viditq.quant.reconstruction.learn import BlockReconstruction
+from viditq.quant.reconstruction.store import BlockStore
 from viditq.quant.step_shares import step_shares
 from viditq.stages.calibrate import observe
 from viditq.stages.correct import correct, uncorrected
@@ -29,6 +34,25 @@ def quantize(job: Job) -> str:
         if job.experiment.quant.correction is None:
             return job.processes.first_does(lambda: _quantize(job, folder))
         return correct(job, lambda work: _quantize(job, work))
+
+
+def _reconstruction(job: Job, plan: QuantPlan) -> BlockReconstruction:
+    """What learning by block needs; each block is told of when it is done, and recorded in the run's folder."""
+    records: list[dict[str, Any]] = []
+    total = len(plan.learned_blocks)
+
+    def on_block(record: dict[str, Any]) -> None:
+        records.append(record)
+        write_json(job.run_dir.reconstruction, records)
+        left = sum(r["seconds"] for r in records) / len(records) * (total - len(records))
+        errors = ", ".join(f"{100 * error**0.5:.3g} % {how}" for how, error in record["errors"].items())
+        job.say(
+            f"      block {len(records)}/{total} {record['block']}: error of its output {errors}; "
+            f"kept {record['kept']}; {record['seconds']:.1f} s, about {left:.0f} s left"
+        )
+
+    device = job.experiment.make_trainer().strategy.root_device
+    return BlockReconstruction(BlockStore(job.block_inputs.path), device, on_block)
 
 
 def _quantize(job: Job, folder: Path) -> str:
@@ -52,6 +76,7 @@ def _quantize(job: Job, folder: Path) -> str:
         "float_size_bytes": sum(2 * p.numel() for p in denoiser.parameters()),
         "stats": job.stats.path.name if stats else None,
     }
-    quantize_denoiser(denoiser, plan, stats, e.backend, e.adapter.timestep_scale)
+    reconstruct = _reconstruction(job, plan) if plan.learned_blocks else None
+    quantize_denoiser(denoiser, plan, stats, e.backend, e.adapter.timestep_scale, reconstruct)
     save_denoiser(folder, denoiser, plan, meta)
     return f"{len(plan.layers)} of {len(linears)} Linears, {size_bytes(folder) / 1e6:.2f} MB ({folder})"

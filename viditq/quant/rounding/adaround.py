@@ -69,26 +69,43 @@ class AdaRound(RoundingSpec):
         self, weight_OC: Tensor, scale_OC: Tensor, zero_OC: Tensor, moments_CC: Tensor, spec: QuantSpec
     ) -> Tensor:
         """Codes as `affine` counts them, int16."""
-        low, high = code_range(spec.bits, spec.symmetric)
-        down_OC = (weight_OC / scale_OC).floor()
-        soft_OC = _soft_inverse(weight_OC / scale_OC - down_OC)
-        down_OC += zero_OC
-        optimizer = torch.optim.Adam([soft_OC], lr=self.learning_rate)
-        for step in range(self.iterations):
-            sigmoid = soft_OC.sigmoid()
-            h = (STRETCH * sigmoid - SHIFT).clamp_(0, 1)
-            inside = (h > 0) & (h < 1)
-            codes = down_OC + h
-            free = (codes > low) & (codes < high)
-            gradient = ((codes.clamp_(low, high) - zero_OC) * scale_OC - weight_OC) @ moments_CC
-            gradient.mul_(2).mul_(scale_OC).mul_(free)
-            progress = step / self.iterations
-            if progress >= WARM_UP:
-                gradient.add_(_pull(h, _beta(progress)), alpha=self.strength)
-            soft_OC.grad = gradient.mul_(inside).mul_(sigmoid * (1 - sigmoid)).mul_(STRETCH)
-            optimizer.step()
-        up_OC = STRETCH * soft_OC.sigmoid() - SHIFT >= 0.5
-        return (down_OC + up_OC).clamp_(low, high).to(torch.int16)
+        limits = code_range(spec.bits, spec.symmetric)
+        how = (self.iterations, self.learning_rate, self.strength)
+        soft_OC = learned(weight_OC, scale_OC, zero_OC, moments_CC, limits, *how)
+        codes_OC = (weight_OC / scale_OC).floor_().add_(zero_OC)
+        return codes_OC.add_(STRETCH * soft_OC.sigmoid() - SHIFT >= 0.5).clamp_(*limits).to(torch.int16)
+
+
+def learned(
+    weight_OC: Tensor,
+    scale_OC: Tensor,
+    zero_OC: Tensor,
+    moments_CC: Tensor,
+    limits: tuple[int, int],
+    iterations: int,
+    learning_rate: float,
+    strength: float,
+) -> Tensor:
+    """The a of the formula after so many steps. strength 0: nothing drives h to 0 or 1."""
+    low, high = limits
+    down_OC = (weight_OC / scale_OC).floor()
+    soft_OC = soft_inverse(weight_OC / scale_OC - down_OC)
+    down_OC += zero_OC
+    optimizer = torch.optim.Adam([soft_OC], lr=learning_rate)
+    for step in range(iterations):
+        sigmoid = soft_OC.sigmoid()
+        h = (STRETCH * sigmoid - SHIFT).clamp_(0, 1)
+        inside = (h > 0) & (h < 1)
+        codes = down_OC + h
+        free = (codes > low) & (codes < high)
+        gradient = ((codes.clamp_(low, high) - zero_OC) * scale_OC - weight_OC) @ moments_CC
+        gradient.mul_(2).mul_(scale_OC).mul_(free)
+        progress = step / iterations
+        if strength and progress >= WARM_UP:
+            gradient.add_(pull_gradient(h, beta_at(progress)), alpha=strength)
+        soft_OC.grad = gradient.mul_(inside).mul_(sigmoid * (1 - sigmoid)).mul_(STRETCH)
+        optimizer.step()
+    return soft_OC
 
 
 def row_errors(error_OC: Tensor, moments_CC: Tensor) -> Tensor:
@@ -96,16 +113,17 @@ def row_errors(error_OC: Tensor, moments_CC: Tensor) -> Tensor:
     return ((error_OC @ moments_CC) * error_OC).sum(1)
 
 
-def _soft_inverse(fraction: Tensor) -> Tensor:
+def soft_inverse(fraction: Tensor, margin: float = 0.01) -> Tensor:
     """The a with h(a) = fraction, kept off the ends."""
-    return torch.logit((fraction.clamp(0.01, 0.99) + SHIFT) / STRETCH)
+    return torch.logit((fraction.clamp(margin, 1 - margin) + SHIFT) / STRETCH)
 
 
-def _beta(progress: float) -> float:
+def beta_at(progress: float) -> float:
+    """The exponent after this share of the steps, from WARM_UP on."""
     return BETAS[0] + (BETAS[1] - BETAS[0]) * (progress - WARM_UP) / (1 - WARM_UP)
 
 
-def _pull(h: Tensor, beta: float) -> Tensor:
+def pull_gradient(h: Tensor, beta: float) -> Tensor:
     """Derivative of 1 - |2 h - 1|^beta."""
     centred = 2 * h - 1
     return -2 * beta * centred.abs().pow_(beta - 1).mul_(centred.sign())

@@ -1,0 +1,157 @@
+"""Keeps inputs of blocks while a denoiser samples, within a budget of bytes, on disk.
+
+Legend: E elements of the denoiser's batch, P prompts, branches = E / P of guidance.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from viditq.errors import UserError
+from viditq.quant.calibration import batch_size
+from viditq.quant.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
+from viditq.quant.observers import NUM_BUCKETS
+from viditq.quant.reconstruction.calls import Call
+from viditq.quant.reconstruction.selection import LEVELS, Item, ranked
+from viditq.quant.reconstruction.store import BlockStore, encoded
+
+PREFIX = "@largest/"  # no module has such a name
+
+
+class BlockInputs:
+    """Context manager that keeps inputs of `blocks` in `folder` while `denoiser` samples.
+
+    Used as a Calibrator: `set_sample_seeds` before each batch, `state` after it. Each block gets an equal share of
+    budget, in bytes of files; how many inputs that is follows from the largest one seen. What is kept depends neither
+    on the order of batches nor on how often they were begun (`selection`). While several processes collect at once,
+    each may keep as much; `finish` then leaves what one would have kept. Raises UserError when a block's share is too small
+    for one input, or when its calls cannot be taken apart.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        blocks: Sequence[str],
+        folder: Path,
+        budget: int,
+        timestep_scale: TimestepScaleLike = 1000.0,
+        num_buckets: int = NUM_BUCKETS,
+    ) -> None:
+        self.store, self.budget, self.blocks = BlockStore(folder), budget, list(blocks)
+        self._denoiser, self._num_buckets = denoiser, num_buckets
+        self._context = StepContext((0, 1), timestep_scale)
+        self._share = budget // max(len(self.blocks), 1)
+        self._kept = {block: self.store.present(block) for block in self.blocks}
+        self._largest = dict.fromkeys(self.blocks, 0)
+        self._sizes: dict[Any, int] = {}
+        self._seeds: list[int] = []
+        self._num_elements = 0
+        self._calls: Counter[float] = Counter()  # of the denoiser, at each noise level, for these prompts
+        self._attachment: Attachment | None = None
+
+    def set_sample_seeds(self, seeds: Sequence[int]) -> None:
+        """One whole number per prompt of the coming batch, the same whenever that prompt is sampled."""
+        self._seeds = list(seeds)
+        self._calls.clear()
+
+    def state(self) -> dict[str, Tensor]:
+        """The largest input of each block, as flat tensors; two states are joined by the maximum."""
+        return {f"{PREFIX}{block}": torch.tensor(size) for block, size in self._largest.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from a `state()`; raises UserError when it is of other blocks."""
+        if state.keys() != self.state().keys():
+            raise UserError("the saved state is of other blocks than this model's; delete it and calibrate again")
+        self._largest = {block: int(state[f"{PREFIX}{block}"]) for block in self.blocks}
+
+    def __enter__(self) -> BlockInputs:
+        parts = denoisers_of(self._denoiser).values()
+        handles = [part.register_forward_pre_hook(self._begin_step, with_kwargs=True) for part in parts]
+        for block in self.blocks:
+            module = self._denoiser.get_submodule(block)
+            handles.append(module.register_forward_pre_hook(self._hook(block), with_kwargs=True))
+        self._attachment = Attachment([*handles, *self._context.attach(self._denoiser).handles])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._attachment is not None
+        self._attachment.remove()
+
+    def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._num_elements = batch_size([*args, *kwargs.values()])
+        if not self._seeds or self._num_elements % len(self._seeds):
+            raise UserError(
+                f"a batch of {self._num_elements} does not fit {len(self._seeds)} sample seeds; "
+                "call set_sample_seeds with one seed per prompt before sampling"
+            )
+        assert self._context.noise_level is not None
+        self._calls[self._context.noise_level] += 1
+
+    def _hook(self, block: str) -> Any:
+        @torch.no_grad()
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            level = self._context.noise_level
+            if level is None:
+                raise UserError(f"{block} was called outside its denoiser while calibrating")
+            call = Call(block, args, kwargs, self._num_elements)
+            self._largest[block] = max(self._largest[block], self._size(call))
+            if self._largest[block] > self._share:
+                self._refuse(block)
+            self._select(block, call, [self._item(element, level) for element in range(self._num_elements)])
+
+        return keep
+
+    def _item(self, element: int, level: float) -> Item:
+        """Guidance stacks its branches, or calls the denoiser once for each."""
+        branches, prompts = self._num_elements // len(self._seeds), len(self._seeds)
+        branch = (self._calls[level] - 1) * branches + element // prompts
+        return Item(self._seeds[element % prompts], round(level * LEVELS), branch)
+
+    def _select(self, block: str, call: Call, items: list[Item]) -> None:
+        before = {*self._kept[block]}
+        order = ranked(block, before | {*items}, self._num_buckets)
+        kept = order[: self._share // self._largest[block]]
+        self._kept[block] = kept
+        for item in before - {*kept}:
+            self.store.remove(block, item)
+        chosen = {*kept}
+        for element, item in enumerate(items):
+            if item in chosen:
+                self.store.write(block, item, call.share(element))
+
+    def _size(self, call: Call) -> int:
+        """Bytes of the file of one share; equal for equal shapes."""
+        if call.signature not in self._sizes:
+            share = call.share(0)
+            slack = -(-len(share.tensors) // 8) * 8  # a bfloat16 takes a letter more in the header than a float16
+            self._sizes[call.signature] = len(encoded(share.tensors, share.meta)) + slack
+        return self._sizes[call.signature]
+
+    def _refuse(self, block: str) -> None:
+        need, count = self._largest[block], len(self.blocks)
+        raise UserError(
+            f"calibration.block_input_bytes={self.budget:,} is too small: one input of block {block} takes {need:,} "
+            f"bytes, and {count} blocks share the budget. Give at least {need * count:,}; 16 inputs a block, "
+            f"{16 * need * count:,}, is a sensible minimum."
+        )
+
+
+def finish(store: BlockStore, budget: int, largest: Mapping[str, Tensor], num_buckets: int) -> dict[str, Any]:
+    """Write the index; largest: the joined state of all processes. UserError for a block that was never called."""
+    sizes = {key.removeprefix(PREFIX): int(size) for key, size in largest.items()}
+    silent = [block for block, size in sizes.items() if not size]
+    if silent:
+        raise UserError(
+            f"block {silent[0]} was never called as a module, so that it has no inputs to reconstruct it on. Use "
+            "quant/rounding=adaround, which goes layer by layer."
+        )
+    return store.finish(budget, sizes, num_buckets)

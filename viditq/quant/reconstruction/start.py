@@ -1,0 +1,55 @@
+"""Where learning a block starts: each of its weights rounded by itself, on second moments of the block's kept inputs.
+
+Legend: C in_features, n rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from viditq.quant.reconstruction.soft import SoftWeight
+from viditq.quant.rounding.adaround import SHIFT, STRETCH, learned, row_errors, soft_inverse
+
+LEARNING_RATE = 0.1
+MARGIN = 0.03  # at 0 and 1 themselves no gradient goes through h
+
+
+@contextmanager
+def observed(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Second moments X^T X [C, C] of what these Linears read inside; those that read the same tensor share one."""
+    sums: dict[str, Tensor] = {}
+    seen: dict[int, tuple[Tensor, Tensor]] = {}  # of one call: id of an input -> it, its moments
+
+    def hook(name: str) -> object:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            known = seen.get(id(x))
+            if known is None or known[0] is not x:
+                rows_nC = x.flatten(0, -2)
+                seen[id(x)] = known = (x, rows_nC.T @ rows_nC)
+            sums[name] = sums[name] + known[1] if name in sums else known[1]
+
+        return add
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]  # type: ignore[arg-type]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def round_alone(weight: SoftWeight, moments_CC: Tensor, iterations: int, strength: float) -> None:
+    """Moves `soft` to where AdaRound of the weight by itself leads, a little back from the ends."""
+    error_O = row_errors(weight.exact - weight.nearest, moments_CC)
+    if not error_O.sum() > 0:
+        return
+    weighed_CC = moments_CC * (weight.exact.numel() / error_O.sum())
+    how = (weight.limits, iterations, LEARNING_RATE, strength)
+    h = (STRETCH * learned(weight.exact, weight.scale, weight.zero, weighed_CC, *how).sigmoid() - SHIFT).clamp_(0, 1)
+    weight.soft.copy_(soft_inverse(h, MARGIN))
