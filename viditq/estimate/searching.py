@@ -15,7 +15,7 @@ from viditq.models.schedule import noise_levels
 from viditq.quant.candidates import Candidate, candidates_of
 from viditq.quant.search import SensitivitySearch
 from viditq.quant.table import to_measure
-from viditq.stages.search import PROXY_PROMPTS, proxy_entry, table_entry
+from viditq.stages.search_table import PROXY_PROMPTS, proxy_entry, table_entry
 
 
 def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work:
@@ -53,9 +53,9 @@ def _candidates(job: Job, policy: SensitivitySearch) -> list[Candidate]:
     e = job.experiment
     linears: dict[str, Any] = {n: m for n, m in e.adapter.build_denoiser().named_modules() if isinstance(m, nn.Linear)}
     shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
-    equal = [1 / e.plan.num_segments] * e.plan.num_segments  # what there is to choose from does not depend on it
-    space = policy.search(e.plan, e.roles, shapes, equal)
-    return candidates_of(space.groups, e.plan.num_segments, space.choices)
+    equal = [1 / e.plan.num_segments] * e.plan.num_segments  # which denoiser runs where is known when it has been run
+    space = policy.search(e.plan, e.roles, shapes, dict.fromkeys(e.plan.layers, equal))
+    return candidates_of(space.cells, space.choices)
 
 
 def _share(job: Job, candidate: Candidate) -> float:
