@@ -53,8 +53,8 @@ def _candidates(job: Job, policy: SensitivitySearch) -> list[Candidate]:
     e = job.experiment
     linears: dict[str, Any] = {n: m for n, m in e.adapter.build_denoiser().named_modules() if isinstance(m, nn.Linear)}
     shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
-    equal = [1 / e.plan.num_segments] * e.plan.num_segments  # before calibration: every part may run in every segment
-    space = policy.search(e.plan, e.roles, shapes, dict.fromkeys(linears, equal))
+    equal = [1 / e.plan.num_segments] * e.plan.num_segments  # which denoiser runs where is known when it has been run
+    space = policy.search(e.plan, e.roles, shapes, dict.fromkeys(e.plan.layers, equal))
     return candidates_of(space.cells, space.choices)
 
 
