@@ -23,7 +23,7 @@ DIFFERS, UNTOLD = "differ by seed", "cannot be told"
 NOTE = (
     "± is the standard error over seeds; [ ] the 95 % interval over the prompts of a single seed. "
     "A verdict weighs a metric against noise (metrics.json says how); equal is equal within noise. "
-    "Bits and bytes count the denoiser; seconds are the quantized sampling, the least over seeds (other work only adds)."
+    "Bits and bytes count the denoiser; seconds are the quantized sampling, the least over seeds (other work adds)."
 )
 
 

@@ -9,8 +9,8 @@ from toy_blocks import BLOCKS, collect, run_batch, sample
 
 from viditq.errors import UserError
 from viditq.quant import BlockInputs, BlockStore
-from viditq.quant.reconstruction.collect import finish
 from viditq.quant.reconstruction.calls import Call, Stored, joined
+from viditq.quant.reconstruction.collect import finish
 from viditq.quant.reconstruction.selection import LEVELS, Item
 
 CPU = torch.device("cpu")
