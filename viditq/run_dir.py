@@ -128,6 +128,11 @@ class RunDir:
         return self.path / "reconstruction.json"
 
     @property
+    def learned_blocks(self) -> Path:
+        """What was learned so far, until the artifact is there."""
+        return self.path / "blocks"
+
+    @property
     def plan(self) -> Path:
         """The plan that a search has found."""
         return self.path / "plan.json"

@@ -98,6 +98,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
     denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
     text_bytes = sum(size for name, size in float_bytes.items() if name.startswith(parts.TEXT))
     stats = stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, e.plan.moment_layers) if job.needs_stats else 0
+    numel = {name: linear.weight.numel() for name, linear in linears.items()}
     diagnosed = {name: in_features[name] for name in plan.layers} if e.diagnosis_prompts and not job.needs_stats else {}
     pieces = Pieces(
         denoiser=denoiser_bytes,
@@ -108,8 +109,9 @@ def estimate(job: Job, mode: Any) -> Estimate:
         decode=seen.float_model.decode_bytes or 0,
         stats=stats,
         weights=weight_bytes(quantized),
-        largest_layer=max((linears[name].weight.numel() for name in plan.layers), default=0),
+        largest_layer=max((numel[name] for name in plan.layers), default=0),
         observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
+        learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"
@@ -205,10 +207,12 @@ def _disk(
     data = job.experiment.data
     prompts = len({*data.prompts, *data.calibration_prompts})
     kept = sum(works[name].kept for name in ("reference", "noise_floor", "generate") if name in works)
+    inputs = {"inputs of blocks, at most": job.experiment.block_input_bytes} if job.needs_block_inputs else {}
     return {
         "samples": kept * seen.sample_bytes,
         "artifact": artifact,
         "statistics": stats,
+        **inputs,
         "embeddings of prompts": prompts * tensor_bytes(embeds.values()),
     }
 

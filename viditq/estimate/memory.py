@@ -11,6 +11,9 @@ from viditq.quant.sizes import WeightBytes
 
 # Of the dense weights: glibc's heap keeps the holes of temporaries between them (MALLOC_MMAP_THRESHOLD_ avoids it).
 HOLES, HOLES_QUANTIZING = 0.4, 0.2
+# Bytes for each weight of a block while its roundings are learned: the block twice, soft roundings with their gradient
+# and the optimizer's two moments, what they are computed from, temporaries.
+LEARNING_PER_WEIGHT = 72
 TEMPORARY_PER_WEIGHT = 21  # while a weight is quantized: float32 copies, scaled and rounded, int16 and uint8 codes
 
 
@@ -19,7 +22,8 @@ class Pieces:
     """denoiser, rest, text: weights as loaded (rest: VAE and others). step, decode: activations.
 
     stats: calibration statistics. observed: those gathered while diagnosing, where nothing is calibrated. weights: the
-    quantized denoiser. largest_layer: weights of the largest Linear.
+    quantized denoiser. largest_layer: weights of the largest Linear. learned_block: of the largest block whose
+    roundings are learned together.
     """
 
     denoiser: int
@@ -32,6 +36,7 @@ class Pieces:
     weights: WeightBytes
     largest_layer: int
     observed: int = 0
+    learned_block: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "reference": activations,
         "noise_floor": activations,
         "calibrate": step,
-        "quantize": 0,
+        "quantize": LEARNING_PER_WEIGHT * p.learned_block,
         "generate": activations,
         "diagnose": 2 * step,
     }

@@ -11,6 +11,7 @@ from viditq.estimate.parts import TextShapes
 from viditq.estimate.probe import Probe
 from viditq.files import is_whole
 from viditq.job import Job
+from viditq.quant.reconstruction.store import BlockStore
 
 DONE = "nothing left to do"
 
@@ -63,7 +64,9 @@ def work_of(
     prompts, calibration = e.data.prompts, e.data.calibration_prompts
     later = quantized or seen
     floors = [batch for entry in job.floors.values() for batch in counter.missing(entry.path, job.floor_size)]
-    observed = is_whole(job.stats_file) or not job.needs_stats
+    observed = not job.needs_stats or (
+        is_whole(job.stats_file) and (not job.needs_block_inputs or BlockStore(job.block_inputs.path).complete)
+    )
     diagnosed = 0 if is_whole(job.run_dir.errors) or not e.plan.layers else min(e.diagnosis_prompts, count)
     batches = batches_of(diagnosed, e.batch_size)
     works = {

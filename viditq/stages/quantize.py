@@ -1,6 +1,7 @@
 """Stage `quantize`: plan, transforms and integer codes as an artifact."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def quantize(job: Job) -> str:
     """Fit transforms, quantize the weights, write the artifact, on the first process."""
     folder = job.run_dir.artifact
     if job.processes.first_does(folder.is_dir):
-        job.processes.first_does(lambda: shutil.rmtree(uncorrected(job), ignore_errors=True))  # a kill's leftover
+        for leftover in (uncorrected(job), job.run_dir.learned_blocks):  # of a kill
+            job.processes.first_does(partial(shutil.rmtree, leftover, ignore_errors=True))
         restore_incoherence(job)
         return f"already done ({folder})"
     if job.needs_stats:
@@ -52,7 +54,7 @@ def _reconstruction(job: Job, plan: QuantPlan) -> BlockReconstruction:
         )
 
     device = job.experiment.make_trainer().strategy.root_device
-    return BlockReconstruction(BlockStore(job.block_inputs.path), device, on_block)
+    return BlockReconstruction(BlockStore(job.block_inputs.path), device, on_block, job.run_dir.learned_blocks)
 
 
 def _quantize(job: Job, folder: Path) -> str:
@@ -79,4 +81,5 @@ def _quantize(job: Job, folder: Path) -> str:
     reconstruct = _reconstruction(job, plan) if plan.learned_blocks else None
     quantize_denoiser(denoiser, plan, stats, e.backend, e.adapter.timestep_scale, reconstruct)
     save_denoiser(folder, denoiser, plan, meta)
+    shutil.rmtree(job.run_dir.learned_blocks, ignore_errors=True)
     return f"{len(plan.layers)} of {len(linears)} Linears, {size_bytes(folder) / 1e6:.2f} MB ({folder})"

@@ -50,6 +50,7 @@ class Batches:
         self._generator = torch.Generator().manual_seed(0)
         self._order: Iterator[int] = iter(())
         first = store.load(block, self.items[0])
+        num_rows = len(self.items) * first.rows
         wanted = max(1, round(tokens / _tokens(first)))  # rows
         self.whole = first.rows == 1 or not self._rows_stand_alone(first)
         if self.whole:
@@ -57,6 +58,7 @@ class Batches:
         else:
             self.num_inputs = min(INPUTS, wanted)
             self.num_rows = min(-(-wanted // self.num_inputs), first.rows)
+        self.epoch = -(-num_rows // (self.num_inputs * self.num_rows))  # batches that hold as many rows as there are
 
     def draw(self) -> Batch:
         """The next batch; the same sequence every time."""

@@ -28,7 +28,7 @@ PREFIX = "@largest/"  # no module has such a name
 class BlockInputs:
     """Context manager that keeps inputs of `blocks` in `folder` while `denoiser` samples.
 
-    Used as a Calibrator: `set_sample_seeds` before each batch, `state` after it. Each block gets an equal share of
+    Used as a Calibrator is: `set_sample_seeds` before a batch, `state` after it. Each block gets an equal share of
     budget, in bytes of files; how many inputs that is follows from the largest one seen. What is kept depends neither
     on the order of batches nor on how often they were begun (`selection`). While several processes collect at once,
     each may keep as much; `finish` then leaves what one would have kept. Raises UserError when a block's share is too

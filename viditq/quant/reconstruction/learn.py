@@ -12,11 +12,14 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from viditq.files import is_whole, read_json, write_json, write_tensors
 from viditq.quant.linear import QuantLinear, Variant
 from viditq.quant.noise_level import interval_of
 from viditq.quant.plan import QuantPlan
@@ -39,21 +42,43 @@ SCALE_RATE = 0.02  # of Adam, for the logarithm of activation scales, as a share
 class BlockReconstruction:
     """What `quantize_denoiser` needs for a plan that learns blocks: their inputs, and where to compute.
 
-    on_block: told of each block when it is done, as a record for the user.
+    on_block: told of each block when it is done, as a record for the user. kept: a folder for what was learned of each
+    block, from which a killed run goes on; None = nowhere.
     """
 
     store: BlockStore
     device: torch.device = CPU
     on_block: Callable[[dict[str, Any]], None] = lambda record: None
+    kept: Path | None = None
 
     def learn(self, block: str, exact: nn.Module, layers: Mapping[str, QuantLinear], plan: QuantPlan) -> None:
         """Learn the roundings of `layers` and write them to their variants, unless nearest rounding is better.
 
         exact: the float block, no longer needed by the caller. layers: by full name, as fitted with nearest rounding.
         """
+        file = None if self.kept is None else self.kept / f"{block}.safetensors"
+        if file is not None and is_whole(file):
+            _write(load_file(file), layers)
+            self.on_block(read_json(file.with_suffix(".json")))
+            return
         start = time.perf_counter()
         record = _Learning(block, exact, layers, plan, self).run()
-        self.on_block({**record, "seconds": round(time.perf_counter() - start, 2)})
+        record["seconds"] = round(time.perf_counter() - start, 2)
+        if file is not None:
+            write_json(file.with_suffix(".json"), record)
+            write_tensors(file, _learned_tensors(layers))
+        self.on_block(record)
+
+
+def _learned_tensors(layers: Mapping[str, QuantLinear]) -> dict[str, Tensor]:
+    """What learning changes of these layers."""
+    state = {f"{name}/{key}": t for name, layer in layers.items() for key, t in layer.variants.state_dict().items()}
+    return {key: tensor for key, tensor in state.items() if key.endswith((".qweight", ".input_scale"))}
+
+
+def _write(tensors: Mapping[str, Tensor], layers: Mapping[str, QuantLinear]) -> None:
+    for key, mine in _learned_tensors(layers).items():
+        mine.copy_(tensors[key])
 
 
 @dataclass(frozen=True)
@@ -165,7 +190,7 @@ class _Learning:
         sums: dict[SoftWeight, Tensor] = {}
         for problem in self.problems:
             with observed(inner) as moments:
-                for _ in range(-(-ROWS // self.spec.tokens)):
+                for _ in range(min(-(-ROWS // self.spec.tokens), problem.batches.epoch)):
                     problem.batches.draw()  # which runs the float block
             for name, linear in self.linears.items():
                 variant = linear.variant_of(problem.segment)
