@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins import viditq_grid
 from viditq import config
+from viditq.config import check_overrides
+from viditq.errors import UserError
 from viditq.experiment import build
 from viditq.quant.convert import linear_names
 from viditq.quant.scheme import QuantSpec
@@ -188,3 +190,15 @@ def test_names_that_are_too_long_stay_distinct() -> None:
     assert [len(text) for text in short] == [120, 120] and short[0] != short[1]
     assert config.shorten("a" * 120, 120) == "a" * 120
     assert config.run_name("w8a8", "quant=w8a8,seed=1,data.path=a/b") == "w8a8,seed=1,data.path=a.b"
+
+
+@pytest.mark.parametrize(
+    "word", ["bits=w4a4", "quant.weight.bits=3", "+quant.rules=[]", "quant/format@quant.weight=int8_token"]
+)
+def test_a_plan_file_takes_no_other_bits(word: str) -> None:
+    """They would change nothing, so they are refused; what a plan does not say may be given."""
+    allowed = ["quant=w8a8", "quant/policy=plan_file", "quant.policy.path=p", "quant.correction=ptqd", "seed=1"]
+    with pytest.raises(UserError, match=re.escape(word.split("=")[0].lstrip("+")) + ": .*would change nothing"):
+        check_overrides("viditq.quant.policy.PlanFile", [*allowed, word])
+    check_overrides("viditq.quant.policy.PlanFile", allowed)
+    check_overrides("viditq.quant.policy.Uniform", [word])

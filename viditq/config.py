@@ -2,11 +2,15 @@
 
 import hashlib
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+
+from viditq.errors import UserError
 
 STAGES = (
     "prompts",
@@ -68,6 +72,24 @@ class RootConfig:
     backend: str = "fake"
     trainer: Any = MISSING
     logger: Any = None
+
+
+def check_overrides(policy: str, overrides: Sequence[str]) -> None:
+    """Raises UserError where the command line changes a recipe that the run does not read: a plan file's schemes hold.
+
+    policy: `_target_` of quant.policy. overrides: the words of the command line.
+    """
+    if not policy.endswith(".PlanFile"):
+        return
+    read = re.compile(r"quant([./]policy.*|\.float_dtype|\.correction)?$")
+    keys = [word.partition("=")[0].lstrip("+~") for word in overrides]
+    unread = [key for key in keys if key == "bits" or (re.match(r"quant([./@]|$)", key) and not read.match(key))]
+    if unread:
+        raise UserError(
+            f"{', '.join(unread)}: quant/policy=plan_file takes formats, bits, smoothing, rounding and segments from the "
+            "plan, so this would change nothing. Leave it out, search a plan for it (experiment=w4a8_mp_search), or choose "
+            "quant/policy=uniform."
+        )
 
 
 def run_name(name: str, overrides: str) -> str:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from viditq.config import COMMAND_VARIABLE, shorten
+from viditq.config import COMMAND_VARIABLE, check_overrides, shorten
 from viditq.console import print_summary
 from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
@@ -39,6 +39,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """
     quiet_libraries()
     check_mode(cfg.estimate)
+    if HydraConfig.initialized():
+        check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
     experiment = build(cfg)
     run_dir = RunDir(folder, experiment.tracked)
     if cfg.estimate:
