@@ -86,9 +86,9 @@ def check_overrides(policy: str, overrides: Sequence[str]) -> None:
     unread = [key for key in keys if key == "bits" or (re.match(r"quant([./@]|$)", key) and not read.match(key))]
     if unread:
         raise UserError(
-            f"{', '.join(unread)}: quant/policy=plan_file takes formats, bits, smoothing, rounding and segments from the "
-            "plan, so this would change nothing. Leave it out, search a plan for it (experiment=w4a8_mp_search), or choose "
-            "quant/policy=uniform."
+            f"{', '.join(unread)}: quant/policy=plan_file takes formats, bits, smoothing, rounding and segments from "
+            "the plan, so this would change nothing. Leave it out, search a plan for it (experiment=w4a8_mp_search), or "
+            "choose quant/policy=uniform."
         )
 
 
