@@ -87,7 +87,7 @@ def check_overrides(policy: str, overrides: Sequence[str]) -> None:
     if unread:
         raise UserError(
             f"{', '.join(unread)}: quant/policy=plan_file takes formats, bits, smoothing, rounding and segments from "
-            "the plan, so this would change nothing. Leave it out, search a plan for it (experiment=w4a8_mp_search), or "
+            "the plan, so this would change nothing. Leave it out, search a plan (experiment=w4a8_mp_search), or "
             "choose quant/policy=uniform."
         )
 
