@@ -48,7 +48,7 @@ class BlockInputs:
         self._denoiser, self._num_buckets = denoiser, num_buckets
         self._context = StepContext((0, 1), timestep_scale)
         self._share = budget // max(len(self.blocks), 1)
-        self._kept = {block: self.store.present(block) for block in self.blocks}
+        self._kept = {block: {*self.store.present(block)} for block in self.blocks}
         self._largest = dict.fromkeys(self.blocks, 0)
         self._sizes: dict[Any, int] = {}
         self._seeds: list[int] = []
@@ -117,15 +117,15 @@ class BlockInputs:
         return Item(self._seeds[element % prompts], round(level * LEVELS), branch)
 
     def _select(self, block: str, call: Call, items: list[Item]) -> None:
-        before = {*self._kept[block]}
-        order = ranked(block, before | {*items}, self._num_buckets)
-        kept = order[: self._share // self._largest[block]]
+        before = self._kept[block]
+        kept, room = before | {*items}, self._share // self._largest[block]
+        if len(kept) > room:
+            kept = {*ranked(block, kept, self._num_buckets)[:room]}
         self._kept[block] = kept
-        for item in before - {*kept}:
+        for item in before - kept:
             self.store.remove(block, item)
-        chosen = {*kept}
         for element, item in enumerate(items):
-            if item in chosen:
+            if item in kept:
                 self.store.write(block, item, call.share(element))
 
     def _size(self, call: Call) -> int:
