@@ -18,7 +18,8 @@ from viditq.errors import UserError
 from viditq.quant.calibration import batch_size
 from viditq.quant.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.observers import NUM_BUCKETS
-from viditq.quant.reconstruction.calls import Call
+from viditq.quant.reconstruction.calls import Call, Share
+from viditq.quant.reconstruction.check import check_alone
 from viditq.quant.reconstruction.selection import LEVELS, Item, ranked
 from viditq.quant.reconstruction.store import BlockStore, encoded
 
@@ -51,6 +52,7 @@ class BlockInputs:
         self._kept = {block: {*self.store.present(block)} for block in self.blocks}
         self._largest = dict.fromkeys(self.blocks, 0)
         self._sizes: dict[Any, int] = {}
+        self._checked: dict[str, Share | None] = {}  # element 0 of a block's first call, until its output is there
         self._seeds: list[int] = []
         self._num_elements = 0
         self._calls: Counter[float] = Counter()  # of the denoiser, at each noise level, for these prompts
@@ -77,6 +79,7 @@ class BlockInputs:
         for block in self.blocks:
             module = self._denoiser.get_submodule(block)
             handles.append(module.register_forward_pre_hook(self._hook(block), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._check(block)))
         self._attachment = Attachment([*handles, *self._context.attach(self._denoiser).handles])
         return self
 
@@ -106,9 +109,20 @@ class BlockInputs:
             self._largest[block] = max(self._largest[block], self._size(call))
             if self._largest[block] > self._share:
                 self._refuse(block)
+            if block not in self._checked:
+                self._checked[block] = call.share(0)
             self._select(block, call, [self._item(element, level) for element in range(self._num_elements)])
 
         return keep
+
+    def _check(self, block: str) -> Any:
+        def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            share = self._checked[block]
+            if share is not None:  # the first call
+                self._checked[block] = None
+                check_alone(block, module, share, output)
+
+        return check
 
     def _item(self, element: int, level: float) -> Item:
         """Guidance stacks its branches, or calls the denoiser once for each."""
