@@ -247,3 +247,12 @@ def test_a_plan_that_has_yet_to_be_searched(configure: Callable[..., Any], shrun
     assert e.works["search"].note == "at most, 24 candidates"
     assert e.works["calibrate"].forwards and e.stats
     assert any("search" in remark for remark in e.remarks)
+
+
+def test_inputs_of_blocks_are_counted(configure: Callable[..., Any], shrunk: list[str], tmp_path: Path) -> None:
+    plain, learned = (
+        told(configure, shrunk, tmp_path, "meta", "quant/smoothing=none", f"quant/rounding={rounding}")
+        for rounding in ("nearest", "block_adaround")
+    )
+    assert learned.disk["inputs of blocks, at most"] == 2**30 and learned.stats
+    assert learned.peaks["quantize"].ram > plain.peaks["quantize"].ram

@@ -159,6 +159,23 @@ def test_whole_run(model: str, shrink: Callable[..., Any], tmp_path: Path, capsy
     assert set(layers) == {name for name, role in adapter.linear_roles(names).items() if role != "float"}
 
 
+QUICK = ("latte", "wan2.2", "flux_dev", "z_image")
+
+
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in DISTINCT])
+def test_blocks_can_be_reconstructed(model: str, shrink: Callable[..., Any], tmp_path: Path) -> None:
+    """Whatever a model hands its blocks is kept, and gives what it gave in its batch (BlockInputs checks it)."""
+    few = [f"quant.rounding.{name}=2" for name in ("iterations", "layer_iterations", "tokens")]
+    stages = ["stages=[prompts,calibrate,quantize]", "batch_size=2", "quant/smoothing=static"]
+    cfg = shrink(model, *stages, "quant/rounding=block_adaround", *few)
+    run(cfg, tmp_path / "run")
+    records = read_json(tmp_path / "run" / "reconstruction.json")
+    (entry,) = (tmp_path / "cache" / "block_inputs").iterdir()
+    index = read_json(entry / "index.json")
+    assert {record["block"] for record in records} == index["blocks"].keys() and all(index["blocks"].values())
+    assert all(0 < record["errors"][record["kept"]] < 0.5 for record in records)
+
+
 @pytest.mark.parametrize("model", DISTINCT)
 def test_cached_embeddings_and_the_pipelines_own_call_agree(
     model: str, adapter_of: Callable[..., ModelAdapter]

@@ -144,6 +144,20 @@ def test_a_block_that_is_no_module_of_its_own(tmp_path: Path, make_denoiser: typ
         finish(inputs.store, 2**20, inputs.state(), 20)
 
 
+def test_a_block_that_mixes_the_elements_of_a_batch(denoiser: nn.Module, tmp_path: Path) -> None:
+    forward = denoiser.blocks[1].forward
+    denoiser.blocks[1].forward = lambda x, *args, **kwargs: forward(x + x.mean(0, keepdim=True), *args, **kwargs)
+    with pytest.raises(UserError, match=r"blocks\.1 does not give for one element of a batch what .* in the batch"):
+        collect(denoiser, tmp_path, [range(2)])
+
+
+def test_the_check_is_not_observed(denoiser: nn.Module, tmp_path: Path) -> None:
+    times = []
+    denoiser.blocks[0].fc1.register_forward_hook(lambda *_: times.append(1))
+    collect(denoiser, tmp_path, [range(2), range(2, 4)])
+    assert len(times) == 2 * 4  # two batches of four steps
+
+
 def test_bad_states_seeds_and_files(denoiser: nn.Module, tmp_path: Path, store: BlockStore) -> None:
     inputs = BlockInputs(denoiser, BLOCKS, tmp_path / "new", 2**20)
     with pytest.raises(UserError, match="other blocks than this model's"):

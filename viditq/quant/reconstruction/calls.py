@@ -44,6 +44,7 @@ class Call:
                 "of such blocks cannot be kept one by one. Use quant/rounding=adaround, which goes layer by layer."
             )
         self.num_rows = leading // num_elements
+        self._halves: dict[int, tuple[Tensor, list[bool]]] = {}
         kinds = [self._kind(tensor, leading, i in self._nested) for i, tensor in enumerate(self.tensors)]
         self.kinds, pairs = kinds, [*zip(kinds, self.tensors, strict=True)]
         # rows that are all equal (a caption repeated for each frame) are stored once
@@ -62,12 +63,25 @@ class Call:
         return Share({str(i): self._part(i, element) for i in range(len(self.tensors))}, self.meta)
 
     def _part(self, i: int, element: int) -> Tensor:
-        tensor, kind = self.tensors[i], self.kinds[i]
-        if kind == SHARED:
-            return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        count = 1 if kind == ELEMENT else self.num_rows
-        part = tensor.detach()[element * count : (element + 1) * count]
-        return _in_half(part[:1] if self.once[i] else part).cpu().clone(memory_format=torch.contiguous_format)
+        tensor, kind = self.tensors[i].detach(), self.kinds[i]
+        if kind != SHARED:
+            half, fits = self._half(i)
+            count = 1 if kind == ELEMENT else self.num_rows
+            part = slice(element * count, element * count + (1 if self.once[i] else count))
+            tensor = half[part] if fits[element] else tensor[part].bfloat16()
+        return tensor.cpu().clone(memory_format=torch.contiguous_format)
+
+    def _half(self, i: int) -> tuple[Tensor, list[bool]]:
+        """Tensor `i` as it is stored, and of each element whether float16 can hold it (else it becomes bfloat16)."""
+        if i not in self._halves:
+            tensor = self.tensors[i].detach()
+            if tensor.dtype in (torch.float32, torch.float64):
+                half = tensor.half()
+                fits = half.reshape(self.num_elements, -1).isfinite().all(1).tolist()
+            else:
+                half, fits = tensor, [True] * self.num_elements
+            self._halves[i] = (half, fits)
+        return self._halves[i]
 
     def _taken_apart(self, value: Any, nested: set[int] | None) -> Any:
         """JSON of `value`; its tensors go to `self.tensors`, and their places to `nested`."""
@@ -99,14 +113,6 @@ class Call:
     def _rows_agree(self, tensor: Tensor) -> bool:
         rows = tensor.unflatten(0, (self.num_elements, self.num_rows))
         return bool((rows == rows[:, :1]).all())
-
-
-def _in_half(tensor: Tensor) -> Tensor:
-    """float32 and float64 as float16, or as bfloat16 where values are too large for it."""
-    if tensor.dtype not in (torch.float32, torch.float64):
-        return tensor
-    half = tensor.half()
-    return half if bool(half.isfinite().all()) else tensor.bfloat16()
 
 
 @dataclass(frozen=True)

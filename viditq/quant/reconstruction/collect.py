@@ -18,7 +18,8 @@ from viditq.errors import UserError
 from viditq.quant.calibration import batch_size
 from viditq.quant.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.observers import NUM_BUCKETS
-from viditq.quant.reconstruction.calls import Call
+from viditq.quant.reconstruction.calls import Call, Share
+from viditq.quant.reconstruction.check import check_alone
 from viditq.quant.reconstruction.selection import LEVELS, Item, ranked
 from viditq.quant.reconstruction.store import BlockStore, encoded
 
@@ -48,9 +49,10 @@ class BlockInputs:
         self._denoiser, self._num_buckets = denoiser, num_buckets
         self._context = StepContext((0, 1), timestep_scale)
         self._share = budget // max(len(self.blocks), 1)
-        self._kept = {block: self.store.present(block) for block in self.blocks}
+        self._kept = {block: {*self.store.present(block)} for block in self.blocks}
         self._largest = dict.fromkeys(self.blocks, 0)
         self._sizes: dict[Any, int] = {}
+        self._checked: dict[str, Share | None] = {}  # element 0 of a block's first call, until its output is there
         self._seeds: list[int] = []
         self._num_elements = 0
         self._calls: Counter[float] = Counter()  # of the denoiser, at each noise level, for these prompts
@@ -77,6 +79,7 @@ class BlockInputs:
         for block in self.blocks:
             module = self._denoiser.get_submodule(block)
             handles.append(module.register_forward_pre_hook(self._hook(block), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._check(block)))
         self._attachment = Attachment([*handles, *self._context.attach(self._denoiser).handles])
         return self
 
@@ -106,9 +109,20 @@ class BlockInputs:
             self._largest[block] = max(self._largest[block], self._size(call))
             if self._largest[block] > self._share:
                 self._refuse(block)
+            if block not in self._checked:
+                self._checked[block] = call.share(0)
             self._select(block, call, [self._item(element, level) for element in range(self._num_elements)])
 
         return keep
+
+    def _check(self, block: str) -> Any:
+        def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            share = self._checked[block]
+            if share is not None:  # the first call
+                self._checked[block] = None
+                check_alone(block, module, share, output)
+
+        return check
 
     def _item(self, element: int, level: float) -> Item:
         """Guidance stacks its branches, or calls the denoiser once for each."""
@@ -117,15 +131,15 @@ class BlockInputs:
         return Item(self._seeds[element % prompts], round(level * LEVELS), branch)
 
     def _select(self, block: str, call: Call, items: list[Item]) -> None:
-        before = {*self._kept[block]}
-        order = ranked(block, before | {*items}, self._num_buckets)
-        kept = order[: self._share // self._largest[block]]
+        before = self._kept[block]
+        kept, room = before | {*items}, self._share // self._largest[block]
+        if len(kept) > room:
+            kept = {*ranked(block, kept, self._num_buckets)[:room]}
         self._kept[block] = kept
-        for item in before - {*kept}:
+        for item in before - kept:
             self.store.remove(block, item)
-        chosen = {*kept}
         for element, item in enumerate(items):
-            if item in chosen:
+            if item in kept:
                 self.store.write(block, item, call.share(element))
 
     def _size(self, call: Call) -> int:
