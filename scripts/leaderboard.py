@@ -32,8 +32,12 @@ from viditq.run_dir import flatten
 
 Runs = dict[Path, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
 WIDTHS = ("quant.weight.bits", "quant.activation.bits")
-COSTS = {"weight bits": "weight_bits", "denoiser, MB": "megabytes", "sampling, s": "seconds"}
-PARETO_ALT = "Quality of {} against weight bits, megabytes and seconds, with the Pareto front"
+COSTS = {  # name -> axis, attribute of a row
+    "bits": ("weight bits", "weight_bits"),
+    "bytes": ("denoiser, MB", "megabytes"),
+    "seconds": ("sampling, s", "seconds"),
+}
+PARETO_ALT = "Quality of {} against {}, with the Pareto front"
 WIDTHS_ALT = "Quality of each method on {} at each pair of bit widths, with error bars"
 BOLD = "Bold: the best of its width, and all whose paired 95 % interval to it includes 0."
 NOT_NAMED = {"seed", "name"}  # keys of a configuration that never tell rows apart
@@ -124,10 +128,10 @@ def grouped(runs: Runs, by_width: bool) -> dict[tuple[str, str], Runs]:
     return dict(sorted(found.items()))
 
 
-def plot(board: Board, path: Path) -> list[Path]:
-    """Pareto plots of a model's first metric against bits, bytes and seconds."""
+def plot(board: Board, path: Path, costs: Sequence[str]) -> list[Path]:
+    """Pareto plots of a model's first metric against some of COSTS."""
     panels = []
-    for cost, attribute in COSTS.items():
+    for cost, attribute in (COSTS[name] for name in costs):
         scored = [(row, row.score(board.first)) for row in board.rows]
         points = [Point(r.name, getattr(r, attribute), s.value, *s.bounds) for r, s in scored if s is not None]
         panels.append(Panel(cost, [point for point in points if point.cost == point.cost]))
@@ -168,7 +172,7 @@ def make_boards(runs: Runs, beside: Path, metric: str | None, by_width: bool) ->
     ]
 
 
-def leaderboard(arguments: list[str], out: Path, metric: str | None, by_width: bool) -> None:
+def leaderboard(arguments: list[str], out: Path, metric: str | None, by_width: bool, costs: Sequence[str]) -> None:
     """Write <out>.html, .md, .csv and the pictures of each model as .png and .svg; print the tables."""
     runs = unrepeated(read(find(arguments)))
     boards = make_boards(runs, out.parent, metric, by_width)
@@ -178,7 +182,8 @@ def leaderboard(arguments: list[str], out: Path, metric: str | None, by_width: b
     for model in dict.fromkeys(board.model for board in boards):
         mine = [board for board in boards if board.model == model]
         whole = make_boards({f: run for f, run in runs.items() if run[0]["model"] == model}, out.parent, metric, False)
-        drawn = [(PARETO_ALT.format(model), plot(whole[0], out.with_name(f"{out.name}_{model}")))]
+        alt = PARETO_ALT.format(model, ", ".join(COSTS[cost][0] for cost in costs))
+        drawn = [(alt, plot(whole[0], out.with_name(f"{out.name}_{model}"), costs))]
         if by_width:
             drawn.append((WIDTHS_ALT.format(model), widths_picture(mine, out.with_name(f"{out.name}_{model}_widths"))))
             label = heading(mine[0].metrics[mine[0].first])
@@ -203,9 +208,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/leaderboard"), help="files begin with this")
     parser.add_argument("--metric", help="sorts the rows and is plotted (default: the first of the runs' metrics)")
     parser.add_argument("--widths", action="store_true", help="compare methods at equal bit widths")
+    parser.add_argument("--costs", nargs="+", choices=COSTS, default=[*COSTS], help="what quality is plotted against")
     args = parser.parse_args()
     try:
-        leaderboard(args.runs, args.out, args.metric, args.widths)
+        leaderboard(args.runs, args.out, args.metric, args.widths, args.costs)
     except UserError as error:
         sys.exit(f"error: {error}")
 
