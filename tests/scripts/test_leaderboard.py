@@ -218,7 +218,7 @@ def test_widths(leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.Capture
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in text.splitlines()[2:7]}
     assert cells["method"] == ["W4A8", "W8A8"]
     assert [cell.startswith("**") for name in "abc" for cell in cells[name]] == [True, True, False, False, False, True]
-    assert cells["c"][0] == "-" and list(cells)[2:] == ["a", "b", "c"]
+    assert cells["c"][0] == "-" and list(cells)[2:] == ["a", "c", "b"]
     assert "### m W4A8 (4 pairs a seed)" in text and "### m W8A8" in text and text.count("± is the standard") == 1
     for name in ("board_m_widths.png", "board_m.png"):
         with Image.open(board.with_name(name)) as picture:

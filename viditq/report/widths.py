@@ -21,16 +21,21 @@ def methods_table(boards: Sequence[Board]) -> str:
     interval with the best includes 0.
     """
     names = list(dict.fromkeys(row.name for board in boards for row in board.rows))
-    ranks = {name: sum(_rank(board, name) for board in boards) for name in names}
+    ranks = {name: _mean_place(boards, name) for name in names}
     lines = [table_line(["method", *(board.width for board in boards)]), "|" + "---|" * (len(boards) + 1)]
     for name in sorted(names, key=lambda name: (ranks[name], name)):
         lines.append(table_line([name, *(_cell(board, name) for board in boards)]))
     return "\n".join(lines)
 
 
-def _rank(board: Board, name: str) -> int:
-    """Places from the best; a method that was not run comes after all."""
-    return next((place for place, row in enumerate(board.rows) if row.name == name), len(board.rows))
+def _mean_place(boards: Sequence[Board], name: str) -> float:
+    """From 0, the best, to below 1, over the widths at which the method was run."""
+    places = [[row.name for row in board.rows].index(name) / len(board.rows) for board in boards if _has(board, name)]
+    return sum(places) / len(places)
+
+
+def _has(board: Board, name: str) -> bool:
+    return any(row.name == name for row in board.rows)
 
 
 def _cell(board: Board, name: str) -> str:
