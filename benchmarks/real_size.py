@@ -175,8 +175,8 @@ def main() -> None:
 
 
 def stats_file(folder: Path) -> Path:
-    """The statistics of the run."""
-    return next((folder / "cache" / "stats").rglob("stats.safetensors"))
+    """The statistics made last."""
+    return max((folder / "cache" / "stats").rglob("stats.safetensors"), key=lambda path: path.stat().st_mtime)
 
 
 def own_seconds(folder: Path, stage: str) -> float | None:

@@ -3,6 +3,7 @@
 Legend: K buckets, C in_features, L leading axis (one "sample" each), N tokens, R reservoir rows of a bucket.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -52,10 +53,11 @@ class Summary(NamedTuple):
 def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor, layer: str) -> Summary:
     """candidates: indices into the L N rows of the input of `layer`; keys: theirs. NaN or inf: UserError."""
     lo_LC, hi_LC = x_LNC.amin(1), x_LNC.amax(1)
-    total_C = torch.maximum(-lo_LC, hi_LC).sum(0, dtype=torch.float64)
-    if not torch.isfinite(total_C).all():
+    lo_C = lo_LC.amin(0)
+    total_C = torch.maximum(lo_LC.neg_(), hi_LC).sum(0, dtype=torch.float64)
+    if not math.isfinite(total_C.sum()):
         raise UserError(f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating")
-    return Summary(lo_LC.amin(0), hi_LC.amax(0), total_C, len(x_LNC), x_LNC.flatten(0, 1)[candidates], keys)
+    return Summary(lo_C, hi_LC.amax(0), total_C, len(x_LNC), x_LNC.flatten(0, 1)[candidates], keys)
 
 
 class Observer:
