@@ -299,7 +299,7 @@ def full_disk_in_safetensors(*_: object, **__: object) -> None:
         ("viditq.files.save_file", full_disk_in_safetensors),  # the first embeddings
         ("viditq.files.os.replace", full_disk),  # the first file of all
         ("viditq.data.samples.Image.Image.save", full_disk),  # a sample
-        ("viditq.quant.observers.save_file", full_disk_in_safetensors),  # the statistics
+        ("viditq.engine.partials.write_tensors", full_disk_in_safetensors),  # the statistics
         ("viditq.quant.artifact.save_file", full_disk_in_safetensors),  # the artifact
         ("viditq.stages.report.comparison_picture", full_disk),  # the picture
     ],

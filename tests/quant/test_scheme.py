@@ -88,7 +88,7 @@ def test_dict_round_trip(scheme):
             "transform smooth has no field 'alfa'; close names: alpha",
         ),
         ({"transforms": [{"name": "smooth", "alpha": [0.1, 0.2]}]}, "2 values for 1 segments"),
-        ({"rounding": "up"}, "unknown rounding 'up'; known names: adaround, gptq, nearest"),
+        ({"rounding": "up"}, "unknown rounding 'up'; known names: adaround, block_adaround, gptq, nearest"),
     ],
 )
 def test_from_dict_is_strict(change, message):
