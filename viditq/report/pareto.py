@@ -68,11 +68,16 @@ def pareto_picture(panels: Sequence[Panel], quality: str, higher_is_better: bool
         canvas.draw()  # fixes the layout, so that labels can be placed in pixels
         for axis, panel in zip(axes, panels, strict=True):
             place_labels(axis, panel, higher_is_better, canvas)
-        paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
-        for file in paths:
-            with atomic(file) as temporary:
-                kind = file.suffix[1:]
-                figure.savefig(temporary, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+        return save_both(figure, path)
+
+
+def save_both(figure: Figure, path: Path) -> list[Path]:
+    """Write `path` as .png and .svg; returns both."""
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
+    for file in paths:
+        with atomic(file) as temporary:
+            kind = file.suffix[1:]
+            figure.savefig(temporary, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
     return paths
 
 

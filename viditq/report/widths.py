@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from viditq.files import atomic
 from viditq.report.leaderboard import Board, Score, heading, table_line
-from viditq.report.pareto import FRONT, GREY, INK
+from viditq.report.pareto import FRONT, GREY, INK, save_both
 
 
 def methods_table(boards: Sequence[Board]) -> str:
@@ -56,12 +55,7 @@ def widths_picture(boards: Sequence[Board], path: Path) -> list[Path]:
         figure.suptitle(f"{boards[0].model}: {label['label']} of each method", fontweight="bold", color=INK)
         for axis, board in zip(figure.subplots(1, len(boards), squeeze=False)[0], boards, strict=True):
             _draw(axis, board, label)
-        paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
-        for file in paths:
-            with atomic(file) as temporary:
-                kind = file.suffix[1:]
-                figure.savefig(temporary, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
-    return paths
+        return save_both(figure, path)
 
 
 def _draw(axis: Axes, board: Board, label: Any) -> None:
