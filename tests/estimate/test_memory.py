@@ -22,7 +22,8 @@ def test_on_a_cpu_everything_is_in_one_memory() -> None:
 
 def test_calibrating_holds_the_model_or_the_statistics_of_another_process_whichever_is_more() -> None:
     much = replace(PIECES, stats=2000)
-    assert peaks(much, False, None, 9)["calibrate"].ram == 2 * 2000 + 40
+    assert peaks(much, False, None, 9)["calibrate"].ram == 1500 + 2000 + 40
+    assert peaks(replace(much, processes=2), False, None, 9)["calibrate"].ram == 2 * 2000 + 40
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -112,6 +112,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         largest_layer=max((numel[name] for name in plan.layers), default=0),
         observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
+        processes=trainer.num_devices * trainer.num_nodes,
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"

@@ -19,11 +19,12 @@ TEMPORARY_PER_WEIGHT = 21  # while a weight is quantized: float32 copies, scaled
 
 @dataclass(frozen=True)
 class Pieces:
-    """denoiser, rest, text: weights as loaded (rest: VAE and others). step, decode: activations.
+    """denoiser, rest, text: weights as loaded (rest: VAE and others). file: the largest with weights of the denoiser,
+    whose pages are in memory while it is loaded. step, decode: activations.
 
     stats: calibration statistics. observed: those gathered while diagnosing, where nothing is calibrated. weights: the
     quantized denoiser. largest_layer: weights of the largest Linear. learned_block: of the largest block whose
-    roundings are learned together.
+    roundings are learned together. processes: how many share the work.
     """
 
     denoiser: int
@@ -37,6 +38,7 @@ class Pieces:
     largest_layer: int
     observed: int = 0
     learned_block: int = 0
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "prompts": p.text,
         "reference": models,
         "noise_floor": models,
-        "calibrate": max(models, p.stats) + p.stats,  # the observers beside the model; then the files of two processes
+        # the observers beside the model; then, where there are several processes, the files of two
+        "calibrate": p.stats + (models if p.processes == 1 else max(models, p.stats)),
         "quantize": p.denoiser
         + p.stats
         + p.weights.resident
