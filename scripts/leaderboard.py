@@ -25,8 +25,9 @@ import torch
 from viditq.errors import UserError
 from viditq.files import atomic, read_json
 from viditq.metrics.bootstrap import bootstrap_interval
-from viditq.report.leaderboard import Board, Row, comma_separated, heading, make_board, markdown, page
+from viditq.report.leaderboard import Board, comma_separated, heading, make_board, markdown, page
 from viditq.report.pareto import Panel, Point, pareto_picture
+from viditq.report.row import Row
 from viditq.report.widths import methods_table, widths_picture
 from viditq.run_dir import flatten
 

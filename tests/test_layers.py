@@ -13,9 +13,10 @@ FLOORS = [
         "files",
         "assets",
         "knapsack",
-        *(f"quant.{n}" for n in ["granularity", "affine", "packing", "hadamard", "registry", "noise_level", "blocks"]),
+        *(f"quant.{n}" for n in ["granularity", "affine", "packing", "hadamard", "registry", "strict"]),
+        *(f"quant.{n}" for n in ["noise_level", "blocks"]),
     },
-    {"quant.scheme", "quant.plan", "quant.recipe", "quant.quantizer"},
+    {"quant.specs", "quant.scheme", "quant.plan", "quant.recipe", "quant.quantizer"},
     {
         *(f"quant.{n}" for n in ["observers", "moments", "error_sums", "transforms", "ranges", "rounding"]),
         *(f"quant.{n}" for n in ["low_rank", "fit", "incoherence"]),

@@ -203,6 +203,10 @@ def test_paired_differences(leaderboard: Leaderboard, tmp_path: Path) -> None:
     difference, low, high = map(float, re.findall(r"[+-][\d.]+", rows["fair"][7]))
     assert difference == pytest.approx(-3, abs=0.01) and -4.5 < low < -3 < high < -1.5
     assert rows["good"][7] == rows["poor"][7] == "-"
+    with open(tmp_path / "out/board.csv", newline="") as file:
+        lines = {line["experiment"]: line for line in csv.DictReader(file)}
+    assert float(lines["fair"]["above"]) == pytest.approx(difference, abs=0.01)
+    assert float(lines["fair"]["above_low"]) == pytest.approx(low, abs=0.01) and not lines["good"]["above"]
 
 
 def test_widths(leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,5 +228,7 @@ def test_widths(leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.Capture
         with Image.open(board.with_name(name)) as picture:
             assert picture.width > 800
     assert Path(f"{board}.html").read_text().count("<img ") == 2
+    with open(f"{board}.csv", newline="") as file:
+        assert [line["width"] for line in csv.DictReader(file)] == ["W4A8", "W4A8", "W8A8", "W8A8", "W8A8"]
     whole = leaderboard(f"{tmp_path}/??")
     assert "a W4A8" in table(whole)

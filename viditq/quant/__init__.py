@@ -15,7 +15,8 @@ from viditq.quant.reconstruction.collect import BlockInputs
 from viditq.quant.reconstruction.learn import BlockReconstruction
 from viditq.quant.reconstruction.store import BlockStore
 from viditq.quant.rounding import AdaRound, BlockAdaRound, Gptq, Nearest
-from viditq.quant.scheme import LayerScheme, QuantSpec, RangeSpec, RoundingSpec, TransformSpec
+from viditq.quant.scheme import LayerScheme, QuantSpec
+from viditq.quant.specs import RangeSpec, RoundingSpec, TransformSpec
 from viditq.quant.transforms import Chain, Rotate, RotateSpec, SalienceSpec, Smooth, SmoothSpec, Transform
 
 __all__ = [

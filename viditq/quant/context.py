@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.quant.noise_level import interval_of
 from viditq.quant.plan import check_edges
-from viditq.quant.scheme import strict_kwargs
+from viditq.quant.strict import strict_kwargs
 
 
 class Attachment:

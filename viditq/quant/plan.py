@@ -11,7 +11,8 @@ from typing import Any
 from viditq.errors import UserError
 from viditq.quant.blocks import by_block
 from viditq.quant.registry import close_names
-from viditq.quant.scheme import FLOAT_BITS, LayerScheme, strict_kwargs
+from viditq.quant.scheme import FLOAT_BITS, LayerScheme
+from viditq.quant.strict import strict_kwargs
 
 SharesLike = Sequence[float] | Mapping[str, Sequence[float]]
 """Share of the sampling steps in each segment, of all layers alike or by layer."""

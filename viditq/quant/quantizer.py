@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from viditq.quant import affine, granularity
-from viditq.quant.scheme import QuantSpec, RangeSpec
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RangeSpec
 
 Grid = tuple[Tensor, Tensor]
 

@@ -10,7 +10,9 @@ from typing import Any
 from viditq.errors import UserError
 from viditq.quant.plan import QuantPlan, check_edges
 from viditq.quant.registry import close_names
-from viditq.quant.scheme import LayerScheme, QuantSpec, RangeSpec, RoundingSpec, TransformSpec, strict_kwargs
+from viditq.quant.scheme import LayerScheme, QuantSpec
+from viditq.quant.specs import RangeSpec, RoundingSpec, TransformSpec
+from viditq.quant.strict import strict_kwargs
 
 Smoothing = TransformSpec | Sequence[TransformSpec] | Mapping[str, TransformSpec] | None
 

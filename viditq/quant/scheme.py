@@ -5,33 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from viditq.errors import UserError
 from viditq.quant.blocks import in_block
-from viditq.quant.registry import RANGES, ROUNDINGS, TRANSFORMS, Registry, close_names
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from viditq.quant.specs import RangeSpec, RoundingSpec, TransformSpec, min_max_range, nearest_rounding
+from viditq.quant.strict import is_int, strict_kwargs
 
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 ACTIVATION_GRANULARITIES = ("tensor", "channel", "token", "group")
 FLOAT_BITS = 16  # what a tensor left in float counts as
-
-
-def strict_kwargs(cls: type, fields: Any, what: str) -> dict[str, Any]:
-    """`fields` as keyword arguments of the dataclass `cls`; unknown names raise UserError."""
-    if not isinstance(fields, Mapping):
-        raise UserError(f"{what} must be a mapping of fields, got {fields!r}")
-    allowed = [f.name for f in dataclasses.fields(cls)]
-    for name in fields:
-        if name not in allowed:
-            raise UserError(f"{what} has no field {name!r}; {close_names(str(name), allowed)}")
-    return {str(name): value for name, value in fields.items()}
-
-
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -102,104 +85,6 @@ class QuantSpec:
         if "bits" not in kwargs:
             raise UserError("QuantSpec needs the field 'bits', a whole number from 2 to 8")
         return cls(**kwargs)
-
-
-@dataclass(frozen=True)
-class NamedSpec:
-    """Base of the frozen descriptions that a closed registry knows by name."""
-
-    registry: ClassVar[Registry]
-    name: ClassVar[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **dataclasses.asdict(self)}
-
-    @classmethod
-    def parse(cls, value: Any) -> Any:
-        """A description from itself, from a name (with its defaults) or from `to_dict`'s mapping, strictly."""
-        kind = cls.registry.kind
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, str):
-            return cls.registry.get(value)()
-        if not isinstance(value, Mapping) or "name" not in value:
-            raise UserError(f"a {kind} must be a mapping with a 'name', got {value!r}")
-        found = cls.registry.get(value["name"])
-        rest = {key: field for key, field in value.items() if key != "name"}
-        return found(**strict_kwargs(found, rest, f"{kind} {value['name']}"))
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Any:
-        """Strict inverse of `to_dict`; the name is looked up in the closed registry."""
-        return cls.parse(fields)
-
-
-@dataclass(frozen=True)
-class TransformSpec(NamedSpec):
-    """Base of the descriptions of transforms; subclasses live in viditq.quant.transforms."""
-
-    registry: ClassVar[Registry] = TRANSFORMS
-    needs_stats: ClassVar[bool] = False
-
-    @property
-    def differs_by_segment(self) -> bool:
-        """Whether it is fitted for each segment on its own."""
-        return False
-
-    def for_segment(self, index: int, num_segments: int) -> TransformSpec:
-        """This description with the values of one segment; raises UserError when their number differs."""
-        raise NotImplementedError
-
-    def fit(self, weight_OC: Tensor, stats: Any, scheme: LayerScheme) -> Any:
-        """The Transform for one weight; `stats` (SegmentStats) may be None unless `needs_stats`."""
-        raise NotImplementedError
-
-    def empty(self, in_features: int) -> Any:
-        """A Transform of the right shapes whose tensors are loaded later, on the meta device."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class RangeSpec(NamedSpec):
-    """Base of the descriptions of how a grid is laid over values; subclasses live in viditq.quant.ranges."""
-
-    registry: ClassVar[Registry] = RANGES
-
-    def fit(self, values_GE: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """float32 scale and zero point [G, 1] of `bits` and `symmetric` of `spec` for each row of values."""
-        raise NotImplementedError
-
-    def rows_of(self, stats: Any) -> Tensor:
-        """Of a segment's kept input rows, those that a static activation's grid is fitted to [n, C]."""
-        rows: Tensor = stats.rows
-        return rows
-
-
-@dataclass(frozen=True)
-class RoundingSpec(NamedSpec):
-    """Base of the descriptions of how weights become codes; subclasses live in viditq.quant.rounding."""
-
-    registry: ClassVar[Registry] = ROUNDINGS
-    needs_moments: ClassVar[bool] = False
-    learns_blocks: ClassVar[bool] = False
-    """Whether all Linears of a block are rounded together (viditq.quant.reconstruction); those outside blocks alone."""
-
-    def quantize(self, weight_OC: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor], moments_CC: Any) -> Any:
-        """The QuantizedWeight of a weight that has been through its chain.
-
-        moments_CC: X^T X of the chain's outputs X up to a factor, float; None unless `LayerScheme.moments_for`.
-        """
-        raise NotImplementedError
-
-
-def nearest_rounding() -> RoundingSpec:
-    """The default."""
-    return RoundingSpec.parse("nearest")
-
-
-def min_max_range() -> RangeSpec:
-    """The default."""
-    return RangeSpec.parse("min_max")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from viditq.quant.correction import CORRECTIONS
 from viditq.quant.plan import QuantPlan
 from viditq.quant.policy import Policy
 from viditq.quant.recipe import Recipe, Smoothing
-from viditq.quant.scheme import QuantSpec, RangeSpec, RoundingSpec
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RangeSpec, RoundingSpec
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 

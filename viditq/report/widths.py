@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from viditq.report.leaderboard import Board, Score, heading, table_line
+from viditq.report.leaderboard import Board, heading, table_line
 from viditq.report.pareto import FRONT, GREY, INK, save_both
+from viditq.report.row import Score
 
 
 def methods_table(boards: Sequence[Board]) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor
 from viditq.quant import granularity
 from viditq.quant.quantizer import static_qparams
 from viditq.quant.ranges.min_max import MinMax
-from viditq.quant.scheme import QuantSpec, RangeSpec
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RangeSpec
 
 if TYPE_CHECKING:
     from viditq.quant.observers import SegmentStats

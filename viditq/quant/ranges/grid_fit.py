@@ -13,7 +13,9 @@ from viditq.errors import UserError
 from viditq.quant.affine import SCALE_FLOOR, code_range, quantize
 from viditq.quant.ranges.search import best_shrunk, error_sums
 from viditq.quant.registry import RANGES
-from viditq.quant.scheme import QuantSpec, RangeSpec, is_int
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RangeSpec
+from viditq.quant.strict import is_int
 
 # Shrunk ranges: one that holds the extremes is a poor start, its codes never clip.
 STARTS = [1 - i / 25 for i in range(20)]

@@ -12,7 +12,8 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.quant.affine import compute_qparams
 from viditq.quant.registry import RANGES
-from viditq.quant.scheme import QuantSpec, RangeSpec
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RangeSpec
 
 
 @RANGES.register("min_max")

@@ -13,7 +13,9 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.quant.affine import compute_qparams, fake_quantize
 from viditq.quant.registry import RANGES
-from viditq.quant.scheme import QuantSpec, RangeSpec, is_int
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RangeSpec
+from viditq.quant.strict import is_int
 
 CHUNK = 2**17  # elements searched at once, so that what a try writes stays in the cache
 

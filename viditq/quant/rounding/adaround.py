@@ -21,7 +21,9 @@ from viditq.quant.affine import code_range
 from viditq.quant.granularity import per_weight
 from viditq.quant.quantizer import Grid, QuantizedWeight, dequantize_weight, quantize_weight, stored
 from viditq.quant.registry import ROUNDINGS
-from viditq.quant.scheme import QuantSpec, RoundingSpec, is_int
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RoundingSpec
+from viditq.quant.strict import is_int
 
 STRETCH, SHIFT = 1.2, 0.1  # h reaches 0 and 1 at finite a
 BETAS = (20.0, 2.0)

@@ -14,7 +14,9 @@ from viditq.errors import UserError
 from viditq.quant.quantizer import Grid, QuantizedWeight, quantize_weight
 from viditq.quant.registry import ROUNDINGS
 from viditq.quant.rounding.adaround import AdaRound
-from viditq.quant.scheme import QuantSpec, RoundingSpec, is_int
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RoundingSpec
+from viditq.quant.strict import is_int
 
 
 @ROUNDINGS.register("block_adaround")

@@ -19,7 +19,8 @@ from viditq.quant.affine import code_range
 from viditq.quant.granularity import per_weight
 from viditq.quant.quantizer import Grid, QuantizedWeight, stored
 from viditq.quant.registry import ROUNDINGS
-from viditq.quant.scheme import QuantSpec, RoundingSpec
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RoundingSpec
 
 BLOCK = 128  # columns whose later neighbours outside the block wait for one matrix product
 

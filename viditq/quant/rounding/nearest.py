@@ -7,7 +7,8 @@ from torch import Tensor
 
 from viditq.quant.quantizer import Grid, QuantizedWeight, quantize_weight
 from viditq.quant.registry import ROUNDINGS
-from viditq.quant.scheme import QuantSpec, RoundingSpec
+from viditq.quant.scheme import QuantSpec
+from viditq.quant.specs import RoundingSpec
 
 
 @ROUNDINGS.register("nearest")

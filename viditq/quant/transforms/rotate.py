@@ -15,7 +15,9 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.quant.hadamard import random_signs, rotate
 from viditq.quant.registry import TRANSFORMS
-from viditq.quant.scheme import LayerScheme, TransformSpec, is_int
+from viditq.quant.scheme import LayerScheme
+from viditq.quant.specs import TransformSpec
+from viditq.quant.strict import is_int
 from viditq.quant.transforms.base import Transform
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from viditq.quant.observers import SegmentStats
 from viditq.quant.registry import TRANSFORMS
-from viditq.quant.scheme import LayerScheme, TransformSpec
+from viditq.quant.scheme import LayerScheme
+from viditq.quant.specs import TransformSpec
 from viditq.quant.transforms.smooth import Smooth, smooth_scale
 
 

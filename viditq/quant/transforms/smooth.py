@@ -19,7 +19,8 @@ from viditq.quant.observers import AGGREGATES, SegmentStats
 from viditq.quant.quantizer import dequantize_weight, fake_quantize_activation, quantize_weight
 from viditq.quant.ranges.activation import static_grid
 from viditq.quant.registry import TRANSFORMS
-from viditq.quant.scheme import LayerScheme, TransformSpec
+from viditq.quant.scheme import LayerScheme
+from viditq.quant.specs import TransformSpec
 from viditq.quant.transforms.base import Chain, Transform
 
 AUTO_ALPHAS = tuple(i / 20 for i in range(21))
