@@ -78,8 +78,10 @@ def assert_same_run(folder: Path, alone: Path) -> None:
 
 
 def test_two_processes_of_our_own(run: Run, alone: Path, tmp_path: Path) -> None:
+    handlers = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)]
     run(tmp_path / "run", tmp_path / "cache", *UNEVEN, "trainer=ddp_cpu", "trainer.devices=2")
     assert_same_run(tmp_path, alone)
+    assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)] == handlers, "a later run has its own"
 
 
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])

@@ -100,18 +100,10 @@ def test_what_is_there_already_is_not_counted(
     assert e.works["reference"].note == e.works["prompts"].note == "nothing left to do"
 
 
-def test_the_fit_of_a_correction_is_counted(
-    run: Callable[..., Any],
-    configure: Callable[..., Any],
-    shrunk: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def counted_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """[number of forwards of the denoiser from now on]"""
     from diffusers import PixArtTransformer2DModel
 
-    overrides = ("quant/smoothing=none", "quant.segments=[0,1]", "quant.correction=ptqd", "stages=[prompts,quantize]")
-    e = told(configure, shrunk, tmp_path, True, *overrides)
-    plain = told(configure, shrunk, tmp_path, True, *overrides[:2], overrides[3])
     count, forward = [0], PixArtTransformer2DModel.forward
 
     @functools.wraps(forward)
@@ -120,6 +112,20 @@ def test_the_fit_of_a_correction_is_counted(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(PixArtTransformer2DModel, "forward", counting)
+    return count
+
+
+def test_the_fit_of_a_correction_is_counted(
+    run: Callable[..., Any],
+    configure: Callable[..., Any],
+    shrunk: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = ("quant/smoothing=none", "quant.segments=[0,1]", "quant.correction=ptqd", "stages=[prompts,quantize]")
+    e = told(configure, shrunk, tmp_path, True, *overrides)
+    plain = told(configure, shrunk, tmp_path, True, *overrides[:2], overrides[3])
+    count = counted_forwards(monkeypatch)
     run(tmp_path / "run", tmp_path / "cache", *overrides)
     assert (e.works["quantize"].samples, e.works["quantize"].forwards) == (2, count[0])
     assert e.works["quantize"].seconds > plain.works["quantize"].seconds
@@ -135,20 +141,11 @@ def test_a_search_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every candidate generated, none left out: forwards are those of the run but for the proxies' few."""
-    from diffusers import PixArtTransformer2DModel
-
     overrides = ["quant/policy=sensitivity", "quant.policy.measure=all", "quant.policy.weight_choices=[4,8]"]
     overrides += ["quant.policy.num_prompts=1", "quant/smoothing=none", "stages=[prompts,calibrate,search]"]
     overrides += ["quant.policy.metrics.cross_attention=${quant.policy.metrics.default}"]
     e = told(configure, shrunk, tmp_path, True, *overrides)
-    count, forward = [0], PixArtTransformer2DModel.forward
-
-    @functools.wraps(forward)
-    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        count[0] += 1
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(PixArtTransformer2DModel, "forward", counting)
+    count = counted_forwards(monkeypatch)
     run(tmp_path / "run", tmp_path / "cache", *overrides)
     search = e.works["search"]
     assert search.forwards == pytest.approx(count[0] - e.works["calibrate"].forwards, rel=0.25)

@@ -5,6 +5,9 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +17,19 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from viditq.errors import AlreadyReported, UserError
 
 AGAIN = "Finished work is kept: run the same command again."
+
+
+@contextmanager
+def kept_signals() -> Iterator[None]:
+    """Puts back the handlers of signals that the agent replaces for good: a later run of this process needs its own."""
+    names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {name: signal.getsignal(name) for name in names}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # in others the agent replaces none either
+            for name, handler in before.items():
+                signal.signal(name, signal.SIG_DFL if handler is None else handler)
 
 
 def launch(config: str, folder: Path, count: int) -> None:
@@ -35,7 +51,7 @@ def launch(config: str, folder: Path, count: int) -> None:
         max_restarts=0,
         shutdown_timeout=10,
     )
-    with tempfile.TemporaryDirectory() as temporary:
+    with kept_signals(), tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "config.yaml"
         file.write_text(config)
         try:

@@ -134,13 +134,8 @@ class Calibrator:
         self._attachment.remove()
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._num_elements = batch_size([*args, *kwargs.values()])
+        self._num_elements = seeded_batch_size([*args, *kwargs.values()], self._sample_seeds)
         self._candidates, self._readings = {}, {}
-        if not self._sample_seeds or self._num_elements % len(self._sample_seeds):
-            raise UserError(
-                f"a batch of {self._num_elements} does not fit {len(self._sample_seeds)} sample seeds; "
-                "call set_sample_seeds with one seed per prompt before sampling"
-            )
 
     def _observer_hook(self, name: str) -> Any:
         @torch.no_grad()
@@ -204,6 +199,17 @@ def num_moment_rows(num_rows: int) -> int:
     """How many of so many rows of a prompt in a guidance branch and step go into the second moments."""
     lowest, highest = MOMENT_ROWS
     return min(max(num_rows // MOMENT_SHARE, lowest), highest, num_rows)
+
+
+def seeded_batch_size(arguments: Sequence[Any], seeds: Sequence[int]) -> int:
+    """`batch_size`; raises UserError unless it is a multiple of the number of seeds, one for each prompt."""
+    size = batch_size(arguments)
+    if not seeds or size % len(seeds):
+        raise UserError(
+            f"a batch of {size} does not fit {len(seeds)} sample seeds; "
+            "call set_sample_seeds with one seed per prompt before sampling"
+        )
+    return size
 
 
 def batch_size(arguments: Sequence[Any]) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
-from viditq.quant.calibration import batch_size
+from viditq.quant.calibration import seeded_batch_size
 from viditq.quant.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.observers import NUM_BUCKETS
 from viditq.quant.reconstruction.calls import Call, Share
@@ -90,12 +90,7 @@ class BlockInputs:
         self._attachment.remove()
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._num_elements = batch_size([*args, *kwargs.values()])
-        if not self._seeds or self._num_elements % len(self._seeds):
-            raise UserError(
-                f"a batch of {self._num_elements} does not fit {len(self._seeds)} sample seeds; "
-                "call set_sample_seeds with one seed per prompt before sampling"
-            )
+        self._num_elements = seeded_batch_size([*args, *kwargs.values()], self._seeds)
         assert self._context.noise_level is not None
         self._calls[self._context.noise_level] += 1
 

@@ -22,16 +22,15 @@ MARGIN = 0.03  # at 0 and 1 themselves no gradient goes through h
 def observed(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Second moments X^T X [C, C] of what these Linears read inside; those that read the same tensor share one."""
     sums: dict[str, Tensor] = {}
-    seen: dict[int, tuple[Tensor, Tensor]] = {}  # of one call: id of an input -> it, its moments
+    latest: tuple[Tensor, Tensor] | None = None  # the last input and its moments; no more, inputs are large
 
     def hook(name: str) -> object:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            known = seen.get(id(x))
-            if known is None or known[0] is not x:
-                rows_nC = x.flatten(0, -2)
-                seen[id(x)] = known = (x, rows_nC.T @ rows_nC)
-            sums[name] = sums[name] + known[1] if name in sums else known[1]
+            nonlocal latest
+            if latest is None or latest[0] is not args[0]:
+                rows_nC = args[0].flatten(0, -2)
+                latest = (args[0], rows_nC.T @ rows_nC)
+            sums[name] = sums[name] + latest[1] if name in sums else latest[1]
 
         return add
 

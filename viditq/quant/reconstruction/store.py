@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,11 +87,6 @@ class BlockStore:
         self.__dict__.pop("index", None)
         write_json(self.folder / INDEX, {"budget": budget, "bytes": total, "blocks": blocks})
         return self.index
-
-    def clear(self, blocks: Sequence[str]) -> None:
-        """Delete what is there of these blocks."""
-        for block in blocks:
-            shutil.rmtree(self.folder / block, ignore_errors=True)
 
 
 def encoded(tensors: Mapping[str, Tensor], meta: str) -> bytes:
