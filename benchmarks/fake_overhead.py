@@ -2,7 +2,7 @@
 in one process.
 
     python benchmarks/fake_overhead.py                           # tiny_video: w8a8, w4a8 with and without smoothing
-    python benchmarks/fake_overhead.py --calibration             # plain, calibrating, calibrating with second moments
+    python benchmarks/fake_overhead.py --calibration             # plain; calibrating: ranges, moments, inputs of blocks
     python benchmarks/fake_overhead.py --model tiny_image --batch 8
 
 Prints medians and ratios of the time that went by and of processor time, which other processes disturb less; runs are
@@ -10,7 +10,9 @@ interleaved, so that a busy machine slows all of them alike.
 """
 
 import argparse
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,8 @@ from viditq.models.text import PromptEmbeds, encode_prompt
 from viditq.quant.calibration import Calibrator
 from viditq.quant.convert import linear_names, quantize_denoiser
 from viditq.quant.observers import CalibrationStats
+from viditq.quant.reconstruction.collect import BlockInputs
+from viditq.quant.reconstruction.together import Together
 from viditq.quant.setting import QuantSetting
 from viditq.runner import quiet_libraries
 
@@ -65,6 +69,27 @@ def calibrated(
     return calibrator.stats, run
 
 
+def keeping(adapter: ModelAdapter, embeds: list[PromptEmbeds], folder: Path) -> Callable[[], None]:
+    """The calibrating run of a plan that learns roundings block by block: statistics, and inputs of blocks on disk."""
+    pipeline = adapter.load()
+    denoiser = adapter.denoiser_of(pipeline)
+    names = linear_names(denoiser)
+    setting = configured([f"model={adapter.name}", "quant=w4a8", "quant/rounding=block_adaround"])[1]
+    plan = setting.plan(names, adapter.keep_float)
+    indices = list(range(len(embeds)))
+
+    def run() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        calibrator = Calibrator(denoiser, names, adapter.timestep_scale, moment_layers=plan.moment_layers)
+        inputs = BlockInputs(denoiser, [*plan.learned_blocks], folder, 2**30, adapter.timestep_scale)
+        both = Together(calibrator, inputs)
+        both.set_sample_seeds(indices)
+        with both:
+            denoise(adapter, pipeline, embeds, indices, seed=0)
+
+    return run
+
+
 def runner_of(
     adapter: ModelAdapter, embeds: list[PromptEmbeds], setting: QuantSetting | None, stats: CalibrationStats | None
 ) -> Callable[[], None]:
@@ -93,10 +118,12 @@ def main() -> None:
     text = adapter.load_text_part()
     embeds = [encode_prompt(adapter, text, "a small red circle moving left on a black background")] * args.batch
     stats, calibrating = calibrated(adapter, embeds, moments=False)
+    scratch = tempfile.TemporaryDirectory()
     runs = {
         "float": runner_of(adapter, embeds, None, None),
         "float, calibrating": calibrating,
         "float, calibrating with moments": calibrated(adapter, embeds, moments=True)[1],
+        "float, calibrating, inputs of blocks": keeping(adapter, embeds, Path(scratch.name) / "inputs"),
     }
     for name, overrides in SETTINGS.items() if not args.calibration else ():
         runs[name] = runner_of(adapter, embeds, configured([f"model={args.model}", *overrides])[1], stats)
@@ -115,7 +142,7 @@ def main() -> None:
     (base, busy_base) = medians["float"]
     for name, (median, busy) in medians.items():
         print(
-            f"  {name:34s} median {median:7.3f} s   {median / base:5.2f}x float   processor {busy:7.3f} s   "
+            f"  {name:38s} median {median:7.3f} s   {median / base:5.2f}x float   processor {busy:7.3f} s   "
             f"{busy / busy_base:5.2f}x"
         )
 

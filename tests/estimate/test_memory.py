@@ -37,7 +37,9 @@ def test_diagnosing_holds_what_it_observes_where_nothing_was_calibrated() -> Non
     observing = replace(PIECES, stats=0, observed=20)
     for gpu, offload in ((False, None), (True, None), (True, "model"), (True, "sequential")):
         (without, found) = (peaks(p, gpu, offload, 9)["diagnose"] for p in (replace(PIECES, stats=0), observing))
-        assert found.ram == without.ram + 4 * 20
+        assert found.ram == without.ram + 2 * 20
+        several = peaks(replace(observing, processes=2), gpu, offload, 9)["diagnose"]
+        assert several.ram == without.ram + 3 * 20
         assert (found.vram or 0) == (without.vram or 0) + (20 if gpu else 0)
 
 

@@ -77,7 +77,8 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         + round(HOLES_QUANTIZING * p.weights.dense)
         + max(p.stats, TEMPORARY_PER_WEIGHT * p.largest_layer, p.weights.rest // 2),
         "generate": quantized + holes,
-        "diagnose": both + holes + 4 * p.observed,
+        # the observers, and the file read back, or those of two processes
+        "diagnose": both + holes + (2 if p.processes == 1 else 3) * p.observed,
     }
     computing = {
         "prompts": 0,
