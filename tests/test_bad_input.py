@@ -355,6 +355,7 @@ def run_py(*arguments: str) -> SimpleNamespace:
     [
         (["experiment=w3a3"], ["experiment/w3a3", "w4a8_ts_smooth"]),
         (["experiment=smoke", "foo=1"], ["'foo'", "--cfg job"]),
+        (["experiment=smoke", "logger=null"], ["cannot be null", "logger=none"]),
         (["experiment=smoke", "devices=-3"], ["'devices'", "--cfg job"]),
         (["experiment=smoke", "trainer.devices=-3"], ["trainer.devices=-3", "trainer.devices=1"]),
         (["experiment=smoke", "hydra.run.dir=/dev/null/x"], ["/dev/null", "hydra.run.dir=FOLDER"]),

@@ -147,6 +147,8 @@ def user_message(error: BaseException) -> str | None:
         return f"The process of a job died, which ended the sweep: {why}. {remedy}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return config_message(error)
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return f"A group (such as logger) cannot be null: choose one of its options, such as logger=none. {ALL_KEYS}"
     return None
 
 
