@@ -23,9 +23,12 @@ class Killed(Exception):
     """In place of a SIGKILL."""
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    return {name: p.read_bytes() for name, p in found.items() if p.name not in ("seconds.json", ".lock")}
+def inputs_in(cache: Path) -> dict[str, bytes]:
+    """Every input that the index names."""
+    (entry,) = (cache / "block_inputs").iterdir()
+    assert len([*entry.rglob("*.slots")]) == len(BLOCKS)
+    store = BlockStore(entry)
+    return {f"{block} {item.name}": store.slots(block).get(item) for block in BLOCKS for item in store.items(block)}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def test_every_block_is_learned_within_the_budget(undisturbed: Path) -> None:
     (entry,) = (undisturbed / "cache" / "block_inputs").iterdir()
     index = read_json(entry / INDEX)
     assert list(index["blocks"]) == BLOCKS and all(index["blocks"].values())
-    on_disk = sum(path.stat().st_size for path in entry.rglob("*.safetensors"))
+    on_disk = sum(path.stat().st_size for path in entry.rglob("*.slots"))
     assert 200_000 < on_disk == index["bytes"] <= 400_000
     records = read_json(undisturbed / "run" / "reconstruction.json")
     assert [record["block"] for record in records] == BLOCKS
@@ -82,8 +85,7 @@ def test_killed_while_calibrating(
         with pytest.raises(Killed):
             run(tmp_path / "run", tmp_path / "cache", *LEARNED)
     run(tmp_path / "run", tmp_path / "cache", *LEARNED)
-    inputs = files(tmp_path / "cache" / "block_inputs")
-    assert inputs == files(undisturbed / "cache" / "block_inputs")
+    assert inputs_in(tmp_path / "cache") == inputs_in(undisturbed / "cache")
     (entry,) = (tmp_path / "cache" / "stats").iterdir()
     assert {path.name for path in entry.iterdir()} <= {"stats.safetensors", "key.json", "seconds.json", ".lock"}
     artifact = tmp_path / "run" / "quantized" / "model.safetensors"

@@ -143,7 +143,15 @@ def _accumulator(job: Job, denoiser: nn.Module, wanted: list[str]) -> Calibrator
         told.append(f"statistics take at most {calibrator.max_bytes / 1e6:,.0f} MB")
     if INPUTS in wanted:
         blocks = [*e.plan.learned_blocks]
-        inputs = BlockInputs(denoiser, blocks, job.block_inputs.path, e.block_input_bytes, scale, e.num_buckets)
+        inputs = BlockInputs(
+            denoiser,
+            blocks,
+            job.block_inputs.path,
+            e.block_input_bytes,
+            scale,
+            e.num_buckets,
+            job.processes.rank,
+        )
         told.append(f"inputs of {len(blocks)} blocks at most {e.block_input_bytes / 1e6:,.0f} MB on disk")
     if job.processes.first:
         job.say(f"      {', '.join(told)}")

@@ -21,7 +21,8 @@ from viditq.quant.observers import NUM_BUCKETS
 from viditq.quant.reconstruction.calls import Call, Share
 from viditq.quant.reconstruction.check import check_alone
 from viditq.quant.reconstruction.selection import LEVELS, Item, ranked
-from viditq.quant.reconstruction.store import BlockStore, encoded
+from viditq.quant.reconstruction.slots import START, slot_size
+from viditq.quant.reconstruction.store import BlockStore, encoded, room
 
 PREFIX = "@largest/"  # no module has such a name
 
@@ -32,8 +33,8 @@ class BlockInputs:
     Used as a Calibrator is: `set_sample_seeds` before a batch, `state` after it. Each block gets an equal share of
     budget, in bytes of files; how many inputs that is follows from the largest one seen. What is kept depends neither
     on the order of batches nor on how often they were begun (`selection`). While several processes collect at once,
-    each may keep as much; `finish` then leaves what one would have kept. Raises UserError when a block's share is too
-    small for one input, or when its calls cannot be taken apart.
+    each with a `writer` number of its own, each may keep as much; `finish` then leaves what one would have kept. Raises
+    UserError when a block's share is too small for one input, or when its calls cannot be taken apart.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class BlockInputs:
         budget: int,
         timestep_scale: TimestepScaleLike = 1000.0,
         num_buckets: int = NUM_BUCKETS,
+        writer: int = 0,
     ) -> None:
-        self.store, self.budget, self.blocks = BlockStore(folder), budget, list(blocks)
+        self.store, self.budget, self.blocks = BlockStore(folder, writer), budget, list(blocks)
         self._denoiser, self._num_buckets = denoiser, num_buckets
         self._context = StepContext((0, 1), timestep_scale)
         self._share = budget // max(len(self.blocks), 1)
-        self._kept = {block: {*self.store.present(block)} for block in self.blocks}
+        self._kept = {block: self.store.present(block) for block in self.blocks}
         self._largest = dict.fromkeys(self.blocks, 0)
         self._sizes: dict[Any, int] = {}
         self._checked: dict[str, Share | None] = {}  # element 0 of a block's first call, until its output is there
@@ -102,7 +104,7 @@ class BlockInputs:
                 raise UserError(f"{block} was called outside its denoiser while calibrating")
             call = Call(block, args, kwargs, self._num_elements)
             self._largest[block] = max(self._largest[block], self._size(call))
-            if self._largest[block] > self._share:
+            if not room(self._share, self._largest[block]):
                 self._refuse(block)
             if block not in self._checked:
                 self._checked[block] = call.share(0)
@@ -127,26 +129,26 @@ class BlockInputs:
 
     def _select(self, block: str, call: Call, items: list[Item]) -> None:
         before = self._kept[block]
-        kept, room = before | {*items}, self._share // self._largest[block]
-        if len(kept) > room:
-            kept = {*ranked(block, kept, self._num_buckets)[:room]}
+        kept, most = before | {*items}, room(self._share, self._largest[block])
+        if len(kept) > most:
+            kept = {*ranked(block, kept, self._num_buckets)[:most]}
         self._kept[block] = kept
         for item in before - kept:
             self.store.remove(block, item)
         for element, item in enumerate(items):
             if item in kept:
-                self.store.write(block, item, call.share(element))
+                self.store.write(block, item, call.share(element), self._largest[block])
 
     def _size(self, call: Call) -> int:
-        """Bytes of the file of one share; equal for equal shapes."""
+        """Bytes of the slot of one share; equal for equal shapes."""
         if call.signature not in self._sizes:
             share = call.share(0)
             slack = -(-len(share.tensors) // 8) * 8  # a bfloat16 takes a letter more in the header than a float16
-            self._sizes[call.signature] = len(encoded(share.tensors, share.meta)) + slack
+            self._sizes[call.signature] = slot_size(len(encoded(share.tensors, share.meta)) + slack)
         return self._sizes[call.signature]
 
     def _refuse(self, block: str) -> None:
-        need, count = self._largest[block], len(self.blocks)
+        need, count = self._largest[block] + START.size, len(self.blocks)
         raise UserError(
             f"calibration.block_input_bytes={self.budget:,} is too small: one input of block {block} takes {need:,} "
             f"bytes, and {count} blocks share the budget. Give at least {need * count:,}; 16 inputs a block, "

@@ -1,31 +1,36 @@
-"""Inputs of blocks on disk: `<folder>/<block>/<item>.safetensors`, and `index.json` once all of them are there."""
+"""Inputs of blocks on disk: `<folder>/<block>/<writer>.slots`, and `index.json` once all of them are there."""
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.files import atomic, is_whole, read_json, write_json
+from viditq.files import is_whole, read_json, write_json
 from viditq.quant.reconstruction.calls import Share, Stored
 from viditq.quant.reconstruction.selection import Item, ranked
+from viditq.quant.reconstruction.slots import START, Slots
 
 INDEX = "index.json"
-ENDING = ".safetensors"
+ENDING = ".slots"
 
 
 @dataclass(frozen=True)
 class BlockStore:
-    """Kept inputs of a denoiser's blocks; read one at a time."""
+    """Kept inputs of a denoiser's blocks; read one at a time. writer: who writes, if several do at once; 0 reads."""
 
     folder: Path
+    writer: int = 0
+    _slots: dict[tuple[str, int], Slots] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def complete(self) -> bool:
@@ -46,49 +51,82 @@ class BlockStore:
         return [Item.of(name) for name in names]
 
     def load(self, block: str, item: Item) -> Stored:
-        """One input; raises UserError if its file is missing or damaged."""
-        path = self.path(block, item)
+        """One input; raises UserError if it is missing or damaged."""
         try:
-            with safe_open(path, "pt") as file:
-                names = [*file.keys()]  # a safetensors file is no mapping
-                return Stored.of({name: file.get_tensor(name) for name in names}, file.metadata()["call"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            return decoded(self.slots(block).get(item))
+        except (SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
+            path = self.path(block)
             raise UserError(f"{path} is missing or damaged ({error}). Delete {self.folder} and try again.") from error
 
-    def path(self, block: str, item: Item) -> Path:
-        """The file of one input."""
-        return self.folder / block / f"{item.name}{ENDING}"
+    def path(self, block: str, writer: int = 0) -> Path:
+        """The file of a block's inputs."""
+        return self.folder / block / f"{writer}{ENDING}"
+
+    def slots(self, block: str, writer: int = 0) -> Slots:
+        """What is in that file; its heads are read once."""
+        key = (block, writer)
+        if key not in self._slots:
+            self._slots[key] = Slots(self.path(block, writer))
+        return self._slots[key]
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
-    def write(self, block: str, item: Item, share: Share) -> None:
-        """Add an input, or replace it by itself."""
-        with atomic(self.path(block, item)) as temporary:
-            temporary.write_bytes(encoded(share.tensors, share.meta))
+    def write(self, block: str, item: Item, share: Share, size: int) -> None:
+        """Add an input, or replace it by itself. size: bytes of the largest slot so far."""
+        self.slots(block, self.writer).put(item, encoded(share.tensors, share.meta), size)
 
     def remove(self, block: str, item: Item) -> None:
         """Drop an input that is no longer among the kept."""
-        self.path(block, item).unlink(missing_ok=True)
+        self.slots(block, self.writer).drop(item)
 
-    def present(self, block: str) -> list[Item]:
-        """What is there now, finished or not."""
-        return [Item.of(path.name.removesuffix(ENDING)) for path in (self.folder / block).glob(f"[!.]*{ENDING}")]
+    def present(self, block: str) -> set[Item]:
+        """What is there now, finished or not, whoever wrote it."""
+        return {item for writer in self._writers(block) for item in self.slots(block, writer)}
 
     def finish(self, budget: int, largest: Mapping[str, int], num_buckets: int) -> dict[str, Any]:
-        """Drop what several processes kept too many of, and write the index. largest: block -> bytes of an input."""
+        """Leave of each block one file with what one process would have kept, and write the index.
+
+        largest: block -> bytes of a slot. Files that other writers have added to meanwhile are read anew.
+        """
+        self._slots.clear()
         share, blocks, total = budget // len(largest), {}, 0
         for block, size in largest.items():
-            order = ranked(block, self.present(block), num_buckets)
-            kept, rest = order[: share // size], order[share // size :]
-            for item in rest:
-                self.remove(block, item)
+            kept = ranked(block, self.present(block), num_buckets)[: room(share, size)]
             blocks[block] = [item.name for item in kept]
-            total += sum(self.path(block, item).stat().st_size for item in kept)
+            self._gather(block, kept, size)
+            total += self.path(block).stat().st_size
         self.__dict__.pop("index", None)
         write_json(self.folder / INDEX, {"budget": budget, "bytes": total, "blocks": blocks})
         return self.index
 
+    def _gather(self, block: str, kept: list[Item], size: int) -> None:
+        """All of `kept` in the file of writer 0; the others' files are deleted when that is done."""
+        own, others = self.slots(block), [self.slots(block, w) for w in self._writers(block) if w]
+        for item in {*own} - {*kept}:
+            own.drop(item)
+        for item in kept:
+            if item not in own:
+                own.put(item, next(other.get(item) for other in others if item in other), size)
+        for other in others:
+            other.path.unlink()
+
+    def _writers(self, block: str) -> list[int]:
+        files = (self.folder / block).glob(f"[!.]*{ENDING}")
+        return sorted(int(path.name.removesuffix(ENDING)) for path in files)
+
+
+def room(share: int, size: int) -> int:
+    """How many slots of `size` bytes a file of at most `share` bytes has."""
+    return max(share - START.size, 0) // size
+
 
 def encoded(tensors: Mapping[str, Tensor], meta: str) -> bytes:
-    """The content of a file."""
+    """The content of a slot: a safetensors file."""
     return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"call": meta})
+
+
+def decoded(content: bytes) -> Stored:
+    """Inverse of `encoded`; raises what a damaged content raises."""
+    (length,) = struct.unpack_from("<Q", content)
+    meta = json.loads(content[8 : 8 + length])["__metadata__"]["call"]
+    return Stored.of(load(content), meta)
