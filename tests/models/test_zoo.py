@@ -16,6 +16,7 @@ from zoo import images, videos
 from zoo.saving import save
 
 from viditq.data.samples import load_sample, sample_path
+from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.loading import load_quantized
 from viditq.models import generate, hub, roles
@@ -272,8 +273,7 @@ def test_any_pipeline_by_its_folder_alone(
     folder = folder_of(build)
     video = build in (videos.wan22, videos.latte)
     shrunk = [o for o in SHRUNK if "dtype" not in o and "segments" not in o]
-    frames = ["model.num_frames=5"] if build is videos.wan22 else []
-    frames += ["+model.call.video_length=4"] if build is videos.latte else []
+    frames = {videos.wan22: ["model.num_frames=5"], videos.latte: ["model.num_frames=4"]}.get(build, [])
     more = [f"model.path='{folder}'", f"cache_dir='{tmp_path}/cache'", "quant.segments=[0.0,0.3,1.0]", *frames]
     more = [m for m in more if "segments" not in m] + ["quant/smoothing=static"]
     metrics = run(configure("model=diffusers", *[o for o in shrunk if "smoothing" not in o], *more), tmp_path / "run")
@@ -284,3 +284,12 @@ def test_any_pipeline_by_its_folder_alone(
     assert "  mlp: " in out and "  float: " in out
     pipeline = load_quantized(tmp_path / "run")
     assert type(pipeline).__name__ == type(build()).__name__
+
+
+def test_a_pipeline_whose_own_sizes_are_not_those_of_its_weights(
+    configure: Configure, folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    shrunk = [o for o in SHRUNK if not any(word in o for word in ("dtype", "segments", "smoothing"))]
+    more = [f"model.path='{folder_of(videos.latte)}'", f"cache_dir='{tmp_path}/cache'"]
+    with pytest.raises(UserError, match=r"LattePipeline fails .* differ from .*; give model\.num_frames"):
+        run(configure("model=diffusers", *shrunk, *more), tmp_path / "run")

@@ -16,6 +16,8 @@ from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
 from viditq.models.text import PromptEmbeds
 
+SIZES = ("num_frames", "height", "width")
+
 
 def noise_generator(seed: int, index: int) -> torch.Generator:
     """The CPU generator of prompt `index`: the same on every rank, device and batch size."""
@@ -88,7 +90,7 @@ def _settings(adapter: ModelAdapter, pipeline: Any) -> dict[str, Any]:
     }
     given |= {"height": adapter.height, "width": adapter.width}
     if adapter.modality == "video":
-        given["num_frames"] = adapter.num_frames
+        given |= dict.fromkeys(("num_frames", "video_length"), adapter.num_frames)  # the two names that pipelines use
     known = inspect.signature(pipeline.__call__).parameters  # a size that is not among them is the model's own
     return {**adapter.call, **{k: v for k, v in given.items() if v is not None and k in known}}
 
@@ -123,6 +125,14 @@ def _call(
         raise UserError(
             f"{adapter.pipeline} does not sample in a single step with its scheduler; set model.num_steps to 2 or more."
         ) from error
+    except RuntimeError as error:
+        unknown = [f"model.{key}" for key in SIZES if getattr(adapter, key) is None]
+        if not adapter.guess or not unknown or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"{adapter.pipeline} fails while sampling ({error}). It was run at its own sizes, which can differ from "
+            f"those that these weights were trained at; give {', '.join(unknown)}."
+        ) from error
     out = _as_tensor(out)
     if not torch.isfinite(out).all():
         raise UserError(f"Samples of prompts {indices} are not finite. Use model.dtype=float32 or more bits.")
@@ -147,7 +157,7 @@ def _as_tensor(out: Any) -> Tensor:
 def _check_size(adapter: ModelAdapter, clips_BFCHW: Tensor) -> None:
     """Raises UserError if the pipeline made another size than was asked for (some round, one has a fixed size)."""
     _, num_frames, _, height, width = clips_BFCHW.shape
-    made = {"num_frames": num_frames, "height": height, "width": width}
+    made = dict(zip(SIZES, (num_frames, height, width), strict=True))
     differing = [key for key, value in made.items() if getattr(adapter, key) not in (None, value)]
     if differing:
         sizes = " ".join(f"model.{key}={made[key]}" for key in differing)
