@@ -4,6 +4,7 @@ in one process.
     python benchmarks/fake_overhead.py                           # tiny_video: w8a8, w4a8 with and without smoothing
     python benchmarks/fake_overhead.py --calibration             # plain; calibrating: ranges, moments, inputs of blocks
     python benchmarks/fake_overhead.py --model tiny_image --batch 8
+    python benchmarks/fake_overhead.py --blocks 1 --repeats 3    # calibrating a block of PixArt-XL, at 512 px
 
 Prints medians and ratios of the time that went by and of processor time, which other processes disturb less; runs are
 interleaved, so that a busy machine slows all of them alike.
@@ -15,11 +16,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import PixArtTransformer2DModel
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from real_size import CAPTIONS, PIXART
+from torch import nn
 
 from viditq import config
 from viditq.models.adapter import ModelAdapter
@@ -48,58 +54,86 @@ def configured(overrides: list[str]) -> tuple[ModelAdapter, QuantSetting]:
         return instantiate(cfg.model, _convert_="all"), instantiate(cfg.quant, _convert_="all")
 
 
-def calibrated(
-    adapter: ModelAdapter, embeds: list[PromptEmbeds], moments: bool
-) -> tuple[CalibrationStats, Callable[[], None]]:
+@dataclass(frozen=True)
+class Float:
+    """A float denoiser, and a function that samples the prompts `indices` with it once, without decoding."""
+
+    overrides: list[str]
+    adapter: ModelAdapter
+    denoiser: nn.Module
+    indices: list[int]
+    sample: Callable[[], None]
+
+
+def float_model(adapter: ModelAdapter, embeds: list[PromptEmbeds]) -> Float:
+    """A model of conf/model, loaded anew."""
+    pipeline, indices = adapter.load(), list(range(len(embeds)))
+    sample = partial(denoise, adapter, pipeline, embeds, indices, seed=0)
+    return Float([f"model={adapter.name}"], adapter, adapter.denoiser_of(pipeline), indices, sample)
+
+
+def pixart(num_blocks: int) -> Float:
+    """That many of PixArt-XL/2's 28 blocks with random weights; 20 steps of one prompt at 512 px, with guidance."""
+    overrides = ["model=pixart_alpha", "model.path='shipped:tiny_image'"]  # its weights are not looked at
+    torch.manual_seed(0)
+    settings = PIXART | {"num_layers": num_blocks, "use_additional_conditions": False}
+    denoiser = PixArtTransformer2DModel(**settings).eval()
+    latents, caption = torch.randn(2, 4, 64, 64), torch.randn(2, 120, CAPTIONS)
+
+    @torch.no_grad()
+    def sample() -> None:
+        for timestep in range(975, 0, -50):
+            denoiser(
+                latents,
+                caption,
+                torch.full((2,), timestep),
+                {"resolution": None, "aspect_ratio": None},
+                encoder_attention_mask=torch.ones(2, 120),
+                return_dict=False,
+            )
+
+    return Float(overrides, configured(overrides)[0], denoiser, [0], sample)
+
+
+def calibrated(model: Float, moments: bool) -> tuple[CalibrationStats, Callable[[], None]]:
     """Statistics of one batch, and the calibrating run itself for timing; moments: as for GPTQ, of the same layers."""
-    pipeline = adapter.load()
-    denoiser = adapter.denoiser_of(pipeline)
-    names = linear_names(denoiser)
-    setting = configured([f"model={adapter.name}", "quant=w4a8", "quant/rounding=gptq"])[1]
+    adapter, names = model.adapter, linear_names(model.denoiser)
+    setting = configured([*model.overrides, "quant=w4a8", "quant/rounding=gptq"])[1]
     asked = setting.plan(names, adapter.keep_float).moment_layers if moments else []
-    calibrator = Calibrator(denoiser, names, adapter.timestep_scale, moment_layers=asked)
-    indices = list(range(len(embeds)))
+    calibrator = Calibrator(model.denoiser, names, adapter.timestep_scale, moment_layers=asked)
 
     def run() -> None:
-        calibrator.set_sample_seeds(indices)
+        calibrator.set_sample_seeds(model.indices)
         with calibrator:
-            denoise(adapter, pipeline, embeds, indices, seed=0)
+            model.sample()
 
     run()
     return calibrator.stats, run
 
 
-def keeping(adapter: ModelAdapter, embeds: list[PromptEmbeds], folder: Path) -> Callable[[], None]:
+def keeping(model: Float, folder: Path) -> Callable[[], None]:
     """The calibrating run of a plan that learns roundings block by block: statistics, and inputs of blocks on disk."""
-    pipeline = adapter.load()
-    denoiser = adapter.denoiser_of(pipeline)
-    names = linear_names(denoiser)
-    setting = configured([f"model={adapter.name}", "quant=w4a8", "quant/rounding=block_adaround"])[1]
+    adapter, names = model.adapter, linear_names(model.denoiser)
+    setting = configured([*model.overrides, "quant=w4a8", "quant/rounding=block_adaround"])[1]
     plan = setting.plan(names, adapter.keep_float)
-    indices = list(range(len(embeds)))
 
     def run() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        calibrator = Calibrator(denoiser, names, adapter.timestep_scale, moment_layers=plan.moment_layers)
-        inputs = BlockInputs(denoiser, [*plan.learned_blocks], folder, 2**30, adapter.timestep_scale)
+        calibrator = Calibrator(model.denoiser, names, adapter.timestep_scale, moment_layers=plan.moment_layers)
+        inputs = BlockInputs(model.denoiser, [*plan.learned_blocks], folder, 2**30, adapter.timestep_scale)
         both = Together(calibrator, inputs)
-        both.set_sample_seeds(indices)
+        both.set_sample_seeds(model.indices)
         with both:
-            denoise(adapter, pipeline, embeds, indices, seed=0)
+            model.sample()
 
     return run
 
 
-def runner_of(
-    adapter: ModelAdapter, embeds: list[PromptEmbeds], setting: QuantSetting | None, stats: CalibrationStats | None
-) -> Callable[[], None]:
-    """A function that samples once, without decoding, with the (quantized) model."""
-    pipeline = adapter.load()
-    denoiser = adapter.denoiser_of(pipeline)
-    if setting is not None:
-        plan = setting.plan(linear_names(denoiser), adapter.keep_float)
-        quantize_denoiser(denoiser, plan, stats, "fake", adapter.timestep_scale)
-    return lambda: denoise(adapter, pipeline, embeds, list(range(len(embeds))), seed=0)
+def quantized(model: Float, setting: QuantSetting, stats: CalibrationStats) -> Callable[[], None]:
+    """A function that samples once, without decoding, with the quantized model."""
+    plan = setting.plan(linear_names(model.denoiser), model.adapter.keep_float)
+    quantize_denoiser(model.denoiser, plan, stats, "fake", model.adapter.timestep_scale)
+    return model.sample
 
 
 def main() -> None:
@@ -108,25 +142,33 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--calibration", action="store_true", help="only the float model, observed and not")
+    parser.add_argument("--blocks", type=int, help="calibrate so many blocks of PixArt-XL's size instead of a model")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     quiet_libraries()
     config.register()
-    adapter, _ = configured([f"model={args.model}"])
-    text = adapter.load_text_part()
-    embeds = [encode_prompt(adapter, text, "a small red circle moving left on a black background")] * args.batch
-    stats, calibrating = calibrated(adapter, embeds, moments=False)
+    if args.blocks:
+        title, calibration_only = f"PixArt-XL cut to {args.blocks} blocks, one prompt, 20 steps", True
+        model = pixart(args.blocks)
+    else:
+        adapter, _ = configured([f"model={args.model}"])
+        title, calibration_only = f"{args.model}, batch {args.batch}, {adapter.num_steps} steps", args.calibration
+        text = adapter.load_text_part()
+        embeds = [encode_prompt(adapter, text, "a small red circle moving left on a black background")] * args.batch
+        model = float_model(adapter, embeds)
+    stats, calibrating = calibrated(model, moments=False)  # observers leave nothing behind
     scratch = tempfile.TemporaryDirectory()
     runs = {
-        "float": runner_of(adapter, embeds, None, None),
+        "float": model.sample,
         "float, calibrating": calibrating,
-        "float, calibrating with moments": calibrated(adapter, embeds, moments=True)[1],
-        "float, calibrating, inputs of blocks": keeping(adapter, embeds, Path(scratch.name) / "inputs"),
+        "float, calibrating with moments": calibrated(model, moments=True)[1],
+        "float, calibrating, inputs of blocks": keeping(model, Path(scratch.name) / "inputs"),
     }
-    for name, overrides in SETTINGS.items() if not args.calibration else ():
-        runs[name] = runner_of(adapter, embeds, configured([f"model={args.model}", *overrides])[1], stats)
+    for name, overrides in SETTINGS.items() if not calibration_only else ():
+        setting = configured([f"model={args.model}", *overrides])[1]
+        runs[name] = quantized(float_model(adapter, embeds), setting, stats)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for repeat in range(args.repeats + 1):
         for name, run in runs.items():
@@ -134,10 +176,7 @@ def main() -> None:
             run()
             if repeat:  # the first round warms up
                 seconds[name].append((time.perf_counter() - start, time.process_time() - busy))
-    print(
-        f"{args.model}, batch {args.batch}, {adapter.num_steps} steps, {args.repeats} runs, "
-        f"{torch.get_num_threads()} threads"
-    )
+    print(f"{title}, {args.repeats} runs, {torch.get_num_threads()} threads")
     medians = {name: [statistics.median(v) for v in zip(*values, strict=True)] for name, values in seconds.items()}
     (base, busy_base) = medians["float"]
     for name, (median, busy) in medians.items():
