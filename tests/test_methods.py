@@ -134,7 +134,7 @@ def shrunk(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("name", "p"), [("q_diffusion", 2.4), ("ptq4dm", 2.0), ("ptq4dit", 2.4)])
 def test_reconstructing_methods(quantized, stats: CalibrationStats, name: str, p: float) -> None:
-    """Grids by L_p search; every weight down or up; an output error below that of nearest rounding."""
+    """Grids by L_p search, activations' on kept rows and extremes; weights down or up; less error than nearest."""
     weight, bias, linear, out = quantized(name)
     variant = linear.variants[0]
     weight, x = variant.chain.weight(weight), variant.chain.activation(inputs(500))
@@ -149,7 +149,9 @@ def test_reconstructing_methods(quantized, stats: CalibrationStats, name: str, p
     seen = variant.chain.activation(torch.stack([inputs(level) for level in LEVELS])).flatten(0, 2)
     error, before = (float(((weight - w) @ seen.T).square().sum()) for w in (codes, nearest))
     assert error < 0.95 * before
-    kept = variant.scheme.activation_ranges.rows_of(stats.segment("fc", 0.0, 1.0))
+    segment = stats.segment("fc", 0.0, 1.0)
+    rows = variant.scheme.activation_ranges.rows_of(segment)
+    kept = torch.cat([rows, segment.minimum[None], segment.maximum[None]])
     scale, zero = shrunk(variant.chain.activation(kept).flatten(), p)
     close(out, fake(x, scale, zero) @ codes.T + bias)
 

@@ -35,10 +35,11 @@ def test_all_rows_where_the_distribution_is_flat(stats: SegmentStats) -> None:
     assert torch.equal(NormalSteps(deviation=10.0).rows_of(stats), stats.rows)
 
 
-def test_the_grid_is_the_search_on_these_rows(stats: SegmentStats) -> None:
+def test_the_grid_is_the_search_on_these_rows_and_the_extremes(stats: SegmentStats) -> None:
     ranges = NormalSteps(mean=0.1, deviation=0.1)
     scale, zero_point = static_grid(Chain(), stats, SPEC, ranges, torch.empty(0))
-    wanted = LpSearch(2.0).fit(ranges.rows_of(stats).reshape(1, -1), SPEC)
+    values = torch.cat([ranges.rows_of(stats), torch.tensor([[1.0], [10.0]]).expand(2, 3)])
+    wanted = LpSearch(2.0).fit(values.reshape(1, -1), SPEC)
     assert (scale, zero_point) == tuple(part.flatten() for part in wanted)
     assert scale < static_grid(Chain(), stats, SPEC, LpSearch(2.0), torch.empty(0))[0]
 

@@ -149,13 +149,17 @@ def test_static_activations(spec, rotated, name):
     assert float((back - view).norm() / view.norm()) < 0.1
 
 
-def test_min_max_knows_more_than_the_kept_rows_unless_channels_mix():
+def test_extremes_count_beside_the_kept_rows_unless_channels_mix():
     x = torch.randn(4, 16, 32)
     x[3, 15, 4] = 100
     few = stats_of(x, 8)
     plain = static_grid(Chain(), few, QuantSpec(8, True), MinMax(), x)[0]
     assert float(plain) == pytest.approx(100 / 127)
-    assert float(static_grid(Chain(), few, QuantSpec(8, True), LpSearch(), x)[0]) < 5 / 127
+    assert float(static_grid(Chain(), few, QuantSpec(8, True), Percentile(), x)[0]) < 5 / 127
+    for searched in (LpSearch(), GridFit()):  # cutting it off would be an error of 95
+        assert 90 / 127 < float(static_grid(Chain(), few, QuantSpec(8, True), searched, x)[0]) <= 101 / 127
+    rotated = Chain([RotateSpec().fit(torch.zeros(1, 32), None, None)])
+    assert float(static_grid(rotated, few, QuantSpec(8, True), LpSearch(), x)[0]) < 5 / 127
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ class RangeSpec(NamedSpec):
     """Base of the descriptions of how a grid is laid over values; subclasses live in viditq.quant.ranges."""
 
     registry: ClassVar[Registry] = RANGES
+    counts_extremes: ClassVar[bool] = False  # whether a static activation's grid is fitted to its extremes too
 
     def fit(self, values_GE: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """float32 scale and zero point [G, 1] of `bits` and `symmetric` of `spec` for each row of values."""

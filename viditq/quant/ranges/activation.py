@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from viditq.quant import granularity
@@ -26,12 +27,16 @@ def static_grid(
     what bounds a sum of 1,152 channels from their extremes is an order of magnitude too wide; so behind it, and for
     all other ranges, the kept input rows go through the chain. A rotated channel, a sum of many, has light tails: its
     extremes over a few hundred rows are close to those over all, and what lies beyond is clipped.
+
+    A search by error (`counts_extremes`) takes the smallest and the largest value of each channel as two more rows:
+    what it has not seen it would cut off, which at 8 bits costs more than all rounding (2 dB on tiny_image).
     """
-    if isinstance(ranges, MinMax):
-        bounds = chain.bounds(stats.minimum.to(like.device), stats.maximum.to(like.device))
-        if bounds is not None:
-            return static_qparams(*bounds, spec)
+    bounds = chain.bounds(stats.minimum.to(like.device), stats.maximum.to(like.device))
+    if isinstance(ranges, MinMax) and bounds is not None:
+        return static_qparams(*bounds, spec)
     rows_nC = chain.activation(ranges.rows_of(stats).to(like.device).float())
+    if ranges.counts_extremes and bounds is not None:
+        rows_nC = torch.cat([rows_nC, torch.stack(bounds)])
     sets = granularity.activation_sets(rows_nC, spec.granularity, spec.group_size)
     scale, zero_point = ranges.fit(sets, spec)
     return (scale, zero_point) if spec.granularity == "group" else (scale.flatten(), zero_point.flatten())

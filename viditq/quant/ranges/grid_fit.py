@@ -27,6 +27,7 @@ class GridFit(RangeSpec):
     """At most `iterations` alternations from the best of 20 shrunk ranges; the squared error never grows."""
 
     name: ClassVar[str] = "grid_fit"
+    counts_extremes: ClassVar[bool] = True
 
     iterations: int = 20
 

@@ -26,6 +26,7 @@ class LpSearch(RangeSpec):
     """Ranges [f lo, f hi] with f = 1, 0.99, 0.98, ...: `num_shrinks` of them, compared by sum |x - x^|^p."""
 
     name: ClassVar[str] = "lp"
+    counts_extremes: ClassVar[bool] = True
 
     p: float = 2.4
     num_shrinks: int = 80
