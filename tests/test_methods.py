@@ -174,7 +174,7 @@ def test_q_dit(quantized, stats: CalibrationStats) -> None:
 
 def test_svdquant(quantized) -> None:
     """Smoothed; a branch of the rank takes the large part in float, groups of 64 the rest."""
-    weight, bias, linear, out = quantized("svdquant", "quant.low_rank=4", "quant.smoothing.aggregate=max")
+    weight, bias, linear, out = quantized("svdquant", "quant.low_rank=4")
     amax = torch.stack([inputs(level) for level in LEVELS]).flatten(0, 2).abs().amax(0)
     s = amax.sqrt() / weight.abs().amax(0).sqrt()
     variant = linear.variants[0]

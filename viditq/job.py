@@ -16,6 +16,7 @@ from viditq.models.text import PromptEmbeds
 from viditq.quant.artifact import META, MODEL, PLAN
 from viditq.quant.calibration import MOMENT_ROWS, MOMENT_SHARE
 from viditq.quant.plan import QuantPlan
+from viditq.quant.reconstruction.slots import LAYOUT
 from viditq.quant.search import SensitivitySearch
 from viditq.run_dir import Entry, RunDir, fingerprint, timed
 
@@ -76,7 +77,7 @@ class Job:
     def block_inputs(self) -> Entry:
         """Inputs of blocks, of a plan that learns roundings block by block."""
         e = self.experiment
-        key = {"blocks": [*e.plan.learned_blocks], "block_input_bytes": e.block_input_bytes}
+        key = {"blocks": [*e.plan.learned_blocks], "block_input_bytes": e.block_input_bytes, "layout": LAYOUT}
         return self._entry("block_inputs", {**self._calibration_key, **key})
 
     @property

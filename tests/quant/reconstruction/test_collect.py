@@ -10,6 +10,7 @@ from toy_blocks import BLOCKS, collect, run_batch, sample
 
 from viditq.errors import UserError
 from viditq.quant import BlockInputs, BlockStore
+from viditq.quant.noise_level import interval_of
 from viditq.quant.reconstruction.calls import Call, Stored, joined
 from viditq.quant.reconstruction.collect import finish
 from viditq.quant.reconstruction.selection import LEVELS, Item
@@ -91,7 +92,7 @@ def test_inputs_are_those_of_their_prompt_step_and_branch(denoiser: nn.Module, s
     items = store.items("blocks.1")
     assert len(items) == 24 * 4 * 2
     for branch in (0, 1):
-        item = next(i for i in items if i.seed == 3 and i.branch == branch and i.level == round(0.35 * LEVELS))
+        item = next(i for i in items if i.seed == 3 and i.branch == branch and i.level == int(0.35 * LEVELS))
         stored = store.load("blocks.1", item)
         torch.testing.assert_close(
             stored.tensors[0].float(), seen[0][2 * branch : 2 * branch + 2], rtol=2e-3, atol=2e-3
@@ -181,3 +182,12 @@ def test_bad_states_seeds_and_files(denoiser: nn.Module, tmp_path: Path, store: 
         store.load("blocks.0", item)
     with pytest.raises(UserError, match="is missing or damaged"):
         BlockStore(store.folder).load("blocks.0", item)
+
+
+@pytest.mark.parametrize("boundary", [0.1, 0.3, 0.6, 0.8, 0.9])
+def test_a_level_at_a_boundary_is_in_the_lower_segment(denoiser: nn.Module, tmp_path: Path, boundary: float) -> None:
+    inputs = BlockInputs(denoiser, BLOCKS, tmp_path, 2**20)
+    run_batch(denoiser, inputs, [1], [round(1000 * boundary)])
+    (item, *_) = inputs.store.present(BLOCKS[0])
+    assert boundary - 1e-6 < item.noise_level <= boundary
+    assert interval_of([0.0, boundary, 1.0], item.noise_level) == 0

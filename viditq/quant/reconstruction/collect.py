@@ -125,7 +125,7 @@ class BlockInputs:
         """Guidance stacks its branches, or calls the denoiser once for each."""
         branches, prompts = self._num_elements // len(self._seeds), len(self._seeds)
         branch = (self._calls[level] - 1) * branches + element // prompts
-        return Item(self._seeds[element % prompts], round(level * LEVELS), branch)
+        return Item(self._seeds[element % prompts], int(level * LEVELS), branch)
 
     def _select(self, block: str, call: Call, items: list[Item]) -> None:
         before = self._kept[block]

@@ -22,7 +22,10 @@ LEVELS = 2**24
 
 
 class Item(NamedTuple):
-    """One prompt's share of one call of a block: the prompt's seed, the noise level in 1 / 2^24, the branch."""
+    """One prompt's share of one call of a block: the prompt's seed, the noise level in 1 / 2^24, the branch.
+
+    The level is rounded down, so that one at a boundary stays in the lower bucket and segment, as everywhere else.
+    """
 
     seed: int
     level: int

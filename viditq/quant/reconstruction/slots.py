@@ -18,6 +18,7 @@ from zlib import crc32
 from viditq.files import atomic
 from viditq.quant.reconstruction.selection import Item
 
+LAYOUT = "slots-1"
 MAGIC = b"viditq01"
 START = struct.Struct("<8sQ")
 HEAD = struct.Struct("<IIqII")
@@ -75,7 +76,7 @@ class Slots:
 
     def _scan(self) -> None:
         with self.path.open("rb") as file:
-            magic, self._size = START.unpack(file.read(START.size).ljust(START.size))
+            magic, self._size = START.unpack(file.read(START.size).ljust(START.size, b"\0"))
             if magic != MAGIC or self._size < HEAD.size:
                 self._size = 0  # no file of ours: the first input writes a new one
                 return
