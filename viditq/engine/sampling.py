@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from viditq.engine.offload import offload_layers, offload_pipeline
 from viditq.engine.partials import Partial, Partials
+from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate
 from viditq.models.text import PromptEmbeds
@@ -80,7 +81,10 @@ class Accumulation(PipelineModule):
         before = partials.load(rank)
         self.done = before.done
         if before.state:
-            accumulator.load_state(before.state)
+            try:
+                accumulator.load_state(before.state)
+            except UserError as error:
+                raise UserError(f"{error}. Delete {partials.path(rank)} and run the command again.") from error
 
     def predict_step(self, batch: tuple[int, list[int]], batch_idx: int) -> None:
         """One batch through the sampling loop, without decoding."""

@@ -109,15 +109,11 @@ class Calibrator:
         """Continues from a `state()`; raises UserError when it was made with other layers or sizes."""
         mine, moments = self.stats.to_tensors(), set(of_moments(state))
         if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in state.items() if k not in moments}:
-            raise UserError(
-                "the saved calibration state has other layers or sizes than this model; delete it and calibrate again"
-            )
+            raise UserError("the saved calibration state has other layers or sizes than this model")
         for name, observer in self.stats.layers.items():
             for field in REDUCTIONS:
                 getattr(observer, field).copy_(state[f"{name}/{field}"])
-        loaded = Moments.from_tensors({key: state[key].clone() for key in moments})
-        loaded.to({name: linear.weight.device for name, linear in self._linears.items()})
-        self.stats.moments = loaded
+        self.stats.moments = Moments.from_tensors({key: state[key].clone() for key in moments})
 
     def __enter__(self) -> Calibrator:
         parts = denoisers_of(self._denoiser).values()

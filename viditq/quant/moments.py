@@ -44,6 +44,8 @@ class Moments:
             if layer not in self.sums:
                 num = rows_nC.shape[1]
                 self.sums[layer] = torch.zeros(num, num, device=rows_nC.device)
+            elif self.sums[layer].device != rows_nC.device:  # loaded before the model was moved
+                self.sums[layer] = self.sums[layer].to(rows_nC.device)
         self.sums[layer].addmm_(rows_nC.T, rows_nC, alpha=weight)
 
     def of(self, layer: str) -> Tensor:
@@ -68,10 +70,6 @@ class Moments:
                 )
         for leader, total in other.sums.items():
             self.sums[leader] = self.sums[leader] + total.to(self.sums[leader]) if leader in self.sums else total
-
-    def to(self, device_of: Mapping[str, torch.device]) -> None:
-        """Moves each sum to the device of its layer."""
-        self.sums = {leader: total.to(device_of[leader]) for leader, total in self.sums.items()}
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat state; the sums are not copied (they can be gigabytes)."""

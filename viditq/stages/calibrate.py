@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from viditq.engine.partials import PARTIAL, Partials, State
@@ -16,7 +15,7 @@ from viditq.job import Job
 from viditq.quant.calibration import Calibrator
 from viditq.quant.convert import linear_names
 from viditq.quant.observers import CalibrationStats
-from viditq.quant.reconstruction.collect import BlockInputs, finish
+from viditq.quant.reconstruction.collect import BlockInputs, finish, joined_states
 from viditq.quant.reconstruction.store import BlockStore
 from viditq.quant.reconstruction.together import Together, divided
 from viditq.run_dir import Entry
@@ -38,7 +37,7 @@ def observe(job: Job) -> None:
     """Leave the calibration statistics on disk, and the inputs of blocks where the plan asks for them."""
     if not missing(job):
         for entry in _entries(job).values():
-            job.sweep_up(entry, leftovers=PARTIAL)
+            job.sweep_up(entry, leftovers=f"**/{PARTIAL}")  # also of passes that wanted more than this entry
         return
     with _holding(job, [*_entries(job).values()]):
         wanted = missing(job)
@@ -80,7 +79,7 @@ def _partials_folder(job: Job, wanted: list[str]) -> Path:
 def merge_states(mine: State, theirs: State) -> State:
     """What two processes have gathered as one."""
     (stats, inputs), (other_stats, other_inputs) = divided(mine), divided(theirs)
-    merged: State = {key: torch.maximum(size, other_inputs[key]) for key, size in inputs.items()}
+    merged: State = joined_states(inputs, other_inputs)
     if stats:
         whole = CalibrationStats.from_tensors(stats)
         whole.merge(CalibrationStats.from_tensors(other_stats))

@@ -1,5 +1,6 @@
 """Inputs of blocks on disk: what is kept, how many bytes, in whatever order and after whatever interruptions."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from viditq.errors import UserError
 from viditq.quant import BlockInputs, BlockStore
 from viditq.quant.noise_level import interval_of
 from viditq.quant.reconstruction.calls import Call, Stored, joined
-from viditq.quant.reconstruction.collect import finish
+from viditq.quant.reconstruction.collect import finish, joined_states
 from viditq.quant.reconstruction.selection import LEVELS, Item
 from viditq.quant.reconstruction.store import INDEX
 
@@ -116,8 +117,7 @@ def test_neither_order_nor_batches_nor_processes_matter(denoiser: nn.Module, tmp
     for seeds, part in zip(pairs, [*parts, *parts], strict=True):
         run_batch(denoiser, part, seeds)
     one, other = (part.state() for part in parts)
-    largest = {key: torch.maximum(one[key], other[key]) for key in one}
-    finish(parts[0].store, 40_000, largest, 20)
+    finish(parts[0].store, 40_000, joined_states(one, other), 20)
     assert kept(tmp_path / "one") == kept(tmp_path / "reversed") == kept(tmp_path / "two")
 
 
@@ -168,7 +168,7 @@ def test_the_check_is_not_observed(denoiser: nn.Module, tmp_path: Path) -> None:
 def test_bad_states_seeds_and_files(denoiser: nn.Module, tmp_path: Path, store: BlockStore) -> None:
     inputs = BlockInputs(denoiser, BLOCKS, tmp_path / "new", 2**20)
     with pytest.raises(UserError, match="other blocks than this model's"):
-        inputs.load_state({"@largest/blocks.7": torch.tensor(3)})
+        inputs.load_state({"@inputs/blocks.7": torch.tensor([3, 1])})
     inputs.set_sample_seeds([0, 1, 2])
     with inputs, pytest.raises(UserError, match="does not fit 3 sample seeds"):
         denoiser(torch.randn(2, 2, 6, 8), torch.tensor([500, 500]), torch.randn(2, 3, 32))
@@ -191,3 +191,37 @@ def test_a_level_at_a_boundary_is_in_the_lower_segment(denoiser: nn.Module, tmp_
     (item, *_) = inputs.store.present(BLOCKS[0])
     assert boundary - 1e-6 < item.noise_level <= boundary
     assert interval_of([0.0, boundary, 1.0], item.noise_level) == 0
+
+
+@pytest.mark.parametrize("budget", [30_000, 2**20])
+@pytest.mark.parametrize("what", ["all", "one file", "half a file"])
+def test_inputs_that_went_missing_are_told(denoiser: nn.Module, tmp_path: Path, budget: int, what: str) -> None:
+    """Between the parts of an interrupted calibration, and between its end and the index."""
+    inputs = BlockInputs(denoiser, BLOCKS, tmp_path, budget)
+    for seeds in ([0, 1], [2, 3]):
+        run_batch(denoiser, inputs, seeds)
+    state, file = inputs.state(), inputs.store.path(BLOCKS[1])
+    BlockInputs(denoiser, BLOCKS, tmp_path, budget).load_state(state)  # nothing to say
+    if what == "all":
+        shutil.rmtree(tmp_path)
+    elif what == "one file":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"inputs of block blocks\.\d that an unfinished calibration has kept"):
+        BlockInputs(denoiser, BLOCKS, tmp_path, budget).load_state(state)
+    with pytest.raises(UserError, match=r"inputs of block blocks\.\d that an unfinished calibration has kept"):
+        finish(inputs.store, budget, state, 20)
+
+
+def test_another_way_to_take_a_call_apart_is_checked_too(denoiser: nn.Module, tmp_path: Path) -> None:
+    """A table as long as one batch is taken for one entry an element there, and would be cut."""
+    table = torch.randn(4, 32)
+    forward = denoiser.blocks[0].forward
+    denoiser.blocks[0].forward = lambda x, *args, table, **kwargs: forward(x + table.sum(), *args, **kwargs)
+    first = denoiser.blocks[0]
+    first.register_forward_pre_hook(lambda m, args, kwargs: (args, {**kwargs, "table": table}), with_kwargs=True)
+    inputs = BlockInputs(denoiser, BLOCKS, tmp_path, 2**20)
+    run_batch(denoiser, inputs, [0, 1, 2])  # six elements of two frames
+    with pytest.raises(UserError, match=r"blocks\.0 does not give for one element"):
+        run_batch(denoiser, inputs, [3])  # two of two

@@ -305,3 +305,35 @@ def test_without_inputs(denoiser: nn.Module, stats: CalibrationStats) -> None:
 def test_bad_settings(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("high", [None, LayerScheme(None, A8)], ids=["float", "weights in float"])
+def test_a_segment_in_float_has_nothing_to_learn(
+    denoiser: nn.Module, stats: CalibrationStats, store: BlockStore, high: LayerScheme | None
+) -> None:
+    schemes = {"low": LayerScheme(W4, A8, rounding=QUICK), **({} if high is None else {"high": high})}
+    names = [n for n in linear_names(denoiser) if n.startswith("blocks")]
+    plan = QuantPlan((0, 0.5, 1), schemes, {name: ("low", None if high is None else "high") for name in names})
+    records: list[dict[str, Any]] = []
+    quantize_denoiser(denoiser, plan, stats, reconstruct=BlockReconstruction(store, CPU, records.append))
+    assert all(record["errors"]["block"] < record["errors"]["nearest"] for record in records)
+    assert [record["steps"] for record in records] == [60, 60]
+
+
+def test_learning_that_diverges_leaves_what_was_better(
+    denoiser: nn.Module, stats: CalibrationStats, store: BlockStore
+) -> None:
+    wild = replace(QUICK, learn_activation_scale=True, learning_rate=1e4)
+    _, records = quantized(denoiser, stats, store, wild, activation=STATIC)
+    assert all("block" not in record["errors"] and record["kept"] == "layers" for record in records)
+
+
+def test_a_budget_that_leaves_a_segment_without_inputs(
+    denoiser: nn.Module, stats: CalibrationStats, tmp_path: Path
+) -> None:
+    few = collect(denoiser, tmp_path, [range(4)], 9_000)
+    how = {"segments": (0, 0.2, 0.5, 0.8, 1), "smoothing": SmoothSpec((0.1, 0.3, 0.5, 0.7), per_segment=True)}
+    with pytest.raises(
+        UserError, match=r"block_input_bytes let \d of 32 inputs of block blocks\.0 .* Learning takes at"
+    ):
+        quantized(denoiser, stats, few, QUICK, **how)

@@ -154,16 +154,19 @@ class Stored:
 
 
 def joined(
-    parts: Sequence[tuple[Stored, Tensor]], dtype: torch.dtype, device: torch.device
+    parts: Sequence[tuple[Stored, Tensor]], dtype: torch.dtype | None, device: torch.device
 ) -> tuple[list[Any], dict[str, Any]]:
-    """args and kwargs of one call with these rows of shares that go together; floating tensors as `dtype`."""
+    """args and kwargs of one call with these rows of shares that go together; floating tensors as `dtype`.
+
+    None: each in the dtype that the block was given.
+    """
     first = parts[0][0]
     tensors = []
     for i, (kind, name) in enumerate(first.entries):
         pieces = [first.tensors[i]] if kind == SHARED else [stored.part(i, rows) for stored, rows in parts]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat([p.to(pieces[0].dtype) for p in _widened(pieces)])
         original: torch.dtype = getattr(torch, name)
-        tensors.append(tensor.to(device, dtype if original.is_floating_point else original))
+        tensors.append(tensor.to(device, dtype if dtype is not None and original.is_floating_point else original))
     args, kwargs = (_put_together(part, lambda i: tensors[i]) for part in first.structure)
     return args, kwargs
 

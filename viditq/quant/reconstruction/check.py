@@ -24,13 +24,12 @@ def check_alone(block: str, module: nn.Module, share: Share, output: Any) -> Non
     if any(hasattr(part, "_hf_hook") for part in module.modules()):
         return
     alone = _without_hooks(module)
-    like = next(module.parameters())
     stored = Stored.of(share.tensors, share.meta)
-    args, kwargs = joined([(stored, torch.arange(stored.rows))], like.dtype, like.device)
+    args, kwargs = joined([(stored, torch.arange(stored.rows))], None, next(module.parameters()).device)
     try:
         found = outputs(alone(*args, **kwargs))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise _refusal(block) from error
+        raise _refusal(block, f" ({error})") from error
     pairs = [*zip(found, outputs(output), strict=False)]
     if len(found) != len(outputs(output)) or not all(_agree(one, whole) for one, whole in pairs):
         raise _refusal(block)
@@ -51,8 +50,8 @@ def _agree(one: Tensor, whole: Tensor) -> bool:
     return first.shape == one.shape and bool((one.float() - first).norm() <= TOLERANCE * first.norm())
 
 
-def _refusal(block: str) -> UserError:
+def _refusal(block: str, cause: str = "") -> UserError:
     return UserError(
-        f"block {block} does not give for one element of a batch what it gives for it in the batch, so that it cannot "
-        "be reconstructed on inputs kept one by one. Use quant/rounding=adaround, which goes layer by layer."
+        f"block {block} does not give for one element of a batch what it gives for it in the batch{cause}, so that it "
+        "cannot be reconstructed on inputs kept one by one. Use quant/rounding=adaround, which goes layer by layer."
     )

@@ -24,7 +24,7 @@ from viditq.quant.reconstruction.selection import LEVELS, Item, ranked
 from viditq.quant.reconstruction.slots import START, slot_size
 from viditq.quant.reconstruction.store import BlockStore, encoded, room
 
-PREFIX = "@largest/"  # no module has such a name
+PREFIX = "@inputs/"  # no module has such a name
 
 
 class BlockInputs:
@@ -54,7 +54,10 @@ class BlockInputs:
         self._kept = {block: self.store.present(block) for block in self.blocks}
         self._largest = dict.fromkeys(self.blocks, 0)
         self._sizes: dict[Any, int] = {}
-        self._checked: dict[str, Share | None] = {}  # element 0 of a block's first call, until its output is there
+        self._seen = dict.fromkeys(self.blocks, 0)
+        self._batch: dict[str, set[Item]] = {block: set() for block in self.blocks}  # what of `seen` is of this batch
+        self._checked: set[tuple[Any, ...]] = set()  # blocks, and how tensors belonged to elements
+        self._unchecked: dict[str, Share] = {}  # element 0 of a call, until its output is there
         self._seeds: list[int] = []
         self._num_elements = 0
         self._calls: Counter[float] = Counter()  # of the denoiser, at each noise level, for these prompts
@@ -64,16 +67,20 @@ class BlockInputs:
         """One whole number per prompt of the coming batch, the same whenever that prompt is sampled."""
         self._seeds = list(seeds)
         self._calls.clear()
+        for items in self._batch.values():
+            items.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """The largest input of each block, as flat tensors; two states are joined by the maximum."""
-        return {f"{PREFIX}{block}": torch.tensor(size) for block, size in self._largest.items()}
+        """Of each block: bytes of its largest input, number of inputs seen; `joined_states` adds two states up."""
+        return {f"{PREFIX}{b}": torch.tensor([self._largest[b], self._seen[b]]) for b in self.blocks}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continues from a `state()`; raises UserError when it is of other blocks."""
+        """Continues from a `state()`; raises UserError when it is of other blocks, or its inputs are gone."""
         if state.keys() != self.state().keys():
-            raise UserError("the saved state is of other blocks than this model's; delete it and calibrate again")
-        self._largest = {block: int(state[f"{PREFIX}{block}"]) for block in self.blocks}
+            raise UserError("the saved state is of other blocks than this model's")
+        for block in self.blocks:
+            self._largest[block], self._seen[block] = state[f"{PREFIX}{block}"].tolist()
+        check_present(self.store, self.budget, state)
 
     def __enter__(self) -> BlockInputs:
         parts = denoisers_of(self._denoiser).values()
@@ -106,17 +113,20 @@ class BlockInputs:
             self._largest[block] = max(self._largest[block], self._size(call))
             if not room(self._share, self._largest[block]):
                 self._refuse(block)
-            if block not in self._checked:
-                self._checked[block] = call.share(0)
-            self._select(block, call, [self._item(element, level) for element in range(self._num_elements)])
+            if (block, *call.kinds) not in self._checked:
+                self._checked.add((block, *call.kinds))
+                self._unchecked[block] = call.share(0)
+            items = [self._item(element, level) for element in range(self._num_elements)]
+            self._seen[block] += len({*items} - self._batch[block])
+            self._batch[block] |= {*items}
+            self._select(block, call, items)
 
         return keep
 
     def _check(self, block: str) -> Any:
         def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            share = self._checked[block]
-            if share is not None:  # the first call
-                self._checked[block] = None
+            share = self._unchecked.pop(block, None)
+            if share is not None:
                 check_alone(block, module, share, output)
 
         return check
@@ -156,13 +166,35 @@ class BlockInputs:
         )
 
 
-def finish(store: BlockStore, budget: int, largest: Mapping[str, Tensor], num_buckets: int) -> dict[str, Any]:
-    """Write the index; largest: the joined state of all processes. UserError for a block that was never called."""
-    sizes = {key.removeprefix(PREFIX): int(size) for key, size in largest.items()}
-    silent = [block for block, size in sizes.items() if not size]
+def joined_states(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What two processes, or two parts of a pass, have seen."""
+    return {
+        key: torch.stack([torch.maximum(state[0], theirs[key][0]), state[1] + theirs[key][1]])
+        for key, state in mine.items()
+    }
+
+
+def check_present(store: BlockStore, budget: int, state: Mapping[str, Tensor]) -> None:
+    """Raises UserError if inputs that must have been kept are not there: files were deleted or damaged."""
+    for key, (size, seen) in ((key, value.tolist()) for key, value in state.items()):
+        block = key.removeprefix(PREFIX)
+        wanted, found = min(seen, room(budget // len(state), size)) if size else 0, len(store.present(block))
+        if found < wanted:
+            raise UserError(
+                f"{store.folder} holds {found} of the {wanted} inputs of block {block} that an unfinished calibration "
+                "has kept: files were deleted or damaged"
+            )
+
+
+def finish(store: BlockStore, budget: int, state: Mapping[str, Tensor], num_buckets: int) -> dict[str, Any]:
+    """Write the index; state: the joined one of all processes. UserError for a block that was never called."""
+    numbers = {key.removeprefix(PREFIX): value.tolist() for key, value in state.items()}
+    silent = [block for block, (size, _) in numbers.items() if not size]
     if silent:
         raise UserError(
             f"block {silent[0]} was never called as a module, so that it has no inputs to reconstruct it on. Use "
             "quant/rounding=adaround, which goes layer by layer."
         )
-    return store.finish(budget, sizes, num_buckets)
+    store.reread()
+    check_present(store, budget, state)
+    return store.finish(budget, numbers, num_buckets)

@@ -12,6 +12,8 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from viditq.errors import UserError
 from viditq.files import is_whole, read_json, write_json, write_tensors
 from viditq.quant.linear import QuantLinear, Variant
 from viditq.quant.noise_level import interval_of
@@ -111,17 +114,19 @@ class _Learning:
         self.soft.to(how.device)
         self.weights = soft_weights(self.soft)
         self.problems = self._problems()
+        self.learnable = [p for p in self.problems if p.unit > 0 and self._learns(p.segment)]
 
     def run(self) -> dict[str, Any]:
         """Everything; returns the record."""
         steps = self.spec.iterations * max(len(self._sets()), 1)
         errors, start = {"nearest": self._error(NEAREST)}, list[Tensor]()
-        if any(problem.unit for problem in self.problems):
+        if self.learnable:
             self._start()
             errors["layers"] = self._error(LEARNED)
             start = [weight.soft.detach().clone() for weight in self.weights]
             self._descend(steps)
             errors["block"] = self._error(LEARNED)
+        errors = {kept: error for kept, error in errors.items() if isfinite(error)}  # learning can diverge
         best = min(errors, key=lambda kept: errors[kept])
         if best == "layers":
             self._go_back(start)
@@ -158,7 +163,7 @@ class _Learning:
     def _sets(self) -> set[tuple[int, ...]]:
         """Combinations of weights that segments compute with."""
         return {
-            tuple(id(linear.variant_of(p.segment).weight) for linear in self.linears.values()) for p in self.problems
+            tuple(id(linear.variant_of(p.segment).weight) for linear in self.linears.values()) for p in self.learnable
         }
 
     def _problems(self) -> list[_Problem]:
@@ -169,7 +174,23 @@ class _Learning:
             key = tuple(id(linear.variant_of(segment)) for linear in self.linears.values())
             segments.setdefault(key, segment)
             alike.setdefault(key, []).append(item)
+        self._check_enough({key: len(items) for key, items in alike.items()})
         return [self._problem(segments[key], items) for key, items in alike.items()]
+
+    def _learns(self, segment: int) -> bool:
+        return any(linear.variant_of(segment).weight is not None for linear in self.linears.values())
+
+    def _check_enough(self, counts: Mapping[tuple[Any, ...], int]) -> None:
+        """Raises UserError if the budget left a segment with roundings of its own fewer than two inputs."""
+        kept, seen = sum(counts.values()), self.how.store.index["seen"][self.block]
+        for segment, (lo, hi) in enumerate(pairwise(self.plan.edges)):
+            count = counts.get(tuple(id(linear.variant_of(segment)) for linear in self.linears.values()), 0)
+            if count < 2 and kept < seen and self._learns(segment):
+                raise UserError(
+                    f"calibration.block_input_bytes let {kept} of {seen} inputs of block {self.block} be kept, {count} "
+                    f"of them at noise levels {lo:g} to {hi:g}, which have roundings of their own. Learning takes at "
+                    "least 2: give more bytes."
+                )
 
     def _problem(self, segment: int, items: list[Item]) -> _Problem:
         how, tokens = self.how, self.spec.tokens
@@ -211,7 +232,7 @@ class _Learning:
         self.position.rounding, self.position.activations = SOFT, True
         with torch.enable_grad():
             for step in range(steps):
-                problem = self.problems[step % len(self.problems)]
+                problem = self.learnable[step % len(self.learnable)]
                 self.position.segment = problem.segment
                 optimizer.zero_grad(set_to_none=True)
                 batch = problem.batches.draw()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,7 @@ class BlockStore:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """What `finish` wrote: {"budget": bytes, "bytes": of all files, "blocks": {block: names of its items}}."""
+        """What `finish` wrote: {"budget": bytes, "bytes": of all, "seen": {block: count}, "blocks": {block: names}}."""
         found: dict[str, Any] = read_json(self.folder / INDEX)
         return found
 
@@ -83,20 +83,24 @@ class BlockStore:
         """What is there now, finished or not, whoever wrote it."""
         return {item for writer in self._writers(block) for item in self.slots(block, writer)}
 
-    def finish(self, budget: int, largest: Mapping[str, int], num_buckets: int) -> dict[str, Any]:
+    def reread(self) -> None:
+        """Forget what files held: other writers have added to them meanwhile."""
+        self._slots.clear()
+
+    def finish(self, budget: int, numbers: Mapping[str, Sequence[int]], num_buckets: int) -> dict[str, Any]:
         """Leave of each block one file with what one process would have kept, and write the index.
 
-        largest: block -> bytes of a slot. Files that other writers have added to meanwhile are read anew.
+        numbers: block -> bytes of a slot, inputs seen.
         """
-        self._slots.clear()
-        share, blocks, total = budget // len(largest), {}, 0
-        for block, size in largest.items():
+        share, blocks, total = budget // len(numbers), {}, 0
+        for block, (size, _) in numbers.items():
             kept = ranked(block, self.present(block), num_buckets)[: room(share, size)]
             blocks[block] = [item.name for item in kept]
             self._gather(block, kept, size)
             total += self.path(block).stat().st_size
         self.__dict__.pop("index", None)
-        write_json(self.folder / INDEX, {"budget": budget, "bytes": total, "blocks": blocks})
+        seen = {block: count for block, (_, count) in numbers.items()}
+        write_json(self.folder / INDEX, {"budget": budget, "bytes": total, "seen": seen, "blocks": blocks})
         return self.index
 
     def _gather(self, block: str, kept: list[Item], size: int) -> None:
