@@ -106,7 +106,7 @@ def test_smoothing_composes(name: str, configure: Configure) -> None:
 
 @pytest.mark.parametrize("name", options("quant/rounding"))
 def test_rounding_composes(name: str, configure: Configure) -> None:
-    schemes = build(configure(f"quant/rounding={name}", "name=x")).plan.schemes.values()
+    schemes = build(configure("quant=w8a8_naive", f"quant/rounding={name}", "name=x")).plan.schemes.values()
     assert {scheme.rounding.name for scheme in schemes} == {name.removesuffix("_lsq")}
 
 

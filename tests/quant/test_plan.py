@@ -64,6 +64,12 @@ def test_segments_must_tile_the_unit_interval(edges):
         ({"edges": [0, 1]}, "layer a names 2 schemes for 1 segments"),
         ({"layers": {"a": ["w4", None]}}, "layer a names the unknown scheme 'w4'; close names: w4a8, w8"),
         ({"layers": {"a": "w8"}}, "must list one scheme per segment"),
+        ({"layers": {"a": [5]}}, "must list one scheme per segment"),
+        ({"layers": {"a": [["w8"]]}}, "must list one scheme per segment"),
+        (
+            {"schemes": {"w8": {**W8.to_dict(), "transforms": None}}},
+            "transforms of a LayerScheme must be a list, got None",
+        ),
         ({"layers": []}, "'layers' must be a mapping"),
         ({"schemes": {"w8": {"weight": None}}}, "lacks the field 'activation'"),
     ],

@@ -1,7 +1,7 @@
 import pytest
 
 from viditq.errors import UserError
-from viditq.quant import Gptq, LpSearch, QuantSpec, Recipe, RotateSpec, Rule, SmoothSpec
+from viditq.quant import BlockAdaRound, Gptq, LpSearch, QuantSpec, Recipe, RotateSpec, Rule, SmoothSpec
 
 NAMES = ["blocks.0.attn1.to_q", "blocks.0.attn1.to_k", "blocks.0.ff.net.2", "blocks.1.attn1.to_q", "proj_out"]
 W4 = QuantSpec(4, granularity="channel")
@@ -53,11 +53,13 @@ def test_several_transforms_in_order(smoothing):
 
 
 def test_rounding_ranges_and_rank_reach_every_scheme():
-    recipe = Recipe(W4, A8, rounding=Gptq(0.02), ranges=LpSearch(2), activation_ranges="percentile", low_rank=4)
-    plan = recipe.with_rules([Rule("proj_out", low_rank=2)]).resolve(NAMES)
+    static = QuantSpec(8)
+    recipe = Recipe(W4, static, rounding=Gptq(0.02), ranges=LpSearch(2), activation_ranges="percentile", low_rank=4)
+    plan = recipe.with_rules([Rule("proj_out", low_rank=2), Rule("*.to_k", low_rank=0)]).resolve(NAMES)
     scheme = plan.scheme("blocks.0.attn1.to_q", 0)
     assert (scheme.rounding, scheme.ranges, scheme.activation_ranges.name) == (Gptq(0.02), LpSearch(2), "percentile")
     assert (scheme.low_rank, plan.scheme("proj_out", 0).low_rank) == (4, 2)
+    assert plan.scheme("blocks.0.attn1.to_k", 0).low_rank is None
     assert plan.moment_layers == NAMES and plan.needs_stats
     assert Recipe(W4, A8, RotateSpec()).resolve(NAMES).moment_layers == []
     assert not Recipe(W4, A8, RotateSpec()).resolve(NAMES).needs_stats
@@ -124,3 +126,34 @@ def test_alpha_outside_the_unit_interval(alpha):
 def test_bad_input_is_refused_before_there_is_a_model(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": A8, "rounding": "gptq"}, "rounding=gptq changes nothing here: it is about quantized weights"),
+        ({"activation": A8, "ranges": "lp"}, "ranges=lp changes nothing here: it is about quantized weights"),
+        (
+            {"weight": W4, "activation": A8, "activation_ranges": "lp"},
+            "activation_ranges=lp .* about static activations",
+        ),
+        ({"weight": W4, "activation_ranges": "lp"}, "activation_ranges=lp .* about static activations"),
+        (
+            {"weight": W4, "activation": A8, "rounding": BlockAdaRound(learn_activation_scale=True)},
+            "rounding.learn_activation_scale=true changes nothing here",
+        ),
+    ],
+)
+def test_settings_of_what_stays_in_float_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Recipe(**settings)
+
+
+def test_a_rule_alone_can_use_a_setting():
+    recipe = Recipe(None, None, rounding="gptq", rules=[Rule("proj_out", weight=W4)])
+    assert recipe.resolve(NAMES).moment_layers == ["proj_out"]
+
+
+def test_keep_float_is_true_or_false():
+    with pytest.raises(UserError, match="keep_float must be true or false, got 'yes'"):
+        Rule("proj_out", keep_float="yes")

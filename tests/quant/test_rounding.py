@@ -164,3 +164,11 @@ def test_moments_go_through_the_chain():
 def test_bad_input(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_gptq_says_that_the_damping_is_too_small():
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 64), torch.randn(8, 64)  # fewer rows than inputs
+    rounded(Gptq(0.01), weight, x, QuantSpec(4, granularity="channel"))
+    with pytest.raises(UserError, match="so small a damping"):
+        rounded(Gptq(1e-12), weight, x, QuantSpec(4, granularity="channel"))

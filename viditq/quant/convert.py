@@ -58,7 +58,9 @@ def quantize_denoiser(
     in a weight, group sizes that do not divide, schemes the backend cannot run.
     """
     if plan.needs_stats and stats is None:
-        raise UserError("this plan needs calibration statistics (static activations or smoothing); calibrate first")
+        raise UserError(
+            "this plan needs calibration statistics (for static activations, smoothing or rounding); calibrate first"
+        )
     chosen = get_backend(backend)
     linears, segments = _checked_linears(denoiser, plan, chosen), stand_ins(denoiser, plan, stats)
     learned = plan.learned_blocks

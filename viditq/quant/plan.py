@@ -171,7 +171,7 @@ class QuantPlan:
             if not isinstance(kwargs[field], dict):
                 raise UserError(f"the plan's field {field!r} must be a mapping, got {kwargs[field]!r}")
         for layer, names in kwargs["layers"].items():
-            if not isinstance(names, list):
+            if not isinstance(names, list) or not all(name is None or isinstance(name, str) for name in names):
                 raise UserError(f"layer {layer} of the plan must list one scheme per segment, got {names!r}")
         schemes = {name: LayerScheme.from_dict(scheme) for name, scheme in kwargs["schemes"].items()}
         return cls(kwargs["edges"], schemes, kwargs["layers"])

@@ -14,6 +14,8 @@ from viditq.quant.scheme import LayerScheme, QuantSpec
 from viditq.quant.specs import RangeSpec, RoundingSpec, TransformSpec
 from viditq.quant.strict import strict_kwargs
 
+WEIGHTS = ("quantized weights", "Leave it out, or give weight a format.")
+STATIC = ("static activations", "Leave it out, or choose a static format for activation.")
 Smoothing = TransformSpec | Sequence[TransformSpec] | Mapping[str, TransformSpec] | None
 
 
@@ -22,7 +24,7 @@ class Rule:
     """An exception for the Linears whose name matches the glob `pattern` (`*` also crosses dots).
 
     weight, activation, smoothing (one transform or several), low_rank replace the recipe's own (None = as in the
-    recipe); keep_float leaves them alone.
+    recipe; low_rank=0 takes the branch away); keep_float leaves them alone.
     """
 
     pattern: str
@@ -35,6 +37,8 @@ class Rule:
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise UserError(f"a rule needs a pattern such as '*.attn1.*', got {self.pattern!r}")
+        if not isinstance(self.keep_float, bool):
+            raise UserError(f"rule {self.pattern!r}: keep_float must be true or false, got {self.keep_float!r}")
         if self.smoothing is not None:
             object.__setattr__(self, "smoothing", _as_chain(self.smoothing))
         names = ("weight", "activation", "smoothing", "low_rank")
@@ -98,9 +102,24 @@ class Recipe:
         self.low_rank = low_rank
         self.edges = check_edges(segments)
         self.rules = tuple(_as_rule(rule) for rule in rules)
-        self._schemes(None)  # what can be checked without a model fails here
-        for rule in self.rules:
-            self._schemes(rule)
+        schemes = [
+            self._schemes(rule) for rule in (None, *self.rules)
+        ]  # what can be checked without a model fails here
+        self._check_used([scheme for of_rule in schemes for scheme in of_rule or []])
+
+    def _check_used(self, schemes: Sequence[LayerScheme]) -> None:
+        """Raises UserError for a setting of what these schemes leave in float, or scale anew for each token."""
+        weights = any(scheme.weight for scheme in schemes)
+        static = any(scheme.static_activation for scheme in schemes)
+        learned, seen = getattr(self.rounding, "learn_activation_scale", False), self.activation_ranges
+        for setting, idle, (what, remedy) in (
+            (f"rounding={self.rounding.name}", self.rounding.name != "nearest" and not weights, WEIGHTS),
+            (f"ranges={self.ranges.name}", self.ranges.name != "min_max" and not weights, WEIGHTS),
+            (f"activation_ranges={seen.name}", seen.name != "min_max" and not static, STATIC),
+            ("rounding.learn_activation_scale=true", learned and not static, STATIC),
+        ):
+            if idle:
+                raise UserError(f"{setting} changes nothing here: it is about {what}. {remedy}")
 
     def with_rules(self, rules: Sequence[Rule]) -> Recipe:
         """This recipe with `rules` in place of its own."""
@@ -114,7 +133,7 @@ class Recipe:
         weight = (rule and rule.weight) or self.weight
         activation = (rule and rule.activation) or self.activation
         smoothing = self.smoothing if rule is None or rule.smoothing is None else _as_chain(rule.smoothing)
-        low_rank = (rule and rule.low_rank) or self.low_rank
+        low_rank = (self.low_rank if rule is None or rule.low_rank is None else rule.low_rank) or None
         if weight is None and activation is None:
             if smoothing and (rule is not None or not self.rules):
                 raise UserError(

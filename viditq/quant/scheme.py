@@ -186,5 +186,7 @@ class LayerScheme:
         for side in ("weight", "activation"):
             if kwargs[side] is not None:
                 kwargs[side] = QuantSpec.from_dict(kwargs[side])
+        if not isinstance(kwargs["transforms"], list):
+            raise UserError(f"transforms of a LayerScheme must be a list, got {kwargs['transforms']!r}")
         kwargs["transforms"] = tuple(TransformSpec.from_dict(t) for t in kwargs["transforms"])
         return cls(**kwargs)

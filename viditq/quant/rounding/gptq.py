@@ -75,7 +75,12 @@ def inverse_root(moments_CC: Tensor) -> Tensor:
     """Upper triangular U with H^-1 = U^T U, without forming H^-1: U = R^-1 where H = R R^T, R upper triangular."""
     root, failed = torch.linalg.cholesky_ex(moments_CC.flip(0, 1))
     if failed:  # rounding of float32 sums can cost the last of positive definiteness
-        root = torch.linalg.cholesky(moments_CC.double().flip(0, 1))
+        root, failed = torch.linalg.cholesky_ex(moments_CC.double().flip(0, 1))
+    if failed:
+        raise UserError(
+            "GPTQ cannot invert the second moments of a layer: its inputs are too alike for so small a damping "
+            "(quant.rounding.damping). Give 0.01, or ten times what was given."
+        )
     eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
     return torch.linalg.solve_triangular(root.flip(0, 1), eye, upper=True).float()
 
