@@ -146,6 +146,21 @@ def test_workers_end_with_the_command_that_started_them(running: subprocess.Pope
     assert len(gone) == 2 and not alive
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends processes whose parent is gone only on Linux")
+def test_a_worker_whose_launcher_is_gone_before_it_can_ask_ends_too(tmp_path: Path) -> None:
+    arguments = [tmp_path / "config.yaml", tmp_path, "1000000000"]  # no such process
+    done = subprocess.run(
+        [sys.executable, "-m", "viditq.worker", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1 and "the launcher of this process is gone" in done.stderr
+
+
 def test_bad_input_is_refused_before_processes_start(shrunk: list[str], tmp_path: Path) -> None:
     arguments = command(shrunk, tmp_path, "trainer=ddp_cpu", "seed=-1")
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)

@@ -1,6 +1,7 @@
-"""One of the processes that `launch` starts: `python -m viditq.worker CONFIG FOLDER`."""
+"""One of the processes that `launch` starts: `python -m viditq.worker CONFIG FOLDER LAUNCHER`."""
 
 import ctypes
+import os
 import signal
 import sys
 from functools import partial
@@ -28,6 +29,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
 if __name__ == "__main__":
     if sys.platform == "linux":  # a launcher that is killed cannot stop its processes, so the system does
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(sys.argv[3]):
+            sys.exit("the launcher of this process is gone")  # killed before this process could ask for the above
     config = OmegaConf.load(sys.argv[1])
     assert isinstance(config, DictConfig)
     work = partial(run, config, Path(sys.argv[2]))

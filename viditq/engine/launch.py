@@ -55,7 +55,7 @@ def launch(config: str, folder: Path, count: int) -> None:
         file = Path(temporary) / "config.yaml"
         file.write_text(config)
         try:
-            elastic_launch(setting, sys.executable)("-m", "viditq.worker", str(file), str(folder))
+            elastic_launch(setting, sys.executable)("-m", "viditq.worker", str(file), str(folder), str(os.getpid()))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode >= 0:
