@@ -2,7 +2,7 @@
 
 python scripts/search_plan.py experiment=w4a8_mp_search
 python scripts/search_plan.py experiment=w4a8_mp_search --weight-bits 4.5 5 6 --out outputs/plans
-python run.py quant/policy=plan_file quant.policy.path=outputs/plans/tiny_video/weight_bits=5/plan.json
+python run.py quant/policy=plan_file quant.policy.path=outputs/plans/tiny_video/weight_bits_5/plan.json
 
 Overrides are those of run.py. Each budget leaves plan.json, search.json and sensitivity.png in a folder of its own;
 quality against bits of all of them is printed and drawn (budget_curve.png), measured on the search's prompts.
@@ -38,7 +38,7 @@ def search_all(overrides: list[str], budgets: list[float], out: Path) -> None:
     for bits in budgets or [None]:  # type: ignore[list-item]
         budget = [] if bits is None else [f"quant.policy.budget.weight_bits={bits:g}"]
         cfg = configured([*overrides, *budget, "quant.policy.curve=[0]"])
-        folder = out / cfg.model.name / ("plan" if bits is None else f"weight_bits={bits:g}")
+        folder = out / cfg.model.name / ("plan" if bits is None else f"weight_bits_{bits:g}")
         run(cfg, folder)
         found = read_json(folder / "search.json")
         points += found["curve"]

@@ -243,5 +243,5 @@ def test_search_plan_script(
     assert done.value.code == 0
     table = capsys.readouterr().out.splitlines()[-4:]
     assert [line.split("|")[1].strip()[0] for line in table if line.startswith("| ")][-2:] == ["5", "6"]
-    assert (tmp_path / "tiny_image" / "weight_bits=6" / "plan.json").is_file()
+    assert (tmp_path / "tiny_image" / "weight_bits_6" / "plan.json").is_file()
     assert (tmp_path / "tiny_image" / "budget_curve.png").is_file()

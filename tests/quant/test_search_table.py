@@ -31,7 +31,7 @@ def test_what_is_generated() -> None:
     by_group = to_measure(proxy, "pruned", 0.02, rivals=lambda c: c.group)  # b against b alone
     assert {c.group for c in by_group} == {"a", "b"} and {c.bits for c in by_group} == {4}
     one_width = {c: p for c, p in proxy.items() if c.side == "weight" or c.bits == 5}
-    assert {c.side for c in to_measure(one_width, "pruned", 0.0)} == {"weight"}
+    assert {c.side for c in to_measure(one_width, "pruned", 0.0, fixed=["activation"])} == {"weight"}
 
 
 def test_other_widths_follow_the_proxy() -> None:

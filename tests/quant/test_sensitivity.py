@@ -17,6 +17,7 @@ from viditq.quant.candidates import (
     check_choices,
     groups_of,
 )
+from viditq.quant.context import StepContext
 from viditq.quant.proxy import OneStep, errors_on_rows, proxies
 from viditq.quant.scheme import QuantSpec
 from viditq.quant.sensitivity import Replay, Swapper
@@ -99,6 +100,29 @@ def test_replay_computes_only_from_the_candidates_segment_on(
         sampled(denoiser, (950, 650))
     assert len(calls) == 2
     assert torch.equal(sampled(denoiser), exact)
+
+
+def test_replay_tells_guidance_branches_and_lists_apart() -> None:
+    """Same latents with another prompt, as pipelines call that guide in two calls; and latents in lists."""
+
+    class Guided(nn.Module):
+        def forward(self, latents: list[Tensor], timestep: Tensor, text: dict[str, Tensor]) -> Tensor:
+            return latents[0] * text["prompt"].sum() + timestep
+
+    denoiser = Guided()
+    context = StepContext((0, 0.5, 1))
+    replay = Replay(denoiser, context)
+    latents, texts = [torch.randn(1, 3)], [torch.ones(2), -torch.ones(2) * 3]
+
+    def both() -> list[Tensor]:
+        return [denoiser(latents, torch.tensor([900]), {"prompt": text}) for text in texts]
+
+    attachment = context.attach(denoiser)
+    with replay.recording():
+        exact = both()
+    with replay.skipping(0.5):
+        assert all(map(torch.equal, both(), exact))
+    attachment.remove()
 
 
 def test_errors_on_calibration_rows(denoiser: nn.Module, group: Group, calibrated: Callable) -> None:

@@ -88,7 +88,11 @@ class Probing(PipelineModule):
         if not hasattr(metric, "scores"):
             raise UserError(f"quant.policy.metrics.{name} has no score per prompt; choose one that has, such as ssim.")
         triples = zip(self.batches, clips, self.floats, strict=True)
-        batches = [EvalBatch(c, f, [self.prompts[i] for i in b], torch.tensor(b)) for b, c, f in triples]
+        device = self.device  # the metric's; clips are kept on the CPU
+        batches = [
+            EvalBatch(c.to(device), f.to(device), [self.prompts[i] for i in b], torch.tensor(b, device=device))
+            for b, c, f in triples
+        ]
         return [metric.scores(batch)["per_sample"].double().cpu() for batch in batches]
 
 

@@ -84,13 +84,14 @@ class Replay:
     """Skips what a candidate cannot have changed: above its segment the denoiser's output is float's, as recorded.
 
     Use: `with replay.recording()` around float runs, then `with replay.skipping(level)` around the same runs with the
-    candidate in place. An output is found again by the very input that it belongs to (noise level and sum of the
-    latents); where that is not found, it is computed. Outputs stay in memory, one per step and batch.
+    candidate in place. An output is found again by the very input that it belongs to: noise level, and the sum of each
+    tensor (guidance can call the denoiser with the same latents and another prompt). Where that is not found, it is
+    computed. Outputs stay in memory, one per call.
     """
 
     def __init__(self, denoiser: nn.Module, context: StepContext) -> None:
         self._denoiser, self._context = denoiser, context
-        self._outputs: dict[tuple[str, float, float], Any] = {}
+        self._outputs: dict[tuple[Any, ...], Any] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -117,10 +118,10 @@ class Replay:
         self._outputs[self._key(part, args, kwargs)] = output
         return output
 
-    def _key(self, part: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, float, float]:
+    def _key(self, part: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         assert self._context.noise_level is not None
-        latents = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1)
-        return part, self._context.noise_level, float(latents.detach().sum(dtype=torch.float64))
+        sums = [float(t.detach().sum(dtype=torch.float64)) for t in _real_tensors([*args, *kwargs.values()])]
+        return part, self._context.noise_level, *sums
 
     @contextmanager
     def _patched(self, wrapper: Forward) -> Iterator[None]:
@@ -132,3 +133,15 @@ class Replay:
         finally:
             for part in parts.values():
                 del part.forward  # uncovers the class's own
+
+
+def _real_tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and mappings but complex ones (tables of rotary positions)."""
+    if isinstance(value, Tensor):
+        if not value.is_complex():
+            yield value
+    elif isinstance(value, Mapping):
+        yield from _real_tensors([*value.values()])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _real_tensors(part)

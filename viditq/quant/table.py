@@ -7,7 +7,7 @@ which is what a plan's cost, the sum over its choices, takes for granted; and th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 from viditq.errors import UserError
 from viditq.quant.candidates import Candidate
@@ -22,12 +22,13 @@ def to_measure(
     measure: str,
     prune: float,
     rivals: Callable[[Candidate], Hashable] = lambda candidate: "all",
+    fixed: Collection[str] = (),
 ) -> list[Candidate]:
     """The candidates that must be generated.
 
     all: every one. pruned: of each (group, segment, side) the one of fewest bits, but for those of the smallest proxies
     that together make up less than the share `prune` of the sum of their side and `rivals` (what is equal for those
-    that are weighed against each other), and none of a side with a single bit-width, where there is nothing to choose.
+    that are weighed against each other), and none of the sides `fixed`, where there is a single width to choose.
     proxy: none.
     """
     if measure == "all":
@@ -36,7 +37,7 @@ def to_measure(
         return []
     kept = []
     for side, kind in dict.fromkeys((c.side, rivals(c)) for c in proxies):
-        if len({c.bits for c in proxies if c.side == side}) == 1:
+        if side in fixed:
             continue
         of_kind = [c for c in proxies if c.side == side and rivals(c) == kind]
         anchors = sorted(anchors_of(of_kind).values(), key=lambda c: proxies[c])
