@@ -73,7 +73,7 @@ def read(folders: list[Path]) -> Runs:
 
 def configuration(run: dict[str, Any]) -> str:
     """What a run shares with those of other seeds."""
-    return repr(sorted((k, repr(v)) for k, v in run.items() if k != "seed" and not k.startswith("inputs.")))
+    return repr(sorted((k, repr(v)) for k, v in run.items() if k != "seed"))
 
 
 def unrepeated(runs: Runs) -> Runs:

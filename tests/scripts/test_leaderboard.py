@@ -26,7 +26,7 @@ Leaderboard = Callable[..., Path]
 
 def write_run(folder: Path, experiment: str, seed: int, psnr: float | None, **changes: Any) -> Path:
     """A finished run with what the leaderboard reads of one; `config` goes into run.json."""
-    config = {"name": experiment, "seed": seed, "inputs": {"prompts": f"p{seed}"}, **changes.pop("config", {})}
+    config = {"name": experiment, "seed": seed, "inputs": {"prompts": "p"}, **changes.pop("config", {})}
     metrics = {"model": "m", "experiment": experiment, "seed": seed, "prompts": 4, "labels": LABELS}
     metrics |= {"metrics": {"psnr": psnr, "flicker": 0.25}, "standard_errors": {"psnr": 0.5, "flicker": None}}
     metrics |= {"float_metrics": {"flicker": 0.2}, "average_weight_bits": 4.5, "average_activation_bits": 8.5}
@@ -232,3 +232,15 @@ def test_widths(leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.Capture
         assert [line["width"] for line in csv.DictReader(file)] == ["W4A8", "W4A8", "W8A8", "W8A8", "W8A8"]
     whole = leaderboard(f"{tmp_path}/??")
     assert "a W4A8" in table(whole)
+
+
+def test_runs_with_other_inputs_are_neither_repeats_nor_seeds(
+    leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of prompts that was edited in between."""
+    runs = [write_run(tmp_path / name, "w4a8", 0, 30.0) for name in ("before", "again")]
+    edited = {"inputs": {"prompts": "others"}}
+    runs += [write_run(tmp_path / f"after{s}", "w4a8", s, 20.0, config=edited) for s in (0, 1)]
+    text = leaderboard(*runs).with_suffix(".md").read_text()
+    assert "again repeats" in capsys.readouterr().err
+    assert "inputs.prompts=p" in text and "inputs.prompts=others" in text
