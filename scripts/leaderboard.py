@@ -64,8 +64,11 @@ def read(folders: list[Path]) -> Runs:
             print(f"left out: {folder} has no {' and no '.join(absent)}", file=sys.stderr)
         else:
             values = folder / "per_prompt.json"
-            per_prompt = read_json(values) if values.is_file() else {"prompts": [], "metrics": {}}
-            runs[folder] = read_json(folder / "metrics.json"), flatten(read_json(folder / "run.json")), per_prompt
+            try:
+                per_prompt = read_json(values) if values.is_file() else {"prompts": [], "metrics": {}}
+                runs[folder] = read_json(folder / "metrics.json"), flatten(read_json(folder / "run.json")), per_prompt
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise UserError("None of these folders holds a finished run (run.json and metrics.json).")
     return runs
@@ -116,7 +119,9 @@ def difference(config: dict[str, Any], rivals: list[dict[str, Any]]) -> str:
 
 
 def width_of(config: dict[str, Any]) -> str:
-    """`W4A8`; empty unless both are quantized."""
+    """`W4A8`; empty unless both are quantized, and where a plan gives each part bits of its own."""
+    if str(config.get("quant.policy._target_", "")).endswith((".PlanFile", ".SensitivitySearch")):
+        return ""
     weight, activation = (config.get(key) for key in WIDTHS)
     return f"W{weight}A{activation}" if weight and activation else ""
 

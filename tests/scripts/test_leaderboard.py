@@ -244,3 +244,47 @@ def test_runs_with_other_inputs_are_neither_repeats_nor_seeds(
     text = leaderboard(*runs).with_suffix(".md").read_text()
     assert "again repeats" in capsys.readouterr().err
     assert "inputs.prompts=p" in text and "inputs.prompts=others" in text
+
+
+def test_too_few_prompts_have_no_interval(leaderboard: Leaderboard, tmp_path: Path) -> None:
+    text = (
+        leaderboard(write_run(tmp_path / "r", "w4a8", 0, 42.7, verdict=verdict("worse"))).with_suffix(".md").read_text()
+    )
+    assert "42.7" in text and "[" not in text.split("42.7", 1)[1].splitlines()[0]
+
+
+def test_seeds_that_found_plans_of_their_own_have_their_mean_size(leaderboard: Leaderboard, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{s}", "search", s, 30.0, size_bytes=2_000_000 + s * 1_000_000) for s in (0, 1)]
+    with leaderboard(*runs).with_suffix(".csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["bytes"] == "2500000"
+
+
+def test_a_damaged_file_leaves_out_its_run_alone(
+    leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / name, name, 0, 30.0) for name in ("whole", "cut")]
+    (runs[1] / "metrics.json").write_text('{"model": "m", "exp')
+    text = leaderboard(*runs).with_suffix(".md").read_text()
+    assert "| whole |" in text and "| cut |" not in text
+    assert "left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["viditq.quant.policy.PlanFile", "viditq.quant.search.SensitivitySearch"])
+def test_a_plan_is_not_filed_under_the_width_of_its_recipe(
+    leaderboard: Leaderboard, tmp_path: Path, policy: str
+) -> None:
+    bits = {"weight": {"bits": 4}, "activation": {"bits": 8}}
+    uniform = write_run(tmp_path / "uniform", "uniform", 0, 30.0, config={"quant": bits})
+    mixed = {"quant": {**bits, "policy": {"_target_": policy}}}
+    planned = write_run(tmp_path / "planned", "planned", 0, 35.0, config=mixed)
+    text = leaderboard(uniform, planned, "--widths").with_suffix(".md").read_text()
+    assert "| planned |" not in text.split("m W4A8", 1)[1].split("###", 1)[0]
+
+
+def test_rows_with_other_prompts_are_told(leaderboard: Leaderboard, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, name, 0, 30.0) for name in ("a", "b")]
+    for run in runs:
+        values = {"prompts": [f"{run.name} {i}" for i in range(4)], "metrics": {"psnr": [30.0] * 4}}
+        (run / "per_prompt.json").write_text(json.dumps(values))
+    assert "Rows have different prompts: they do not compare." in leaderboard(*runs).with_suffix(".md").read_text()

@@ -84,6 +84,8 @@ class Board:
         if len(self.prompts) > 1:
             counts = ", ".join(map(str, self.prompts))
             notes.append(f"Rows have different numbers of pairs a seed ({counts}): they do not compare.")
+        elif len({tuple(part["prompts"]) for row in self.rows for part in row.per_prompt}) > 1:
+            notes.append("Rows have different prompts: they do not compare.")
         return notes
 
     @property
@@ -193,7 +195,7 @@ def comma_separated(boards: Sequence[Board]) -> str:
         for row in board.rows:
             line: dict[str, Any] = {"model": board.model, "experiment": row.name, "pairs": row.metrics[0]["prompts"]}
             line |= {"seeds": " ".join(map(str, row.seeds)), "weight_bits": row.weight_bits}
-            line |= {"activation_bits": row.activation_bits, "bytes": row.metrics[0]["size_bytes"]}
+            line |= {"activation_bits": row.activation_bits, "bytes": round(row.megabytes * 1e6)}
             line |= {"seconds": "" if math.isnan(row.seconds) else row.seconds, "width": board.width}
             if paired := board.above.get(row.name):
                 low, high = paired[1] or ("", "")

@@ -15,6 +15,7 @@ from viditq.files import atomic
 
 INK, GREY, FRONT = "#1c1e21", "#8a9097", "#0b57d0"
 ANGLES = [(1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1)]  # where a label may lie, best first
+BARS = "Bars: standard error over seeds; of a single seed, the 95 % interval over prompts."
 LONGEST = 24  # letters of a name that may stand in a plot; with a longer one, numbers do, explained below
 DISTANCES = [6, 14, 24, 36, 50, 66, 84, 104]  # from its point, in points of 1/72 inch
 
@@ -55,10 +56,9 @@ def pareto_picture(panels: Sequence[Panel], quality: str, higher_is_better: bool
     """
     panels, key = numbered(panels)
     with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "viditq", "svg.fonttype": "path"}):
-        figure = Figure(figsize=(6.4 * len(panels), 6.4 + 0.18 * len(key)), layout="constrained")
+        figure = Figure(figsize=(6.4 * len(panels), 6.6 + 0.18 * len(key)), layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        if key:
-            figure.supxlabel("\n".join(key), x=0.01, ha="left", fontsize=8.5, color=INK)
+        figure.supxlabel("\n".join([*key, BARS]), x=0.01, ha="left", fontsize=8.5, color=INK)
         figure.suptitle(title, fontsize=12, fontweight="bold", color=INK)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):

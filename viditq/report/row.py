@@ -53,15 +53,19 @@ class Row:
 
     @property
     def weight_bits(self) -> float:
-        return self.metrics[0]["average_weight_bits"]
+        return self._mean("average_weight_bits")
 
     @property
     def activation_bits(self) -> float:
-        return self.metrics[0]["average_activation_bits"]
+        return self._mean("average_activation_bits")
 
     @property
     def megabytes(self) -> float:
-        return self.metrics[0]["size_bytes"] / 1e6
+        return self._mean("size_bytes") / 1e6
+
+    def _mean(self, name: str) -> float:
+        """Over seeds, which differ where each has searched a plan of its own."""
+        return statistics.fmean(m[name] for m in self.metrics)
 
     @property
     def seconds(self) -> float:
@@ -119,10 +123,11 @@ def word(entry: Mapping[str, Any] | None) -> str:
 
 
 def single_interval(metrics: Mapping[str, Any], name: str) -> Interval | None:
-    """The verdict's 95 % interval of a single run, or one from the standard error where it was not judged."""
-    judged = metrics.get("verdict", {}).get(name, {}).get("interval")
-    if judged:
-        return judged[0], judged[1]
+    """The verdict's 95 % interval of a single run (none for too few prompts), or one from the standard error where it
+    was not judged."""
+    if name in metrics.get("verdict", {}):
+        judged = metrics["verdict"][name]["interval"]
+        return (judged[0], judged[1]) if judged else None
     value, error = metrics["metrics"][name], metrics.get("standard_errors", {}).get(name)
     return None if error is None else (value - Z95 * error, value + Z95 * error)
 

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from viditq.report.leaderboard import Board, heading, table_line
-from viditq.report.pareto import FRONT, GREY, INK, save_both
+from viditq.report.pareto import BARS, FRONT, GREY, INK, save_both
 from viditq.report.row import Score
 
 
@@ -51,8 +51,9 @@ def widths_picture(boards: Sequence[Board], path: Path) -> list[Path]:
     most = max(len(board.rows) for board in boards)
     label = boards[0].metrics[boards[0].first]
     with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "viditq", "svg.fonttype": "path"}):
-        figure = Figure(figsize=(3.6 * len(boards), 1.3 + 0.27 * most), layout="constrained")
+        figure = Figure(figsize=(3.6 * len(boards), 1.5 + 0.27 * most), layout="constrained")
         FigureCanvasAgg(figure)
+        figure.supxlabel(BARS, x=0.01, ha="left", fontsize=8.5, color=INK)
         figure.suptitle(f"{boards[0].model}: {label['label']} of each method", fontweight="bold", color=INK)
         for axis, board in zip(figure.subplots(1, len(boards), squeeze=False)[0], boards, strict=True):
             _draw(axis, board, label)
