@@ -57,7 +57,11 @@ def main() -> None:
         results = [read(run) for run in args.runs]
         if any(r["prompts"] != results[0]["prompts"] for r in results):
             raise UserError("These runs have different prompts, so their samples cannot be paired.")
+        if len({Path(r["reference"]).name for r in results}) > 1:
+            raise UserError("These runs have different float samples (seed, model or steps): they cannot be paired.")
         labels = args.labels or [run.name for run in args.runs]
+        if len(labels) != len(args.runs):
+            raise UserError(f"{len(labels)} labels for {len(args.runs)} runs; give one for each.")
         rows = [("float", clips(Path(results[0]["reference"]), args.prompts))]
         rows += [(label, clips(run / "samples", args.prompts)) for label, run in zip(labels, args.runs, strict=True)]
     except UserError as error:

@@ -29,7 +29,7 @@ STAGES = "stages=[prompts,calibrate,search]"
 def configured(overrides: list[str]) -> DictConfig:
     """conf/config.yaml with the policy sensitivity (unless the experiment has it) and these overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=["quant/policy=sensitivity", "logger=none", *overrides, STAGES])
+        return compose("config", overrides=["quant/policy=sensitivity", "logger=none", "name=plan", *overrides, STAGES])
 
 
 def search_all(overrides: list[str], budgets: list[float], out: Path) -> None:

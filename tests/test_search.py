@@ -214,6 +214,11 @@ def test_quantize_without_a_found_plan_says_so(run: Run, shared_cache: Path, tmp
         (["quant.policy.curve=[2]"], "numbers from 0 to 1"),
         (["quant.policy.budget.weight_bits=null"], "has no budget"),
         (["quant.policy.budget.latency=0.6"], "needs latency_costs"),
+        (
+            ["quant.policy.budget.latency=0.6", "quant.policy.budget.latency_costs=w4a8:0.7"],
+            "in a shell it needs quotes",
+        ),
+        (["quant.policy.budget.size_bytes=1e6", "quant.policy.solver=greedy"], "use solver=exact"),
         (["+quant.policy.budget.watts=3"], "no field 'watts'"),
         (["~quant.policy.metrics.default"], "needs the entry 'default'"),
         (["quant=none"], "changes the bits of a recipe"),
@@ -236,6 +241,7 @@ def test_search_plan_script(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    shrunk = [word for word in shrunk if not word.startswith("name=")]  # an experiment need not be given
     arguments = [*shrunk, *SEARCH, f"cache_dir='{shared_cache}'", "--weight-bits", "5", "6", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["search_plan.py", *arguments])
     with pytest.raises(SystemExit) as done:

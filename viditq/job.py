@@ -185,10 +185,12 @@ class Job:
         if self.processes.first and (unfinished(path) or damaged_files(path) or [*path.glob(leftovers)]):
             with suppress(Busy), lock(path, _busy):
                 self._tidy_entry(entry)
-                for leftover in [*path.glob(leftovers)]:
+                found = [*path.glob(leftovers)]
+                for leftover in found:
                     leftover.unlink()
-                for folder in (part for part in path.iterdir() if part.is_dir() and not [*part.iterdir()]):
-                    folder.rmdir()
+                for folder in {leftover.parent for leftover in found} - {path}:
+                    with suppress(OSError):  # holds something else
+                        folder.rmdir()
 
     def _tidy_entry(self, entry: Entry) -> None:
         self.tidy(entry.path)

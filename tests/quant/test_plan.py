@@ -3,8 +3,9 @@ import json
 import pytest
 
 from viditq.errors import UserError
-from viditq.quant import LayerScheme, QuantPlan, QuantSpec
+from viditq.quant import LayerScheme, QuantPlan, QuantSpec, Recipe
 from viditq.quant.plan import check_edges
+from viditq.quant.policy import PlanFile
 
 W4A8 = LayerScheme(QuantSpec(4, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True))
 W8 = LayerScheme(QuantSpec(8, granularity="channel"), None)
@@ -86,3 +87,10 @@ def test_from_json_refuses_what_is_not_a_plan():
         QuantPlan.from_json("{}")
     with pytest.raises(UserError, match="must be a mapping"):
         QuantPlan.from_json("[]")
+
+
+def test_a_plan_file_that_is_no_text(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"\x93\xff\x00")
+    with pytest.raises(UserError, match=r"plan\.json cannot be read as a plan\.json"):
+        PlanFile(str(path)).plan(Recipe(QuantSpec(4)), ["a"], [])

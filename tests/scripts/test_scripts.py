@@ -32,6 +32,20 @@ def test_compare_runs_draws_rows_and_pairs_prompts(finished_run, tmp_path, monke
         load("scripts/compare_runs.py").main()
 
 
+def test_compare_runs_refuses_what_cannot_be_paired(finished_run, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    values = json.loads((finished_run / "per_prompt.json").read_text())
+    (other / "per_prompt.json").write_text(json.dumps({**values, "reference": "/elsewhere/another_hash"}))
+    for arguments, message in (
+        ([str(finished_run), str(other)], "different float samples"),
+        ([str(finished_run), str(finished_run), "--labels", "a"], "1 labels for 2 runs"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare_runs.py", *arguments])
+        with pytest.raises(SystemExit, match=message):
+            load("scripts/compare_runs.py").main()
+
+
 def test_kurtosis_of_known_distributions():
     kurtosis = load("scripts/plot_difficulty.py").kurtosis
     generator = torch.Generator().manual_seed(0)

@@ -38,6 +38,11 @@ class Budget:
             raise UserError(f"the search has no budget: give at least one of {', '.join(given)}.")
         if self.latency is not None and not self.latency_costs:
             raise UserError("a budget of latency needs latency_costs, such as {w8a8: 0.58, w4a8: 0.72, w16a16: 1}.")
+        if not isinstance(self.latency_costs, Mapping | None):
+            raise UserError(
+                f"latency_costs={self.latency_costs!r} is no table; in a shell it needs quotes: "
+                "'quant.policy.budget.latency_costs={w4a8:0.72,w8a8:0.58}'"
+            )
         for name, value in (self.latency_costs or {}).items():
             if not SCHEME.fullmatch(str(name)):
                 raise UserError(f"latency_costs names {name!r}, which is no scheme such as w4a8 (w16a16 = float).")

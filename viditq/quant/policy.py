@@ -38,7 +38,11 @@ class PlanFile:
 
     def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
         """The file's plan; the recipe is not consulted. Raises UserError if it names Linears the model lacks."""
-        plan = QuantPlan.from_json(resolve_plan(self.path).read_text())
+        try:
+            text = resolve_plan(self.path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path} cannot be read as a plan.json: {error}") from error
+        plan = QuantPlan.from_json(text)
         unknown = sorted(set(plan.layers) - set(linear_names))
         if unknown:
             raise UserError(f"{self.path} quantizes {unknown[0]!r}, which is no Linear of this model.")

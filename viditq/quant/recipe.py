@@ -102,9 +102,8 @@ class Recipe:
         self.low_rank = low_rank
         self.edges = check_edges(segments)
         self.rules = tuple(_as_rule(rule) for rule in rules)
-        schemes = [
-            self._schemes(rule) for rule in (None, *self.rules)
-        ]  # what can be checked without a model fails here
+        # What can be checked without a model fails here.
+        schemes = [self._schemes(rule) for rule in (None, *self.rules)]
         self._check_used([scheme for of_rule in schemes for scheme in of_rule or []])
 
     def _check_used(self, schemes: Sequence[LayerScheme]) -> None:

@@ -59,6 +59,11 @@ class SensitivitySearch:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise UserError(f"quant.policy.{name}={getattr(self, name)!r}: choose one of {', '.join(values)}.")
+        if self.solver == "greedy" and self.parsed_budget.size_bytes is not None:
+            raise UserError(
+                "quant.policy.solver=greedy changes one segment at a time, which stores both widths, and so gets stuck "
+                "under a budget of size_bytes; use solver=exact."
+            )
         if not isinstance(self.num_prompts, int) or isinstance(self.num_prompts, bool) or self.num_prompts < 1:
             raise UserError(f"quant.policy.num_prompts={self.num_prompts!r} must be a whole number of at least 1.")
         if isinstance(self.prune, bool) or not isinstance(self.prune, int | float) or not 0 <= self.prune < 1:

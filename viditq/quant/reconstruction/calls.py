@@ -114,9 +114,8 @@ class Call:
 
     def _rows_agree(self, tensor: Tensor) -> bool:
         rows = tensor.unflatten(0, (self.num_elements, self.num_rows))
-        return torch.equal(rows[0, 0], rows[0, 1]) and bool(
-            (rows == rows[:, :1]).all()
-        )  # as a rule the first two differ
+        first_two = torch.equal(rows[0, 0], rows[0, 1])  # as a rule they differ, which is quickly told
+        return first_two and bool((rows == rows[:, :1]).all())
 
 
 @dataclass(frozen=True)
