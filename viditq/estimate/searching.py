@@ -12,6 +12,7 @@ from viditq.estimate.work import DONE, Counter, Work
 from viditq.files import is_whole
 from viditq.job import Job
 from viditq.models.schedule import noise_levels
+from viditq.quant.allocate import Search
 from viditq.quant.candidates import Candidate, candidates_of
 from viditq.quant.search import SensitivitySearch
 from viditq.quant.table import to_measure
@@ -28,8 +29,9 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
         return Work(note=DONE)
     if is_whole(job.run_dir.search) and is_whole(job.run_dir.plan):
         return Work(note=DONE)
-    candidates = _candidates(job, policy)
-    wanted = to_measure(dict.fromkeys(candidates, 1.0), policy.measure, 0.0)
+    space = _space(job, policy)
+    candidates = candidates_of(space.cells, space.choices)
+    wanted = to_measure(dict.fromkeys(candidates, 1.0), policy.measure, 0.0, fixed=space.fixed)
     table = table_entry(job, policy).path
     missing = [c for c in wanted if not is_whole(table / f"{c.name}.json")]
     prompts = e.data.calibration_prompts[: policy.num_prompts]
@@ -49,13 +51,12 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
     return Work(samples, 0, forwards, seconds, f"at most, {len(missing)} candidates")
 
 
-def _candidates(job: Job, policy: SensitivitySearch) -> list[Candidate]:
+def _space(job: Job, policy: SensitivitySearch) -> Search:
     e = job.experiment
     linears: dict[str, Any] = {n: m for n, m in e.adapter.build_denoiser().named_modules() if isinstance(m, nn.Linear)}
     shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
     equal = [1 / e.plan.num_segments] * e.plan.num_segments  # which denoiser runs where is known when it has been run
-    space = policy.search(e.plan, e.roles, shapes, dict.fromkeys(e.plan.layers, equal))
-    return candidates_of(space.cells, space.choices)
+    return policy.search(e.plan, e.roles, shapes, dict.fromkeys(e.plan.layers, equal))
 
 
 def _share(job: Job, candidate: Candidate) -> float:

@@ -37,6 +37,11 @@ class Search:
         """Every group and each segment that it runs in, one choice each."""
         return [(group, s) for group in self.groups for s in range(self.base.num_segments) if self.share(group, s) > 0]
 
+    @property
+    def fixed(self) -> list[str]:
+        """Sides with a single width to choose, of which nothing need be known."""
+        return [side for side, widths in self.choices.items() if len(widths) == 1]
+
     def share(self, group: Group, segment: int) -> float:
         """Of the sampling steps of a group's denoiser, those in a segment."""
         return self.shares[group.layers[0]][segment]

@@ -39,8 +39,7 @@ def _search(job: Job, policy: SensitivitySearch) -> str:
     policy.allocated(space, nothing, nothing, policy.parsed_budget)  # an impossible budget is refused here
     table = SearchTable(job, policy, space, candidates, stats)
     proxy = table.proxies()
-    fixed = [side for side, widths in space.choices.items() if len(widths) == 1]
-    wanted = to_measure(proxy, policy.measure, policy.prune, policy.rivals(space), fixed)
+    wanted = to_measure(proxy, policy.measure, policy.prune, policy.rivals(space), space.fixed)
     made = table.measure(wanted)
     measured = table.scores(wanted)
     costs = costs_of(policy, space, measured, proxy)
