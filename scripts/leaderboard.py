@@ -5,8 +5,9 @@
 
 Runs that differ only in the seed make one row: mean and standard error over seeds, or one seed's 95 % interval; each
 is compared with the row above over the same prompts and noise. With --widths every pair of bit widths has a table of
-its own, and one more table and a picture show methods beside widths. The markdown is printed too. Folders that hold no
-finished run are left out and named.
+its own, and one more table and a picture show methods beside widths. Rows with other seeds, prompts or float samples
+than most have tables of their own, as they do not compare. The markdown is printed too. Folders that hold no finished
+run are left out and named.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,12 +27,21 @@ import torch
 from viditq.errors import UserError
 from viditq.files import atomic, read_json
 from viditq.metrics.bootstrap import bootstrap_interval
+from viditq.report.inputs import by_inputs, what_differs
 from viditq.report.leaderboard import Board, comma_separated, heading, make_board, markdown, page
 from viditq.report.pareto import Panel, Point, pareto_picture
-from viditq.report.row import Row
+from viditq.report.row import Row, directed, labels_of, ranking_metric
 from viditq.report.widths import methods_table, widths_picture
 from viditq.run_dir import flatten
 
+FILES = {  # of a finished run, with the keys that have to be there
+    "run.json": ("name", "seed"),
+    "metrics.json": (
+        *("model", "experiment", "seed", "prompts", "metrics", "labels", "float_metrics", "seconds"),
+        *("average_weight_bits", "average_activation_bits", "size_bytes"),
+    ),
+    "per_prompt.json": ("prompts", "metrics", "reference"),
+}
 Runs = dict[Path, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
 WIDTHS = ("quant.weight.bits", "quant.activation.bits")
 COSTS = {  # name -> axis, attribute of a row
@@ -59,19 +70,27 @@ def read(folders: list[Path]) -> Runs:
     """metrics.json, configuration and per_prompt.json of every finished run; names the others on stderr."""
     runs: Runs = {}
     for folder in folders:
-        absent = [name for name in ("run.json", "metrics.json") if not (folder / name).is_file()]
+        absent = [name for name in FILES if not (folder / name).is_file()]
         if absent:
             print(f"left out: {folder} has no {' and no '.join(absent)}", file=sys.stderr)
-        else:
-            values = folder / "per_prompt.json"
-            try:
-                per_prompt = read_json(values) if values.is_file() else {"prompts": [], "metrics": {}}
-                runs[folder] = read_json(folder / "metrics.json"), flatten(read_json(folder / "run.json")), per_prompt
-            except UserError as error:
-                print(f"left out: {error}", file=sys.stderr)
+            continue
+        try:
+            config, metrics, per_prompt = (table(folder / name, keys) for name, keys in FILES.items())
+            runs[folder] = metrics, flatten(config), per_prompt
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
     if not runs:
-        raise UserError("None of these folders holds a finished run (run.json and metrics.json).")
+        raise UserError(f"None of these folders holds a finished run ({', '.join(FILES)}).")
     return runs
+
+
+def table(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The values of a json file; raises UserError if it is damaged or lacks one of the keys."""
+    values = read_json(file)
+    absent = [key for key in keys if not isinstance(values, dict) or key not in values]
+    if absent:
+        raise UserError(f"{file} is damaged: it has no {', '.join(absent)}. Delete it and run the command again.")
+    return dict(values)
 
 
 def configuration(run: dict[str, Any]) -> str:
@@ -105,7 +124,7 @@ def rows(runs: Runs, beside: Path) -> list[Row]:
         name += difference(config, [runs[f][1] for f in firsts if runs[f][0]["experiment"] == name])
         report = first / "report.html"
         link = quote(Path(os.path.relpath(report, beside)).as_posix()) if report.is_file() else ""
-        found.append(Row(name, [m for m, _, _ in ordered], link, [values for _, _, values in ordered]))
+        found.append(Row(name, [m for m, _, _ in ordered], [values for _, _, values in ordered], link))
     return found
 
 
@@ -126,11 +145,11 @@ def width_of(config: dict[str, Any]) -> str:
     return f"W{weight}A{activation}" if weight and activation else ""
 
 
-def grouped(runs: Runs, by_width: bool) -> dict[tuple[str, str], Runs]:
-    """(model, width) -> its runs, least bits first; the width is empty unless asked for."""
-    found: dict[tuple[str, str], Runs] = defaultdict(dict)
+def of_widths(runs: Runs) -> dict[str, Runs]:
+    """Width -> the runs of a model, least bits first."""
+    found: dict[str, Runs] = defaultdict(dict)
     for folder, run in runs.items():
-        found[run[0]["model"], width_of(run[1]) if by_width else ""][folder] = run
+        found[width_of(run[1])][folder] = run
     return dict(sorted(found.items()))
 
 
@@ -143,15 +162,7 @@ def plot(board: Board, path: Path, costs: Sequence[str]) -> list[Path]:
         panels.append(Panel(cost, [point for point in points if point.cost == point.cost]))
     label = board.metrics[board.first]
     title = f"{board.model}: {label['label']} against cost"
-    return pareto_picture(panels, heading(label), bool(label["higher_is_better"]), title, path)
-
-
-def chosen(metric: str | None, model: str, found: list[Row]) -> str | None:
-    """The metric to rank a model by; None, and a line on stderr, where its runs did not measure the one asked for."""
-    if metric is None or any(metric in row.metrics[0]["metrics"] for row in found):
-        return metric
-    print(f"{model} was not measured by {metric}: ranked by its first metric", file=sys.stderr)
-    return None
+    return pareto_picture(panels, heading(label), bool(label["higher_is_better"]), board.bars, title, path)
 
 
 def write(path: Path, text: str) -> Path:
@@ -166,40 +177,58 @@ def interval_of(values: Sequence[float]) -> tuple[float, float] | None:
     return bootstrap_interval(torch.tensor(values, dtype=torch.float64))
 
 
-def make_boards(runs: Runs, beside: Path, metric: str | None, by_width: bool) -> list[Board]:
-    """One for each model, or for each model and width."""
-    found = {key: rows(part, beside) for key, part in grouped(runs, by_width).items()}
-    measured = sorted({name for part in found.values() for row in part for name in row.metrics[0]["metrics"]})
-    if metric is not None and metric not in measured:
-        raise UserError(f"--metric {metric} was not measured. Choose one of {', '.join(measured)}.")
-    return [
-        make_board(model, part, chosen(metric, model, part), interval_of, width)
-        for (model, width), part in found.items()
-    ]
+def make_boards(model: str, runs: Runs, beside: Path, metric: str | None, by_width: bool) -> list[Board]:
+    """Those of a model: for the inputs of most rows one, or one for each width, and then the same for other inputs."""
+    found = {width: rows(part, beside) for width, part in (of_widths(runs) if by_width else {"": runs}).items()}
+    groups = by_inputs([row for part in found.values() for row in part])
+    unranked = [group for group in groups if not directed(labels_of(group))]
+    if unranked != groups:
+        names = [row.name for group in unranked for row in group]
+        sys.stderr.writelines(f"left out: {name} of {model} has no metric that ranks runs\n" for name in names)
+        groups = [group for group in groups if group not in unranked]
+    boards = []
+    for number, group in enumerate(groups, 1):
+        metrics, apart = labels_of(group), what_differs(group[0], groups[0][0])
+        what = f"{model}, inputs {number}: {apart}" if apart else model
+        wanted = metric if metric in metrics else None
+        if wanted != metric:
+            print(f"{what} was not measured by {metric}: ranked by its first metric", file=sys.stderr)
+        first = ranking_metric(what, metrics, wanted)
+        for width, part in found.items():
+            if mine := [row for row in part if row.inputs == group[0].inputs]:
+                board = make_board(model, mine, metrics, first, interval_of)
+                boards.append(replace(board, width=width, inputs=number, apart=apart))
+    return boards
 
 
 def leaderboard(arguments: list[str], out: Path, metric: str | None, by_width: bool, costs: Sequence[str]) -> None:
     """Write <out>.html, .md, .csv and the pictures of each model as .png and .svg; print the tables."""
     runs = unrepeated(read(find(arguments)))
-    boards = make_boards(runs, out.parent, metric, by_width)
+    measured = sorted({name for metrics, _, _ in runs.values() for name in metrics["metrics"]})
+    if metric is not None and metric not in measured:
+        raise UserError(f"--metric {metric} was not measured. Choose one of {', '.join(measured)}.")
+    boards: list[Board] = []
     files: list[Path] = []
     pictures: dict[str, list[tuple[str, str]]] = {}
     summary = []
-    for model in dict.fromkeys(board.model for board in boards):
-        mine = [board for board in boards if board.model == model]
-        whole = make_boards({f: run for f, run in runs.items() if run[0]["model"] == model}, out.parent, metric, False)
+    for model in sorted({metrics["model"] for metrics, _, _ in runs.values()}):
+        of_model = {folder: run for folder, run in runs.items() if run[0]["model"] == model}
+        found = make_boards(model, of_model, out.parent, metric, by_width)
+        whole = make_boards(model, of_model, out.parent, metric, False)[0] if by_width else found[0]
         alt = PARETO_ALT.format(model, ", ".join(COSTS[cost][0] for cost in costs))
-        drawn = [(alt, plot(whole[0], out.with_name(f"{out.name}_{model}"), costs))]
+        drawn = [(alt, plot(whole, out.with_name(f"{out.name}_{model}"), costs))]
         if by_width:
+            mine = [board for board in found if board.inputs == 1]
             drawn.append((WIDTHS_ALT.format(model), widths_picture(mine, out.with_name(f"{out.name}_{model}_widths"))))
             label = heading(mine[0].metrics[mine[0].first])
             summary.append(f"### {model}: {label} of each method at each width\n\n{methods_table(mine)}\n\n{BOLD}\n\n")
         files += [file for _, pair in drawn for file in pair]
-        pictures[mine[0].title] = [(alt, data_uri(pair[1])) for alt, pair in reversed(drawn)]
-    table = "".join(summary) + markdown(boards)
-    files += [write(Path(f"{out}.md"), table), write(Path(f"{out}.csv"), comma_separated(boards))]
+        pictures[found[0].title] = [(alt, data_uri(pair[1])) for alt, pair in reversed(drawn)]
+        boards += found
+    tables = "".join(summary) + markdown(boards)
+    files += [write(Path(f"{out}.md"), tables), write(Path(f"{out}.csv"), comma_separated(boards))]
     files += [write(Path(f"{out}.html"), page(boards, pictures))]
-    print(table)
+    print(tables)
     print("\n".join(f"written: {file}" for file in reversed(files)), file=sys.stderr)
 
 

@@ -55,7 +55,7 @@ def test_labels_keep_clear_of_each_other() -> None:
 
 def test_picture_is_written_twice_the_same(tmp_path: Path) -> None:
     panels = [Panel("bits", [point("a", 4, 30, 1), point("b", 8, 40)]), Panel("s", [])]
-    paths = [pareto_picture(panels, "PSNR dB", True, "m", tmp_path / name) for name in ("one", "two")]
+    paths = [pareto_picture(panels, "PSNR dB", True, "ranges", "m", tmp_path / name) for name in ("one", "two")]
     assert [path.suffix for path in paths[0]] == [".png", ".svg"]
     assert [path.read_bytes() for path in paths[0]] == [path.read_bytes() for path in paths[1]]
 

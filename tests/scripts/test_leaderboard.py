@@ -25,8 +25,10 @@ Leaderboard = Callable[..., Path]
 
 
 def write_run(folder: Path, experiment: str, seed: int, psnr: float | None, **changes: Any) -> Path:
-    """A finished run with what the leaderboard reads of one; `config` goes into run.json."""
+    """A finished run with what the leaderboard reads of one; `config` goes into run.json, `reference` names samples."""
     config = {"name": experiment, "seed": seed, "inputs": {"prompts": "p"}, **changes.pop("config", {})}
+    reference = f"/cache/{changes.pop('reference', config['inputs']['prompts'])}-{seed}"
+    prompts = [f"{config['inputs']['prompts']} {i}" for i in range(4)]
     metrics = {"model": "m", "experiment": experiment, "seed": seed, "prompts": 4, "labels": LABELS}
     metrics |= {"metrics": {"psnr": psnr, "flicker": 0.25}, "standard_errors": {"psnr": 0.5, "flicker": None}}
     metrics |= {"float_metrics": {"flicker": 0.2}, "average_weight_bits": 4.5, "average_activation_bits": 8.5}
@@ -34,6 +36,8 @@ def write_run(folder: Path, experiment: str, seed: int, psnr: float | None, **ch
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "run.json").write_text(json.dumps(config))
+    values = {"prompts": prompts, "metrics": {}, "reference": reference}
+    (folder / "per_prompt.json").write_text(json.dumps(values))
     return folder
 
 
@@ -67,7 +71,7 @@ def table(board: Path) -> dict[str, list[str]]:
 
 
 def test_rows_and_their_order(leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Means over seeds, best first; intervals of single seeds; what was not measured last."""
+    """Means over seeds in a table of their own; single seeds, best first; what was not measured last."""
     for seed in range(3):
         word = "worse" if seed else "equal within noise"
         write_run(tmp_path / f"runs/good{seed}", "good", seed, 40.0 + seed, verdict=verdict(word))
@@ -77,7 +81,7 @@ def test_rows_and_their_order(leaderboard: Leaderboard, tmp_path: Path, capsys: 
     (tmp_path / "runs/unfinished").mkdir()
     board = leaderboard(f"{tmp_path}/runs/*")
     rows = table(board)
-    assert list(rows) == ["good", "judged", "old", "undefined"]
+    assert list(rows) == ["judged", "old", "undefined", "experiment", "good"]
     assert rows["good"] == [
         "1 differ by seed; 1 cannot be told",
         "3",
@@ -96,16 +100,20 @@ def test_rows_and_their_order(leaderboard: Leaderboard, tmp_path: Path, capsys: 
     captured = capsys.readouterr()
     assert "* flicker (8 frames): nothing can be told" in captured.out
     assert captured.out.startswith("### m (4 pairs a seed)") and "Float model: flicker (8 frames) 0.2" in captured.out
-    assert "left out: " in captured.err and "unfinished has no run.json and no metrics.json" in captured.err
+    assert (
+        "left out: " in captured.err
+        and "unfinished has no run.json and no metrics.json and no per_prompt.json" in captured.err
+    )
 
 
 def test_csv(leaderboard: Leaderboard, tmp_path: Path) -> None:
     write_run(tmp_path / "a0", "a", 0, 40.0)
     write_run(tmp_path / "a1", "a", 1, 42.0)
-    write_run(tmp_path / "b", "b, |c|", 0, 30.0, verdict=verdict("worse", [28.0, 33.0]))
+    write_run(tmp_path / "b", "b, |c|", 0, 30.0, verdict=verdict("worse", [28.0, 33.0]))  # fewer seeds: last
     board = leaderboard(tmp_path / "a0", tmp_path / "a1", tmp_path / "b")
     with open(f"{board}.csv", newline="") as file:
         first, second = csv.DictReader(file)
+    assert (first["inputs"], second["inputs"]) == ("1", "2")
     assert (first["seeds"], float(first["psnr"]), float(first["psnr_error"])) == ("0 1", 41.0, 1.0)
     assert (second["experiment"], second["psnr_error"], second["psnr_verdict"]) == ("b, |c|", "", "worse")
     assert (float(second["psnr_low"]), float(second["psnr_high"]), second["bytes"]) == (28.0, 33.0, "2000000")
@@ -187,8 +195,9 @@ def test_a_click_sorts(clicks: int, order: str, leaderboard: Leaderboard, tmp_pa
 
 def per_prompt(folder: Path, psnr: list[float]) -> None:
     """A prompt that recurs stands for two."""
-    values = {"prompts": ["a", "b", "a", "c", "d", "e"], "metrics": {"psnr": psnr}}
-    (folder / "per_prompt.json").write_text(json.dumps(values))
+    file = folder / "per_prompt.json"
+    values = {**json.loads(file.read_text()), "prompts": ["a", "b", "a", "c", "d", "e"], "metrics": {"psnr": psnr}}
+    file.write_text(json.dumps(values))
 
 
 def test_paired_differences(leaderboard: Leaderboard, tmp_path: Path) -> None:
@@ -282,9 +291,59 @@ def test_a_plan_is_not_filed_under_the_width_of_its_recipe(
     assert "| planned |" not in text.split("m W4A8", 1)[1].split("###", 1)[0]
 
 
-def test_rows_with_other_prompts_are_told(leaderboard: Leaderboard, tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, name, 0, 30.0) for name in ("a", "b")]
-    for run in runs:
-        values = {"prompts": [f"{run.name} {i}" for i in range(4)], "metrics": {"psnr": [30.0] * 4}}
-        (run / "per_prompt.json").write_text(json.dumps(values))
-    assert "Rows have different prompts: they do not compare." in leaderboard(*runs).with_suffix(".md").read_text()
+OTHERS: dict[str, dict[str, Any]] = {  # how the title of their table names them -> what such a run has
+    "seed 1": {"seed": 1},
+    "other prompts": {"config": {"inputs": {"prompts": "others"}}},
+    "other float samples": {"reference": "half the steps"},
+}
+
+
+@pytest.mark.parametrize("apart", OTHERS)
+@pytest.mark.parametrize("widths", [[], ["--widths"]])
+def test_rows_with_other_inputs_have_a_table_of_their_own(
+    apart: str, widths: list[str], leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However good, they are neither first nor bold nor in plots; most rows make the board."""
+    bits = {"weight": {"bits": 4}, "activation": {"bits": 8}}
+    given = {"seed": 0, "psnr": 50.0, **OTHERS[apart]}
+    given["config"] = {**given.get("config", {}), "quant": bits}
+    runs = [write_run(tmp_path / "lucky", "lucky", **given)]
+    runs += [write_run(tmp_path / n, n, 0, psnr, config={"quant": bits}) for n, psnr in (("a", 30.0), ("b", 20.0))]
+    board = leaderboard(*runs, *widths)
+    text, width = Path(f"{board}.md").read_text(), " W4A8" if widths else ""
+    first, second = text.split(f"### m{width} (4 pairs a seed)")[1].split(f"### m{width}, inputs 2: {apart} (4 pairs")
+    assert re.findall(r"^\| (\w+) \| -", first, re.MULTILINE) == ["a", "b"] and "| lucky" in second
+    assert "only beside rows of the same inputs" in second and "lucky" not in text.split("### m" + width)[0]
+    page = Path(f"{board}.html").read_text()
+    assert page.count("<table>") == 2 and f"<h2>m{width}, inputs 2: {apart}</h2>" in page
+    assert page.index("<img ") < page.index(f"inputs 2: {apart}</h2>") and page.count("<img ") == 1 + len(widths)
+    with open(f"{board}.csv", newline="") as file:
+        assert [(line["inputs"], line["experiment"]) for line in csv.DictReader(file)] == [
+            *(("1", "a"), ("1", "b"), ("2", "lucky"))
+        ]
+    alone = leaderboard(*runs[1:], *widths)
+    picture = alone.with_name("board_m.svg").read_bytes()
+    leaderboard(*runs, *widths)
+    assert picture == alone.with_name("board_m.svg").read_bytes()
+
+
+def test_runs_without_a_metric_that_ranks_are_named(
+    leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They end nothing where other inputs have one."""
+    labels = {"flicker": LABELS["flicker"]}
+    runs = [write_run(tmp_path / "a", "a", 0, 30.0), write_run(tmp_path / "b", "b", 1, None, labels=labels)]
+    text = leaderboard(*runs).with_suffix(".md").read_text()
+    assert "| a |" in text and "| b |" not in text
+    assert "left out: b of m has no metric that ranks runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"seed": 0'])
+@pytest.mark.parametrize("name", ["run.json", "metrics.json", "per_prompt.json"])
+def test_a_file_that_is_no_run_s_is_left_out(
+    name: str, content: str, leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / name, name, 0, 30.0) for name in ("whole", "other")]
+    (runs[1] / name).write_text(content)
+    assert list(table(leaderboard(*runs))) == ["whole"]
+    assert f"left out: {runs[1] / name} is" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from viditq.errors import UserError
+from viditq.report.inputs import INPUTS_NOTE
 from viditq.report.paired import PAIRED_NOTE, IntervalOf, Paired, paired_text
 from viditq.report.row import Row
 from viditq.report.table import value_and_error
@@ -29,10 +29,11 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Board:
-    """The rows of one model, best first by the metric `first`; `metrics` are names with label, unit and direction.
+    """Rows of one model and the same inputs, best first by the metric `first`; `metrics`: name -> its label.
 
     above, best: row name -> its paired difference to the row above and to the best one, and that one's 95 % interval.
-    width: of all rows (`W4A8`), where the board holds no others.
+    width: of all rows (`W4A8`), where the board holds no others. inputs: 1 are those of most rows of the model; apart
+    says how others differ from them.
     """
 
     model: str
@@ -42,10 +43,12 @@ class Board:
     above: Mapping[str, Paired] = field(default_factory=dict)
     best: Mapping[str, Paired] = field(default_factory=dict)
     width: str = ""
+    inputs: int = 1
+    apart: str = ""
 
     @property
     def title(self) -> str:
-        return f"{self.model} {self.width}".strip()
+        return f"{self.model} {self.width}".strip() + (f", inputs {self.inputs}: {self.apart}" if self.apart else "")
 
     def as_good_as_best(self, row: Row) -> bool:
         """True if the interval of its difference to the best row includes 0."""
@@ -65,27 +68,25 @@ class Board:
         return found
 
     @property
-    def prompts(self) -> list[int]:
-        return sorted({m["prompts"] for row in self.rows for m in row.metrics})
+    def bars(self) -> str:
+        """What error bars of the rows, which have the same seeds, span."""
+        return (
+            "standard error over seeds" if len(self.rows[0].seeds) > 1 else "95 % interval over the prompts of one seed"
+        )
 
     @property
     def notes(self) -> list[str]:
         """What a reader has to know before comparing rows."""
-        notes = [NOTE]
+        notes = [NOTE, INPUTS_NOTE] if self.apart else [NOTE]
         if self.above:
             notes.append(PAIRED_NOTE)
         if self.float_scores:
             values = ", ".join(f"{label} {value}" for label, value in self.float_scores.items())
-            notes.append(f"Float model: {values}.")
+            notes.append(f"Float model{f', inputs {self.inputs}' if self.apart else ''}: {values}.")
         scores = [(label["label"], row.score(name)) for name, label in self.metrics.items() for row in self.rows]
         for warning in dict.fromkeys(score.warning for _, score in scores if score and score.warning):
             names = dict.fromkeys(label for label, score in scores if score and score.warning == warning)
             notes.append(f"* {', '.join(names)}: {warning}")
-        if len(self.prompts) > 1:
-            counts = ", ".join(map(str, self.prompts))
-            notes.append(f"Rows have different numbers of pairs a seed ({counts}): they do not compare.")
-        elif len({tuple(part["prompts"]) for row in self.rows for part in row.per_prompt}) > 1:
-            notes.append("Rows have different prompts: they do not compare.")
         return notes
 
     @property
@@ -97,7 +98,6 @@ class Board:
     def cells(self, row: Row) -> list[tuple[str, float | str]]:
         """Text and sort key of each cell of a row."""
         scores = [row.score(name) for name in self.metrics]
-        pairs = row.metrics[0]["prompts"]
         above = (
             [(paired_text(self.above.get(row.name)), self.above.get(row.name, (math.nan,))[0])] if self.above else []
         )
@@ -105,7 +105,7 @@ class Board:
             (row.name, row.name),
             (row.verdict or "-", row.verdict),
             (str(len(row.seeds)), len(row.seeds)),
-            (str(pairs), pairs),
+            (str(row.pairs), row.pairs),
             *((f"{value:.2f}", value) for value in (row.weight_bits, row.activation_bits, row.megabytes)),
             ("-" if math.isnan(row.seconds) else f"{row.seconds:.1f}", row.seconds),
             *above,
@@ -114,21 +114,12 @@ class Board:
 
 
 def make_board(
-    model: str, rows: Sequence[Row], first: str | None = None, interval_of: IntervalOf | None = None, width: str = ""
+    model: str, rows: Sequence[Row], metrics: Mapping[str, Mapping[str, Any]], first: str, interval_of: IntervalOf
 ) -> Board:
-    """Rows in order, best first by the metric `first` (default: the first one with a better direction).
+    """Rows of the same inputs in order, best first by the metric `first`; rows that did not measure it come last.
 
-    Rows that did not measure it come last. interval_of: the 95 % interval of a mean, for paired differences.
-    Raises UserError if `first` has no better direction.
+    interval_of: the 95 % interval of a mean, for paired differences.
     """
-    metrics: dict[str, Mapping[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: -len(row.metrics[0]["metrics"])):
-        metrics |= {name: label for name, label in row.metrics[0]["labels"].items() if name not in metrics}
-    directed = [name for name, label in metrics.items() if label["higher_is_better"] is not None]
-    if not directed or (first is not None and first not in directed):
-        choices = f"Choose one of {', '.join(directed)}" if directed else "Measure psnr too"
-        raise UserError(f"{first or model}: no metric that ranks runs, higher or lower being better. {choices}.")
-    first = first or directed[0]
     sign = -1 if metrics[first]["higher_is_better"] else 1
 
     def rank(row: Row) -> tuple[float, str]:
@@ -136,11 +127,9 @@ def make_board(
         return (sign * score.value if score else math.inf), row.name
 
     ordered = sorted(rows, key=rank)
-    if interval_of is None:
-        return Board(model, ordered, metrics, first, width=width)
     above = {row.name: row.minus(before, first, interval_of) for before, row in pairwise(ordered)}
     best = {row.name: row.minus(ordered[0], first, interval_of) for row in ordered[1:]}
-    return Board(model, ordered, metrics, first, _known(above), _known(best), width)
+    return Board(model, ordered, metrics, first, _known(above), _known(best))
 
 
 def _known(paired: Mapping[str, Paired | None]) -> dict[str, Paired]:
@@ -166,8 +155,8 @@ def markdown(boards: Sequence[Board]) -> str:
     """A table per board; below the last one of a model what to know of all of them."""
     parts = []
     for board, notes in zip(boards, closing_notes(boards), strict=True):
-        pairs = f"{board.prompts[0]} pairs a seed" if len(board.prompts) == 1 else "see pairs"
-        lines = [f"### {board.title} ({pairs})", "", table_line(board.headings), "|" + "---|" * len(board.headings)]
+        title = f"### {board.title} ({board.rows[0].pairs} pairs a seed)"
+        lines = [title, "", table_line(board.headings), "|" + "---|" * len(board.headings)]
         lines += [table_line([text for text, _ in board.cells(row)]) for row in board.rows]
         parts.append("\n".join([*lines, *([""] if notes else []), *notes]))
     return "\n\n".join(parts) + "\n"
@@ -182,10 +171,22 @@ def table_line(cells: Sequence[str]) -> str:
 def comma_separated(boards: Sequence[Board]) -> str:
     """One line per row; a metric has its value, standard error over seeds, 95 % interval of a single seed, verdict.
 
-    above: the paired difference of the board's first metric to the line above, with its 95 % interval.
+    inputs: a number; a model's rows of different ones do not compare. above: the paired difference of the board's first
+    metric to the line above, with its 95 % interval.
     """
     names = list(dict.fromkeys(name for board in boards for name in board.metrics))
-    fixed = ["model", "width", "experiment", "seeds", "pairs", "weight_bits", "activation_bits", "bytes", "seconds"]
+    fixed = [
+        "model",
+        "width",
+        "inputs",
+        "experiment",
+        "seeds",
+        "pairs",
+        "weight_bits",
+        "activation_bits",
+        "bytes",
+        "seconds",
+    ]
     fixed += ["above", "above_low", "above_high"]
     measured = [f"{name}{end}" for name in names for end in ("", "_error", "_low", "_high", "_verdict")]
     out = io.StringIO()
@@ -193,10 +194,11 @@ def comma_separated(boards: Sequence[Board]) -> str:
     writer.writeheader()
     for board in boards:
         for row in board.rows:
-            line: dict[str, Any] = {"model": board.model, "experiment": row.name, "pairs": row.metrics[0]["prompts"]}
+            line: dict[str, Any] = {"model": board.model, "experiment": row.name, "pairs": row.pairs}
             line |= {"seeds": " ".join(map(str, row.seeds)), "weight_bits": row.weight_bits}
             line |= {"activation_bits": row.activation_bits, "bytes": round(row.megabytes * 1e6)}
             line |= {"seconds": "" if math.isnan(row.seconds) else row.seconds, "width": board.width}
+            line["inputs"] = board.inputs
             if paired := board.above.get(row.name):
                 low, high = paired[1] or ("", "")
                 line |= {"above": paired[0], "above_low": low, "above_high": high}

@@ -15,7 +15,6 @@ from viditq.files import atomic
 
 INK, GREY, FRONT = "#1c1e21", "#8a9097", "#0b57d0"
 ANGLES = [(1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1)]  # where a label may lie, best first
-BARS = "Bars: standard error over seeds; of a single seed, the 95 % interval over prompts."
 LONGEST = 24  # letters of a name that may stand in a plot; with a longer one, numbers do, explained below
 DISTANCES = [6, 14, 24, 36, 50, 66, 84, 104]  # from its point, in points of 1/72 inch
 
@@ -49,8 +48,10 @@ def pareto_front(points: Sequence[Point], higher_is_better: bool) -> list[Point]
     return front
 
 
-def pareto_picture(panels: Sequence[Panel], quality: str, higher_is_better: bool, title: str, path: Path) -> list[Path]:
-    """Panels side by side; writes `path` as .png and .svg and returns both.
+def pareto_picture(
+    panels: Sequence[Panel], quality: str, higher_is_better: bool, bars: str, title: str, path: Path
+) -> list[Path]:
+    """Panels side by side; writes `path` as .png and .svg and returns both. bars: what error bars span.
 
     Where a name is too long for a plot, points are numbered in the order of the first panel and named below.
     """
@@ -58,7 +59,7 @@ def pareto_picture(panels: Sequence[Panel], quality: str, higher_is_better: bool
     with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "viditq", "svg.fonttype": "path"}):
         figure = Figure(figsize=(6.4 * len(panels), 6.6 + 0.18 * len(key)), layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        figure.supxlabel("\n".join([*key, BARS]), x=0.01, ha="left", fontsize=8.5, color=INK)
+        figure.supxlabel("\n".join([*key, f"Bars: {bars}."]), x=0.01, ha="left", fontsize=8.5, color=INK)
         figure.suptitle(title, fontsize=12, fontweight="bold", color=INK)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):

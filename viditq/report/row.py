@@ -4,8 +4,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from viditq.errors import UserError
 from viditq.report.paired import Z95, Interval, IntervalOf, Paired, Prompt, paired_difference
 from viditq.report.table import decimals, number, value_and_error
 
@@ -48,8 +50,8 @@ class Row:
 
     name: str
     metrics: Sequence[Mapping[str, Any]]
+    per_prompt: Sequence[Mapping[str, Any]]
     link: str = ""
-    per_prompt: Sequence[Mapping[str, Any]] = ()
 
     @property
     def weight_bits(self) -> float:
@@ -75,6 +77,21 @@ class Row:
     def seeds(self) -> list[int]:
         return sorted(m["seed"] for m in self.metrics)
 
+    @property
+    def pairs(self) -> int:
+        """Evaluation prompts, which each seed has."""
+        return int(self.metrics[0]["prompts"])
+
+    @property
+    def prompts(self) -> list[str]:
+        return list(self.per_prompt[0]["prompts"])
+
+    @property
+    def inputs(self) -> tuple[tuple[int, str], ...]:
+        """Seed and name of the float samples of each run; the name hangs on seed, prompts and all that samples them."""
+        runs = zip(self.metrics, self.per_prompt, strict=True)
+        return tuple(sorted((m["seed"], Path(values["reference"]).name) for m, values in runs))
+
     def score(self, name: str) -> Score | None:
         """One metric over all seeds; None if a seed did not measure it or found it undefined."""
         values = [m["metrics"].get(name) for m in self.metrics]
@@ -98,9 +115,8 @@ class Row:
         return found
 
     def minus(self, other: "Row", name: str, interval_of: IntervalOf) -> Paired | None:
-        """The paired difference of a metric; None where the two rows do not share seeds and prompts."""
-        mine, theirs = self.values(name), other.values(name)
-        return paired_difference(mine, theirs, interval_of) if self.seeds == other.seeds else None
+        """The paired difference of a metric to a row of the same inputs; None where one has no value per prompt."""
+        return paired_difference(self.values(name), other.values(name), interval_of)
 
     @property
     def verdict(self) -> str:
@@ -113,6 +129,28 @@ class Row:
         words = {DIFFERS: DIFFERS, UNTOLD: UNTOLD, "equal within noise": "equal"}
         counted = [f"{len(groups[verdict])} {shown}" for verdict, shown in words.items()]
         return "; ".join([*named, *(text for text in counted if not text.startswith("0 "))])
+
+
+def labels_of(rows: Sequence[Row]) -> dict[str, Mapping[str, Any]]:
+    """Metric -> label, unit and direction, of all that any row measured; those of the row with the most come first."""
+    metrics: dict[str, Mapping[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: -len(row.metrics[0]["metrics"])):
+        metrics |= {name: label for name, label in row.metrics[0]["labels"].items() if name not in metrics}
+    return metrics
+
+
+def directed(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The metrics of which higher or lower is better."""
+    return [name for name, label in metrics.items() if label["higher_is_better"] is not None]
+
+
+def ranking_metric(what: str, metrics: Mapping[str, Mapping[str, Any]], wanted: str | None) -> str:
+    """The metric to rank by: the one wanted, else the first with a better direction; raises UserError without any."""
+    known = directed(metrics)
+    if not known or (wanted is not None and wanted not in known):
+        choices = f"Choose one of {', '.join(known)}" if known else "Measure psnr too"
+        raise UserError(f"{wanted or what}: no metric that ranks runs, higher or lower being better. {choices}.")
+    return wanted or known[0]
 
 
 def word(entry: Mapping[str, Any] | None) -> str:

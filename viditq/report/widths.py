@@ -10,15 +10,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from viditq.report.leaderboard import Board, heading, table_line
-from viditq.report.pareto import BARS, FRONT, GREY, INK, save_both
+from viditq.report.pareto import FRONT, GREY, INK, save_both
 from viditq.report.row import Score
 
 
 def methods_table(boards: Sequence[Board]) -> str:
     """Markdown: a row per method, a column per width, each the first metric's value with its error; best first.
 
-    boards: of one model, one per width, each named `width`. Bold: the best of its width and every method whose paired
-    interval with the best includes 0.
+    boards: of one model and the same inputs, one per width, each named `width`. Bold: the best of its width and every
+    method whose paired interval with the best includes 0.
     """
     names = list(dict.fromkeys(row.name for board in boards for row in board.rows))
     ranks = {name: _mean_place(boards, name) for name in names}
@@ -53,7 +53,7 @@ def widths_picture(boards: Sequence[Board], path: Path) -> list[Path]:
     with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "viditq", "svg.fonttype": "path"}):
         figure = Figure(figsize=(3.6 * len(boards), 1.5 + 0.27 * most), layout="constrained")
         FigureCanvasAgg(figure)
-        figure.supxlabel(BARS, x=0.01, ha="left", fontsize=8.5, color=INK)
+        figure.supxlabel(f"Bars: {boards[0].bars}.", x=0.01, ha="left", fontsize=8.5, color=INK)
         figure.suptitle(f"{boards[0].model}: {label['label']} of each method", fontweight="bold", color=INK)
         for axis, board in zip(figure.subplots(1, len(boards), squeeze=False)[0], boards, strict=True):
             _draw(axis, board, label)
