@@ -21,9 +21,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from viditq.config import COMMAND_VARIABLE
 from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
+from viditq.run_dir import CHOICE
 from viditq.sweep import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs, records_here
 
-ELSEWHERE = "Choose another with hydra.run.dir=FOLDER and cache_dir=FOLDER"
+ELSEWHERE = "Choose another with {choice} and cache_dir=FOLDER"
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full. Finished work is kept: free space and run the same command again",
     errno.EDQUOT: "the disk quota is used up. Finished work is kept: free space and run the same command again",
@@ -86,11 +87,11 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
         sys.exit(status)
 
 
-def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = None) -> int:
+def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = None, choice: str = CHOICE) -> int:
     """Exit status of `work`: 0, 3 if it is complete but fails its gate, 2 for an error that a user can mend.
 
     The message is on stderr. A bug is raised, but not in a sweep, where the other jobs go on: there it is one more
-    failure, with its traceback, and `job` records what became of this one.
+    failure, with its traceback, and `job` records what became of this one. choice: as in `user_message`.
     """
     from viditq.engine.processes import lost_peer
 
@@ -106,7 +107,7 @@ def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = No
         if lost_peer(error):
             print(f"\n{REPORTED} ({str(error).splitlines()[0]})", file=sys.stderr)
         elif not isinstance(error, AlreadyReported):
-            message = user_message(error)
+            message = user_message(error, choice)
             if job is None and (message is None or cfg.debug):
                 raise
             if message is None or cfg.debug:
@@ -126,8 +127,11 @@ def print_error(message: str) -> None:
     print(f"\nerror: {message}", file=sys.stderr)
 
 
-def user_message(error: BaseException) -> str | None:
-    """The message for the user if `error` is one a user can mend, else None (a bug: show the traceback)."""
+def user_message(error: BaseException, choice: str = CHOICE) -> str | None:
+    """The message for the user if `error` is one a user can mend, else None (a bug: show the traceback).
+
+    choice: what chooses another folder on the command line.
+    """
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and not any(link is seen for seen in chain):  # a chain may bite its own tail
@@ -138,7 +142,7 @@ def user_message(error: BaseException) -> str | None:
             return str(link)
     for link in chain:
         if isinstance(link, OSError) and link.errno in DISK_ERRORS:
-            return f"{link.filename or 'writing'}: {DISK_ERRORS[link.errno]}."
+            return f"{link.filename or 'writing'}: {DISK_ERRORS[link.errno].format(choice=choice)}."
         if "No space left on device" in str(link):
             return f"{DISK_ERRORS[errno.ENOSPC]}."
     if type(error).__name__ in JOB_DIED:

@@ -14,6 +14,8 @@ from typing import Any
 from viditq.errors import UserError
 from viditq.files import lock, read_json, write_json
 
+CHOICE = "hydra.run.dir=FOLDER"  # what chooses the folder of a run of run.py
+
 
 def fingerprint(key: Mapping[str, Any]) -> str:
     """Hash of plain values, independent of the order of keys."""
@@ -48,10 +50,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run and what lies in it."""
+    """The folder of one run and what lies in it; `choice` is what chooses another on the command line."""
 
     path: Path
     config: Mapping[str, Any]
+    choice: str = CHOICE
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -60,11 +63,11 @@ class RunDir:
         def on_wait() -> None:
             raise UserError(
                 f"Another process is working on {self.path}. Wait for it, stop it, or choose another folder with "
-                "hydra.run.dir=FOLDER."
+                f"{self.choice}."
             )
 
         if self.path.is_file() or (self.path.is_dir() and not os.access(self.path, os.W_OK)):
-            raise UserError(f"{self.path} cannot be written to. Choose another with hydra.run.dir=FOLDER.")
+            raise UserError(f"{self.path} cannot be written to. Choose another with {self.choice}.")
         with lock(self.path, on_wait):
             yield
 
@@ -74,7 +77,7 @@ class RunDir:
         if not file.is_file():
             write_json(file, self.config)
             return
-        remedy = "Delete the folder or choose another with hydra.run.dir=FOLDER."
+        remedy = f"Delete the folder or choose another with {self.choice}."
         old, new = flatten(read_json(file, remedy)), flatten(self.config)
         absent = "(absent)"
         changed = [k for k in sorted({*old, *new}) if old.get(k, absent) != new.get(k, absent)]
@@ -82,7 +85,7 @@ class RunDir:
             lines = [f"  {k}: {old.get(k, absent)} there, {new.get(k, absent)} now" for k in changed]
             raise UserError(
                 f"{self.path} was made by another configuration. It differs in\n" + "\n".join(lines) + "\n"
-                "Choose another folder with hydra.run.dir=FOLDER, undo the change, or delete the folder."
+                f"Choose another folder with {self.choice}, undo the change, or delete the folder."
             )
 
     @property

@@ -26,13 +26,14 @@ from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.models.checks import GUESSED
 from viditq.models.roles import counts, summary
-from viditq.run_dir import RunDir
+from viditq.run_dir import CHOICE, RunDir
 from viditq.stages import FUNCTIONS
 
 
-def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+def run(cfg: DictConfig, folder: Path, choice: str = CHOICE) -> dict[str, Any] | None:
     """Run the configured stages in `folder`; returns metrics.json's content once it exists (on the first process).
 
+    choice: what chooses another folder on the command line, for messages.
     Finished work is found on disk and skipped. With trainer.devices above 1 the stages run in processes of their own,
     unless torchrun or srun has started this one as one of several. Raises UserError for bad input, before anything
     slow where possible.
@@ -42,7 +43,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     if HydraConfig.initialized():
         check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
     experiment = build(cfg)
-    run_dir = RunDir(folder, experiment.tracked)
+    run_dir = RunDir(folder, experiment.tracked, choice)
     if cfg.estimate:
         tell(experiment, run_dir, cfg.estimate)
         return None
