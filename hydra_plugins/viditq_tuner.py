@@ -30,20 +30,24 @@ class Tuner(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Run the study; `arguments` are the command line's overrides, which all trials share."""
         from viditq.sweep import SWEEP_VARIABLE
-        from viditq.tuning import Range, Tuning, tune
+        from viditq.tuning import Tuning, key_of, tune
 
         assert self.launcher is not None
         swept = [o for o in OverridesParser.create().parse_overrides(arguments) if o.is_sweep_override()]
         if swept:
             raise UserError(f"{swept[0].input_line}: a tuning takes one value. Start one command for each.")
         settings = {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in self.settings.items()}
-        params = {name: Range(**given) for name, given in settings.pop("params").items()}
-        tuning = Tuning(**settings, params=params)
+        tuning = Tuning.parse(settings)
         if tuning.objective not in self.config.metric:
             choices = ", ".join(self.config.metric)
             raise UserError(
                 f"hydra.sweeper.objective={tuning.objective} is not measured here. Choose one of {choices}."
             )
+        if "evaluate" not in self.config.stages:
+            raise UserError(f"stages={self.config.stages} measures nothing to tune by. Add evaluate.")
+        for text in arguments:
+            if key_of(text) in tuning.keys:
+                raise UserError(f"{text}: this tuning sets {key_of(text)} itself. Leave it out, or add hydra.mode=RUN.")
         tune(tuning, Path(os.environ[SWEEP_VARIABLE]), arguments, self.launch)
 
     def launch(self, jobs: list[list[str]], first: int) -> None:

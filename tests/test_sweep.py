@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -379,13 +380,60 @@ def test_batches_are_numbered_one_after_another() -> None:
         ({"direction": "up"}, "direction=up. Give maximize or minimize"),
         ({"n_trials": 0}, "n_trials=0"),
         ({"params": {}}, "nothing to tune"),
-        ({"params": {"a": Range(0.0, 1.0, 0.1, 2.0), "b": Range(0, 1, 0.1, 0)}}, "low <= start <= high"),
+        ({"n_trials": 2.5}, "n_trials=2.5. Give a whole number of 1 or more"),
+        ({"n_trials": None}, "n_trials=None"),
+        ({"n_trials": True}, "n_trials=True"),
+        ({"max_batch_size": "two"}, "max_batch_size=two"),
+        ({"seed": -30}, "seed=-30. Give a whole number of 0 or more"),
+        ({"startup_trials": "a"}, "startup_trials=a"),
+        ({"params": 3}, "params=3"),
+        ({"params": {"a": 3}}, "params.a=3 must have the keys low, high, step, start"),
+        ({"params": {"a": {"low": 0, "high": 1, "step": 0.1}}}, "must have the keys low, high, step, start"),
+        ({"overrides": "x={a}"}, "overrides=x={a}. See"),
+        ({"overrides": []}, "does not use a, b"),
+        ({"overrides": [3]}, "3 is no override"),
         ({"overrides": ["x={c}"]}, "'c', which is no parameter. There are a, b"),
+        ({"overrides": ["x={}"]}, "which is no parameter"),
+        ({"overrides": ["x={"]}, "Braces hold a name alone: a, b"),
+        ({"overrides": ["x={a.real_part}"]}, "Braces hold a name alone"),
+        ({"overrides": ["x={a:d}"]}, "Braces hold a name alone"),
+        ({"overrides": ["x={a}"]}, "does not use b"),
+        ({"overrides": ["x={a}", "+x={b}"]}, "sets x twice"),
+        ({"what": 3}, "Unknown key hydra.sweeper.what"),
     ],
 )
 def test_bad_tunings_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
-        Tuning(**{**vars(TUNING), **changes})
+        Tuning.parse({**asdict(TUNING), **changes})
+
+
+def test_missing_settings_are_refused() -> None:
+    with pytest.raises(UserError, match=re.escape("Missing key hydra.sweeper.objective")):
+        Tuning.parse({key: value for key, value in asdict(TUNING).items() if key != "objective"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"start": 2.0}, "low <= start <= high"),
+        ({"low": 1.0, "high": 0.0}, "low <= start <= high"),
+        ({"step": 0.0}, "step > 0"),
+        ({"low": "a"}, "low must be a number"),
+        ({"high": float("nan")}, "high must be a number"),
+        ({"high": float("inf")}, "high must be a number"),
+        ({"step": None}, "step must be a number"),
+        ({"low": 1 / 3}, "at most 10 digits"),
+        ({"start": 0.32}, "start must be a whole number of steps above low, such as 0.3 or 0.4"),
+        ({"high": 0.95}, "high must be a whole number of steps above low, such as 0.9 or 1.0"),
+    ],
+)
+def test_bad_ranges_are_refused(changes: dict[str, Any], words: str) -> None:
+    """A start off the grid ended the study after its first trial."""
+    given = {"low": 0.0, "high": 1.0, "step": 0.1, "start": 0.3}
+    Range.parse("a", given)
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        Range.parse("a", {**given, **changes})
+    assert str(error.value).startswith("hydra.sweeper.params.a={")
 
 
 def test_tune_alpha_killed_after_one_trial_and_repeated(
@@ -431,11 +479,24 @@ def test_tune_alpha_killed_after_one_trial_and_repeated(
         (["model=tiny_image,tiny_video"], "a tuning takes one value"),
         (["hydra.sweeper.objective=lpips"], "objective=lpips is not measured here. Choose one of psnr"),
         (["hydra.sweeper.n_trials=0"], "n_trials=0"),
+        (["hydra.sweeper.params.edge.start=0.51"], "such as 0.5 or 0.55"),
+        (["hydra.sweeper.params=3"], "params=3"),
+        (["+hydra.sweeper.what=3"], "Unknown key hydra.sweeper.what"),
+        (["hydra.sweeper.overrides=['no.key=[{edge},{alpha_low},{alpha_high}]']"], "no.key"),
+        (["hydra.sweeper.overrides=['seed={edge},{alpha_low},{alpha_high}']"], "seed=0.5,0.3,0.3"),
+        (["hydra.sweeper.overrides=['seed=[{edge},{alpha_low},{alpha_high}']"], "input '[0.5,0.3,0.3'"),
+        (["stages=[prompts,reference]"], "measures nothing to tune by. Add evaluate"),
+        (["quant.segments=[0.0,0.6,1.0]"], "this tuning sets quant.segments itself"),
     ],
 )
 def test_bad_tunings_of_the_command_line(
-    arguments: list[str], words: str, sweep_here: Sweep, capfd: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    sweep_here: Sweep,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(runner, "run", lambda cfg, folder: pytest.fail("a trial was started"))
     assert sweep_here("experiment=tune_alpha", *arguments) == 2
     err = capfd.readouterr().err
     assert words in err and "Traceback" not in err

@@ -1,10 +1,13 @@
 """Tuning: Optuna proposes numbers, each trial is a job of a sweep, the sweep's records are the study's memory."""
 
+import math
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 from viditq.errors import UserError
@@ -13,16 +16,44 @@ from viditq.sweep import JobRecord, read_jobs
 
 Params = dict[str, float]
 ATTEMPTS = 20  # proposals that repeat an earlier trial before one is taken all the same
+DIGITS = 10  # after the point, which a trial's numbers have at most
+LOWEST = {"n_trials": 1, "max_batch_size": 1, "startup_trials": 0, "seed": 0}
 
 
 @dataclass(frozen=True)
 class Range:
-    """A number's grid: from `low` to `high` in steps; the first trial takes `start`."""
+    """A number's grid: from `low` to `high` in steps; the first trial takes `start`. Odd ones raise UserError."""
 
     low: float
     high: float
     step: float
     start: float
+
+    def __post_init__(self) -> None:
+        given = asdict(self)
+        odd = [key for key, value in given.items() if not is_number(value) or round(value, DIGITS) != value]
+        if odd:
+            raise UserError(f"{given}: {', '.join(odd)} must be a number of at most {DIGITS} digits after the point.")
+        if not (self.low <= self.start <= self.high and self.step > 0):
+            raise UserError(f"{given}: it takes low <= start <= high and step > 0.")
+        for key in ("start", "high"):
+            steps = (given[key] - self.low) / self.step
+            if abs(steps - round(steps)) > 1e-8:  # as Optuna has it
+                near = [round(self.low + self.step * whole(steps), DIGITS) for whole in (math.floor, math.ceil)]
+                raise UserError(
+                    f"{given}: {key} must be a whole number of steps above low, such as {near[0]} or {near[1]}."
+                )
+
+    @classmethod
+    def parse(cls, name: str, given: Any) -> "Range":
+        """The range of the parameter `name` of a configuration; raises UserError for one that is no range."""
+        where, keys = f"hydra.sweeper.params.{name}", [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping) or set(given) != set(keys):
+            raise UserError(f"{where}={given} must have the keys {', '.join(keys)}, and no others.")
+        try:
+            return cls(**given)
+        except UserError as error:
+            raise UserError(f"{where}={error}") from error
 
 
 @dataclass(frozen=True)
@@ -41,21 +72,54 @@ class Tuning:
     def __post_init__(self) -> None:
         if self.direction not in ("maximize", "minimize"):
             raise UserError(f"hydra.sweeper.direction={self.direction}. Give maximize or minimize.")
-        for key in ("n_trials", "max_batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"hydra.sweeper.{key}={getattr(self, key)}. Give 1 or more.")
+        for key, lowest in LOWEST.items():
+            value = getattr(self, key)
+            if type(value) is not int or not lowest <= value < 2**31:
+                raise UserError(f"hydra.sweeper.{key}={value}. Give a whole number of {lowest} or more.")
         if not self.params:
             raise UserError("hydra.sweeper.params is empty: nothing to tune. See conf/experiment/tune_alpha.yaml.")
-        for name, r in self.params.items():
-            if not (r.low <= r.start <= r.high and r.step > 0):
-                raise UserError(f"hydra.sweeper.params.{name}={asdict(r)}: it takes low <= start <= high and step > 0.")
+        self._check_overrides()
+
+    def _check_overrides(self) -> None:
+        where, names = "hydra.sweeper.overrides", ", ".join(self.params)
+        for text in self.overrides:
+            if not isinstance(text, str) or "=" not in text:
+                raise UserError(
+                    f"{where}={self.overrides}: {text!r} is no override such as quant.segments=[0.0,{{edge}},1.0]."
+                )
         try:
+            used = {name for text in self.overrides for _, name, _, _ in Formatter().parse(text) if name is not None}
             self.settings({name: r.start for name, r in self.params.items()})
         except (KeyError, IndexError) as error:
-            names = ", ".join(self.params)
+            raise UserError(f"{where} names {error}, which is no parameter. There are {names}.") from error
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{where}={self.overrides}: {error}. Braces hold a name alone: {names}.") from error
+        if idle := [name for name in self.params if name not in used]:
             raise UserError(
-                f"hydra.sweeper.overrides names {error}, which is no parameter. There are {names}."
-            ) from error
+                f"{where} does not use {', '.join(idle)}: it would be tuned for nothing. Name it, or leave it out."
+            )
+        if again := [key for key, count in Counter(self.keys).items() if count > 1]:
+            raise UserError(f"{where} sets {again[0]} twice. Leave one out.")
+
+    @property
+    def keys(self) -> list[str]:
+        """What the overrides set."""
+        return [key_of(text) for text in self.overrides]
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> "Tuning":
+        """From the settings of the sweeper, as plain values; raises UserError for any that cannot work."""
+        known = [field.name for field in fields(cls)]
+        for word, keys in (("Unknown key", set(settings) - {*known}), ("Missing key", {*known} - set(settings))):
+            if keys:
+                raise UserError(f"{word} hydra.sweeper.{min(keys)}. A tuning has {', '.join(known)}.")
+        for key, kind in (("params", Mapping), ("overrides", list)):
+            if not isinstance(settings[key], kind):
+                raise UserError(
+                    f"hydra.sweeper.{key}={settings[key]}. See conf/experiment/tune_alpha.yaml for its form."
+                )
+        params = {name: Range.parse(name, given) for name, given in settings["params"].items()}
+        return cls(**{**settings, "params": params})
 
     def settings(self, params: Mapping[str, float]) -> list[str]:
         """The overrides that `params` stand for."""
@@ -82,7 +146,7 @@ class Tuning:
                 optuna.create_trial(params=trials[number], distributions=space, value=value)
                 for number, value in sorted(values.items())
             )
-            proposal = {name: round(value, 10) for name, value in study.ask(space).params.items()}
+            proposal = {name: round(value, DIGITS) for name, value in study.ask(space).params.items()}
             if proposal not in trials:
                 break
         return proposal
@@ -123,6 +187,16 @@ def tune(tuning: Tuning, folder: Path, base: list[str], launch: Callable[[list[l
     if not values:
         raise UserError(f"None of the {len(trials)} trials finished with a value of {tuning.objective}.")
     write_best(tuning, folder, base, trials, values)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is finite, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def key_of(override: str) -> str:
+    """`quant.segments` of `++quant.segments=[0,1]`"""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def import_optuna() -> Any:
