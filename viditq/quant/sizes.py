@@ -18,22 +18,11 @@ from torch import Tensor, nn
 from viditq.quant.artifact import FORMAT_VERSION, META, MODEL, PLAN
 from viditq.quant.convert import build_quantized
 from viditq.quant.linear import QuantLinear, quant_linears
-from viditq.quant.observers import REDUCTIONS, Observer
+from viditq.quant.observers import blank_state
 from viditq.quant.plan import QuantPlan
 from viditq.quant.scheme import LayerScheme
+from viditq.quant.stored_dtypes import NAMES
 
-NAMES = {  # safetensors' names of dtypes, for its header
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 KINDS = {"qweight": "codes", "weight_scale": "scales", "weight_zero_point": "zero_points"}
 Entry = tuple[torch.dtype, Sequence[int]]
 
@@ -156,8 +145,7 @@ def stats_bytes(
     """
     entries: dict[str, Entry] = {}
     for layer, width in in_features.items():
-        observer = Observer(num_buckets, width, rows_per_bucket, "meta")
-        tensors = {field: getattr(observer, field) for field in REDUCTIONS}
+        tensors = blank_state((), num_buckets, width, rows_per_bucket, "meta")
         entries |= {f"{layer}/{field}": (t.dtype, tuple(t.shape)) for field, t in tensors.items()}
     return safetensors_bytes(entries) + sum(4 * in_features[layer] ** 2 for layer in moment_layers)
 

@@ -78,6 +78,7 @@ def test_what_differs_without_a_batch_axis_is_kept_apart() -> None:
         ([torch.randn(5, 2, 2)], "was called with 5 hidden states for a batch of 2"),
         ([torch.randn(4, 2)], "was called with no hidden states for a batch of 2"),
         ([torch.randn(4, 2, 2), object()], "an argument of type object, which cannot be stored"),
+        ([torch.randn(4, 2, 2), torch.ones(3).to(torch.complex128)], "a tensor of torch.complex128, which cannot be"),
     ],
 )
 def test_calls_that_cannot_be_taken_apart(args: list, message: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from viditq.errors import UserError
+from viditq.quant.stored_dtypes import NAMES
 
 ROWS, ELEMENT, SHARED = "rows", "element", "shared"
 """How a tensor belongs to an element: its F rows, its one entry of E, or as a whole."""
@@ -28,6 +29,10 @@ class Share:
 
     tensors: dict[str, Tensor]
     meta: str
+
+    def copied(self) -> Share:
+        """The same in memory of its own, which the block cannot change."""
+        return Share({name: tensor.clone() for name, tensor in self.tensors.items()}, self.meta)
 
 
 class Call:
@@ -60,7 +65,7 @@ class Call:
         return (self.meta, shapes)
 
     def share(self, element: int) -> Share:
-        """One element's part, copied; floating tensors that differ by element in 16 bits."""
+        """One element's part on the CPU, copied only to get there; floating ones in 16 bits unless shared."""
         return Share({str(i): self._part(i, element) for i in range(len(self.tensors))}, self.meta)
 
     def _part(self, i: int, element: int) -> Tensor:
@@ -70,7 +75,7 @@ class Call:
             count = 1 if kind == ELEMENT else self.num_rows
             part = slice(element * count, element * count + (1 if self.once[i] else count))
             tensor = half[part] if fits[element] else tensor[part].bfloat16()
-        return tensor.cpu().clone(memory_format=torch.contiguous_format)
+        return tensor.cpu()
 
     def _half(self, i: int) -> tuple[Tensor, list[bool]]:
         """Tensor `i` as it is stored, and of each element whether float16 can hold it (else it becomes bfloat16)."""
@@ -82,12 +87,14 @@ class Call:
                 fits = ((flat.amax(1) < LARGEST_HALF) & (flat.amin(1) > -LARGEST_HALF)).tolist()
             else:
                 half, fits = tensor, [True] * self.num_elements
-            self._halves[i] = (half, fits)
+            self._halves[i] = (half.cpu(), fits)
         return self._halves[i]
 
     def _taken_apart(self, value: Any, nested: set[int] | None) -> Any:
         """JSON of `value`; its tensors go to `self.tensors`, and their places to `nested`."""
         if isinstance(value, Tensor):
+            if value.dtype not in NAMES:
+                raise self._refusal(f"a tensor of {value.dtype}")
             self.tensors.append(value)
             if nested is not None:
                 nested.add(len(self.tensors) - 1)
@@ -100,9 +107,12 @@ class Call:
             inside = self._nested if isinstance(value, tuple) else nested
             parts = [self._taken_apart(part, inside) for part in value]
             return {"tuple" if isinstance(value, tuple) else "list": parts}
-        raise UserError(
-            f"block {self.block} takes an argument of type {type(value).__name__}, which cannot be stored. Use "
-            "quant/rounding=adaround, which goes layer by layer."
+        raise self._refusal(f"an argument of type {type(value).__name__}")
+
+    def _refusal(self, what: str) -> UserError:
+        return UserError(
+            f"block {self.block} takes {what}, which cannot be stored. Use quant/rounding=adaround, which goes layer "
+            "by layer."
         )
 
     def _kind(self, tensor: Tensor, leading: int, nested: bool) -> str:
@@ -115,7 +125,7 @@ class Call:
     def _rows_agree(self, tensor: Tensor) -> bool:
         rows = tensor.unflatten(0, (self.num_elements, self.num_rows))
         first_two = torch.equal(rows[0, 0], rows[0, 1])  # as a rule they differ, which is quickly told
-        return first_two and bool((rows == rows[:, :1]).all())
+        return first_two and torch.equal(rows[:, 1:], rows[:, :-1])
 
 
 @dataclass(frozen=True)

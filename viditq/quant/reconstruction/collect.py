@@ -20,9 +20,10 @@ from viditq.quant.context import Attachment, StepContext, TimestepScaleLike, den
 from viditq.quant.observers import NUM_BUCKETS
 from viditq.quant.reconstruction.calls import Call, Share
 from viditq.quant.reconstruction.check import check_alone
+from viditq.quant.reconstruction.encoding import encoded
 from viditq.quant.reconstruction.selection import LEVELS, Item, ranked
 from viditq.quant.reconstruction.slots import START, slot_size
-from viditq.quant.reconstruction.store import BlockStore, encoded, room
+from viditq.quant.reconstruction.store import BlockStore, room
 
 PREFIX = "@inputs/"  # no module has such a name
 
@@ -115,7 +116,7 @@ class BlockInputs:
                 self._refuse(block)
             if (block, *call.kinds) not in self._checked:
                 self._checked.add((block, *call.kinds))
-                self._unchecked[block] = call.share(0)
+                self._unchecked[block] = call.share(0).copied()
             items = [self._item(element, level) for element in range(self._num_elements)]
             self._seen[block] += len({*items} - self._batch[block])
             self._batch[block] |= {*items}

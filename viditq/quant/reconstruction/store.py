@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json, write_json
 from viditq.quant.reconstruction.calls import Share, Stored
+from viditq.quant.reconstruction.encoding import decoded, encoded
 from viditq.quant.reconstruction.selection import Item, ranked
 from viditq.quant.reconstruction.slots import START, Slots
 
@@ -122,15 +120,3 @@ class BlockStore:
 def room(share: int, size: int) -> int:
     """How many slots of `size` bytes a file of at most `share` bytes has."""
     return max(share - START.size, 0) // size
-
-
-def encoded(tensors: Mapping[str, Tensor], meta: str) -> bytes:
-    """The content of a slot: a safetensors file."""
-    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"call": meta})
-
-
-def decoded(content: bytes) -> Stored:
-    """Inverse of `encoded`; raises what a damaged content raises."""
-    (length,) = struct.unpack_from("<Q", content)
-    meta = json.loads(content[8 : 8 + length])["__metadata__"]["call"]
-    return Stored.of(load(content), meta)
