@@ -20,7 +20,8 @@ from viditq.quant.convert import linear_names, quantize_denoiser
 from viditq.quant.correction import CorrectionFit, attach_corrections
 from viditq.quant.diagnosis import Diagnosis
 from viditq.quant.linear import quant_linears
-from viditq.quant.observers import Observer, summary_of
+from viditq.quant.observer_bank import ObserverBank
+from viditq.quant.observers import summary_of
 
 CPU = torch.device("cpu")
 
@@ -135,18 +136,20 @@ def test_lightning_moves_nothing_and_the_stages_agree(
 
 
 def test_statistics_follow_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    observer, moved = Observer(2, 4, 3), []
-    real = observer.minimum
-    observer.minimum = real.to("meta")
+    bank, moved = ObserverBank(["layer"], 2, 4, 3, "meta"), []
+    observer, real = bank.observers["layer"], ObserverBank.to
 
-    def to(self: Observer, device: torch.device) -> None:
+    def to(self: ObserverBank, device: torch.device) -> None:
         moved.append(device)
-        self.minimum = real
+        self._state = ObserverBank(["layer"], 2, 4, 3)._state  # meta tensors cannot be copied
+        real(self, device)
 
-    monkeypatch.setattr(Observer, "to", to)
-    observer.update(0, summary_of(torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), "layer"))
-    observer.update(0, summary_of(torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), "layer"))
+    monkeypatch.setattr(ObserverBank, "to", to)
+    seen = {"layer": summary_of(torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]))}
+    bank.update(0, seen)
+    bank.update(0, seen)
     assert moved == [CPU]
+    assert bank.observers["layer"] is observer and observer.count.tolist() == [2, 0] and observer.minimum[0].eq(1).all()
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])

@@ -4,7 +4,7 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant import CalibrationStats, Calibrator, linear_names
-from viditq.quant.calibration import _stratified, num_moment_rows, row_keys
+from viditq.quant.row_sample import num_moment_rows, row_keys, stratified
 
 STEPS = [980, 640, 300, 10]
 
@@ -107,7 +107,7 @@ def test_row_keys_follow_the_prompt_not_the_batch():
 
 def test_every_prompt_and_branch_gives_a_row_before_any_gives_a_second():
     keys = torch.randint(2**62, (6, 50), generator=torch.Generator().manual_seed(0))
-    rows, kept, *_ = _stratified(keys, 8)
+    rows, kept, *_ = stratified(keys, 8)
     cells = (rows // 50).tolist()
     assert sorted(cells[:6]) == list(range(6)) and len(rows) == len(set(rows.tolist())) == 8
     assert kept.tolist() == sorted(kept.tolist())
@@ -180,7 +180,7 @@ def test_a_sample_of_rows_stands_for_all_whatever_the_batch():
 def test_few_rows_of_many_go_into_the_moments(rows, taken):
     assert num_moment_rows(rows) == taken
     keys = torch.randint(2**62, (3, rows), generator=torch.Generator().manual_seed(0))
-    chosen = _stratified(keys, 2)
+    chosen = stratified(keys, 2)
     assert chosen.moment_weight * taken == rows
     assert (chosen.moment_rows // rows).bincount().tolist() == [taken] * 3
     assert len(chosen.moment_rows.unique()) == 3 * taken

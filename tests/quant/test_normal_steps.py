@@ -7,7 +7,8 @@ import torch
 
 from viditq.errors import UserError
 from viditq.quant import Chain, LpSearch, NormalSteps, QuantSpec
-from viditq.quant.observers import Observer, SegmentStats, summary_of
+from viditq.quant.observer_bank import ObserverBank
+from viditq.quant.observers import SegmentStats, summary_of
 from viditq.quant.ranges import static_grid
 
 SPEC = QuantSpec(4, granularity="tensor")
@@ -16,11 +17,11 @@ SPEC = QuantSpec(4, granularity="tensor")
 @pytest.fixture
 def stats() -> SegmentStats:
     """Ten buckets, 16 rows in each, all equal to the bucket's number + 1."""
-    observer = Observer(10, 3, 16)
+    bank = ObserverBank(["layer"], 10, 3, 16)
     for bucket in range(10):
         rows = torch.full((1, 16, 3), bucket + 1.0)
-        observer.update(bucket, summary_of(rows, torch.arange(16), torch.arange(16), "layer"))
-    return SegmentStats(observer, list(range(10)))
+        bank.update(bucket, {"layer": summary_of(rows, torch.arange(16), torch.arange(16))})
+    return SegmentStats(bank.observers["layer"], list(range(10)))
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(0.4, 0.5), (0.25, 0.1), (0.0, 0.2)])

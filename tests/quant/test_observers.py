@@ -5,20 +5,21 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.quant import CalibrationStats
 from viditq.quant.noise_level import bucket_edges, interval_of, overlapping
-from viditq.quant.observers import Observer, summary_of
+from viditq.quant.observer_bank import ObserverBank
+from viditq.quant.observers import summary_of
 
 
-def update(observer: Observer, bucket: int, x_LNC: Tensor, seed: int) -> None:
+def update(bank: ObserverBank, bucket: int, x_LNC: Tensor, seed: int) -> None:
     num_rows = x_LNC.shape[0] * x_LNC.shape[1]
     keys = torch.randint(2**60, (num_rows,), generator=torch.Generator().manual_seed(seed))
-    observer.update(bucket, summary_of(x_LNC, torch.arange(num_rows), keys, "layer"))
+    assert bank.update(bucket, {"layer": summary_of(x_LNC, torch.arange(num_rows), keys)})
 
 
 def observe(parts: list[int], data: list[Tensor], device: str = "cpu") -> CalibrationStats:
-    observer = Observer(4, 6, 5, device)
+    bank = ObserverBank(["layer"], 4, 6, 5, device)
     for i in parts:
-        update(observer, i % 4, data[i], seed=i)
-    return CalibrationStats({"layer": observer})
+        update(bank, i % 4, data[i], seed=i)
+    return CalibrationStats(bank.observers)
 
 
 @pytest.fixture
@@ -62,29 +63,46 @@ def test_merge_does_not_depend_on_order(data):
 
 
 def test_reservoir_keeps_the_lowest_keys_of_everything():
-    observer, rows, keys = Observer(1, 2, 4), [], []
+    bank, rows, keys = ObserverBank(["layer"], 1, 2, 4), [], []
     for seed in range(6):
         x = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(seed))
-        update(observer, 0, x, seed)
+        update(bank, 0, x, seed)
         rows.append(x.flatten(0, 1))
         keys.append(torch.randint(2**60, (6,), generator=torch.Generator().manual_seed(seed)))
     lowest = torch.cat(keys).argsort()[:4]
-    assert torch.equal(observer.rows[0], torch.cat(rows)[lowest])
+    assert torch.equal(bank.observers["layer"].rows[0], torch.cat(rows)[lowest])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype(dtype):
-    observer, x = Observer(1, 4, 3), torch.randn(2, 3, 4).to(dtype)
-    update(observer, 0, x, 0)
-    assert torch.equal(observer.maximum[0], x.amax((0, 1)).float())
+    bank, x = ObserverBank(["layer"], 1, 4, 3), torch.randn(2, 3, 4).to(dtype)
+    update(bank, 0, x, 0)
+    assert torch.equal(bank.observers["layer"].maximum[0], x.amax((0, 1)).float())
+
+
+def test_layers_added_at_once_are_as_if_added_one_by_one(data: list[Tensor]) -> None:
+    names = ["a", "b", "c"]
+    together, alone = ObserverBank(names, 4, 6, 5), {name: ObserverBank([name], 4, 6, 5) for name in names}
+    for step, of_step in enumerate((["a", "b", "c"], ["c"], ["b", "a"], ["c", "a", "b"])):
+        keys = torch.randint(2**60, (21,), generator=torch.Generator().manual_seed(step))
+        seen = {name: summary_of(data[3 * step + i], torch.arange(21), keys) for i, name in enumerate(of_step)}
+        together.update(step % 2, seen)
+        for name, summary in seen.items():
+            alone[name].update(step % 2, {name: summary})
+    mine = CalibrationStats(together.observers).to_tensors()
+    theirs = CalibrationStats({name: alone[name].observers[name] for name in names}).to_tensors()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_inf_name_the_layer(bad):
-    x = torch.zeros(2, 3, 4)
-    x[1, 2, 3] = bad
-    with pytest.raises(UserError, match="the input of layer contains NaN or inf"):
-        update(Observer(1, 4, 3), 0, x, 0)
+def test_a_bad_input_adds_nothing(bad: float) -> None:
+    bank, good = ObserverBank(["a", "b"], 1, 4, 3), torch.ones(2, 3, 4)
+    spoilt = good.clone()
+    spoilt[1, 2, 3] = bad
+    seen = {n: summary_of(x, torch.arange(3), torch.arange(3)) for n, x in (("a", good), ("b", spoilt))}
+    assert not bank.update(0, seen)
+    assert bank.observers["a"].count.tolist() == [0]
 
 
 def test_an_empty_segment_says_what_to_do(data):

@@ -17,7 +17,8 @@ from viditq.quant import (
     Smooth,
 )
 from viditq.quant.affine import fake_quantize, quantize
-from viditq.quant.observers import Observer, SegmentStats, summary_of
+from viditq.quant.observer_bank import ObserverBank
+from viditq.quant.observers import SegmentStats, summary_of
 from viditq.quant.quantizer import dequantize_weight, quantize_weight, weight_grid
 from viditq.quant.ranges import static_grid
 from viditq.quant.ranges.grid_fit import STARTS, least_squares_grid
@@ -119,10 +120,10 @@ def test_long_rows_are_searched_in_parts():
 
 
 def stats_of(x: torch.Tensor, num_rows: int = 64) -> SegmentStats:
-    observer = Observer(1, x.shape[-1], num_rows)
+    bank = ObserverBank(["layer"], 1, x.shape[-1], num_rows)
     count = x.shape[0] * x.shape[1]
-    observer.update(0, summary_of(x, torch.arange(count), torch.arange(count), "layer"))
-    return SegmentStats(observer, [0])
+    bank.update(0, {"layer": summary_of(x, torch.arange(count), torch.arange(count))})
+    return SegmentStats(bank.observers["layer"], [0])
 
 
 STATIC = [QuantSpec(8), QuantSpec(8, True, "channel"), QuantSpec(6, False, "group", 16)]

@@ -7,7 +7,8 @@ import torch
 from scipy.stats import rankdata, spearmanr
 
 from viditq.quant import LayerScheme, QuantSpec, SalienceSpec
-from viditq.quant.observers import Observer, SegmentStats, summary_of
+from viditq.quant.observer_bank import ObserverBank
+from viditq.quant.observers import SegmentStats, summary_of
 from viditq.quant.transforms.salience import ranks, spearman, weighted_salience
 
 SCHEME = LayerScheme(QuantSpec(4, granularity="channel"), None, (SalienceSpec(),))
@@ -17,11 +18,11 @@ SCHEME = LayerScheme(QuantSpec(4, granularity="channel"), None, (SalienceSpec(),
 def stats() -> SegmentStats:
     """Three observed buckets of five; which channels are loud moves with the noise level."""
     torch.manual_seed(0)
-    observer = Observer(5, 12, 4)
+    bank = ObserverBank(["layer"], 5, 12, 4)
     for bucket in (0, 2, 4):
         x_LNC = torch.randn(2, 6, 12) * torch.linspace(0.1, 3, 12).roll(bucket * 2)
-        observer.update(bucket, summary_of(x_LNC, torch.arange(2), torch.arange(2), "layer"))
-    return SegmentStats(observer, [0, 2, 4])
+        bank.update(bucket, {"layer": summary_of(x_LNC, torch.arange(2), torch.arange(2))})
+    return SegmentStats(bank.observers["layer"], [0, 2, 4])
 
 
 def test_ranks_and_correlation_are_scipys() -> None:

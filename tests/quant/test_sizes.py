@@ -16,7 +16,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import MODEL, save_denoiser, size_bytes
 from viditq.quant.convert import linear_names, quantize_denoiser
 from viditq.quant.linear import quant_linears
-from viditq.quant.observers import CalibrationStats, Observer
+from viditq.quant.observers import CalibrationStats, Observer, blank_state
 from viditq.quant.plan import QuantPlan
 from viditq.quant.sizes import (
     artifact_bytes,
@@ -45,7 +45,7 @@ def made_up_stats(denoiser: nn.Module, names: list[str]) -> CalibrationStats:
     """Statistics as if every bucket had seen something."""
     layers = {}
     for name in names:
-        observer = Observer(4, denoiser.get_submodule(name).in_features, 3)
+        observer = Observer(blank_state((), 4, denoiser.get_submodule(name).in_features, 3, "cpu"))
         observer.minimum.fill_(-1.0)
         observer.maximum.copy_(torch.rand_like(observer.maximum) + 0.5)
         observer.amax_sum.copy_(observer.maximum)
@@ -108,7 +108,7 @@ def test_a_file_of_tensors_is_counted_to_the_byte(tmp_path: Path) -> None:
 
 def test_statistics_are_counted_to_the_byte(tmp_path: Path) -> None:
     widths = {"first": 12, "second.third": 40}
-    stats = CalibrationStats({name: Observer(5, width, 3) for name, width in widths.items()})
+    stats = CalibrationStats({n: Observer(blank_state((), 5, width, 3, "cpu")) for n, width in widths.items()})
     stats.save(tmp_path / "stats.safetensors")
     assert stats_bytes(widths, 5, 3) == (tmp_path / "stats.safetensors").stat().st_size
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from viditq.quant import Chain, LayerScheme, QuantSpec, Smooth, SmoothSpec, Transform
-from viditq.quant.observers import Observer, SegmentStats, summary_of
+from viditq.quant.observer_bank import ObserverBank
+from viditq.quant.observers import SegmentStats, summary_of
 from viditq.quant.registry import TRANSFORMS
 from viditq.quant.transforms.smooth import AUTO_ALPHAS, _output_error, smooth_scale
 
@@ -14,10 +15,10 @@ STATIC = LayerScheme(QuantSpec(4, granularity="channel"), QuantSpec(8))
 
 
 def stats_of(x_LNC: torch.Tensor, num_rows: int = 64) -> SegmentStats:
-    observer = Observer(1, x_LNC.shape[-1], num_rows)
+    bank = ObserverBank(["layer"], 1, x_LNC.shape[-1], num_rows)
     count = x_LNC.shape[0] * x_LNC.shape[1]
-    observer.update(0, summary_of(x_LNC, torch.arange(count), torch.arange(count), "layer"))
-    return SegmentStats(observer, [0])
+    bank.update(0, {"layer": summary_of(x_LNC, torch.arange(count), torch.arange(count))})
+    return SegmentStats(bank.observers["layer"], [0])
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.convert import quantize_denoiser
 from viditq.quant.linear import quant_linears
-from viditq.quant.observers import CalibrationStats, Observer
+from viditq.quant.observers import CalibrationStats, Observer, blank_state
 from viditq.quant.plan import QuantPlan
 from viditq.quant.sizes import laid_out
 
@@ -66,7 +66,7 @@ class _Alone(nn.Module):
 
 
 def _made_up_observer(in_features: int) -> Observer:
-    observer = Observer(NUM_BUCKETS, in_features, 16)
+    observer = Observer(blank_state((), NUM_BUCKETS, in_features, 16, "cpu"))
     observer.minimum.fill_(-1.0)
     observer.maximum.fill_(1.0)
     observer.amax_sum.fill_(1.0)

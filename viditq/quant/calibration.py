@@ -18,32 +18,29 @@ from viditq.errors import UserError
 from viditq.quant.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.moments import Moments, of_moments
 from viditq.quant.noise_level import bucket_edges, interval_of
+from viditq.quant.observer_bank import ObserverBank
 from viditq.quant.observers import (
     NUM_BUCKETS,
     REDUCTIONS,
     ROWS_PER_BUCKET,
     CalibrationStats,
-    Observer,
     Summary,
     summary_of,
 )
 from viditq.quant.registry import close_names
+from viditq.quant.row_sample import Candidates, row_keys, stratified
 
-# Of the rows of each prompt, guidance branch and step, so many go into the second moments: one in 16, 8 to 64.
-MOMENT_SHARE, MOMENT_ROWS = 16, (8, 64)
-RANK_BITS = 20
+PENDING_BYTES = 2**26  # that what a step has shown may take before it is added up
 
 
-class Candidates(NamedTuple):
-    """Rows of one input, by index into its L N rows: those the reservoir may want, with their keys; and for moments.
+class Like(NamedTuple):
+    """What inputs must have in common to be added at once: bank of their observers, bucket, shape (L, N) and dtype."""
 
-    moment_weight: how many rows each of the latter stands for.
-    """
-
-    rows: Tensor
-    keys: Tensor
-    moment_rows: Tensor
-    moment_weight: float
+    bank: int
+    bucket: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Reading(NamedTuple):
@@ -59,7 +56,7 @@ class Calibrator:
 
     denoiser: one, or an nn.ModuleDict of those of one pipeline, whose layers are then named `<denoiser>.<layer>`.
 
-    Call `set_sample_seeds` before each batch; `stats` is always up to date. Results do not depend on the
+    Call `set_sample_seeds` before each batch; `stats` is up to date when a step has ended. Results do not depend on the
     order of the batches, nor, but for the rounding of sums, on how prompts are batched. moment_layers: those whose
     second moments are wanted too (`QuantPlan.moment_layers`).
     """
@@ -83,12 +80,16 @@ class Calibrator:
         self._candidates: dict[tuple[int, int], Candidates] = {}
         self._readings: dict[int, Reading] = {}  # by the id of the input
         self._attachment: Attachment | None = None
-        self.stats = CalibrationStats(
-            {
-                name: Observer(num_buckets, linear.in_features, rows_per_bucket, linear.weight.device)
-                for name, linear in self._linears.items()
-            }
-        )
+        widths: dict[tuple[int, torch.device], list[str]] = {}
+        for name, linear in self._linears.items():
+            widths.setdefault((linear.in_features, linear.weight.device), []).append(name)
+        sizes = [(of, num_buckets, width, rows_per_bucket, device) for (width, device), of in widths.items()]
+        self._banks = [ObserverBank(*size) for size in sizes]
+        self._bank_of = {name: i for i, bank in enumerate(self._banks) for name in bank.observers}
+        self._pending: dict[Like, dict[str, Summary]] = {}
+        self._pending_bytes = 0
+        self._readers: list[str] = []  # Linears in the order in which this step called them
+        self.stats = CalibrationStats({n: self._banks[self._bank_of[n]].observers[n] for n in self._linears})
 
     @property
     def max_bytes(self) -> int:
@@ -118,6 +119,7 @@ class Calibrator:
     def __enter__(self) -> Calibrator:
         parts = denoisers_of(self._denoiser).values()
         handles = [part.register_forward_pre_hook(self._begin_step, with_kwargs=True) for part in parts]
+        handles += [part.register_forward_hook(self._end_step) for part in parts]
         for name, linear in self._linears.items():
             handles.append(linear.register_forward_pre_hook(self._observer_hook(name)))
         self._attachment = Attachment([*handles, *self._context.attach(self._denoiser).handles])
@@ -131,7 +133,10 @@ class Calibrator:
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._num_elements = seeded_batch_size([*args, *kwargs.values()], self._sample_seeds)
-        self._candidates, self._readings = {}, {}
+        self._candidates, self._readings, self._pending, self._readers = {}, {}, {}, []
+
+    def _end_step(self, *_: Any) -> None:
+        self._flush()
 
     def _observer_hook(self, name: str) -> Any:
         @torch.no_grad()
@@ -143,13 +148,31 @@ class Calibrator:
             bucket = interval_of(self._edges, noise_level)
             candidates = self._candidates_of(x_LNC, noise_level)
             reading = self._reading_of(args[0], x_LNC, candidates, name)
-            self.stats.layers[name].update(bucket, reading.summary)
+            self._add(name, Like(self._bank_of[name], bucket, x_LNC.shape[:2], x_LNC.dtype, x_LNC.device), reading)
             if name in self._moment_layers:
                 leads = reading.leader == name
-                rows_nC = x_LNC.flatten(0, 1)[candidates.moment_rows] if leads else None
+                rows_nC = x_LNC.flatten(0, 1).index_select(0, candidates.moment_rows) if leads else None
                 self.stats.moments.add(name, reading.leader, rows_nC, candidates.moment_weight)
 
         return observe
+
+    def _add(self, name: str, like: Like, reading: Reading) -> None:
+        if name in self._pending.get(like, ()):  # called twice in one step
+            self._flush()
+        self._readers.append(name)
+        self._pending.setdefault(like, {})[name] = reading.summary
+        self._pending_bytes += reading.summary.minimum.nbytes * 2
+        if self._pending_bytes > PENDING_BYTES:
+            self._flush()
+
+    @torch.no_grad()
+    def _flush(self) -> None:
+        pending, self._pending, self._pending_bytes = self._pending, {}, 0
+        if all([self._banks[like.bank].update(like.bucket, seen) for like, seen in pending.items()]):
+            return
+        bad = {name for of in pending.values() for name, seen in of.items() if not seen.finite}
+        layer = next(name for name in self._readers if name in bad)
+        raise UserError(f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating")
 
     def _reading_of(self, x: Tensor, x_LNC: Tensor, candidates: Candidates, name: str) -> Reading:
         """Of the layer that was the first in this step to read the very tensor `x` (q, k and v read one), or a new one.
@@ -157,10 +180,11 @@ class Calibrator:
         A tensor whose candidate rows are no longer what they were was changed in place: another input.
         """
         seen = self._readings.get(id(x))
-        same = seen is not None and seen.tensor() is x
-        if seen is not None and same and torch.equal(seen.summary.rows, x_LNC.flatten(0, 1)[candidates.rows]):
-            return seen
-        summary = summary_of(x_LNC, candidates.rows, candidates.keys, name)
+        if seen is not None and seen.tensor() is x:
+            rows_nC = x_LNC.flatten(0, 1).index_select(0, candidates.rows)
+            if torch.equal(seen.summary.rows, rows_nC):
+                return seen
+        summary = summary_of(x_LNC, candidates.rows, candidates.keys)
         self._readings[id(x)] = Reading(weakref.ref(x), name, summary)
         return self._readings[id(x)]
 
@@ -170,31 +194,10 @@ class Calibrator:
         if shape not in self._candidates:
             keys = row_keys(*shape, self._sample_seeds, self._num_elements, noise_level)
             cells = 1 if shape[0] % self._num_elements else self._num_elements
-            chosen = _stratified(keys.view(cells, -1), self._rows_per_bucket)
+            chosen = stratified(keys.view(cells, -1), self._rows_per_bucket)
             rows, keys, moment_rows = (part.to(x_LNC.device) for part in chosen[:3])
             self._candidates[shape] = Candidates(rows, keys, moment_rows, chosen.moment_weight)
         return self._candidates[shape]
-
-
-def _stratified(keys_EM: Tensor, num_rows: int) -> Candidates:
-    """Candidates whose keys let every cell (a prompt in a guidance branch) give one row before any gives a second.
-
-    keys_EM: of the M rows of each cell. A new key is the row's rank in its cell, then as many bits of its key as fit.
-    """
-    cells, num_cell = keys_EM.shape
-    num_moment = num_moment_rows(num_cell)
-    lowest, index = keys_EM.topk(min(max(num_rows, num_moment), num_cell), largest=False)
-    index = index + torch.arange(cells)[:, None] * num_cell
-    ranked = (torch.arange(lowest.shape[1]) << (63 - RANK_BITS)) | (lowest >> RANK_BITS)
-    keys, best = ranked[:, :num_rows].flatten().topk(min(num_rows, ranked[:, :num_rows].numel()), largest=False)
-    rows = index[:, :num_rows].flatten()[best]
-    return Candidates(rows, keys, index[:, :num_moment].flatten(), num_cell / num_moment)
-
-
-def num_moment_rows(num_rows: int) -> int:
-    """How many of so many rows of a prompt in a guidance branch and step go into the second moments."""
-    lowest, highest = MOMENT_ROWS
-    return min(max(num_rows // MOMENT_SHARE, lowest), highest, num_rows)
 
 
 def seeded_batch_size(arguments: Sequence[Any], seeds: Sequence[int]) -> int:
@@ -215,36 +218,6 @@ def batch_size(arguments: Sequence[Any]) -> int:
         if batch and (isinstance(value, Tensor) or isinstance(value[0], Tensor)):
             return len(value)
     raise UserError("the denoiser was called without a tensor that has a batch axis; it cannot be calibrated")
-
-
-def row_keys(num_leading: int, num_tokens: int, seeds: Sequence[int], num_elements: int, noise_level: float) -> Tensor:
-    """Pseudo-random order of the L N rows of one step, int64 >= 0.
-
-    A row's key depends on its prompt's seed, the noise level and its place inside that prompt's part of the
-    batch (branch-major batches, as guidance stacks them), not on its batch mates. When the leading axis is no
-    multiple of the batch (packed captions), on all seeds together.
-    """
-    if num_leading % num_elements:
-        seeds, num_elements = [hash(tuple(seeds)) & 0x7FFFFFFF], 1
-        frames = num_leading
-    else:
-        frames = num_leading // num_elements
-    element, frame = (
-        torch.arange(num_leading).div(frames, rounding_mode="floor"),
-        torch.arange(num_leading) % frames,
-    )
-    branch, prompt = element.div(len(seeds), rounding_mode="floor"), element % len(seeds)
-    key_L = _mix(torch.tensor(seeds)[prompt] + (round(noise_level * 2**24) << 32))
-    key_L = _mix(key_L + branch * frames + frame)
-    return (_mix(key_L[:, None] + torch.arange(num_tokens)) & 0x7FFFFFFFFFFFFFFE).flatten()
-
-
-def _mix(key: Tensor) -> Tensor:
-    """Finaliser of splitmix64 on int64, wrapping."""
-    key = key * -7046029254386353131  # 0x9E3779B97F4A7C15
-    key = (key ^ ((key >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    key = (key ^ ((key >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
-    return key ^ ((key >> 31) & 0x1FFFFFFFF)
 
 
 def _linear(denoiser: nn.Module, name: str) -> nn.Linear:

@@ -3,7 +3,6 @@
 Legend: K buckets, C in_features, L leading axis (one "sample" each), N tokens, R reservoir rows of a bucket.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -38,64 +37,63 @@ AGGREGATES = ("ema", "max", "percentile")
 class Summary(NamedTuple):
     """What one input adds to the state of every Linear that reads it.
 
-    minimum, maximum [C]. amax_sum [C] float64: sum over the leading axis, of num_samples, of the amax over the tokens.
-    rows [n, C]: candidates of the reservoir, in the input's dtype; keys [n]: theirs.
+    minimum, maximum [L, C]: over the tokens of each sample. rows [n, C]: candidates of the reservoir; keys [n]: theirs.
+    All but the keys are in the input's dtype.
     """
 
     minimum: Tensor
     maximum: Tensor
-    amax_sum: Tensor
-    num_samples: int
     rows: Tensor
     keys: Tensor
 
+    @property
+    def finite(self) -> bool:
+        """Whether there is neither NaN nor inf in the input."""
+        return bool(self.minimum.isfinite().all() and self.maximum.isfinite().all())
 
-def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor, layer: str) -> Summary:
-    """candidates: indices into the L N rows of the input of `layer`; keys: theirs. NaN or inf: UserError."""
-    lo_LC, hi_LC = x_LNC.amin(1), x_LNC.amax(1)
-    lo_C = lo_LC.amin(0)
-    total_C = torch.maximum(lo_LC.neg_(), hi_LC).sum(0, dtype=torch.float64)
-    if not math.isfinite(total_C.sum()):
-        raise UserError(f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating")
-    return Summary(lo_C, hi_LC.amax(0), total_C, len(x_LNC), x_LNC.flatten(0, 1)[candidates], keys)
+
+def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor) -> Summary:
+    """candidates: indices into the L N rows of an input; keys: theirs."""
+    return Summary(x_LNC.amin(1), x_LNC.amax(1), x_LNC.flatten(0, 1).index_select(0, candidates), keys)
+
+
+def blank_state(
+    leading: tuple[int, ...], num_buckets: int, in_features: int, rows_per_bucket: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    """State of `leading` observers that have seen nothing."""
+    buckets = (*leading, num_buckets)
+    channels, rows = (*buckets, in_features), (*buckets, rows_per_bucket)
+    return {
+        "minimum": torch.full(channels, torch.inf, device=device),
+        "maximum": torch.full(channels, -torch.inf, device=device),
+        "amax_sum": torch.zeros(channels, dtype=torch.float64, device=device),
+        "count": torch.zeros(buckets, dtype=torch.int64, device=device),
+        "rows": torch.zeros(*rows, in_features, device=device),
+        "keys": torch.full(rows, NO_KEY, device=device),
+    }
 
 
 class Observer:
-    """State of one Linear.
+    """State of one Linear; `ObserverBank` adds to it.
 
     minimum, maximum [K, C]: over everything. amax_sum [K, C] float64 and count [K]: sum over samples of a
     sample's amax over its tokens. rows [K, R, C] with keys [K, R]: the input rows of the lowest keys.
     """
 
-    def __init__(
-        self, num_buckets: int, in_features: int, rows_per_bucket: int, device: torch.device | str = "cpu"
-    ) -> None:
-        shape = (num_buckets, in_features)
-        self.minimum = torch.full(shape, torch.inf, device=device)
-        self.maximum = torch.full(shape, -torch.inf, device=device)
-        self.amax_sum = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.count = torch.zeros(num_buckets, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(num_buckets, rows_per_bucket, in_features, device=device)
-        self.keys = torch.full((num_buckets, rows_per_bucket), NO_KEY, device=device)
+    minimum: Tensor
+    maximum: Tensor
+    amax_sum: Tensor
+    count: Tensor
+    rows: Tensor
+    keys: Tensor
 
-    def to(self, device: torch.device) -> None:
-        """Moves the state."""
-        for name in REDUCTIONS:
-            setattr(self, name, getattr(self, name).to(device))
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.hold(state)
 
-    def update(self, bucket: int, seen: Summary) -> None:
-        """Adds one input."""
-        if self.minimum.device != seen.minimum.device:  # made before the model was moved, or its weights are offloaded
-            self.to(seen.minimum.device)
-        torch.minimum(self.minimum[bucket], seen.minimum, out=self.minimum[bucket])
-        torch.maximum(self.maximum[bucket], seen.maximum, out=self.maximum[bucket])
-        self.amax_sum[bucket] += seen.amax_sum
-        self.count[bucket] += seen.num_samples
-        self.rows[bucket], self.keys[bucket] = _lowest(
-            torch.cat([self.rows[bucket], seen.rows.to(self.rows.dtype)]),
-            torch.cat([self.keys[bucket], seen.keys]),
-            self.keys.shape[1],
-        )
+    def hold(self, state: Mapping[str, Tensor]) -> None:
+        """Takes these very tensors, one per field."""
+        for field in REDUCTIONS:
+            setattr(self, field, state[field])
 
     def merge(self, other: "Observer") -> None:
         """Adds what `other` saw (another rank, another part of the prompts); into new tensors, field by field."""
@@ -211,10 +209,7 @@ class CalibrationStats:
         """Inverse of `to_tensors`; holds the very tensors."""
         layers: dict[str, Observer] = {}
         for layer in _layer_names(tensors):
-            num_buckets, num_rows, in_features = tensors[f"{layer}/rows"].shape
-            layers[layer] = Observer(num_buckets, in_features, num_rows, "meta")
-            for field in REDUCTIONS:
-                setattr(layers[layer], field, tensors[f"{layer}/{field}"])
+            layers[layer] = Observer({field: tensors[f"{layer}/{field}"] for field in REDUCTIONS})
         return cls(layers, Moments.from_tensors(tensors))
 
     def save(self, path: str | Path) -> None:
