@@ -9,31 +9,58 @@ with overrides, as `python run.py` takes them.
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from viditq import config
+from viditq.cli import guarded
 from viditq.errors import UserError
 from viditq.files import atomic
 from viditq.quant.scheme import LayerScheme
 from viditq.quant.setting import QuantSetting
-from viditq.quant.step_ranges import RENAMES, import_plan
+from viditq.quant.step_ranges import KEPT, RENAMES, import_plan
 
+BITS = range(2, 9)
 CONF = Path(__file__).parents[1] / "conf"
 
 
 def read(path: Path | None) -> Any:
-    """The values of a yaml file."""
+    """The values of a yaml file; None without one. Raises UserError for bits and patterns that cannot be."""
     if path is None:
         return None
     try:
-        return yaml.safe_load(path.read_text())
+        fields = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as yaml: {error}") from error
+    if not isinstance(fields, Mapping):
+        raise UserError(f"{path} must be a mapping of step ranges, such as '19-15', to bits of layers.")
+    for span, layers in fields.items():
+        if span == KEPT:
+            check_kept(path, layers, list(fields))
+        elif not isinstance(layers, Mapping) or not layers:
+            raise UserError(f"{path}: {span!r} must name layers and their bits, such as model.blocks.0.attn.q: 4.")
+        else:
+            for layer, bits in layers.items():
+                if type(bits) is not int or bits not in BITS:
+                    raise UserError(
+                        f"{path}: {span!r} gives {layer} the bits {bits!r}. Give a whole number from {BITS[0]} to "
+                        f"{BITS[-1]}; the key {KEPT} leaves layers in float."
+                    )
+    return fields
+
+
+def check_kept(path: Path, patterns: Any, spans: list[Any]) -> None:
+    """Raises UserError unless these are lists of patterns for some of the file's step ranges."""
+    if not isinstance(patterns, Mapping) or not all(isinstance(names, list) for names in patterns.values()):
+        raise UserError(f"{path}: {KEPT} must be a mapping of step ranges to lists of patterns, such as 19-15: [mlp].")
+    if unknown := [span for span in patterns if span not in spans]:
+        raise UserError(f"{path}: {KEPT} names the steps {unknown[0]!r}, for which the file has no bits.")
 
 
 def scheme_of(overrides: list[str]) -> LayerScheme:
@@ -47,6 +74,15 @@ def scheme_of(overrides: list[str]) -> LayerScheme:
     return next(iter(plan.schemes.values()))
 
 
+def write(args: argparse.Namespace) -> None:
+    """The plan as --out, and a line about it."""
+    plan = import_plan(read(args.weight), read(args.activation), RENAMES[args.names], scheme_of(args.recipe))
+    with atomic(args.out) as temporary:
+        temporary.write_text(plan.to_json())
+    schemes = ", ".join(sorted(plan.schemes))
+    print(f"{len(plan.layers)} Linears in {plan.num_segments} segments with {schemes}: {args.out}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weight", type=Path, help="yaml with the bits of weights")
@@ -55,15 +91,8 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", default=["quant=w4a8"], help="overrides that choose the formats")
     parser.add_argument("--out", type=Path, default=Path("plan.json"))
     args = parser.parse_args()
-    try:
-        plan = import_plan(read(args.weight), read(args.activation), RENAMES[args.names], scheme_of(args.recipe))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    with atomic(args.out) as temporary:
-        temporary.write_text(plan.to_json())
-    print(
-        f"{len(plan.layers)} Linears in {plan.num_segments} segments with {', '.join(sorted(plan.schemes))}: {args.out}"
-    )
+    debug = DictConfig({"debug": False})
+    sys.exit(guarded(debug, lambda: write(args), choice="--out FILE"))
 
 
 if __name__ == "__main__":

@@ -64,10 +64,10 @@ def search_all(overrides: list[str], budgets: list[float], out: Path) -> None:
         points += found["curve"]
     if not points:
         return
-    print(curve_table(points))
+    print(curve_table(found, points))
     budget_curve_picture({**found, "curve": points}, out / cfg.model.name / "budget_curve.png")
     with atomic(out / cfg.model.name / "budget_curve.md") as temporary:
-        temporary.write_text(curve_table(points))
+        temporary.write_text(curve_table(found, points))
 
 
 def main() -> None:
@@ -78,7 +78,13 @@ def main() -> None:
     args = parser.parse_args()
     config.register()
     debug = DictConfig({"debug": "debug=true" in args.overrides})
-    sys.exit(guarded(debug, lambda: search_all(args.overrides, args.weight_bits, args.out), choice=CHOICE))
+    sys.exit(
+        guarded(
+            debug,
+            lambda: search_all(args.overrides, args.weight_bits, args.out),
+            choice=f"{CHOICE} and cache_dir=FOLDER",
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from viditq.files import read_json
 from viditq.run_dir import CHOICE
 from viditq.sweep import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs, records_here
 
-ELSEWHERE = "Choose another with {choice} and cache_dir=FOLDER"
+ELSEWHERE = "Choose another with {choice}"
+FOLDERS = f"{CHOICE} and cache_dir=FOLDER"
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full. Finished work is kept: free space and run the same command again",
     errno.EDQUOT: "the disk quota is used up. Finished work is kept: free space and run the same command again",
@@ -33,6 +34,7 @@ DISK_ERRORS = {
     errno.EPERM: f"no permission to write there. {ELSEWHERE}",
     errno.ENOTDIR: f"a file is where a folder has to be. {ELSEWHERE}",
     errno.EEXIST: f"a file is where a folder has to be. {ELSEWHERE}",
+    errno.EISDIR: f"a folder is where a file has to be. {ELSEWHERE}",
 }
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
 REPORTED = "another of the run's processes failed, whose message is above"
@@ -87,7 +89,7 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
         sys.exit(status)
 
 
-def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = None, choice: str = CHOICE) -> int:
+def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = None, choice: str = FOLDERS) -> int:
     """Exit status of `work`: 0, 3 if it is complete but fails its gate, 2 for an error that a user can mend.
 
     The message is on stderr. A bug is raised, but not in a sweep, where the other jobs go on: there it is one more
@@ -127,10 +129,10 @@ def print_error(message: str) -> None:
     print(f"\nerror: {message}", file=sys.stderr)
 
 
-def user_message(error: BaseException, choice: str = CHOICE) -> str | None:
+def user_message(error: BaseException, choice: str = FOLDERS) -> str | None:
     """The message for the user if `error` is one a user can mend, else None (a bug: show the traceback).
 
-    choice: what chooses another folder on the command line.
+    choice: what chooses another folder or file on the command line.
     """
     chain: list[BaseException] = []
     link: BaseException | None = error

@@ -44,5 +44,5 @@ def test_search_plan_names_its_own_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--out FOLDER") as error:
         script.search_all(["model=tiny_image"], [], tmp_path)
     assert "hydra.run.dir" not in str(error.value)
-    full = OSError(errno.ENOTDIR, "Not a directory", "there")
-    assert "another with --out FOLDER and" in (user_message(full, script.CHOICE) or "")
+    taken = OSError(errno.ENOTDIR, "Not a directory", "there")
+    assert (user_message(taken, script.CHOICE) or "").endswith("Choose another with --out FOLDER.")
