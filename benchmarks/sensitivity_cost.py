@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from torch import nn
 
 from viditq import config
 from viditq.models.adapter import ModelAdapter
@@ -23,8 +22,8 @@ from viditq.models.generate import denoise
 from viditq.models.text import encode_prompt
 from viditq.quant.calibration import Calibrator
 from viditq.quant.candidates import candidates_of
-from viditq.quant.convert import linear_names
-from viditq.quant.proxy import OneStep, proxies
+from viditq.quant.convert import linear_names, shapes_of
+from viditq.quant.proxy import OneStep, proxy_errors
 from viditq.quant.search import SensitivitySearch, groups_by_name
 from viditq.quant.sensitivity import Swapper
 from viditq.quant.setting import QuantSetting
@@ -56,8 +55,7 @@ def main() -> None:
     denoiser = adapter.denoiser_of(pipeline)
     names = linear_names(denoiser)
     base = setting.plan(names, adapter.keep_float)
-    linears = {n: m for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
-    shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
+    shapes = shapes_of(denoiser)
     seconds: dict[str, list[float]] = {"calibration": [], "proxy pass": []}
     for _ in range(args.repeats):
         calibrator = Calibrator(denoiser, names, adapter.timestep_scale)
@@ -77,7 +75,7 @@ def main() -> None:
             one_step = OneStep(swapper)
             with one_step.recording():
                 denoise(adapter, pipeline, embeds[:PROXY_PROMPTS], list(range(PROXY_PROMPTS)), seed=0)
-            proxies(denoiser, base, calibrator.stats, groups_by_name(space), candidates, one_step)
+            proxy_errors(denoiser, base, calibrator.stats, groups_by_name(space), candidates, one_step)
             swapper.close()
         seconds["proxy pass"].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -64,10 +64,10 @@ def search_all(overrides: list[str], budgets: list[float], out: Path) -> None:
         points += found["curve"]
     if not points:
         return
-    print(curve_table(points))
+    print(curve_table(found, points))
     budget_curve_picture({**found, "curve": points}, out / cfg.model.name / "budget_curve.png")
     with atomic(out / cfg.model.name / "budget_curve.md") as temporary:
-        temporary.write_text(curve_table(points))
+        temporary.write_text(curve_table(found, points))
 
 
 def main() -> None:

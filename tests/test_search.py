@@ -198,6 +198,27 @@ def test_proxy_alone_generates_nothing(
     assert found["used"]["weight_bits"] <= 5 + 1e-6
 
 
+def test_proxies_do_not_hang_on_what_other_choices_left(run: Run, tmp_path: Path) -> None:
+    """A wide candidate follows the narrowest choice, which another search may not have had."""
+
+    def proxies(choices: str, folder: str, cache: Path) -> dict[tuple[str, int], float]:
+        others = (f"quant.policy.weight_choices={choices}", "quant.policy.measure=proxy", "stages=[prompts,search]")
+        run(tmp_path / folder, cache, *SEARCH, "quant.policy.budget.weight_bits=7", "seed=5", *others)
+        found = read(tmp_path / folder)["candidates"]
+        return {(c["group"], c["segment"]): c["proxy"] for c in found if (c["side"], c["bits"]) == ("weight", 8)}
+
+    first = proxies("[6,8]", "six", tmp_path / "cache")
+    after = proxies("[4,8]", "four", tmp_path / "cache")
+    assert after == proxies("[4,8]", "alone", tmp_path / "fresh") and after != first
+    assert proxies("[6,8]", "again", tmp_path / "cache") == first
+
+
+def test_a_search_metric_without_a_score_per_prompt_is_refused_at_once(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics.default has no score per prompt"):
+        run(tmp_path / "run", tmp_path / "cache", *SEARCH, "metric@quant.policy.metrics.default=fid")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_quantize_without_a_found_plan_says_so(run: Run, shared_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Run the stage search before"):
         run(tmp_path / "run", shared_cache, *SEARCH, "seed=4", "stages=[prompts,quantize]")
@@ -210,6 +231,14 @@ def test_quantize_without_a_found_plan_says_so(run: Run, shared_cache: Path, tmp
         (["quant.policy.measure=some"], "choose one of all, pruned, proxy"),
         (["quant.policy.solver=fast"], "choose one of exact, greedy"),
         (["quant.policy.num_prompts=0"], "at least 1"),
+        (["quant.policy.budget.weight_bits=3"], "weight_bits=3 is not possible: the least that the choices allow is 4"),
+        (["quant=w4", "quant.policy.budget.activation_bits=8"], "activation_bits=8 is not possible"),
+        (["quant.policy.budget.size_bytes=1000"], "size_bytes=1000 is not possible"),
+        (
+            ["quant.policy.budget.latency=0.6", "quant.policy.budget.latency_costs={w4a8:0.7}"],
+            "latency_costs has no w6a8",
+        ),
+        (["+metric@quant.policy.metrics.mpl=ssim"], "metrics names 'mpl', which is no role: cross_attention"),
         (["quant.policy.prune=1"], "from 0 to below 1"),
         (["quant.policy.curve=[2]"], "numbers from 0 to 1"),
         (["quant.policy.budget.weight_bits=null"], "has no budget"),

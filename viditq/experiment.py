@@ -18,13 +18,14 @@ from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
-from viditq.models.roles import FLOAT
+from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
 from viditq.quant.backends import get_backend
-from viditq.quant.convert import linear_names
+from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.noise_level import bucket_edges, interval_of, overlapping
 from viditq.quant.plan import QuantPlan
+from viditq.quant.search import SensitivitySearch
 from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
 
@@ -99,6 +100,8 @@ def build(cfg: DictConfig) -> Experiment:
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
     _check_segments(adapter, plan, cfg.calibration.num_buckets)
+    if isinstance(quant.policy, SensitivitySearch):
+        quant.policy.check(plan, roles, shapes_of(adapter.build_denoiser()), USUAL)
     if quant.shrinks_noise:
         check_shrinkable(adapter.make_scheduler(), adapter.call)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})

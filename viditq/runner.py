@@ -26,8 +26,10 @@ from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.models.checks import GUESSED
 from viditq.models.roles import counts, summary
+from viditq.quant.search import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
 from viditq.stages import FUNCTIONS
+from viditq.stages.search_table import search_metrics
 
 
 def run(cfg: DictConfig, folder: Path, choice: str = CHOICE) -> dict[str, Any] | None:
@@ -50,6 +52,9 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE) -> dict[str, Any] |
     count = processes_to_launch(experiment)
     if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
         experiment.make_metrics()  # one that cannot be built is seen now, not after hours of sampling
+    policy = experiment.quant.policy
+    if "search" in experiment.stages and isinstance(policy, SensitivitySearch) and not run_dir.search.is_file():
+        search_metrics(experiment, policy)
     with joined() as processes, run_dir.held() if processes.first else nullcontext():
         processes.first_does(run_dir.claim)
         if count > 1:

@@ -18,7 +18,7 @@ from viditq.quant.candidates import (
     groups_of,
 )
 from viditq.quant.context import StepContext
-from viditq.quant.proxy import OneStep, errors_on_rows, proxies
+from viditq.quant.proxy import OneStep, errors_on_rows, proxy_errors
 from viditq.quant.scheme import QuantSpec
 from viditq.quant.sensitivity import Replay, Swapper
 from viditq.quant.step_shares import step_shares
@@ -164,7 +164,7 @@ def test_one_step_is_the_error_of_the_denoisers_output(
             error = denoiser(x, t) - exact
         wanted = float((error.square().sum() / exact.square().sum()).detach())
         assert one_step.error(plan, candidate.segment) == pytest.approx(wanted, rel=1e-4)
-    found = proxies(denoiser, base, stats, {group.name: group}, candidates, one_step)
+    found = proxy_errors(denoiser, base, stats, {group.name: group}, candidates, one_step).proxies(candidates)
     on_rows = errors_on_rows(denoiser, base, stats, {group.name: group}, candidates)
     for narrow, wide in ((0, 1), (2, 3)):
         ratio = on_rows[candidates[wide]] / on_rows[candidates[narrow]]

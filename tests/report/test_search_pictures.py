@@ -1,5 +1,6 @@
 """Heat map, budget curve and the page's section of a sensitivity search."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,28 @@ def test_heat_map_is_drawn(found: dict[str, Any], flat: bool, tmp_path: Path) ->
 
 def test_budget_curve(found: dict[str, Any], tmp_path: Path) -> None:
     curve = [{**point(b), "measured": 2 * 4.0**-b} for b in (6.0, 4.0, 5.0)]
-    lines = curve_table(curve).splitlines()
+    lines = curve_table(found, curve).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["4.00", "5.00", "6.00"]
     assert "24.08" in lines[2] and "21.07" in lines[2]  # -10 log10(1 / 256), and half of it
     measured = Image.open(budget_curve_picture({**found, "curve": curve}, tmp_path / "measured.png"))
     predicted = Image.open(budget_curve_picture(found, tmp_path / "curve.png"))
     assert predicted.width > 300 and measured.tobytes() != predicted.tobytes()
     assert decibels(1e-3) == pytest.approx(30) and decibels(0) == 100
+
+
+def test_bare_proxies_are_no_errors_of_pixels(found: dict[str, Any], tmp_path: Path) -> None:
+    for c in found["candidates"]:
+        c["measured"] = False
+    curve = [{**point(b), "measured": 2 * 4.0**-b} for b in (6.0, 4.0)]
+    assert "sum of proxies" in curve_table(found, curve) and "| 3.91e-03 | 21.07 |" in curve_table(found, curve)
+    alone = Image.open(budget_curve_picture(found, tmp_path / "alone.png"))
+    assert alone.tobytes() != Image.open(budget_curve_picture({**found, "curve": curve}, tmp_path / "c.png")).tobytes()
+    view = search_view(found, heat_map_picture(found, tmp_path / "map.png"), tmp_path / "alone.png")
+    assert view.predicted == "1.00e-04 (sum of proxies, no unit)" and view.points[0] == ("4", "3.91e-03")
+    page = render(replace(make_content(), search=found, heat_map=tmp_path / "map.png", budget_curve=tmp_path / "c.png"))
+    section = page[page.index('<section id="sensitivity"') : page.index("<h3>Budget</h3>")]
+    section = re.sub(r"data:image/png;base64,[^\"]*", "", section)
+    assert "proxy of the error (no unit)" in section and "mean square error" not in section and "dB" not in section
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from viditq.engine.sampling import PipelineModule
-from viditq.errors import UserError
 from viditq.metrics.batch import EvalBatch, to_unit
 from viditq.models.generate import denoise, generate
 from viditq.quant.candidates import Candidate, Group
 from viditq.quant.observers import CalibrationStats
 from viditq.quant.plan import QuantPlan
-from viditq.quant.proxy import OneStep, proxies
+from viditq.quant.proxy import OneStep, ProxyErrors, proxy_errors
 from viditq.quant.sensitivity import Replay, Swapper
 
 Scores = dict[str, list[float]]
@@ -85,8 +84,6 @@ class Probing(PipelineModule):
 
     def _scores(self, name: str, clips: list[Tensor]) -> list[Tensor]:
         metric: Any = self.metrics[name]
-        if not hasattr(metric, "scores"):
-            raise UserError(f"quant.policy.metrics.{name} has no score per prompt; choose one that has, such as ssim.")
         triples = zip(self.batches, clips, self.floats, strict=True)
         device = self.device  # the metric's; clips are kept on the CPU
         batches = [
@@ -97,7 +94,7 @@ class Probing(PipelineModule):
 
 
 class ProxyPass(PipelineModule):
-    """Samples its one batch, of (prompt, index of its noise), in float and hands every candidate's proxy to `sink`."""
+    """Samples its one batch, of (prompt, index of its noise), in float and hands what proxies are made of to `sink`."""
 
     def __init__(
         self,
@@ -107,7 +104,7 @@ class ProxyPass(PipelineModule):
         groups: Mapping[str, Group],
         candidates: Sequence[Candidate],
         backend: str,
-        sink: Callable[[Mapping[Candidate, float]], None],
+        sink: Callable[[ProxyErrors], None],
     ) -> None:
         super().__init__(*args)
         self.base, self.stats, self.groups, self.candidates, self.sink = base, stats, groups, candidates, sink
@@ -121,5 +118,5 @@ class ProxyPass(PipelineModule):
         with one_step.recording():
             embeds = [self.load_embeds(prompt) for prompt, _ in batch]
             denoise(self.adapter, self.pipeline, embeds, [index for _, index in batch], self.seed)
-        self.sink(proxies(denoiser, self.base, self.stats, self.groups, self.candidates, one_step))
+        self.sink(proxy_errors(denoiser, self.base, self.stats, self.groups, self.candidates, one_step))
         swapper.close()

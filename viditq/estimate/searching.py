@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
 from viditq.engine.sampling import batches_of
 from viditq.estimate.probe import Probe
 from viditq.estimate.work import DONE, Counter, Work
@@ -14,9 +10,10 @@ from viditq.job import Job
 from viditq.models.schedule import noise_levels
 from viditq.quant.allocate import Search
 from viditq.quant.candidates import Candidate, candidates_of
+from viditq.quant.convert import shapes_of
 from viditq.quant.search import SensitivitySearch
 from viditq.quant.table import to_measure
-from viditq.stages.search_table import PROXY_PROMPTS, proxy_entry, table_entry
+from viditq.stages.search_table import PROXIES, PROXY_PROMPTS, proxy_entry, table_entry
 
 
 def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work:
@@ -42,7 +39,7 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
     forwards, seconds = exact.forwards + round(one.forwards * share), None
     if one.seconds is not None and exact.seconds is not None:
         seconds = exact.seconds + share * (one.seconds - counter.load_seconds)
-    if not is_whole(proxy_entry(job).path / "proxies.json"):
+    if not is_whole(proxy_entry(job).path / PROXIES):
         proxy = counter.work(seen, prompts, [[*range(min(PROXY_PROMPTS, len(prompts)))]], decode=False)
         forwards += proxy.forwards + len(candidates)
         if seconds is not None and proxy.seconds is not None and quantized.forward_seconds is not None:
@@ -53,10 +50,8 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
 
 def _space(job: Job, policy: SensitivitySearch) -> Search:
     e = job.experiment
-    linears: dict[str, Any] = {n: m for n, m in e.adapter.build_denoiser().named_modules() if isinstance(m, nn.Linear)}
-    shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
     equal = [1 / e.plan.num_segments] * e.plan.num_segments  # which denoiser runs where is known when it has been run
-    return policy.search(e.plan, e.roles, shapes, dict.fromkeys(e.plan.layers, equal))
+    return policy.search(e.plan, e.roles, shapes_of(e.adapter.build_denoiser()), dict.fromkeys(e.plan.layers, equal))
 
 
 def _share(job: Job, candidate: Candidate) -> float:

@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 
 FLOAT = "float"
 """The role of Linears that are never quantized."""
+USUAL = (
+    *("self_attention", "spatial_attention", "temporal_attention", "cross_attention", "joint_attention"),
+    *("mlp", "text_refiner"),
+)
+"""Roles that conf/model and `guess` give; a model's own configuration may name others."""
 IN_EMBEDDER = re.compile(r"emb|ada_?ln|modulation|_mod\.|norm|time|guidance|gate|^proj_|router")
 OF_FEED_FORWARD = re.compile(r"(^|[._])(ff|ffn|mlp|feed_forward)([._]|$)|proj_mlp|ff_context")
 

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.knapsack import SOLVERS, Choice, Option, Problem
+from viditq.knapsack import SOLVERS, Choice, Option, Problem, check_possible
 from viditq.quant.budget import Budget
 from viditq.quant.candidates import Bits, Candidate, Group
 from viditq.quant.plan import QuantPlan
@@ -138,6 +138,11 @@ def used(search: Search, assignment: Assignment, budget: Budget) -> dict[str, fl
     return _uses(problem, tuple(pairs.index(assignment[g.name, s]) for g, s in search.cells))
 
 
+def check_budget(search: Search, budget: Budget) -> None:
+    """Raises UserError for a limit that even the leanest choices exceed, and for a scheme that latency_costs lacks."""
+    check_possible(search.problem(_no_costs(search), budget))
+
+
 def extremes(search: Search, budget: Budget) -> dict[str, tuple[float, float]]:
     """The least and the most that an assignment can use of each thing that `used` tells."""
     problem = _unlimited(search, budget)
@@ -163,12 +168,14 @@ def _uses(problem: Problem, choice: Choice) -> dict[str, float]:
 
 def _unlimited(search: Search, budget: Budget) -> Problem:
     """The knapsack without costs, in which everything fits that `budget` has a name for."""
-    zero = dict.fromkeys(
-        (Candidate(g.name, s, side, b) for g, s in search.cells for side, w in search.choices.items() for b in w), 0.0
-    )
     latency = math.inf if budget.latency is not None else None
     everything = Budget(math.inf, math.inf, math.inf, latency, budget.latency_costs)
-    return search.problem(zero, everything)
+    return search.problem(_no_costs(search), everything)
+
+
+def _no_costs(search: Search) -> dict[Candidate, float]:
+    cells, choices = search.cells, search.choices.items()
+    return {Candidate(g.name, s, side, bits): 0.0 for g, s in cells for side, widths in choices for bits in widths}
 
 
 def cost_of(search: Search, costs: Mapping[Candidate, float], assignment: Assignment) -> float:

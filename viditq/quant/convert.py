@@ -33,6 +33,11 @@ def linear_names(denoiser: nn.Module) -> list[str]:
     return list(_linears(denoiser))
 
 
+def shapes_of(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
+    """Linear -> (out_features, in_features)."""
+    return {name: (linear.out_features, linear.in_features) for name, linear in _linears(denoiser).items()}
+
+
 def _linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
     # MultiheadAttention reads its out_proj's weight itself: a swapped one would never be called
     excluded = nn.modules.linear.NonDynamicallyQuantizableLinear

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -145,15 +146,33 @@ def errors_on_rows(
     return errors
 
 
-def proxies(
+@dataclass
+class ProxyErrors:
+    """What proxies are made of: errors in one step (of each part's fewest bits) and on rows (of every candidate)."""
+
+    one_step: dict[Candidate, float] = field(default_factory=dict)
+    on_rows: dict[Candidate, float] = field(default_factory=dict)
+
+    def missing(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether more is needed for the proxies of these."""
+        anchors = anchors_of(candidates).values()
+        return not (self.one_step.keys() >= {*anchors} and self.on_rows.keys() >= {*candidates})
+
+    def proxies(self, candidates: Sequence[Candidate]) -> dict[Candidate, float]:
+        """Of each candidate: one step with the fewest bits of each part; other widths by errors on rows."""
+        steps = {c: self.one_step[c] for c in anchors_of(candidates).values()}
+        return completed(steps, {c: self.on_rows[c] for c in candidates})
+
+
+def proxy_errors(
     denoiser: nn.Module,
     base: QuantPlan,
     stats: CalibrationStats,
     groups: Mapping[str, Group],
     candidates: Sequence[Candidate],
     one_step: OneStep,
-) -> dict[Candidate, float]:
-    """The proxy of every candidate: one step with the fewest bits of each part; other widths by errors on rows."""
+) -> ProxyErrors:
+    """What the proxies of these candidates need."""
     anchors = anchors_of(candidates).values()
     steps = {c: one_step.error(candidate_plan(base, groups[c.group], c), c.segment) for c in anchors}
-    return completed(steps, errors_on_rows(denoiser, base, stats, groups, candidates))
+    return ProxyErrors(steps, errors_on_rows(denoiser, base, stats, groups, candidates))

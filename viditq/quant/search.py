@@ -8,7 +8,7 @@ from typing import Any
 
 from viditq.errors import UserError
 from viditq.knapsack import SOLVERS
-from viditq.quant.allocate import Assignment, Search, allocate, allocate_by_role, extremes
+from viditq.quant.allocate import Assignment, Search, allocate, allocate_by_role, check_budget, extremes
 from viditq.quant.budget import Budget
 from viditq.quant.candidates import Candidate, Group, assembled, check_choices, groups_of
 from viditq.quant.plan import QuantPlan
@@ -27,11 +27,11 @@ class SensitivitySearch:
 
     weight_choices, activation_choices: bit-widths to choose from, 16 = float; a side that the recipe leaves in float
     stays so. budget: see `Budget`. measure: all | pruned | proxy, see `table.to_measure`; prune: its share.
-    num_prompts: of the calibration prompts, each candidate is generated for. objective: roles (output error shares the
-    budget between roles, a role's own metric decides inside it) | output (output error alone). average: of the errors
-    over prompts, geometric (a few failing prompts do not decide) | mean. solver: exact | greedy. metrics: role (or
-    "default") -> configuration of a metric with one score per prompt. curve: shares (0 .. 1) of the way from the budget
-    to the widest choices at which predicted and measured quality are also reported.
+    num_prompts: of the calibration prompts, each candidate is generated for (all, where there are fewer). objective:
+    roles (output error shares the budget between roles, a role's own metric decides inside it) | output (output error
+    alone). average: of the errors over prompts, geometric (a few failing prompts do not decide) | mean. solver: exact |
+    greedy. metrics: role (or "default") -> configuration of a metric with one score per prompt. curve: shares (0 .. 1)
+    of the way from the budget to the widest choices at which predicted and measured quality are also reported.
     """
 
     budget: Mapping[str, Any]
@@ -79,6 +79,26 @@ class SensitivitySearch:
         if not base.layers:
             raise UserError("quant/policy=sensitivity changes the bits of a recipe; choose one, such as quant=w4a8.")
         return base
+
+    def check(
+        self,
+        base: QuantPlan,
+        roles: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, int]],
+        usual_roles: Sequence[str],
+    ) -> None:
+        """Raises UserError for what a search of this plan could not use; nothing has been calibrated yet.
+
+        usual_roles: of other models, which `metrics` may name.
+        """
+        known = sorted({*usual_roles, *(roles[layer] for layer in base.layers)})
+        unknown = [name for name in self.metrics if name not in (DEFAULT, *known)]
+        if unknown:
+            raise UserError(f"quant.policy.metrics names {unknown[0]!r}, which is no role: {', '.join(known)}.")
+        one = [1.0] + [0.0] * (
+            base.num_segments - 1
+        )  # wherever the steps fall, a plan takes no less than in one segment
+        check_budget(self.search(base, roles, shapes, dict.fromkeys(base.layers, one)), self.parsed_budget)
 
     def search(
         self,

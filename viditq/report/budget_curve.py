@@ -18,11 +18,23 @@ def decibels(squared_error: float) -> float:
     return 100.0 if squared_error <= 1e-10 else -10 * math.log10(squared_error)
 
 
-def curve_table(curve: Points) -> str:
-    """The points as a markdown table."""
-    lines = ["| weight bits | activation bits | bytes | predicted dB | measured dB |", "|---|---|---|---|---|"]
+def in_decibels(search: Mapping[str, Any]) -> bool:
+    """Whether search.json predicts errors of pixels: sums of bare proxies have no unit."""
+    return any(c["measured"] for c in search["candidates"])
+
+
+def predicted_quality(search: Mapping[str, Any], error: float) -> str:
+    """In words."""
+    return f"{decibels(error):.1f} dB" if in_decibels(search) else f"{error:.2e} (sum of proxies, no unit)"
+
+
+def curve_table(search: Mapping[str, Any], curve: Points) -> str:
+    """Points of searches like this one as a markdown table."""
+    told = "predicted dB" if in_decibels(search) else "sum of proxies"
+    lines = [f"| weight bits | activation bits | bytes | {told} | measured dB |", "|---|---|---|---|---|"]
     for p in sorted(curve, key=lambda p: (p["weight_bits"], p["activation_bits"])):
-        quality = f"{decibels(p['predicted']):.2f} | {decibels(p['measured']):.2f}"
+        predicted = f"{decibels(p['predicted']):.2f}" if in_decibels(search) else f"{p['predicted']:.2e}"
+        quality = f"{predicted} | {decibels(p['measured']):.2f}"
         bits = f"{p['weight_bits']:.2f} | {p['activation_bits']:.2f}"
         lines.append(f"| {bits} | {p['size_bytes']:.0f} | {quality} |")
     return "\n".join(lines) + "\n"
@@ -45,9 +57,14 @@ def axis_label(search: Mapping[str, Any]) -> str:
 
 
 def budget_curve_picture(search: Mapping[str, Any], path: Path) -> Path:
-    """Write a PNG: what search.json predicts from the leanest choices to the widest, its plan, and what is measured."""
+    """Write a PNG: what search.json predicts from the leanest choices to the widest, its plan, and what is measured.
+
+    Sums of bare proxies are drawn by a scale of their own, on the left.
+    """
     figure = Figure(figsize=(5.2, 3.6), layout="constrained", dpi=110)
     axis = figure.subplots()
+    comparable = in_decibels(search)
+    right = axis.twinx() if search["curve"] and not comparable else axis
     for points, score, style, label in (
         (search["predicted_curve"], "predicted", "-", "predicted"),
         (search["curve"], "predicted", "s", ""),
@@ -58,11 +75,14 @@ def budget_curve_picture(search: Mapping[str, Any], path: Path) -> Path:
         if drawn:
             size = 14 if label == "the plan" else 5
             color = {"s": "C0", "-": "C0", "*": "C3"}.get(style, "C1")
-            axis.plot(*zip(*drawn, strict=True), style, label=label or None, markersize=size, color=color)
+            on = right if score == "measured" else axis
+            on.plot(*zip(*drawn, strict=True), style, label=label or None, markersize=size, color=color)
     axis.set_xlabel(axis_label(search))
-    axis.set_ylabel("PSNR of the mean square error, dB")
+    right.set_ylabel("PSNR of the mean square error, dB")
+    if not comparable:
+        axis.set_ylabel("−10 log10 of the summed proxies (no unit)")
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=3)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
     return path

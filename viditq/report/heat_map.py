@@ -13,18 +13,19 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from viditq.files import atomic
+from viditq.report.budget_curve import in_decibels
 
 MAX_LABELS = 60  # more rows are labelled in part
 
 
-def panels(search: Mapping[str, Any], score: str = "output") -> dict[tuple[str, int], np.ndarray]:
+def panels(search: Mapping[str, Any]) -> dict[tuple[str, int], np.ndarray]:
     """(side, bits) -> costs [G, S] of search.json, noise level falling from left to right as sampling goes."""
     rows = {group["name"]: i for i, group in enumerate(search["groups"])}
     num_segments = len(search["edges"]) - 1
     found: dict[tuple[str, int], np.ndarray] = {}
     for c in search["candidates"]:
         panel = found.setdefault((c["side"], c["bits"]), np.full((len(rows), num_segments), np.nan))
-        panel[rows[c["group"]], num_segments - 1 - c["segment"]] = c[score]
+        panel[rows[c["group"]], num_segments - 1 - c["segment"]] = c["output"]
     return found
 
 
@@ -46,13 +47,13 @@ def segment_labels(edges: Sequence[float]) -> list[str]:
     return [f"{high:.3g}–{low:.3g}" for low, high in reversed([*pairwise(edges)])]
 
 
-def heat_map_picture(search: Mapping[str, Any], path: Path, score: str = "output") -> Path:
+def heat_map_picture(search: Mapping[str, Any], path: Path) -> Path:
     """Write a PNG: one panel per side and bit-width, and one per side with the bits of the found plan.
 
     search: the content of search.json. Costs are drawn on one logarithmic scale; a dot marks those measured, the
     others are predicted from proxies.
     """
-    costs, bits = panels(search, score), chosen_bits(search)
+    costs, bits = panels(search), chosen_bits(search)
     marks = {(c["side"], c["bits"], c["group"], c["segment"]) for c in search["candidates"] if c["measured"]}
     names = [group["name"].replace("_", " ") for group in search["groups"]]
     columns = segment_labels(search["edges"])
@@ -83,7 +84,7 @@ def heat_map_picture(search: Mapping[str, Any], path: Path, score: str = "output
         axis.set_xlabel("noise level", fontsize=8)
     if image is not None:
         bar = figure.colorbar(image, ax=list(axes), shrink=0.6, pad=0.01)
-        bar.set_label("mean square error of the output" if score == "output" else "change of the role's metric")
+        bar.set_label("mean square error of the output" if in_decibels(search) else "proxy of the error (no unit)")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
     return path

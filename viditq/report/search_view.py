@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from viditq.report.budget_curve import axis_label, decibels, spent
+from viditq.report.budget_curve import axis_label, decibels, in_decibels, predicted_quality, spent
 
 MAX_PARTS = 12
 
@@ -24,8 +24,9 @@ class Part:
 
 @dataclass(frozen=True)
 class SearchView:
-    """heat_map, curve: the pictures as data: addresses ("" = none). points: the predicted curve, (budget, dB).
-    parts: the most sensitive ones. used: budget -> (spent, limit).
+    """heat_map, curve: the pictures as data: addresses ("" = none). points: the predicted curve, (budget, quality).
+    error, quality: what the numbers of parts and of points are. parts: the most sensitive ones. used: budget ->
+    (spent, limit).
     """
 
     heat_map: str
@@ -36,6 +37,8 @@ class SearchView:
     num_measured: int
     num_candidates: int
     num_prompts: int
+    error: str
+    quality: str
     predicted: str
     parts: tuple[Part, ...]
     used: tuple[tuple[str, str, str], ...]
@@ -65,7 +68,9 @@ def search_view(search: Mapping[str, Any], heat_map: Path, curve: Path | None = 
         num_measured=sum(c["measured"] for c in candidates),
         num_candidates=len(candidates),
         num_prompts=search["prompts"],
-        predicted=f"{decibels(search['predicted']):.1f} dB",
+        error="mean square error" if in_decibels(search) else "proxy of the error (no unit)",
+        quality="predicted PSNR, dB" if in_decibels(search) else "sum of proxies",
+        predicted=predicted_quality(search, search["predicted"]),
         parts=tuple(parts),
         used=tuple(
             (name.replace("_", " "), f"{value:.6g}", "–" if limits[name] is None else f"{limits[name]:.6g}")
@@ -79,4 +84,5 @@ def _address(picture: Path) -> str:
 
 
 def _point(search: Mapping[str, Any], point: Mapping[str, Any]) -> tuple[str, str]:
-    return f"{spent(search, point):.3g}", f"{decibels(point['predicted']):.1f}"
+    error = point["predicted"]
+    return f"{spent(search, point):.3g}", f"{decibels(error):.1f}" if in_decibels(search) else f"{error:.2e}"

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from torch import nn
-
 from viditq.files import is_whole
 from viditq.job import Job
 from viditq.quant.allocate import Search
-from viditq.quant.candidates import candidates_of
-from viditq.quant.convert import linear_names
+from viditq.quant.candidates import SIDES, candidates_of
+from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.observers import CalibrationStats
 from viditq.quant.search import SensitivitySearch, found_plan
 from viditq.quant.step_shares import step_shares
@@ -34,9 +32,10 @@ def search(job: Job) -> str:
 def _search(job: Job, policy: SensitivitySearch) -> str:
     stats = CalibrationStats.load(job.stats_file)
     space = space_of(job, policy, stats)
+    _tell(job, policy, space)
     candidates = candidates_of(space.cells, space.choices)
     nothing = dict.fromkeys(candidates, 0.0)
-    policy.allocated(space, nothing, nothing, policy.parsed_budget)  # an impossible budget is refused here
+    policy.allocated(space, nothing, nothing, policy.parsed_budget)  # limits that contradict each other end here
     table = SearchTable(job, policy, space, candidates, stats)
     proxy = table.proxies()
     wanted = to_measure(proxy, policy.measure, policy.prune, policy.rivals(space), space.fixed)
@@ -57,14 +56,24 @@ def _search(job: Job, policy: SensitivitySearch) -> str:
     return f"{made} of {len(candidates)} candidates generated, {found} found; {bits} ({job.run_dir.plan})"
 
 
+def _tell(job: Job, policy: SensitivitySearch, space: Search) -> None:
+    """Which settings have less to work on than they ask for."""
+    if not job.processes.first:
+        return
+    count = len(job.experiment.data.calibration_prompts)
+    if policy.num_prompts > count:
+        job.say(f"      num_prompts={policy.num_prompts}, but there are {count} calibration prompts: all are used")
+    for side in SIDES:
+        if side not in space.choices:
+            job.say(f"      {side}s stay in float, as the recipe says: {side}_choices are not used")
+
+
 def space_of(job: Job, policy: SensitivitySearch, stats: CalibrationStats) -> Search:
     """What there is to choose from in this job's model."""
     e = job.experiment
     denoiser = e.adapter.build_denoiser()
-    linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
-    shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
     roles = e.adapter.linear_roles(linear_names(denoiser))
-    return policy.search(e.plan, roles, shapes, step_shares(stats, e.plan.edges))
+    return policy.search(e.plan, roles, shapes_of(denoiser), step_shares(stats, e.plan.edges))
 
 
 def _curve(policy: SensitivitySearch, space: Search, costs: Costs, table: SearchTable) -> list[dict[str, Any]]:

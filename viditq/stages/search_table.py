@@ -1,8 +1,8 @@
 """The table of a sensitivity search on disk: proxies, the scores of candidates and of whole plans, and their making."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,20 @@ from hydra.utils import instantiate
 
 from viditq.engine.probing import OUTPUT, Probe, Probing, ProxyPass, Scores
 from viditq.engine.sampling import CALIBRATION_OFFSET, batches_of, run_batches
+from viditq.errors import UserError
+from viditq.experiment import Experiment
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.quant.allocate import Search
 from viditq.quant.candidates import SIDES, Candidate, candidate_plan
 from viditq.quant.observers import CalibrationStats
 from viditq.quant.plan import QuantPlan
+from viditq.quant.proxy import ProxyErrors
 from viditq.quant.search import SensitivitySearch, groups_by_name
 from viditq.run_dir import Entry, fingerprint
 
 PROXY_PROMPTS = 2  # that the one-step proxy looks at
+PROXIES = "errors.json"
 
 
 class SearchTable:
@@ -47,21 +51,23 @@ class SearchTable:
         return {c: read_scores(self.file(c)) for c in candidates}
 
     def proxies(self) -> dict[Candidate, float]:
-        """Of every candidate, cached; made on the first process."""
-        file = self.proxy_entry.path / "proxies.json"
+        """Of every candidate; what they are made of is cached, for other choices too, and made on the first process."""
+        file = self.proxy_entry.path / PROXIES
 
-        def complete() -> bool:
-            return is_whole(file) and all(c.name in read_json(file) for c in self.candidates)
+        def known() -> ProxyErrors:
+            values = read_json(file) if is_whole(file) else {}
+            kinds = (values.get(f.name, {}) for f in fields(ProxyErrors))
+            return ProxyErrors(*({c: kind[c.name] for c in self.candidates if c.name in kind} for kind in kinds))
 
-        def keep(found: Mapping[Candidate, float]) -> None:
-            known = read_json(file) if is_whole(file) else {}
-            write_json(file, known | {c.name: value for c, value in found.items()})
+        def keep(found: ProxyErrors) -> None:
+            values = read_json(file) if is_whole(file) else {}
+            kinds = {f.name: {c.name: error for c, error in getattr(found, f.name).items()} for f in fields(found)}
+            write_json(file, {name: values.get(name, {}) | kind for name, kind in kinds.items()})
 
         with self.job.holding(self.proxy_entry):
-            if not self.job.processes.first_does(complete):
+            if self.job.processes.first_does(lambda: known().missing(self.candidates)):
                 self._make_proxies(keep)
-            known = self.job.processes.first_does(lambda: read_json(file))
-        return {c: known[c.name] for c in self.candidates}
+            return self.job.processes.first_does(lambda: known().proxies(self.candidates))
 
     def measure(self, wanted: Sequence[Candidate]) -> int:
         """Generate and score what is not in the table yet, each process its share; returns how many."""
@@ -81,7 +87,7 @@ class SearchTable:
             self._probe([_plan_probe(plans[i], files[i]) for i in absent])
         return [read_scores(file)[OUTPUT] for file in files]
 
-    def _make_proxies(self, sink: Callable[[Mapping[Candidate, float]], None]) -> None:
+    def _make_proxies(self, sink: Callable[[ProxyErrors], None]) -> None:
         job, e = self.job, self.job.experiment
         module = ProxyPass(
             *(e.adapter, e.adapter.load(), job.load_embeds(self.prompts), e.seed),
@@ -110,7 +116,7 @@ class SearchTable:
         if not probes:
             return
         job, e = self.job, self.job.experiment
-        metrics = {name: instantiate(node) for name, node in self.policy.metrics.items()}
+        metrics = search_metrics(e, self.policy)
         module = Probing(
             *(e.adapter, e.adapter.load(), job.load_embeds(self.prompts), e.seed),
             prompts=self.prompts,
@@ -123,6 +129,19 @@ class SearchTable:
         )
         run_batches(e.make_trainer(), module, job.processes.share(probes))
         job.processes.wait()
+
+
+def search_metrics(experiment: Experiment, policy: SensitivitySearch) -> dict[str, Any]:
+    """Entry of quant.policy.metrics -> the metric, of those that a role of the plan is governed by.
+
+    Raises UserError for one without a score per prompt.
+    """
+    names = dict.fromkeys(policy.metric_of(experiment.roles[layer]) for layer in experiment.plan.layers)
+    metrics = {name: instantiate(policy.metrics[name]) for name in names}
+    for name, metric in metrics.items():
+        if not hasattr(metric, "scores"):
+            raise UserError(f"quant.policy.metrics.{name} has no score per prompt; choose one that has, such as ssim.")
+    return metrics
 
 
 def _plan_probe(plan: QuantPlan, file: Path) -> Probe:
