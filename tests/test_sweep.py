@@ -500,3 +500,54 @@ def test_bad_tunings_of_the_command_line(
     assert sweep_here("experiment=tune_alpha", *arguments) == 2
     err = capfd.readouterr().err
     assert words in err and "Traceback" not in err
+
+
+# The bench's grid -----------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_a_grid_on_the_command_line(
+    sweep_here: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jobs are composed without the grid, and were refused with the overrides meant for it."""
+    monkeypatch.setattr(runner, "run", lambda cfg, folder: None)
+    settings = ["'naive,viditq'", "w8a8", "tiny_image"]
+    pairs = zip(("experiment", "bits", "model"), settings, strict=True)
+    arguments = [f"hydra.sweeper.params.{key}={value}" for key, value in pairs]
+    assert (
+        sweep_here("experiment=bench", *arguments, "hydra.sweeper.params.seed=4", "hydra.sweeper.max_batch_size=1") == 0
+    )
+    jobs = [job.overrides for job in records(tmp_path)]
+    assert [words[:4] for words in jobs] == [
+        [f"experiment={name}", "bits=w8a8", "model=tiny_image", "seed=4"] for name in ("naive", "viditq")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("params.experiment=", "hydra.sweeper.params.experiment=: give one value, or several in quotes"),
+        ("params.experiment=null", "params.experiment=None: give one value"),
+        ("params.experiment=[naive]", "params.experiment=['naive']: give one value"),
+        ("params.experiment=nope", "nope"),
+        ("params.seed=1.5", "seed=1.5"),
+        ("params.bits=w9a9", "w9a9"),
+        ("params.seed='0,,1'", "seed=0,,1"),
+        ("params=null", "params is empty"),
+        ("params=3", "params = 3 holds no keys"),
+        ("max_batch_size=0", "max_batch_size=0. Give a whole number of 1 or more"),
+        ("max_batch_size=a", "max_batch_size=a"),
+        ("what=3", "hydra.sweeper.what"),
+    ],
+)
+def test_bad_settings_of_a_grid(
+    setting: str,
+    words: str,
+    sweep_here: Sweep,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runner, "run", lambda cfg, folder: pytest.fail("a job was started"))
+    plus = "+" if setting.startswith("what") else ""
+    assert sweep_here("-m", "experiment=bench", f"{plus}hydra.sweeper.{setting}") == 2
+    err = capfd.readouterr().err
+    assert words in err and "Traceback" not in err
