@@ -20,6 +20,7 @@ from viditq.experiment import build
 from viditq.quant.convert import linear_names
 from viditq.quant.scheme import QuantSpec
 from viditq.quant.setting import QuantSetting
+from viditq.runner import described
 
 ROOT = Path(__file__).parents[1]
 Configure = Callable[..., DictConfig]
@@ -202,3 +203,21 @@ def test_a_plan_file_takes_no_other_bits(word: str) -> None:
         check_overrides("viditq.quant.policy.PlanFile", [*allowed, word])
     check_overrides("viditq.quant.policy.PlanFile", allowed)
     check_overrides("viditq.quant.policy.Uniform", [word])
+
+
+def test_a_plan_does_not_run_under_the_name_of_an_experiment() -> None:
+    words = ["experiment=w4a8_ts_smooth", "quant/policy=plan_file", "quant.policy.path=p"]
+    with pytest.raises(UserError, match="Name the run, such as name=my_plan"):
+        check_overrides("viditq.quant.policy.PlanFile", words)
+    check_overrides("viditq.quant.policy.PlanFile", [*words, "name=mine"])
+    check_overrides("viditq.quant.policy.PlanFile", ["experiment=w4a8_mp", "quant.policy.path=p"])
+
+
+def test_what_a_plan_leaves_in_float_is_told(configure: Callable[..., DictConfig]) -> None:
+    plan = ["quant/policy=plan_file", "name=x"]
+    other = build(configure("model=tiny_video", *plan, "quant.policy.path=shipped:tiny_image/w4a8_mp"))
+    assert re.search(
+        r"shipped:tiny_image/w4a8_mp leaves \d+ more in float, such as temporal_transformer_blocks", described(other)
+    )
+    own = build(configure("model=tiny_video", *plan, "quant.policy.path=shipped:tiny_video/w4a8_mp"))
+    assert described(own).count("\n") == 0

@@ -75,7 +75,8 @@ class RootConfig:
 
 
 def check_overrides(policy: str, overrides: Sequence[str]) -> None:
-    """Raises UserError where the command line changes a recipe that the run does not read: a plan file's schemes hold.
+    """Raises UserError where the command line changes a recipe that the run does not read, or is called by one: a plan
+    file's schemes hold.
 
     policy: `_target_` of quant.policy. overrides: the words of the command line.
     """
@@ -89,6 +90,11 @@ def check_overrides(policy: str, overrides: Sequence[str]) -> None:
             f"{', '.join(unread)}: quant/policy=plan_file takes formats, bits, smoothing, rounding and segments from "
             "the plan, so this would change nothing. Leave it out, search a plan (experiment=w4a8_mp_search), or "
             "choose quant/policy=uniform."
+        )
+    if {"experiment", "quant/policy"} <= {*keys} and "name" not in keys:
+        raise UserError(
+            "quant/policy=plan_file takes the recipe from the plan, so this is not the experiment that its name tells. "
+            "Name the run, such as name=my_plan, or leave experiment= out."
         )
 
 

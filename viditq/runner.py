@@ -25,7 +25,8 @@ from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.models.checks import GUESSED
-from viditq.models.roles import counts, summary
+from viditq.models.roles import FLOAT, counts, summary
+from viditq.quant.policy import PlanFile
 from viditq.quant.search import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
 from viditq.stages import FUNCTIONS
@@ -98,8 +99,14 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
 
 
 def described(experiment: Experiment) -> str:
-    """How many Linears the model has by role; where it was guessed, also what, so that it can be corrected."""
+    """How many Linears the model has by role, and what of them a plan file leaves out; where it was guessed, also what,
+    so that it can be corrected.
+    """
     model, line = experiment.adapter, counts(experiment.roles)
+    if isinstance(experiment.quant.policy, PlanFile):
+        left = [n for n, role in experiment.roles.items() if role != FLOAT and n not in experiment.plan.layers]
+        if left:
+            line += f"\n  {experiment.quant.policy.path} leaves {len(left)} more in float, such as {left[0]}"
     if not model.guess:
         return line
     settings = ", ".join(f"model.{key}={getattr(model, key)}" for key in GUESSED)
