@@ -7,7 +7,6 @@ The first row is the float model. Differences are per prompt against the first r
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,14 @@ from torch import Tensor
 
 from viditq.data.samples import load_sample
 from viditq.errors import UserError
+from viditq.files import read_mapping
 from viditq.report.pictures import rows_picture
 
 
 def clips(folder: Path, indices: list[int]) -> Tensor:
     """The samples of these prompts, uint8 [B, F, C, H, W]."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing. The run's own command samples again what is gone.")
     files = {int(path.stem): path for path in folder.iterdir() if path.stem.isdigit()}
     absent = [i for i in indices if i not in files]
     if absent:
@@ -33,7 +35,7 @@ def read(run: Path) -> dict[str, Any]:
     """A finished run's per_prompt.json."""
     if not (run / "per_prompt.json").is_file():
         raise UserError(f"{run} is no finished run: per_prompt.json is missing.")
-    return json.loads((run / "per_prompt.json").read_text())
+    return read_mapping(run / "per_prompt.json", ("prompts", "metrics", "reference"))
 
 
 def print_differences(names: list[str], results: list[dict[str, Any]]) -> None:

@@ -26,8 +26,10 @@ from viditq.models.text import encode_prompt
 from viditq.report.pictures import rows_picture
 from viditq.runner import quiet_libraries
 
+CONF = Path(__file__).parents[1] / "conf"
 GATE = {"color": 0.98, "shape": 0.95, "size": 0.95, "background": 0.95}
 DIRECTION_GATE, JUDGE_GATE = 0.95, 0.99
+MODELS = ["tiny_image", "tiny_video"]
 
 
 @torch.no_grad()
@@ -65,11 +67,13 @@ def judge_itself(judge: ShapesJudge) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["tiny_image", "tiny_video"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/judge_tiny"))
     args = parser.parse_args()
+    if args.count < 1:
+        parser.error(f"--count {args.count}: give 1 or more")
     quiet_libraries()
     config.register()
     judge = load_judge("shipped:judge")
@@ -77,7 +81,7 @@ def main() -> None:
     order = torch.randperm(len(SCENES), generator=torch.Generator().manual_seed(args.seed)).tolist()
     scenes = [SCENES[order[i % len(SCENES)]] for i in range(args.count)]
     for name in args.models:
-        with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             adapter = instantiate(compose("config", [f"model={name}"]).model, _convert_="all")
         clips = sample(adapter, scenes, args.seed)
         rows[name] = (accuracies(judge, clips, scenes, adapter.modality == "video"), GATE)

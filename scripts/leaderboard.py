@@ -25,7 +25,7 @@ from urllib.parse import quote
 import torch
 
 from viditq.errors import UserError
-from viditq.files import atomic, read_json
+from viditq.files import atomic, read_mapping
 from viditq.metrics.bootstrap import bootstrap_interval
 from viditq.report.inputs import by_inputs, what_differs
 from viditq.report.leaderboard import Board, comma_separated, heading, make_board, markdown, page
@@ -75,22 +75,13 @@ def read(folders: list[Path]) -> Runs:
             print(f"left out: {folder} has no {' and no '.join(absent)}", file=sys.stderr)
             continue
         try:
-            config, metrics, per_prompt = (table(folder / name, keys) for name, keys in FILES.items())
+            config, metrics, per_prompt = (read_mapping(folder / name, keys) for name, keys in FILES.items())
             runs[folder] = metrics, flatten(config), per_prompt
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise UserError(f"None of these folders holds a finished run ({', '.join(FILES)}).")
     return runs
-
-
-def table(file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """The values of a json file; raises UserError if it is damaged or lacks one of the keys."""
-    values = read_json(file)
-    absent = [key for key in keys if not isinstance(values, dict) or key not in values]
-    if absent:
-        raise UserError(f"{file} is damaged: it has no {', '.join(absent)}. Delete it and run the command again.")
-    return dict(values)
 
 
 def configuration(run: dict[str, Any]) -> str:

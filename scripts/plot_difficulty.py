@@ -7,6 +7,7 @@ Calibrates once (the same cached statistics that experiments use) and writes, un
 difficulty.png (variation of activations over channels and noise levels, kurtosis of weights) and difficulty.json.
 """
 
+import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -31,6 +32,9 @@ from viditq.run_dir import RunDir
 from viditq.runner import quiet_libraries
 from viditq.stages.calibrate import observe
 from viditq.stages.prompts import prompts
+
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def bucket_amax(stats: CalibrationStats, layer: str) -> tuple[Tensor, Tensor]:
@@ -117,7 +121,7 @@ def plot(stats: CalibrationStats, rows: list[dict[str, Any]], title: str, path: 
 def main(overrides: list[str]) -> None:
     quiet_libraries()
     config.register()
-    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["name=difficulty", "logger=none", *overrides])
     experiment = build(cfg)
     folder = Path("outputs/difficulty") / experiment.adapter.name
@@ -137,4 +141,7 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded_main(lambda: main(sys.argv[1:])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="as run.py takes them")
+    overrides = parser.parse_args().overrides
+    sys.exit(guarded_main(lambda: main(overrides)))

@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-steps", type=int, help="cap the steps of every stage (for tests)")
     args = parser.parse_args()
+    if args.max_steps is not None and args.max_steps < 1:
+        parser.error(f"--max-steps {args.max_steps}: give 1 or more")
     workshop = Workshop(args.work, args.out, args.seed, args.max_steps)
     for stage in args.stages:
         STAGES[stage](workshop)

@@ -17,6 +17,7 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from viditq.config import COMMAND_VARIABLE
 from viditq.errors import AlreadyReported, GateFailed, UserError
@@ -153,6 +154,8 @@ def user_message(error: BaseException, choice: str = FOLDERS) -> str | None:
         return f"The process of a job died, which ended the sweep: {why}. {remedy}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return config_message(error)
+    if isinstance(error, YAMLError):
+        return f"A configuration file is no yaml:\n{error}"
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         return f"A group (such as logger) cannot be null: choose one of its options, such as logger=none. {ALL_KEYS}"
     return None

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,15 @@ def read_json(path: Path, remedy: str = "Delete it and run the command again.") 
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({error}). {remedy}") from error
+
+
+def read_mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The values of a JSON file that holds these keys; raises UserError if it is damaged or lacks one."""
+    values = read_json(path)
+    absent = [key for key in keys if not isinstance(values, dict) or key not in values]
+    if absent:
+        raise UserError(f"{path} is damaged: it has no {', '.join(absent)}. Delete it and run the command again.")
+    return dict(values)
 
 
 def read_tensors(path: Path, remedy: str = "Delete it and run the command again.") -> dict[str, Tensor]:

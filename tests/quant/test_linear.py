@@ -9,7 +9,7 @@ from viditq.quant.affine import compute_qparams, dequantize, quantize
 from viditq.quant.backends import Backend, check_supported
 from viditq.quant.linear import empty_variant
 from viditq.quant.packing import packed_size
-from viditq.quant.quantizer import static_qparams
+from viditq.quant.quantizer import fake_quantize_activation, static_qparams
 from viditq.quant.registry import BACKENDS
 
 WEIGHTS = [
@@ -163,3 +163,9 @@ def test_backends_are_refused_by_name_and_by_field():
 
     with pytest.raises(UserError, match=r"backend picky cannot run blocks.0: it does not support weight.bits=4"):
         check_supported(Picky(), "blocks.0", LayerScheme(QuantSpec(4), None))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_a_vector_is_one_token(granularity: str) -> None:
+    spec, x = QuantSpec(8, granularity=granularity, dynamic=True), torch.randn(6)
+    assert torch.equal(fake_quantize_activation(x, spec, None), fake_quantize_activation(x[None], spec, None)[0])

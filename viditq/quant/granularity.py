@@ -65,10 +65,11 @@ def per_weight(parameter: Tensor, weight_OC: Tensor, group_size: int | None) -> 
 def activation_range(x: Tensor, granularity: str, group_size: int | None) -> Range:
     """Ranges of the very tensor being quantized: token [..., 1], group [..., G, 1], tensor [L, 1, ...].
 
-    "tensor" is one range per element of the leading axis: a sample must not depend on its batch mates.
+    "tensor" is one range per element of the leading axis: a sample must not depend on its batch mates. A vector is one
+    token.
     """
     view = to_groups(x, group_size)
-    if granularity == "tensor":
+    if granularity == "tensor" and x.ndim > 1:
         shape = (len(x),) + (1,) * (x.ndim - 1)
         rows = x.flatten(1)
         return rows.amin(-1).view(shape), rows.amax(-1).view(shape)
