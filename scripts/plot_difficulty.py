@@ -33,7 +33,6 @@ from viditq.runner import quiet_libraries
 from viditq.stages.calibrate import observe
 from viditq.stages.prompts import prompts
 
-
 CONF = Path(__file__).parents[1] / "conf"
 
 
