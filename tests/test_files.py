@@ -1,8 +1,11 @@
 """Files are whole or absent."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from viditq.errors import UserError
 from viditq.files import atomic, write_json, write_tensors
 
 
@@ -13,6 +16,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         temporary.write_text("half")
         raise OSError("No space left on device")
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"] and path.read_text() == "old"
+
+
+def test_a_folder_is_no_name_of_a_file() -> None:
+    with pytest.raises(UserError, match="is a folder; give the name of a file in it"), atomic(Path(".")):
+        pass
 
 
 def test_json_refuses_nan_and_leaves_nothing(tmp_path):

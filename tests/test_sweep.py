@@ -135,6 +135,11 @@ def test_options_that_do_not_exist_are_refused_before_any_job(
     assert "w3a3" in captured.err and "w4a8_naive" in captured.err and "\nsweep" not in captured.out
 
 
+def test_a_sweep_without_jobs_says_so(sweep_here: Sweep, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep_here("-m", "seed=range(0,0)") == 2
+    assert "The sweep has no jobs" in capfd.readouterr().err
+
+
 def test_launcher_that_is_not_installed(sweep_here: Sweep, capfd: pytest.CaptureFixture[str]) -> None:
     assert sweep_here("-m", "quant=w8a8,w4a8", "hydra/launcher=ray") == 2
     assert 'pip install ".[sweeps]"' in capfd.readouterr().err

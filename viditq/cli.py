@@ -63,6 +63,9 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
         status = 2
     finally:
         jobs = summary_of_sweep()
+    if SWEEP_VARIABLE in os.environ and not jobs and not status:
+        print_error("The sweep has no jobs: one of its keys has no values.")
+        status = 2
     return status or exit_status(jobs)
 
 

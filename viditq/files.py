@@ -19,7 +19,11 @@ from viditq.errors import UserError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it on success, remove it on failure."""
+    """Yield a temporary path beside `path`; rename it on success, remove it on failure. UserError if `path` names
+    no file.
+    """
+    if not path.name:
+        raise UserError(f"{path} is a folder; give the name of a file in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -68,7 +68,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE) -> dict[str, Any] |
 def tell(experiment: Experiment, run_dir: RunDir, mode: Any) -> None:
     """Print what the run would need."""
     if sweep_name() is not None:
-        raise UserError("estimate tells of one run: leave out -m.")
+        raise UserError("estimate tells of one run: leave out -m, and choose no experiment that is a sweep (bench).")
     show(terminal(), experiment.name, experiment.adapter.name, estimate(Job(experiment, run_dir), mode))
 
 
