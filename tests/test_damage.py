@@ -58,11 +58,19 @@ def test_truncated_file_of_a_run(
     assert is_whole(run_copy / name) or name == "seconds.json"
 
 
+@pytest.fixture(scope="module")
+def own_cache(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of one run alone; the shared one has entries of other tests, in whose place nothing is looked for."""
+    folder = tmp_path_factory.mktemp("own")
+    run(folder / "run", folder / "cache")
+    return folder / "cache"
+
+
 @pytest.mark.parametrize("pattern", OF_CACHE)
 def test_truncated_files_of_the_cache(
-    pattern: str, run: Run, finished_run: Path, shared_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pattern: str, run: Run, finished_run: Path, own_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = Path(shutil.copytree(shared_cache, tmp_path / "cache"))
+    cache = Path(shutil.copytree(own_cache, tmp_path / "cache"))
     files = list(cache.glob(pattern))
     assert files
     for file in files:

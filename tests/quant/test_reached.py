@@ -13,7 +13,7 @@ from viditq.quant.artifact import load_denoiser, save_denoiser
 from viditq.quant.candidates import candidates_of, groups_of
 from viditq.quant.context import StepContext, TimestepScale
 from viditq.quant.linear import quant_linears
-from viditq.quant.proxy import OneStep, proxies
+from viditq.quant.proxy import OneStep, proxy_errors
 from viditq.quant.reached import stand_ins
 from viditq.quant.search import found_plan, groups_by_name
 from viditq.quant.sensitivity import Swapper
@@ -113,7 +113,7 @@ def test_a_search_measures_each_denoiser_where_it_runs() -> None:
     one_step = OneStep(swapper)
     with one_step.recording():
         sample(denoisers)
-    found = proxies(denoisers, base, stats, groups_by_name(space), candidates, one_step)
+    found = proxy_errors(denoisers, base, stats, groups_by_name(space), candidates, one_step).proxies(candidates)
     assert all(found[c] > 0 for c in candidates)
     plan = found_plan(space, {("high.fc/mlp", 1): (3, 16), ("low.fc/mlp", 0): (8, 16), ("low.fc/mlp", 1): (3, 16)})
     exact = sample(denoisers)
