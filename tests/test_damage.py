@@ -82,8 +82,8 @@ def test_truncated_files_of_the_cache(
     assert all(is_whole(file) or file.name == "seconds.json" for file in files)
 
 
-def test_leftovers_of_killed_runs_are_removed(run: Run, run_copy: Path, shared_cache: Path, tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(shared_cache, tmp_path / "cache"))
+def test_leftovers_of_killed_runs_are_removed(run: Run, run_copy: Path, own_cache: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(own_cache, tmp_path / "cache"))
     stats = next(cache.glob("stats/*/stats.safetensors"))
     left = [
         run_copy / ".metrics.json.77.tmp",
