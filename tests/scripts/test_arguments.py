@@ -1,13 +1,15 @@
 """What every script says to arguments that it cannot work with: a message, never a traceback."""
 
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
 
+from viditq import sweep
 from viditq.cli import user_message
 
 ROOT = Path(__file__).parents[2]
@@ -26,42 +28,64 @@ REFUSED = {  # arguments that name nothing -> words of the message
 }
 
 
-def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own that works in `folder`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+class Done(NamedTuple):
+    """How a script ended, and what it has printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """(script, *arguments) -> how it ended, as if started in tmp_path; what would be a traceback is raised."""
+    monkeypatch.chdir(tmp_path)
+    for variable in ("VIDITQ_COMMAND", "HYDRA_FULL_ERROR", sweep.SWEEP_VARIABLE):
+        monkeypatch.setenv(variable, "")  # so that what a script sets is undone
+
+    def started(script: str, *arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        code, printed = end.value.code, capfd.readouterr()
+        told = code if isinstance(code, str) else ""  # Python prints it
+        return Done(code if isinstance(code, int) else int(bool(code)), printed.out, printed.err + told)
+
+    return started
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help(script: str, tmp_path: Path) -> None:
-    done = run(tmp_path, script, "--help")
-    assert done.returncode == 0 and f"usage: {script}" in done.stdout and "Traceback" not in done.stderr
+def test_help(script: str, run: Run) -> None:
+    done = run(script, "--help")
+    assert done.status == 0 and f"usage: {script}" in done.out
 
 
 @pytest.mark.parametrize("script", READERS)
 @pytest.mark.parametrize("content", ["missing", "empty", '{"a": ', "[]"])
-def test_folders_that_hold_no_run(script: str, content: str, tmp_path: Path) -> None:
+def test_folders_that_hold_no_run(script: str, content: str, run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     if content != "missing":
         folder.mkdir()
     for name in ("run.json", "metrics.json", "per_prompt.json") if content[0] in "{[" else ():
         (folder / name).write_text(content)
-    done = run(tmp_path, script, *(text.format(folder) for text in READERS[script]))
-    assert done.returncode != 0 and "error: " in done.stderr and str(folder) in done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.glob("out*"))
+    done = run(script, *(text.format(folder) for text in READERS[script]))
+    assert done.status != 0 and "error: " in done.err and str(folder) in done.err
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
-def test_arguments_that_name_nothing(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 2 and REFUSED[arguments] in done.stderr and "Traceback" not in done.stderr
+def test_arguments_that_name_nothing(arguments: tuple[str, ...], run: Run) -> None:
+    done = run(*arguments)
+    assert done.status == 2 and REFUSED[arguments] in done.err
 
 
-def test_samples_that_are_gone(finished_run: Path, tmp_path: Path) -> None:
+def test_samples_that_are_gone(finished_run: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "per_prompt.json").write_text((finished_run / "per_prompt.json").read_text())
-    done = run(tmp_path, "compare_runs.py", str(tmp_path), "--prompts", "0")
-    assert done.returncode == 1 and f"error: {tmp_path}/samples is missing" in done.stderr
+    done = run("compare_runs.py", str(tmp_path), "--prompts", "0")
+    assert done.status == 1 and f"error: {tmp_path}/samples is missing" in done.err
 
 
 def test_a_configuration_that_is_no_yaml() -> None:
