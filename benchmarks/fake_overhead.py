@@ -29,7 +29,7 @@ from torch import nn
 
 from viditq import config
 from viditq.models.adapter import ModelAdapter
-from viditq.models.generate import denoise
+from viditq.models.generate import denoise, generate
 from viditq.models.text import PromptEmbeds, encode_prompt
 from viditq.quant.calibration import Calibrator
 from viditq.quant.convert import linear_names, quantize_denoiser
@@ -56,20 +56,22 @@ def configured(overrides: list[str]) -> tuple[ModelAdapter, QuantSetting]:
 
 @dataclass(frozen=True)
 class Float:
-    """A float denoiser, and a function that samples the prompts `indices` with it once, without decoding."""
+    """A float denoiser, and functions that sample the prompts `indices` with it once, without decoding and with."""
 
     overrides: list[str]
     adapter: ModelAdapter
     denoiser: nn.Module
     indices: list[int]
     sample: Callable[[], None]
+    decoded: Callable[[], object] | None = None
 
 
 def float_model(adapter: ModelAdapter, embeds: list[PromptEmbeds]) -> Float:
     """A model of conf/model, loaded anew."""
     pipeline, indices = adapter.load(), list(range(len(embeds)))
     sample = partial(denoise, adapter, pipeline, embeds, indices, seed=0)
-    return Float([f"model={adapter.name}"], adapter, adapter.denoiser_of(pipeline), indices, sample)
+    decoded = partial(generate, adapter, pipeline, embeds, indices, seed=0)
+    return Float([f"model={adapter.name}"], adapter, adapter.denoiser_of(pipeline), indices, sample, decoded)
 
 
 def pixart(num_blocks: int) -> Float:
@@ -160,8 +162,9 @@ def main() -> None:
         model = float_model(adapter, embeds)
     stats, calibrating = calibrated(model, moments=False)  # observers leave nothing behind
     scratch = tempfile.TemporaryDirectory()
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "float": model.sample,
+        **({} if model.decoded is None else {"float, with decoding": model.decoded}),
         "float, calibrating": calibrating,
         "float, calibrating with moments": calibrated(model, moments=True)[1],
         "float, calibrating, inputs of blocks": keeping(model, Path(scratch.name) / "inputs"),

@@ -38,8 +38,8 @@ def harness(tmp_path: Path, kills: int, seed: int, *overrides: str) -> str:
     return done.stdout
 
 
-def test_five_kills(tmp_path: Path) -> None:
-    assert "5 kills in " in harness(tmp_path, 5, 0)
+def test_three_kills(tmp_path: Path) -> None:
+    assert "3 kills in " in harness(tmp_path, 3, 0)
 
 
 @pytest.mark.slow
