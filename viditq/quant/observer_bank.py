@@ -13,6 +13,8 @@ from torch import Tensor
 
 from viditq.quant.observers import REDUCTIONS, Observer, Summary, blank_state
 
+LARGE = 2**14  # numbers in the minimum of a summary: from here on copying costs more than one call each
+
 
 class ObserverBank:
     """observers: those of the Linears `names`, by name; their states are slices of this bank's."""
@@ -40,12 +42,11 @@ class ObserverBank:
 
         Returns False, and adds nothing, where one of them has a NaN or inf.
         """
-        summaries = [*seen.values()]
-        low_mLC, high_mLC, rows_mrC = (
-            torch.stack([getattr(summary, field) for summary in summaries]) for field in ("minimum", "maximum", "rows")
-        )
-        low_mC, high_mC = low_mLC.amin(1), high_mLC.amax(1)
-        total_mC = torch.maximum(low_mLC.neg_(), high_mLC).sum(1, dtype=torch.float64)
+        summaries = [*{id(summary): summary for summary in seen.values()}.values()]  # q, k and v share one
+        numbers = {id(summary): number for number, summary in enumerate(summaries)}
+        which = torch.tensor([numbers[id(summary)] for summary in seen.values()], device=summaries[0].rows.device)
+        rows_mrC = torch.stack([summary.rows for summary in summaries]).index_select(0, which)
+        low_mC, high_mC, total_mC = (part.index_select(0, which) for part in reduced(summaries))
         if not math.isfinite(total_mC.sum()):
             return False
         if self._state["count"].device != low_mC.device:  # made before the model moved, or its weights are offloaded
@@ -61,7 +62,7 @@ class ObserverBank:
             "minimum": torch.minimum(old["minimum"], low_mC),
             "maximum": torch.maximum(old["maximum"], high_mC),
             "amax_sum": old["amax_sum"] + total_mC,
-            "count": old["count"] + low_mLC.shape[1],
+            "count": old["count"] + len(summaries[0].minimum),
             "rows": rows_mRC.flatten(0, 1).index_select(0, order.flatten()).view_as(old["rows"]),
             "keys": keys,
         }
@@ -71,3 +72,20 @@ class ObserverBank:
 
     def _slice(self, place: int) -> dict[str, Tensor]:
         return {field: self._state[field][place] for field in REDUCTIONS}
+
+
+def reduced(summaries: Sequence[Summary]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each: minimum and maximum [m, C], and the sum over its samples of their largest magnitude, float64 [m, C].
+
+    Small ones are taken together, large ones one by one, which copies nothing.
+    """
+    if len(summaries) > 1 and summaries[0].minimum.numel() > LARGE:
+        low, high, total = (torch.cat(parts) for parts in zip(*(reduced([s]) for s in summaries), strict=True))
+        return low, high, total
+    one = summaries[0]
+    if len(summaries) == 1:
+        low_mLC, high_mLC = one.minimum[None], one.maximum[None]
+    else:
+        low_mLC, high_mLC = (torch.stack([getattr(s, name) for s in summaries]) for name in ("minimum", "maximum"))
+    total_mC = torch.maximum(-low_mLC, high_mLC).sum(1, dtype=torch.float64)
+    return low_mLC.amin(1), high_mLC.amax(1), total_mC
