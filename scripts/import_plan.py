@@ -9,7 +9,6 @@ with overrides, as `python run.py` takes them.
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +23,20 @@ from viditq.errors import UserError
 from viditq.files import atomic
 from viditq.quant.scheme import LayerScheme
 from viditq.quant.setting import QuantSetting
-from viditq.quant.step_ranges import KEPT, RENAMES, import_plan
+from viditq.quant.step_ranges import RENAMES, import_plan
 
-BITS = range(2, 9)
 CONF = Path(__file__).parents[1] / "conf"
 
 
 def read(path: Path | None) -> Any:
-    """The values of a yaml file; None without one. Raises UserError for bits and patterns that cannot be."""
+    """The values of a yaml file; None without one."""
     if path is None:
         return None
     try:
         fields = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as yaml: {error}") from error
-    if not isinstance(fields, Mapping):
-        raise UserError(f"{path} must be a mapping of step ranges, such as '19-15', to bits of layers.")
-    for span, layers in fields.items():
-        if span == KEPT:
-            check_kept(path, layers, list(fields))
-        elif not isinstance(layers, Mapping) or not layers:
-            raise UserError(f"{path}: {span!r} must name layers and their bits, such as model.blocks.0.attn.q: 4.")
-        else:
-            for layer, bits in layers.items():
-                if type(bits) is not int or bits not in BITS:
-                    raise UserError(
-                        f"{path}: {span!r} gives {layer} the bits {bits!r}. Give a whole number from {BITS[0]} to "
-                        f"{BITS[-1]}; the key {KEPT} leaves layers in float."
-                    )
-    return fields
-
-
-def check_kept(path: Path, patterns: Any, spans: list[Any]) -> None:
-    """Raises UserError unless these are lists of patterns for some of the file's step ranges."""
-    if not isinstance(patterns, Mapping) or not all(isinstance(names, list) for names in patterns.values()):
-        raise UserError(f"{path}: {KEPT} must be a mapping of step ranges to lists of patterns, such as 19-15: [mlp].")
-    if unknown := [span for span in patterns if span not in spans]:
-        raise UserError(f"{path}: {KEPT} names the steps {unknown[0]!r}, for which the file has no bits.")
+    return {} if fields is None else fields  # an empty file
 
 
 def scheme_of(overrides: list[str]) -> LayerScheme:
@@ -76,7 +52,9 @@ def scheme_of(overrides: list[str]) -> LayerScheme:
 
 def write(args: argparse.Namespace) -> None:
     """The plan as --out, and a line about it."""
-    plan = import_plan(read(args.weight), read(args.activation), RENAMES[args.names], scheme_of(args.recipe))
+    weights, activations = read(args.weight), read(args.activation)
+    labels = (str(args.weight), str(args.activation))
+    plan = import_plan(weights, activations, RENAMES[args.names], scheme_of(args.recipe), labels=labels)
     with atomic(args.out) as temporary:
         temporary.write_text(plan.to_json())
     schemes = ", ".join(sorted(plan.schemes))

@@ -48,11 +48,11 @@ def test_odd_bits(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "must be a mapping of step ranges"),
+        ("", "do not follow each other"),
         ("[1]", "must be a mapping of step ranges"),
         ("19-0: {", "cannot be read as yaml"),
-        ("19-0:", "'19-0' must name layers and their bits"),
-        ("19-0: {}", "'19-0' must name layers and their bits"),
+        ("19-0:", "'19-0' is no range of sampling steps such as '19-15' with bits of layers"),
+        ("19-0: {}", "'19-0' is no range of sampling steps such as '19-15' with bits of layers"),
         (f"{{fp_layers: 3, 19-0: {{{LAYER}: 4}}}}", "fp_layers must be a mapping"),
         (f"{{fp_layers: {{19-0: q}}, 19-0: {{{LAYER}: 4}}}}", "fp_layers must be a mapping"),
         (f"{{fp_layers: {{9-0: [q]}}, 19-0: {{{LAYER}: 4}}}}", "fp_layers names the steps '9-0'"),

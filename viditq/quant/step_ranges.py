@@ -19,6 +19,7 @@ Renames = Sequence[tuple[str, str]]
 """(regular expression for the whole of a name in the file, the Linear's name here with \\1 ...), first match wins."""
 
 KEPT = "fp_layers"
+BITS = range(2, 9)
 RENAMES: dict[str, Renames] = {
     "open_sora": (
         (r"model\.(blocks\.\d+\.(?:attn|attn_temp)\.(?:q|k|v|proj))", r"\1"),
@@ -29,23 +30,41 @@ RENAMES: dict[str, Renames] = {
 
 
 def parse_ranges(fields: Any, what: str) -> dict[tuple[int, int], dict[str, int]]:
-    """(lo, hi) -> layer -> bits, the cleanest range first; raises UserError unless ranges tile 0 .. n - 1."""
+    """(lo, hi) -> layer -> bits, the cleanest range first.
+
+    Raises UserError unless ranges tile 0 .. n - 1, and for bits and `fp_layers` that cannot be.
+    """
     if not isinstance(fields, Mapping):
-        raise UserError(f"{what} must be a mapping of step ranges such as '19-15'.")
+        raise UserError(f"{what} must be a mapping of step ranges such as '19-15' to bits of layers.")
+    _check_kept(fields, what)
     ranges: dict[tuple[int, int], dict[str, int]] = {}
     for key, bits in fields.items():
         if key == KEPT:
             continue
         found = re.fullmatch(r"(\d+)-(\d+)", str(key))
-        if not found or not isinstance(bits, Mapping):
+        if not found or not isinstance(bits, Mapping) or not bits:
             raise UserError(f"{what}: {key!r} is no range of sampling steps such as '19-15' with bits of layers.")
+        for layer, value in bits.items():
+            if type(value) is not int or value not in BITS:
+                raise UserError(
+                    f"{what}: {key!r} gives {layer} the bits {value!r}. Give a whole number from {BITS[0]} to "
+                    f"{BITS[-1]}; the key {KEPT} leaves layers in float."
+                )
         hi, lo = int(found[1]), int(found[2])
-        ranges[lo, hi] = {str(layer): int(value) for layer, value in bits.items()}
+        ranges[lo, hi] = {str(layer): value for layer, value in bits.items()}
     ordered = dict(sorted(ranges.items()))
     ends = [-1, *(hi for _, hi in ordered)]
     if not ordered or any(lo != end + 1 or hi < lo for (lo, hi), end in zip(ordered, ends, strict=False)):
         raise UserError(f"{what}: the ranges {', '.join(map(str, fields))} do not follow each other from step 0 on.")
     return ordered
+
+
+def _check_kept(fields: Mapping[Any, Any], what: str) -> None:
+    patterns = fields.get(KEPT, {})
+    if not isinstance(patterns, Mapping) or not all(isinstance(names, list) for names in patterns.values()):
+        raise UserError(f"{what}: {KEPT} must be a mapping of step ranges to lists of patterns, such as 19-15: [mlp].")
+    if unknown := [span for span in patterns if span not in fields]:
+        raise UserError(f"{what}: {KEPT} names the steps {unknown[0]!r}, for which the file has no bits.")
 
 
 def edges_of(ranges: Sequence[tuple[int, int]], noise_levels: Sequence[float]) -> tuple[float, ...]:
@@ -83,14 +102,16 @@ def import_plan(
     renames: Renames,
     scheme: LayerScheme,
     noise_levels: Sequence[float] | None = None,
+    labels: tuple[str, str] = ("the weight file", "the activation file"),
 ) -> QuantPlan:
     """The plan of two yaml files (as plain values); either may be None: that side then stays as in `scheme`.
 
     scheme: formats, transforms and rounding, whose bits the files replace. noise_levels: of the steps, ascending; None
-    = Open-Sora's. Raises UserError if the files disagree about ranges or layers.
+    = Open-Sora's. labels: of the two files in messages. Raises UserError if they disagree about ranges or layers.
     """
     given = {"weight": weights, "activation": activations}
-    sides = {side: parse_ranges(fields, f"the {side} file") for side, fields in given.items() if fields is not None}
+    told = zip(given.items(), labels, strict=True)
+    sides = {side: parse_ranges(fields, label) for (side, fields), label in told if fields is not None}
     if not sides:
         raise UserError("give a weight file, an activation file, or both.")
     tables = [*sides.values()]
