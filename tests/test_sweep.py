@@ -478,35 +478,6 @@ def test_tune_alpha_killed_after_one_trial_and_repeated(
     assert torch.isfinite(torch.tensor(values)).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["model=tiny_image,tiny_video"], "a tuning takes one value"),
-        (["hydra.sweeper.objective=lpips"], "objective=lpips is not measured here. Choose one of psnr"),
-        (["hydra.sweeper.n_trials=0"], "n_trials=0"),
-        (["hydra.sweeper.params.edge.start=0.51"], "such as 0.5 or 0.55"),
-        (["hydra.sweeper.params=3"], "params=3"),
-        (["+hydra.sweeper.what=3"], "Unknown key hydra.sweeper.what"),
-        (["hydra.sweeper.overrides=['no.key=[{edge},{alpha_low},{alpha_high}]']"], "no.key"),
-        (["hydra.sweeper.overrides=['seed={edge},{alpha_low},{alpha_high}']"], "seed=0.5,0.3,0.3"),
-        (["hydra.sweeper.overrides=['seed=[{edge},{alpha_low},{alpha_high}']"], "input '[0.5,0.3,0.3'"),
-        (["stages=[prompts,reference]"], "measures nothing to tune by. Add evaluate"),
-        (["quant.segments=[0.0,0.6,1.0]"], "this tuning sets quant.segments itself"),
-    ],
-)
-def test_bad_tunings_of_the_command_line(
-    arguments: list[str],
-    words: str,
-    sweep_here: Sweep,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(runner, "run", lambda cfg, folder: pytest.fail("a trial was started"))
-    assert sweep_here("experiment=tune_alpha", *arguments) == 2
-    err = capfd.readouterr().err
-    assert words in err and "Traceback" not in err
-
-
 # The bench's grid -----------------------------------------------------------------------------------------------------
 
 
@@ -527,32 +498,48 @@ def test_settings_of_a_grid_on_the_command_line(
     ]
 
 
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
-        ("params.experiment=", "hydra.sweeper.params.experiment=: give one value, or several in quotes"),
-        ("params.experiment=null", "params.experiment=None: give one value"),
-        ("params.experiment=[naive]", "params.experiment=['naive']: give one value"),
-        ("params.experiment=nope", "nope"),
-        ("params.seed=1.5", "seed=1.5"),
-        ("params.bits=w9a9", "w9a9"),
-        ("params.seed='0,,1'", "seed=0,,1"),
-        ("params=null", "params is empty"),
-        ("params=3", "params = 3 holds no keys"),
-        ("max_batch_size=0", "max_batch_size=0. Give a whole number of 1 or more"),
-        ("max_batch_size=a", "max_batch_size=a"),
-        ("what=3", "hydra.sweeper.what"),
-    ],
-)
-def test_bad_settings_of_a_grid(
-    setting: str,
+# Settings of both on the command line --------------------------------------------------------------------------------
+
+BAD_TUNINGS = [
+    ("model=tiny_image,tiny_video", "a tuning takes one value"),
+    ("hydra.sweeper.objective=lpips", "objective=lpips is not measured here. Choose one of psnr"),
+    ("hydra.sweeper.n_trials=0", "n_trials=0"),
+    ("hydra.sweeper.params.edge.start=0.51", "such as 0.5 or 0.55"),
+    ("hydra.sweeper.params=3", "params=3"),
+    ("+hydra.sweeper.what=3", "Unknown key hydra.sweeper.what"),
+    ("hydra.sweeper.overrides=['no.key=[{edge},{alpha_low},{alpha_high}]']", "no.key"),
+    ("hydra.sweeper.overrides=['seed={edge},{alpha_low},{alpha_high}']", "seed=0.5,0.3,0.3"),
+    ("hydra.sweeper.overrides=['seed=[{edge},{alpha_low},{alpha_high}']", "input '[0.5,0.3,0.3'"),
+    ("stages=[prompts,reference]", "measures nothing to tune by. Add evaluate"),
+    ("quant.segments=[0.0,0.6,1.0]", "this tuning sets quant.segments itself"),
+]
+BAD_GRIDS = [
+    ("hydra.sweeper.params.experiment=", "hydra.sweeper.params.experiment=: give one value, or several in quotes"),
+    ("hydra.sweeper.params.experiment=null", "params.experiment=None: give one value"),
+    ("hydra.sweeper.params.experiment=[naive]", "params.experiment=['naive']: give one value"),
+    ("hydra.sweeper.params.experiment=nope", "nope"),
+    ("hydra.sweeper.params.seed=1.5", "seed=1.5"),
+    ("hydra.sweeper.params.bits=w9a9", "w9a9"),
+    ("hydra.sweeper.params.seed='0,,1'", "seed=0,,1"),
+    ("hydra.sweeper.params=null", "params is empty"),
+    ("hydra.sweeper.params=3", "params = 3 holds no keys"),
+    ("hydra.sweeper.max_batch_size=0", "max_batch_size=0. Give a whole number of 1 or more"),
+    ("hydra.sweeper.max_batch_size=a", "max_batch_size=a"),
+    ("+hydra.sweeper.what=3", "hydra.sweeper.what"),
+]
+BAD = [(["experiment=tune_alpha", setting], words) for setting, words in BAD_TUNINGS]
+BAD += [(["-m", "experiment=bench", setting], words) for setting, words in BAD_GRIDS]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD)
+def test_bad_settings_on_the_command_line(
+    arguments: list[str],
     words: str,
     sweep_here: Sweep,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(runner, "run", lambda cfg, folder: pytest.fail("a job was started"))
-    plus = "+" if setting.startswith("what") else ""
-    assert sweep_here("-m", "experiment=bench", f"{plus}hydra.sweeper.{setting}") == 2
+    assert sweep_here(*arguments) == 2
     err = capfd.readouterr().err
     assert words in err and "Traceback" not in err
