@@ -100,8 +100,6 @@ def build(cfg: DictConfig) -> Experiment:
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
     _check_segments(adapter, plan, cfg.calibration.num_buckets)
-    if isinstance(quant.policy, SensitivitySearch):
-        quant.policy.check(plan, roles, shapes_of(adapter.build_denoiser()), USUAL)
     if quant.shrinks_noise:
         check_shrinkable(adapter.make_scheduler(), adapter.call)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
@@ -155,10 +153,17 @@ def _check_number(name: str, value: int, lowest: int) -> None:
 
 
 def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:
-    """The plan for this model and its Linears' roles; unknown layers and Linears without a role are refused here."""
-    names = linear_names(adapter.build_denoiser())
+    """The plan for this model and its Linears' roles.
+
+    Refused here: unknown layers, Linears without a role, and a search that has nothing to find.
+    """
+    denoiser = adapter.build_denoiser()
+    names = linear_names(denoiser)
     roles = adapter.linear_roles(names)
-    return quant.plan(names, [name for name, role in roles.items() if role == FLOAT]), roles
+    plan = quant.plan(names, [name for name, role in roles.items() if role == FLOAT])
+    if isinstance(quant.policy, SensitivitySearch):
+        quant.policy.check(plan, roles, shapes_of(denoiser), USUAL)
+    return plan, roles
 
 
 def _check_segments(adapter: ModelAdapter, plan: QuantPlan, num_buckets: int) -> None:

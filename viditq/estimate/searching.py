@@ -13,7 +13,7 @@ from viditq.quant.candidates import Candidate, candidates_of
 from viditq.quant.convert import shapes_of
 from viditq.quant.search import SensitivitySearch
 from viditq.quant.table import to_measure
-from viditq.stages.search_table import PROXIES, PROXY_PROMPTS, proxy_entry, table_entry
+from viditq.stages.search_table import PROXY_PROMPTS, known_errors, table_entry
 
 
 def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work:
@@ -39,7 +39,7 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
     forwards, seconds = exact.forwards + round(one.forwards * share), None
     if one.seconds is not None and exact.seconds is not None:
         seconds = exact.seconds + share * (one.seconds - counter.load_seconds)
-    if not is_whole(proxy_entry(job).path / PROXIES):
+    if known_errors(job, candidates).missing(candidates):
         proxy = counter.work(seen, prompts, [[*range(min(PROXY_PROMPTS, len(prompts)))]], decode=False)
         forwards += proxy.forwards + len(candidates)
         if seconds is not None and proxy.seconds is not None and quantized.forward_seconds is not None:

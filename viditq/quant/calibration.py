@@ -134,6 +134,7 @@ class Calibrator:
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._num_elements = seeded_batch_size([*args, *kwargs.values()], self._sample_seeds)
         self._candidates, self._readings, self._pending, self._readers = {}, {}, {}, []
+        self._pending_bytes = 0
 
     def _end_step(self, *_: Any) -> None:
         self._flush()

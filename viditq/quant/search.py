@@ -95,9 +95,8 @@ class SensitivitySearch:
         unknown = [name for name in self.metrics if name not in (DEFAULT, *known)]
         if unknown:
             raise UserError(f"quant.policy.metrics names {unknown[0]!r}, which is no role: {', '.join(known)}.")
-        one = [1.0] + [0.0] * (
-            base.num_segments - 1
-        )  # wherever the steps fall, a plan takes no less than in one segment
+        # wherever the steps fall, a plan takes no less than with all of them in one segment
+        one = [1.0] + [0.0] * (base.num_segments - 1)
         check_budget(self.search(base, roles, shapes, dict.fromkeys(base.layers, one)), self.parsed_budget)
 
     def search(

@@ -161,8 +161,9 @@ def word(entry: Mapping[str, Any] | None) -> str:
 
 
 def single_interval(metrics: Mapping[str, Any], name: str) -> Interval | None:
-    """The verdict's 95 % interval of a single run (none for too few prompts), or one from the standard error where it
-    was not judged."""
+    """The verdict's 95 % interval of a single run (none for too few prompts); one from the standard error where it was
+    not judged.
+    """
     if name in metrics.get("verdict", {}):
         judged = metrics["verdict"][name]["interval"]
         return (judged[0], judged[1]) if judged else None

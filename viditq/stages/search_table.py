@@ -55,9 +55,7 @@ class SearchTable:
         file = self.proxy_entry.path / PROXIES
 
         def known() -> ProxyErrors:
-            values = read_json(file) if is_whole(file) else {}
-            kinds = (values.get(f.name, {}) for f in fields(ProxyErrors))
-            return ProxyErrors(*({c: kind[c.name] for c in self.candidates if c.name in kind} for kind in kinds))
+            return known_errors(self.job, self.candidates)
 
         def keep(found: ProxyErrors) -> None:
             values = read_json(file) if is_whole(file) else {}
@@ -169,6 +167,14 @@ def _key(job: Job, num_prompts: int) -> dict[str, Any]:
 def proxy_entry(job: Job) -> Entry:
     """The proxies of candidates."""
     return Entry(job.experiment.cache_dir / "proxies", _key(job, PROXY_PROMPTS))
+
+
+def known_errors(job: Job, candidates: Sequence[Candidate]) -> ProxyErrors:
+    """What the cache holds of what the proxies of these candidates are made of."""
+    file = proxy_entry(job).path / PROXIES
+    values = read_json(file) if is_whole(file) else {}
+    kinds = (values.get(f.name, {}) for f in fields(ProxyErrors))
+    return ProxyErrors(*({c: kind[c.name] for c in candidates if c.name in kind} for kind in kinds))
 
 
 def table_entry(job: Job, policy: SensitivitySearch) -> Entry:
