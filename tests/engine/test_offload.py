@@ -145,9 +145,9 @@ def test_statistics_follow_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None
         real(self, device)
 
     monkeypatch.setattr(ObserverBank, "to", to)
-    seen = {"layer": summary_of(torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]))}
-    bank.update(0, seen)
-    bank.update(0, seen)
+    seen = {("layer", 0): summary_of(torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]))}
+    bank.update(seen)
+    bank.update(seen)
     assert moved == [CPU]
     assert bank.observers["layer"] is observer and observer.count.tolist() == [2, 0] and observer.minimum[0].eq(1).all()
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from viditq.errors import UserError
-from viditq.quant import CalibrationStats, Calibrator, linear_names
+from viditq.quant import CalibrationStats, Calibrator, calibration, linear_names
 from viditq.quant.row_sample import num_moment_rows, row_keys, stratified
 
 STEPS = [980, 640, 300, 10]
@@ -85,11 +85,32 @@ def test_half_precision(make_denoiser, calibrated, dtype):
 
 
 def test_nan_names_the_layer(denoiser):
-    nn.init.constant_(denoiser.blocks[0]["fc1"].weight, float("nan"))
+    with (
+        pytest.raises(UserError, match=r"the input of blocks.0.fc2 contains NaN or inf"),
+        Calibrator(denoiser, linear_names(denoiser)) as calibrator,
+    ):
+        calibrator.set_sample_seeds([1])
+        denoiser(torch.randn(1, 5, 8), torch.full([1], 900.0))
+        nn.init.constant_(denoiser.blocks[0]["fc1"].weight, float("nan"))
+        denoiser(torch.randn(1, 5, 8), torch.full([1], 500.0))
+        denoiser(torch.full((1, 5, 8), float("nan")), torch.zeros(1))  # what a sampler would make of it
+
+
+def test_nan_is_told_while_sampling(denoiser, monkeypatch):
+    monkeypatch.setattr(calibration, "PENDING_BYTES", 0)  # what a large model shows in one step exceeds it
     with Calibrator(denoiser, linear_names(denoiser)) as calibrator:
         calibrator.set_sample_seeds([1])
-        with pytest.raises(UserError, match=r"the input of blocks.0.fc2 contains NaN or inf"):
-            denoiser(torch.randn(1, 5, 8), torch.zeros(1))
+        with pytest.raises(UserError, match=r"the input of proj_in contains NaN or inf"):
+            denoiser(torch.full((1, 5, 8), float("nan")), torch.zeros(1))
+
+
+def test_statistics_do_not_depend_on_how_many_inputs_are_added_at_once(denoiser, calibrated, monkeypatch):
+    at_once = calibrated(denoiser, [1, 2, 3], STEPS)
+    monkeypatch.setattr(calibration, "PENDING_BYTES", 0)
+    one_by_one = calibrated(denoiser, [1, 2, 3], STEPS)
+    mine, theirs = at_once.to_tensors(), one_by_one.to_tensors()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def test_row_keys_follow_the_prompt_not_the_batch():

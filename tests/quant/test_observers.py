@@ -12,7 +12,7 @@ from viditq.quant.observers import summary_of
 def update(bank: ObserverBank, bucket: int, x_LNC: Tensor, seed: int) -> None:
     num_rows = x_LNC.shape[0] * x_LNC.shape[1]
     keys = torch.randint(2**60, (num_rows,), generator=torch.Generator().manual_seed(seed))
-    assert bank.update(bucket, {"layer": summary_of(x_LNC, torch.arange(num_rows), keys)})
+    assert bank.update({("layer", bucket): summary_of(x_LNC, torch.arange(num_rows), keys)})
 
 
 def observe(parts: list[int], data: list[Tensor], device: str = "cpu") -> CalibrationStats:
@@ -85,10 +85,11 @@ def test_layers_added_at_once_are_as_if_added_one_by_one(data: list[Tensor]) -> 
     together, alone = ObserverBank(names, 4, 6, 5), {name: ObserverBank([name], 4, 6, 5) for name in names}
     for step, of_step in enumerate((["a", "b", "c"], ["c"], ["b", "a"], ["c", "a", "b"])):
         keys = torch.randint(2**60, (21,), generator=torch.Generator().manual_seed(step))
-        seen = {name: summary_of(data[3 * step + i], torch.arange(21), keys) for i, name in enumerate(of_step)}
-        together.update(step % 2, seen)
-        for name, summary in seen.items():
-            alone[name].update(step % 2, {name: summary})
+        of = {name: summary_of(data[3 * step + i], torch.arange(21), keys) for i, name in enumerate(of_step)}
+        seen = {(name, step % 2): summary for name, summary in of.items()}
+        together.update(seen)
+        for (name, bucket), summary in seen.items():
+            alone[name].update({(name, bucket): summary})
     mine = CalibrationStats(together.observers).to_tensors()
     theirs = CalibrationStats({name: alone[name].observers[name] for name in names}).to_tensors()
     assert mine.keys() == theirs.keys()
@@ -100,8 +101,8 @@ def test_a_bad_input_adds_nothing(bad: float) -> None:
     bank, good = ObserverBank(["a", "b"], 1, 4, 3), torch.ones(2, 3, 4)
     spoilt = good.clone()
     spoilt[1, 2, 3] = bad
-    seen = {n: summary_of(x, torch.arange(3), torch.arange(3)) for n, x in (("a", good), ("b", spoilt))}
-    assert not bank.update(0, seen)
+    seen = {(n, 0): summary_of(x, torch.arange(3), torch.arange(3)) for n, x in (("a", good), ("b", spoilt))}
+    assert not bank.update(seen)
     assert bank.observers["a"].count.tolist() == [0]
 
 

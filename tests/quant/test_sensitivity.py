@@ -171,6 +171,23 @@ def test_one_step_is_the_error_of_the_denoisers_output(
         assert found[candidates[wide]] == pytest.approx(found[candidates[narrow]] * ratio)
 
 
+def test_the_middle_step_of_prompts_that_are_sampled_one_after_another(
+    denoiser: nn.Module, base: QuantPlan, group: Group, calibrated: Callable
+) -> None:
+    swapper = Swapper(denoiser, EDGES, calibrated(denoiser, [1, 2], [100, 900]))
+    one_step, inputs = OneStep(swapper), torch.randn(2, 1, 5, 8)
+    with one_step.recording():
+        for x in inputs:
+            for level in (900, 700, 600):
+                denoiser(x, torch.full((1,), level))
+    plan, t = candidate_plan(base, group, Candidate(group.name, 1, "weight", 4)), torch.full((1,), 700)
+    exact = [denoiser(x, t) for x in inputs]
+    with swapper.swapped(plan):
+        errors = [denoiser(x, t) - of for x, of in zip(inputs, exact, strict=True)]
+    wanted = [float((e.square().sum() / of.square().sum()).detach()) for e, of in zip(errors, exact, strict=True)]
+    assert one_step.error(plan, 1) in [pytest.approx(w, rel=1e-4) for w in wanted]
+
+
 def test_groups_and_candidates() -> None:
     layers = ["b.0.attn.q", "b.0.attn.k", "b.0.ff", "b.1.attn.q", "out"]
     roles = dict(zip(layers, ["attention", "attention", "mlp", "attention", "mlp"], strict=True))

@@ -30,16 +30,14 @@ from viditq.quant.observers import (
 from viditq.quant.registry import close_names
 from viditq.quant.row_sample import Candidates, row_keys, stratified
 
-PENDING_BYTES = 2**26  # that what a step has shown may take before it is added up
+PENDING_BYTES = 2**22  # that what inputs have shown may take before it is added to the statistics
 
 
 class Like(NamedTuple):
-    """What inputs must have in common to be added at once: bank of their observers, bucket, shape (L, N) and dtype."""
+    """What inputs added at once have in common: bank of their observers, number of candidate rows, device."""
 
     bank: int
-    bucket: int
-    shape: torch.Size
-    dtype: torch.dtype
+    num_rows: int
     device: torch.device
 
 
@@ -48,7 +46,17 @@ class Reading(NamedTuple):
 
     tensor: weakref.ref[Tensor]
     leader: str
+    candidates: Candidates
     summary: Summary
+
+    def still(self, x: Tensor) -> bool:
+        """Whether `x` is this input (q, k and v read one); one whose candidate rows were changed in place is not."""
+        return self.tensor() is x and torch.equal(self.summary.rows, rows_of(x, self.candidates.rows))
+
+
+def rows_of(x: Tensor, indices: Tensor) -> Tensor:
+    """Those of all rows of an input [..., C]."""
+    return x.flatten(0, -2).index_select(0, indices)
 
 
 class Calibrator:
@@ -56,9 +64,9 @@ class Calibrator:
 
     denoiser: one, or an nn.ModuleDict of those of one pipeline, whose layers are then named `<denoiser>.<layer>`.
 
-    Call `set_sample_seeds` before each batch; `stats` is up to date when a step has ended. Results do not depend on the
-    order of the batches, nor, but for the rounding of sums, on how prompts are batched. moment_layers: those whose
-    second moments are wanted too (`QuantPlan.moment_layers`).
+    Call `set_sample_seeds` before each batch. Results do not depend on the order of the batches, nor, but for the
+    rounding of sums, on how prompts are batched. moment_layers: those whose second moments are wanted too
+    (`QuantPlan.moment_layers`). Raises UserError for NaN or inf, a few steps late where a model is small.
     """
 
     def __init__(
@@ -86,15 +94,20 @@ class Calibrator:
         sizes = [(of, num_buckets, width, rows_per_bucket, device) for (width, device), of in widths.items()]
         self._banks = [ObserverBank(*size) for size in sizes]
         self._bank_of = {name: i for i, bank in enumerate(self._banks) for name in bank.observers}
-        self._pending: dict[Like, dict[str, Summary]] = {}
-        self._pending_bytes = 0
-        self._readers: list[str] = []  # Linears in the order in which this step called them
-        self.stats = CalibrationStats({n: self._banks[self._bank_of[n]].observers[n] for n in self._linears})
+        self._bucket: int | None = None  # of the step that runs
+        self._forget_pending()
+        self._stats = CalibrationStats({n: self._banks[self._bank_of[n]].observers[n] for n in self._linears})
+
+    @property
+    def stats(self) -> CalibrationStats:
+        """Statistics of everything observed so far."""
+        self._flush()
+        return self._stats
 
     @property
     def max_bytes(self) -> int:
         """What the statistics can take in memory and in their file: all of it but what layers turn out to share."""
-        states = [getattr(observer, field) for observer in self.stats.layers.values() for field in REDUCTIONS]
+        states = [getattr(observer, field) for observer in self._stats.layers.values() for field in REDUCTIONS]
         fixed = sum(state.nbytes for state in states)
         return fixed + sum(4 * self._linears[name].in_features ** 2 for name in self._moment_layers)
 
@@ -119,7 +132,7 @@ class Calibrator:
     def __enter__(self) -> Calibrator:
         parts = denoisers_of(self._denoiser).values()
         handles = [part.register_forward_pre_hook(self._begin_step, with_kwargs=True) for part in parts]
-        handles += [part.register_forward_hook(self._end_step) for part in parts]
+        handles += [part.register_forward_hook(self._end_step, always_call=True) for part in parts]
         for name, linear in self._linears.items():
             handles.append(linear.register_forward_pre_hook(self._observer_hook(name)))
         self._attachment = Attachment([*handles, *self._context.attach(self._denoiser).handles])
@@ -130,69 +143,75 @@ class Calibrator:
     ) -> None:
         assert self._attachment is not None
         self._attachment.remove()
+        if error is None:
+            self._flush()
+        self._forget_pending()
 
     def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._num_elements = seeded_batch_size([*args, *kwargs.values()], self._sample_seeds)
-        self._candidates, self._readings, self._pending, self._readers = {}, {}, {}, []
-        self._pending_bytes = 0
+        self._candidates, self._readings = {}, {}
+        assert self._context.noise_level is not None  # its hook comes first
+        self._bucket = interval_of(self._edges, self._context.noise_level)
 
     def _end_step(self, *_: Any) -> None:
-        self._flush()
+        self._bucket = None
 
     def _observer_hook(self, name: str) -> Any:
-        @torch.no_grad()
         def observe(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            noise_level = self._context.noise_level
-            if noise_level is None:
+            if self._bucket is None:
                 raise UserError(f"{name} was called outside its denoiser while calibrating")
-            x_LNC = args[0].flatten(1, -2) if args[0].ndim > 2 else args[0].unsqueeze(1)
-            bucket = interval_of(self._edges, noise_level)
-            candidates = self._candidates_of(x_LNC, noise_level)
-            reading = self._reading_of(args[0], x_LNC, candidates, name)
-            self._add(name, Like(self._bank_of[name], bucket, x_LNC.shape[:2], x_LNC.dtype, x_LNC.device), reading)
+            x = args[0]
+            reading = self._readings.get(id(x))
+            if reading is None or not reading.still(x):
+                reading = self._readings[id(x)] = self._read(x, name)
+            self._add(name, self._bucket, reading.summary)
             if name in self._moment_layers:
-                leads = reading.leader == name
-                rows_nC = x_LNC.flatten(0, 1).index_select(0, candidates.moment_rows) if leads else None
-                self.stats.moments.add(name, reading.leader, rows_nC, candidates.moment_weight)
+                self._add_moments(name, x, reading)
 
         return observe
 
-    def _add(self, name: str, like: Like, reading: Reading) -> None:
-        if name in self._pending.get(like, ()):  # called twice in one step
+    def _add(self, name: str, bucket: int, summary: Summary) -> None:
+        like = Like(self._bank_of[name], len(summary.rows), summary.rows.device)
+        if (name, bucket) in self._pending.get(like, ()):  # called again at this noise level
             self._flush()
-        self._readers.append(name)
-        self._pending.setdefault(like, {})[name] = reading.summary
-        self._pending_bytes += reading.summary.minimum.nbytes * 2
+        self._pending.setdefault(like, {})[name, bucket] = summary
+        self._readers.append((name, summary))
+        self._pending_bytes += summary.nbytes
         if self._pending_bytes > PENDING_BYTES:
             self._flush()
 
     @torch.no_grad()
+    def _add_moments(self, name: str, x: Tensor, reading: Reading) -> None:
+        rows_nC = rows_of(x, reading.candidates.moment_rows) if reading.leader == name else None
+        self._stats.moments.add(name, reading.leader, rows_nC, reading.candidates.moment_weight)
+
+    @torch.no_grad()
     def _flush(self) -> None:
-        pending, self._pending, self._pending_bytes = self._pending, {}, 0
-        if all([self._banks[like.bank].update(like.bucket, seen) for like, seen in pending.items()]):
-            return
-        bad = {name for of in pending.values() for name, seen in of.items() if not seen.finite}
-        layer = next(name for name in self._readers if name in bad)
-        raise UserError(f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating")
+        pending, readers = self._pending, self._readers
+        self._forget_pending()
+        if not all([self._banks[like.bank].update(seen) for like, seen in pending.items()]):
+            layer = next(name for name, summary in readers if not summary.finite)
+            raise UserError(
+                f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating"
+            )
 
-    def _reading_of(self, x: Tensor, x_LNC: Tensor, candidates: Candidates, name: str) -> Reading:
-        """Of the layer that was the first in this step to read the very tensor `x` (q, k and v read one), or a new one.
+    def _forget_pending(self) -> None:
+        self._pending: dict[Like, dict[tuple[str, int], Summary]] = {}
+        self._pending_bytes = 0
+        self._readers: list[tuple[str, Summary]] = []  # in the order in which they were called
 
-        A tensor whose candidate rows are no longer what they were was changed in place: another input.
-        """
-        seen = self._readings.get(id(x))
-        if seen is not None and seen.tensor() is x:
-            rows_nC = x_LNC.flatten(0, 1).index_select(0, candidates.rows)
-            if torch.equal(seen.summary.rows, rows_nC):
-                return seen
-        summary = summary_of(x_LNC, candidates.rows, candidates.keys)
-        self._readings[id(x)] = Reading(weakref.ref(x), name, summary)
-        return self._readings[id(x)]
+    @torch.no_grad()
+    def _read(self, x: Tensor, name: str) -> Reading:
+        x_LNC = x if x.ndim == 3 else x.flatten(1, -2) if x.ndim > 3 else x.unsqueeze(1)
+        candidates = self._candidates_of(x_LNC)
+        return Reading(weakref.ref(x), name, candidates, summary_of(x_LNC, candidates.rows, candidates.keys))
 
-    def _candidates_of(self, x_LNC: Tensor, noise_level: float) -> Candidates:
+    def _candidates_of(self, x_LNC: Tensor) -> Candidates:
         """The rows of this step to choose from; shared by all Linears of the same shape."""
         shape = (x_LNC.shape[0], x_LNC.shape[1])
         if shape not in self._candidates:
+            noise_level = self._context.noise_level
+            assert noise_level is not None
             keys = row_keys(*shape, self._sample_seeds, self._num_elements, noise_level)
             cells = 1 if shape[0] % self._num_elements else self._num_elements
             chosen = stratified(keys.view(cells, -1), self._rows_per_bucket)

@@ -1,6 +1,6 @@
-"""Observers of Linears of one width as slices of common tensors, so that a step of the sampler is added to all at once.
+"""Observers of Linears of one width as slices of common tensors, so that many inputs are added at once.
 
-Legend: n Linears, m of them, K buckets, C in_features, R reservoir rows of a bucket.
+Legend: n Linears, u inputs, m Linears that read them, K buckets, C in_features, R reservoir rows of a bucket.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from viditq.quant.observers import REDUCTIONS, Observer, Summary, blank_state
-
-LARGE = 2**14  # numbers in the minimum of a summary: from here on copying costs more than one call each
+from viditq.quant.observers import NO_KEY, REDUCTIONS, Observer, Summary, blank_state
 
 
 class ObserverBank:
@@ -28,6 +26,7 @@ class ObserverBank:
         device: torch.device | str = "cpu",
     ) -> None:
         self._places = {name: place for place, name in enumerate(names)}
+        self._num_buckets = num_buckets
         self._state = blank_state((len(names),), num_buckets, in_features, rows_per_bucket, device)
         self.observers = {name: Observer(self._slice(place)) for name, place in self._places.items()}
 
@@ -37,55 +36,56 @@ class ObserverBank:
         for name, place in self._places.items():
             self.observers[name].hold(self._slice(place))
 
-    def update(self, bucket: int, seen: Mapping[str, Summary]) -> bool:
-        """Adds one input of each of these Linears; all of one shape and dtype, and with the same candidate rows.
+    def update(self, seen: Mapping[tuple[str, int], Summary]) -> bool:
+        """Adds an input of each of these (Linear, bucket); all with as many candidate rows.
 
         Returns False, and adds nothing, where one of them has a NaN or inf.
         """
         summaries = [*{id(summary): summary for summary in seen.values()}.values()]  # q, k and v share one
-        numbers = {id(summary): number for number, summary in enumerate(summaries)}
-        which = torch.tensor([numbers[id(summary)] for summary in seen.values()], device=summaries[0].rows.device)
-        rows_mrC = torch.stack([summary.rows for summary in summaries]).index_select(0, which)
-        low_mC, high_mC, total_mC = (part.index_select(0, which) for part in reduced(summaries))
-        if not math.isfinite(total_mC.sum()):
+        total_uC = torch.stack([summary.amax_sum for summary in summaries]).double()
+        if not math.isfinite(total_uC.sum()):
             return False
-        if self._state["count"].device != low_mC.device:  # made before the model moved, or its weights are offloaded
-            self.to(low_mC.device)
-        at = torch.tensor([self._places[name] for name in seen], device=low_mC.device)
-        state = {field: values[:, bucket] for field, values in self._state.items()}
-        old = {field: values.index_select(0, at) for field, values in state.items()}
-        keys_mr = summaries[0].keys.expand(len(at), -1)
-        keys, order = torch.cat([old["keys"], keys_mr], 1).topk(old["keys"].shape[1], largest=False)
-        rows_mRC = torch.cat([old["rows"], rows_mrC.to(old["rows"].dtype)], 1)
-        order += torch.arange(len(at), device=at.device)[:, None] * rows_mRC.shape[1]
+        if self._state["count"].device != total_uC.device:  # made before the model moved, or its weights are offloaded
+            self.to(total_uC.device)
+        numbers = {id(summary): number for number, summary in enumerate(summaries)}
+        which = [numbers[id(summary)] for summary in seen.values()]
+        places = [self._places[name] * self._num_buckets + bucket for name, bucket in seen]
+        which_m, at_m = (torch.tensor(indices, device=total_uC.device) for indices in (which, places))
+        state = {field: values.flatten(0, 1) for field, values in self._state.items()}  # views
+        self._update_rows(state, at_m, which_m, summaries)
+        low_mC, high_mC = (
+            torch.stack([getattr(summary, name) for summary in summaries]).index_select(0, which_m)
+            for name in ("minimum", "maximum")
+        )
+        counts = torch.tensor([summary.num_samples for summary in seen.values()], device=total_uC.device)
+        old = {name: state[name].index_select(0, at_m) for name in ("minimum", "maximum", "amax_sum", "count")}
         new = {
             "minimum": torch.minimum(old["minimum"], low_mC),
             "maximum": torch.maximum(old["maximum"], high_mC),
-            "amax_sum": old["amax_sum"] + total_mC,
-            "count": old["count"] + len(summaries[0].minimum),
-            "rows": rows_mRC.flatten(0, 1).index_select(0, order.flatten()).view_as(old["rows"]),
-            "keys": keys,
+            "amax_sum": old["amax_sum"] + total_uC.index_select(0, which_m),
+            "count": old["count"] + counts,
         }
-        for field, values in new.items():
-            state[field].index_copy_(0, at, values)
+        for name, values in new.items():
+            state[name].index_copy_(0, at_m, values)
         return True
+
+    @staticmethod
+    def _update_rows(state: Mapping[str, Tensor], at_m: Tensor, which_m: Tensor, summaries: Sequence[Summary]) -> None:
+        """Moves within the reservoirs `at_m` what stays, then copies what comes; nothing else is touched."""
+        rows_RC = state["rows"].flatten(0, 1)
+        keys_mr = torch.stack([summary.keys for summary in summaries]).index_select(0, which_m)
+        num_rows, num_new = state["keys"].shape[1], keys_mr.shape[1]
+        keys, source = torch.cat([state["keys"].index_select(0, at_m), keys_mr], 1).topk(num_rows, largest=False)
+        state["keys"].index_copy_(0, at_m, keys)
+        slots = torch.arange(num_rows, device=source.device)
+        used = keys != NO_KEY
+        m, slot = (used & (source < num_rows) & (source != slots)).nonzero(as_tuple=True)
+        moved = rows_RC.index_select(0, at_m[m] * num_rows + source[m, slot])
+        rows_RC.index_copy_(0, at_m[m] * num_rows + slot, moved)
+        m, slot = (used & (source >= num_rows)).nonzero(as_tuple=True)
+        come = torch.cat([summary.rows for summary in summaries])
+        come = come.index_select(0, which_m[m] * num_new + source[m, slot] - num_rows)
+        rows_RC.index_copy_(0, at_m[m] * num_rows + slot, come.to(rows_RC.dtype))
 
     def _slice(self, place: int) -> dict[str, Tensor]:
         return {field: self._state[field][place] for field in REDUCTIONS}
-
-
-def reduced(summaries: Sequence[Summary]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each: minimum and maximum [m, C], and the sum over its samples of their largest magnitude, float64 [m, C].
-
-    Small ones are taken together, large ones one by one, which copies nothing.
-    """
-    if len(summaries) > 1 and summaries[0].minimum.numel() > LARGE:
-        low, high, total = (torch.cat(parts) for parts in zip(*(reduced([s]) for s in summaries), strict=True))
-        return low, high, total
-    one = summaries[0]
-    if len(summaries) == 1:
-        low_mLC, high_mLC = one.minimum[None], one.maximum[None]
-    else:
-        low_mLC, high_mLC = (torch.stack([getattr(s, name) for s in summaries]) for name in ("minimum", "maximum"))
-    total_mC = torch.maximum(-low_mLC, high_mLC).sum(1, dtype=torch.float64)
-    return low_mLC.amin(1), high_mLC.amax(1), total_mC

@@ -37,24 +37,35 @@ AGGREGATES = ("ema", "max", "percentile")
 class Summary(NamedTuple):
     """What one input adds to the state of every Linear that reads it.
 
-    minimum, maximum [L, C]: over the tokens of each sample. rows [n, C]: candidates of the reservoir; keys [n]: theirs.
-    All but the keys are in the input's dtype.
+    minimum, maximum [C]: over everything. amax_sum [C], float32 at least: over samples, of a sample's amax over its
+    tokens. num_samples: L. rows [n, C]: candidates of the reservoir; keys [n]: theirs.
     """
 
     minimum: Tensor
     maximum: Tensor
+    amax_sum: Tensor
+    num_samples: int
     rows: Tensor
     keys: Tensor
 
     @property
     def finite(self) -> bool:
         """Whether there is neither NaN nor inf in the input."""
-        return bool(self.minimum.isfinite().all() and self.maximum.isfinite().all())
+        return bool(self.amax_sum.isfinite().all())
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, but for the keys, which summaries share."""
+        return sum(part.nbytes for part in (self.minimum, self.maximum, self.amax_sum, self.rows))
 
 
 def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor) -> Summary:
     """candidates: indices into the L N rows of an input; keys: theirs."""
-    return Summary(x_LNC.amin(1), x_LNC.amax(1), x_LNC.flatten(0, 1).index_select(0, candidates), keys)
+    low_LC, high_LC = x_LNC.amin(1), x_LNC.amax(1)
+    magnitude_LC = torch.maximum(low_LC.neg(), high_LC)
+    dtype = torch.promote_types(x_LNC.dtype, torch.float32)  # a float64 sum would copy all of them first
+    rows_nC = x_LNC.flatten(0, 1).index_select(0, candidates)
+    return Summary(low_LC.amin(0), high_LC.amax(0), magnitude_LC.sum(0, dtype=dtype), len(x_LNC), rows_nC, keys)
 
 
 def blank_state(

@@ -29,6 +29,7 @@ from viditq.quant.sensitivity import Swapper
 from viditq.quant.table import anchors_of, completed
 
 TINY = torch.finfo(torch.float32).tiny
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class OneStep:
@@ -41,18 +42,20 @@ class OneStep:
     def __init__(self, swapper: Swapper) -> None:
         self._swapper = swapper
         self._parts = denoisers_of(swapper.denoiser)
-        self._calls: dict[tuple[str, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._calls: dict[tuple[str, int], Call] = {}
         self._exact: dict[tuple[str, int], Tensor] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keeps the inputs of every step that the denoiser makes."""
         context = self._swapper.context
+        calls: dict[tuple[str, int], list[tuple[float, Call]]] = {}
 
         def keep(prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert context.segment is not None
+            assert context.segment is not None and context.noise_level is not None
             copies = {key: _copy(value) for key, value in kwargs.items()}
-            self._calls.setdefault((prefix, context.segment), []).append((tuple(map(_copy, args)), copies))
+            call = context.noise_level, (tuple(map(_copy, args)), copies)
+            calls.setdefault((prefix, context.segment), []).append(call)
 
         handles = [
             part.register_forward_pre_hook(partial(keep, prefix), with_kwargs=True)
@@ -63,7 +66,8 @@ class OneStep:
         finally:
             for handle in handles:
                 handle.remove()
-        self._calls = {step: [calls[len(calls) // 2]] for step, calls in self._calls.items()}
+        for step, of_step in calls.items():  # prompts of several lengths are sampled one group after the other
+            self._calls[step] = sorted(of_step, key=lambda call: -call[0])[len(of_step) // 2][1]
         self._exact = {step: self._output(step) for step in self._calls}
 
     def error(self, plan: QuantPlan, segment: int) -> float:
@@ -81,7 +85,7 @@ class OneStep:
 
     @torch.no_grad()
     def _output(self, step: tuple[str, int]) -> Tensor:
-        ((args, kwargs),) = self._calls[step]
+        args, kwargs = self._calls[step]
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         return predicted(self._parts[step[0]](*args, **kwargs), inputs).double()
 
