@@ -21,6 +21,7 @@ from viditq.quant.registry import close_names
 NUM_BUCKETS = 20
 ROWS_PER_BUCKET = 16
 EMA_DECAY = 0.95
+CACHE_BYTES = 2**20  # of an input looked at twice in a row, on a CPU
 NO_KEY = torch.iinfo(torch.int64).max  # key of a free place in the reservoir
 REDUCTIONS = {
     "minimum": "min",
@@ -61,11 +62,24 @@ class Summary(NamedTuple):
 
 def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor) -> Summary:
     """candidates: indices into the L N rows of an input; keys: theirs."""
-    low_LC, high_LC = x_LNC.amin(1), x_LNC.amax(1)
-    magnitude_LC = torch.maximum(low_LC.neg(), high_LC)
-    dtype = torch.promote_types(x_LNC.dtype, torch.float32)  # a float64 sum would copy all of them first
     rows_nC = x_LNC.flatten(0, 1).index_select(0, candidates)
-    return Summary(low_LC.amin(0), high_LC.amax(0), magnitude_LC.sum(0, dtype=dtype), len(x_LNC), rows_nC, keys)
+    num_samples, parts = len(x_LNC), [x_LNC]
+    if x_LNC.device.type == "cpu":  # the second look at a part then finds it in the cache
+        parts = [*x_LNC.split(max(CACHE_BYTES // x_LNC[0].nbytes, 1))]
+    low, high, total = zip(*map(_extremes, parts), strict=True)
+    if len(parts) == 1:
+        return Summary(low[0], high[0], total[0], num_samples, rows_nC, keys)
+    minimum_C, maximum_C, total_C = torch.stack(low).amin(0), torch.stack(high).amax(0), torch.stack(total).sum(0)
+    return Summary(minimum_C, maximum_C, total_C, num_samples, rows_nC, keys)
+
+
+def _extremes(x_LNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each channel: minimum, maximum, sum of the samples' amax."""
+    low_LC, high_LC = x_LNC.amin(1), x_LNC.amax(1)
+    minimum_C, maximum_C = low_LC.amin(0), high_LC.amax(0)
+    magnitude_LC = torch.maximum(low_LC.neg_(), high_LC, out=high_LC)
+    dtype = torch.promote_types(x_LNC.dtype, torch.float32)  # a float64 sum would copy all of them first
+    return minimum_C, maximum_C, magnitude_LC.sum(0, dtype=dtype)
 
 
 def blank_state(
