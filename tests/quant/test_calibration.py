@@ -4,6 +4,7 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant import CalibrationStats, Calibrator, calibration, linear_names
+from viditq.quant.moments import Moments
 from viditq.quant.row_sample import num_moment_rows, row_keys, stratified
 
 STEPS = [980, 640, 300, 10]
@@ -172,6 +173,7 @@ def test_layers_that_read_the_same_tensor_share_their_moments():
     assert moments.leader == leaders and set(moments.sums) == set(leaders.values())
     torch.testing.assert_close(moments.of("to_k"), moments.of("to_v"))
     torch.testing.assert_close(moments.of("captions.1"), torch.full((4, 4), 2 * 2 * 3.0))
+    assert torch.equal(moments.of("to_k"), moments.of("to_k").T)
     loaded = CalibrationStats.from_tensors(calibrator.state())
     loaded.merge(CalibrationStats.from_tensors(calibrator.state()))
     assert loaded.moments.leader == leaders
@@ -179,6 +181,18 @@ def test_layers_that_read_the_same_tensor_share_their_moments():
     later = Calibrator(model, names, moment_layers=names)
     later.load_state(calibrator.state())
     assert torch.equal(later.stats.moments.of("to_v"), moments.of("to_v"))
+
+
+@pytest.mark.parametrize("channels", [3, 128, 300])
+def test_moments_of_any_width(channels):
+    moments, rows = Moments(), torch.randn(2, 50, channels)
+    with torch.inference_mode():
+        moments.add("a", "a", rows[0], 2.0)
+    moments.add("a", "a", rows[1])
+    moments.add("b", "a", None)
+    wanted = 2 * rows[0].T @ rows[0] + rows[1].T @ rows[1]
+    torch.testing.assert_close(moments.of("b"), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(Moments.from_tensors(moments.to_tensors()).of("a"), moments.of("b"))
 
 
 def test_a_sample_of_rows_stands_for_all_whatever_the_batch():
