@@ -7,10 +7,12 @@ in one process.
     python benchmarks/fake_overhead.py --blocks 1 --repeats 3    # calibrating a block of PixArt-XL, at 512 px
 
 Prints medians and ratios of the time that went by and of processor time, which other processes disturb less; runs are
-interleaved, so that a busy machine slows all of them alike.
+interleaved in an order drawn anew each round, so that a busy machine, and what a run leaves behind for the next, slow
+all of them alike.
 """
 
 import argparse
+import random
 import shutil
 import statistics
 import tempfile
@@ -173,8 +175,9 @@ def main() -> None:
         setting = configured([f"model={args.model}", *overrides])[1]
         runs[name] = quantized(float_model(adapter, embeds), setting, stats)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    order = random.Random(0)
     for repeat in range(args.repeats + 1):
-        for name, run in runs.items():
+        for name, run in order.sample([*runs.items()], len(runs)):
             start, busy = time.perf_counter(), time.process_time()
             run()
             if repeat:  # the first round warms up
