@@ -1,5 +1,6 @@
 """Runs that are killed, meet a full or read-only disk, or meet each other; see kill_harness.py."""
 
+import gc
 import json
 import os
 import shutil
@@ -106,6 +107,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
+    gc.collect()  # tensors read from a file map it, and Lightning's modules and trainers live until they are collected
     subprocess.run(["umount", str(folder)], check=True)
 
 

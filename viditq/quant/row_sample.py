@@ -5,11 +5,9 @@ cell.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 # Of the rows of each prompt, guidance branch and step, so many go into the second moments: one in 16, 8 to 64.
@@ -62,21 +60,22 @@ def row_keys(num_leading: int, num_tokens: int, seeds: Sequence[int], num_elemen
         frames = num_leading
     else:
         frames = num_leading // num_elements
-    element, frame = np.divmod(np.arange(num_leading), frames)
-    branch, prompt = np.divmod(element, len(seeds))
-    key_L = _mixed(np.asarray(seeds, np.int64)[prompt] + (round(noise_level * 2**24) << 32))
-    key_L = _mixed(key_L + (branch * frames + frame).astype(np.uint64))
-    key_LN = _mixed(key_L[:, None] + np.arange(num_tokens, dtype=np.uint64))
-    return torch.from_numpy((key_LN & np.uint64(0x7FFFFFFFFFFFFFFE)).view(np.int64).reshape(-1))
+    element, frame = (
+        torch.arange(num_leading).div(frames, rounding_mode="floor"),
+        torch.arange(num_leading) % frames,
+    )
+    branch, prompt = element.div(len(seeds), rounding_mode="floor"), element % len(seeds)
+    key_L = _mix(torch.tensor(seeds)[prompt] + (round(noise_level * 2**24) << 32))
+    key_L = _mix(key_L + branch * frames + frame)
+    return (_mix(key_L[:, None] + torch.arange(num_tokens)) & 0x7FFFFFFFFFFFFFFE).flatten()
 
 
-def _mixed(key: NDArray[Any]) -> NDArray[np.uint64]:
-    """Finaliser of splitmix64, wrapping; in numpy, which adds ten times less to an operation on few numbers."""
-    key = key.astype(np.uint64)  # copies
-    key *= np.uint64(0x9E3779B97F4A7C15)
-    key ^= key >> np.uint64(30)
-    key *= np.uint64(0xBF58476D1CE4E5B9)
-    key ^= key >> np.uint64(27)
-    key *= np.uint64(0x94D049BB133111EB)
-    key ^= key >> np.uint64(31)
+def _mix(key: Tensor) -> Tensor:
+    """Finaliser of splitmix64 on int64, wrapping."""
+    key = key * -7046029254386353131  # 0x9E3779B97F4A7C15
+    key ^= (key >> 30).bitwise_and_(0x3FFFFFFFF)
+    key *= -4658895280553007687  # 0xBF58476D1CE4E5B9
+    key ^= (key >> 27).bitwise_and_(0x1FFFFFFFFF)
+    key *= -7723592293110705685  # 0x94D049BB133111EB
+    key ^= (key >> 31).bitwise_and_(0x1FFFFFFFF)
     return key
