@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_blocks import BLOCKS, collect, run_batch, sample
+from toy_blocks import BLOCKS, NUM_BUCKETS, NUM_FRAMES, NUM_TOKENS, WIDTH, collect, run_batch, sample
 
 from viditq.errors import UserError
 from viditq.quant import BlockInputs, BlockStore
@@ -226,3 +226,29 @@ def test_another_way_to_take_a_call_apart_is_checked_too(denoiser: nn.Module, tm
     run_batch(denoiser, inputs, [0, 1, 2])  # six elements of two frames
     with pytest.raises(UserError, match=r"blocks\.0 does not give for one element"):
         run_batch(denoiser, inputs, [3])  # two of two
+
+
+def test_killed_after_a_larger_input_than_the_saved_state_knows(denoiser: nn.Module, tmp_path: Path) -> None:
+    """Longer captions leave room for fewer inputs; states are not saved after every batch."""
+    budget = 60_000
+
+    def longer(inputs: BlockInputs) -> None:
+        with inputs, torch.no_grad():
+            inputs.set_sample_seeds([9])
+            x = torch.randn(1, NUM_FRAMES, NUM_TOKENS, 8, generator=torch.Generator().manual_seed(9))
+            denoiser(torch.cat([x, x]), torch.full((2,), 500), torch.ones(2, 60, WIDTH).cumsum(1))
+
+    def whole(folder: Path, killed: bool) -> dict[str, Any]:
+        inputs = BlockInputs(denoiser, BLOCKS, folder, budget)
+        run_batch(denoiser, inputs, [1, 2, 3, 4])
+        state, before = inputs.state(), len(inputs.store.present(BLOCKS[0]))
+        longer(inputs)
+        assert len(inputs.store.present(BLOCKS[0])) < before
+        if killed:
+            inputs = BlockInputs(denoiser, BLOCKS, folder, budget)
+            inputs.load_state(state)
+            longer(inputs)
+        finish(inputs.store, budget, inputs.state(), NUM_BUCKETS)
+        return kept(folder)
+
+    assert whole(tmp_path / "killed", True) == whole(tmp_path / "undisturbed", False)

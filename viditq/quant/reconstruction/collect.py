@@ -179,7 +179,8 @@ def check_present(store: BlockStore, budget: int, state: Mapping[str, Tensor]) -
     """Raises UserError if inputs that must have been kept are not there: files were deleted or damaged."""
     for key, (size, seen) in ((key, value.tolist()) for key, value in state.items()):
         block = key.removeprefix(PREFIX)
-        wanted, found = min(seen, room(budget // len(state), size)) if size else 0, len(store.present(block))
+        largest = max(size, store.slot_size(block))  # a batch that was not saved may have brought a larger input
+        wanted, found = min(seen, room(budget // len(state), largest)) if size else 0, len(store.present(block))
         if found < wanted:
             raise UserError(
                 f"{store.folder} holds {found} of the {wanted} inputs of block {block} that an unfinished calibration "

@@ -25,11 +25,11 @@ HEAD = struct.Struct("<IIqII")
 
 
 class Slots:
-    """The inputs in the file `path`, which may not exist yet; one writer at a time."""
+    """The inputs in the file `path`, which may not exist yet; one writer at a time. size: bytes of a slot."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._size = self._count = 0  # bytes of a slot, number of slots
+        self.size = self._count = 0  # bytes of a slot, number of slots
         self._where: dict[Item, int] = {}
         self._free: list[int] = []
         if path.is_file():
@@ -55,14 +55,14 @@ class Slots:
     def put(self, item: Item, content: bytes, size: int) -> None:
         """Add an input, or replace it by itself; size: bytes of the largest slot needed so far."""
         size = max(size, slot_size(len(content)))
-        if size > self._size:
+        if size > self.size:
             self._grow(size)
         number = self._where.get(item)
         if number is None:
             number = self._free.pop() if self._free else self._count
         rest = HEAD.pack(0, len(content), *item)[4:]
         with self.path.open("r+b") as file:
-            file.seek(START.size + number * self._size)
+            file.seek(START.size + number * self.size)
             file.write(crc32(content, crc32(rest)).to_bytes(4, "little") + rest)
             file.write(content)
         self._where[item] = number
@@ -76,11 +76,11 @@ class Slots:
 
     def _scan(self) -> None:
         with self.path.open("rb") as file:
-            magic, self._size = START.unpack(file.read(START.size).ljust(START.size, b"\0"))
-            if magic != MAGIC or self._size < HEAD.size:
-                self._size = 0  # no file of ours: the first input writes a new one
+            magic, self.size = START.unpack(file.read(START.size).ljust(START.size, b"\0"))
+            if magic != MAGIC or self.size < HEAD.size:
+                self.size = 0  # no file of ours: the first input writes a new one
                 return
-            self._count = max(-(-(self.path.stat().st_size - START.size) // self._size), 0)
+            self._count = max(-(-(self.path.stat().st_size - START.size) // self.size), 0)
             for number in range(self._count):
                 found = self._read(file, number)
                 if found is None or found[0] in self._where:
@@ -90,12 +90,12 @@ class Slots:
 
     def _read(self, file: BinaryIO, number: int) -> tuple[Item, bytes] | None:
         """What a slot holds, None if that is not whole."""
-        file.seek(START.size + number * self._size)
+        file.seek(START.size + number * self.size)
         head = file.read(HEAD.size)
         if len(head) < HEAD.size:
             return None
         check, length, *item = HEAD.unpack(head)
-        content = file.read(length) if length <= self._size - HEAD.size else b""
+        content = file.read(length) if length <= self.size - HEAD.size else b""
         return (Item(*item), content) if check == crc32(content, crc32(head[4:])) else None
 
     def _grow(self, size: int) -> None:
@@ -106,7 +106,7 @@ class Slots:
             grown = Slots(temporary)
             for item in self._where:
                 grown.put(item, self.get(item), size)
-        self._size, self._count, self._where, self._free = size, grown._count, grown._where, []
+        self.size, self._count, self._where, self._free = size, grown._count, grown._where, []
 
 
 def slot_size(length: int) -> int:

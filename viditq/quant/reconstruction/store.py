@@ -81,6 +81,10 @@ class BlockStore:
         """What is there now, finished or not, whoever wrote it."""
         return {item for writer in self._writers(block) for item in self.slots(block, writer)}
 
+    def slot_size(self, block: str) -> int:
+        """Bytes of the largest slots of a block's files."""
+        return max((self.slots(block, writer).size for writer in self._writers(block)), default=0)
+
     def reread(self) -> None:
         """Forget what files held: other writers have added to them meanwhile."""
         self._slots.clear()
