@@ -68,6 +68,11 @@ class LayerScheme:
             raise UserError("low_rank needs a quantized weight: what it leaves over is what gets quantized")
 
     @property
+    def quantizes(self) -> bool:
+        """Whether weight or activation is quantized at all."""
+        return self.weight is not None or self.activation is not None
+
+    @property
     def static_activation(self) -> bool:
         return self.activation is not None and not self.activation.dynamic
 

@@ -5,6 +5,7 @@ Legend: O out_features, C in_features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.quant.calibration.context import StepContext
 from viditq.quant.execution.backends.base import Backend
+from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
 
 
@@ -36,7 +38,9 @@ class QuantLinear(nn.Module):
         self.variants = nn.ModuleList(variants)
         self.segment_to_variant = segment_to_variant
         self.register_parameter("bias", bias)
-        self.context, self.backend = context, backend
+        self.context = context
+        self.backends = [backend.resolve(variant.scheme) for variant in variants]
+        """What multiplies each variant."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,24 +49,41 @@ class QuantLinear(nn.Module):
 
     def prepare(self) -> None:
         """Lets the backend derive what it needs from the stored tensors; call once they are real."""
-        for variant in self.variants:
-            self.backend.prepare(cast(Variant, variant))
+        for backend, variant in zip(self.backends, self.variants, strict=True):
+            backend.prepare(cast(Variant, variant))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., O]."""
-        return self.backend.linear(self.current_variant(), x, self.bias)
+        index = self.current_index()
+        return self.backends[index].linear(cast(Variant, self.variants[index]), x, self.bias)
 
     def current_variant(self) -> Variant:
         """Raises UserError when the answer depends on a segment and there is none."""
+        return cast(Variant, self.variants[self.current_index()])
+
+    def current_index(self) -> int:
+        """Of the variant that the current segment takes; raises as `current_variant`."""
         if len(self.variants) == 1:
-            return cast(Variant, self.variants[0])
+            return 0
         segment = self.context.segment
         if segment is None:
             raise UserError(
                 f"{self.name} holds {len(self.variants)} variants but the noise level is unknown: "
                 "call it through its denoiser, which reads the timestep"
             )
-        return cast(Variant, self.variants[self.segment_to_variant[segment]])
+        return self.segment_to_variant[segment]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether every variant's backend computes what stands around a product along with it."""
+        return all(backend.fuses for backend in self.backends)
+
+    @property
+    def backend_names(self) -> str:
+        """What multiplies, such as "native", or "fake and native" where variants differ; "float" is left in float."""
+        pairs = zip(self.backends, self.variants, strict=True)
+        names = {backend.name if cast(Variant, v).scheme.quantizes else "float" for backend, v in pairs}
+        return " and ".join(sorted(names))
 
     def extra_repr(self) -> str:
         names = [cast(Variant, v).scheme for v in self.variants]
@@ -73,3 +94,17 @@ class QuantLinear(nn.Module):
 def quant_linears(denoiser: nn.Module) -> dict[str, QuantLinear]:
     """All QuantLinears by name."""
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, QuantLinear)}
+
+
+def products(
+    linears: Sequence[QuantLinear], x: Tensor, before: Before = NOTHING_BEFORE, after: After = NOTHING_AFTER
+) -> list[Tensor]:
+    """The outputs of Linears that read one input, with what stands before and after each; see `Backend.products`."""
+    indices = [linear.current_index() for linear in linears]
+    backends = [linear.backends[index] for linear, index in zip(linears, indices, strict=True)]
+    variants = [cast(Variant, linear.variants[index]) for linear, index in zip(linears, indices, strict=True)]
+    biases = [linear.bias for linear in linears]
+    if all(backend is backends[0] for backend in backends):
+        return backends[0].products(variants, x, biases, before, after)
+    one_by_one = zip(backends, variants, biases, strict=True)
+    return [backend.products([variant], x, [bias], before, after)[0] for backend, variant, bias in one_by_one]

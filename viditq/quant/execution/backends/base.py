@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
 
 
@@ -16,6 +19,8 @@ class Backend(ABC):
     """Chosen when a model is converted or loaded; never stored in the artifact."""
 
     name: str
+    fuses: ClassVar[bool] = False
+    """Whether `products` takes fewer passes over memory than its parts one by one."""
 
     @abstractmethod
     def unsupported_field(self, scheme: LayerScheme) -> str | None:
@@ -25,6 +30,10 @@ class Backend(ABC):
         """Whether every field of `scheme` is honoured exactly."""
         return self.unsupported_field(scheme) is None
 
+    def resolve(self, scheme: LayerScheme) -> Backend:
+        """What multiplies a layer of this scheme: the backend itself, unless it chooses among others."""
+        return self
+
     @abstractmethod
     def prepare(self, variant: Variant) -> None:
         """Derives, once, what `linear` needs; adds nothing to the state dict."""
@@ -32,6 +41,19 @@ class Backend(ABC):
     @abstractmethod
     def linear(self, variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
         """Q_a(chain(x)) Q_w^T + chain(x) (U V)^T + bias: [..., C] -> [..., O]; never writes to `x`."""
+
+    def products(
+        self,
+        variants: Sequence[Variant],
+        x: Tensor,
+        biases: Sequence[Tensor | None],
+        before: Before = NOTHING_BEFORE,
+        after: After = NOTHING_AFTER,
+    ) -> list[Tensor]:
+        """Linears that read one input, with what stands before and after each of them: [..., C] -> one [..., O] each."""
+        y = before.apply(x)
+        pairs = zip(variants, biases, strict=True)
+        return [after.apply(self.linear(variant, y, bias)) for variant, bias in pairs]
 
 
 def get_backend(name: str) -> Backend:

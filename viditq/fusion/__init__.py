@@ -1,0 +1,1 @@
+"""Blocks that run in few passes: one adapter per block class. Knows block classes and what multiplies, not runs."""

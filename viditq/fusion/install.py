@@ -1,0 +1,51 @@
+"""Puts the adapters in place of a denoiser's blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import nn
+
+from viditq.fusion.basic_block import FusedBasicBlock
+from viditq.fusion.block import FusedBlock, Fusion, logger
+from viditq.fusion.flux_blocks import FusedFluxBlock, FusedFluxSingleBlock
+from viditq.fusion.stdit_block import FusedStditBlock
+from viditq.fusion.wan_block import FusedWanBlock
+from viditq.models.stdit_blocks import Block
+
+ADAPTERS: dict[type[nn.Module], type[FusedBlock]] = {
+    BasicTransformerBlock: FusedBasicBlock,
+    Block: FusedStditBlock,
+    WanTransformerBlock: FusedWanBlock,
+    FluxTransformerBlock: FusedFluxBlock,
+    FluxSingleTransformerBlock: FusedFluxSingleBlock,
+}
+
+
+def fuse_blocks(denoiser: nn.Module) -> dict[str, int]:
+    """Let every block that an adapter knows run fused from now on; how many, by class.
+
+    A block changes its class and keeps its modules and their names, so that it is saved, copied and watched as before.
+    Blocks that an adapter does not know in full stay as they are; one line says why.
+    """
+    fused: Counter[str] = Counter()
+    reasons: Counter[tuple[str, str]] = Counter()
+    shared: dict[str, Fusion] = {}
+    for block in denoiser.modules():
+        adapter = ADAPTERS.get(type(block))
+        if adapter is None:
+            continue
+        name = type(block).__name__
+        reason = adapter.reason_against(block)
+        if reason is not None:
+            reasons[name, reason] += 1
+            continue
+        block.__class__ = adapter  # type: ignore[assignment]
+        block.fusion = shared.setdefault(name, Fusion(name))  # type: ignore[assignment]
+        fused[name] += 1
+    for (name, reason), count in reasons.items():
+        logger.info("%d of %s run unfused: %s", count, name, reason)
+    return dict(fused)
