@@ -159,9 +159,10 @@ void unpack_nibbles(const uint8_t* __restrict from, int64_t bytes, int8_t* __res
     }
 }
 
-// y (+)= sx sw (acc - zx colsum - zw rest) for one row and segment.
-void dequantize_row(const int32_t* __restrict acc, const Weight& weight, int64_t offset, int64_t count, Grid grid,
-                    int32_t rest, bool add, float* __restrict y) {
+// y (+)= sx sw (acc - zx colsum - zw rest) for one row and segment; inlined, so that a constant count unrolls.
+[[gnu::always_inline]] inline void dequantize_row(const int32_t* __restrict acc, const Weight& weight, int64_t offset,
+                                                  int64_t count, Grid grid, int32_t rest, bool add,
+                                                  float* __restrict y) {
   const int32_t* __restrict colsum = weight.colsum + offset;
   const float* __restrict scale = weight.scale + offset;
   const int32_t* __restrict zero_point = weight.zero_point ? weight.zero_point + offset : nullptr;
@@ -227,18 +228,22 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
         held = chunk;
         b = unpacked.data();
       }
-      for (int64_t s = 0; s < S; ++s) {
-        for (int64_t p = p0; p < p1; ++p)
-          product(rows, h, S * h, width, x.codes + (m0 * S + s) * h, b + ((p - p0) * S + s) * h * kPanel,
-                  acc.data() + (p - p0) * kPanel);
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t row = (m0 + i) * S + s;
-          const Grid grid = x.grids[row];
-          const int32_t rest = x.sums[row] - static_cast<int32_t>(K / S) * grid.zero_point;
-          float* to = y.data() + (S > 1 ? i * width : 0);
-          dequantize_row(acc.data() + i * width, weight, s * weight.P * kPanel + n0, count, grid, rest, s > 0, to);
-          if (s == S - 1) finish_row(to, buffer.data(), epilogue, m0 + i, n0, count, N, addend, residual, out);
+      const auto rest = [&](int64_t row) {
+        return x.sums[row] - static_cast<int32_t>(K / S) * x.grids[row].zero_point;
+      };
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t s = 0; s < S; ++s) {
+          int32_t* c = acc.data() + (p - p0) * kPanel;
+          product(rows, h, S * h, width, x.codes + (m0 * S + s) * h, b + ((p - p0) * S + s) * h * kPanel, c);
+          if (S == 1) continue;
+          for (int64_t i = 0, row = m0 * S + s; i < rows; ++i, row += S)
+            dequantize_row(c + i * width, weight, (s * weight.P + p) * kPanel, kPanel, x.grids[row], rest(row), s > 0,
+                           y.data() + i * width + (p - p0) * kPanel);
         }
+      for (int64_t i = 0; i < rows; ++i) {
+        float* row = y.data() + (S > 1 ? i * width : 0);
+        if (S == 1) dequantize_row(acc.data() + i * width, weight, n0, count, x.grids[m0 + i], rest(m0 + i), false, row);
+        finish_row(row, buffer.data(), epilogue, m0 + i, n0, count, N, addend, residual, out);
       }
     }
     at::native::cpublas::brgemm_release(true);
