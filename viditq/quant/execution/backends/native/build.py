@@ -21,19 +21,25 @@ from pathlib import Path
 
 import torch
 
+from viditq.quant.execution.backends.base import Unavailable as BackendUnavailable
+
 logger = logging.getLogger("viditq")
 SOURCES = ("linear.cpp", "quantize.h", "epilogue.h")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
 FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-DNDEBUG", "-w"),
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-DNDEBUG", "-w", "-fwrapv"),
     *("-fno-math-errno", "-fno-trapping-math", "-mprefer-vector-width=512"),  # rounding and minimum become instructions
     *(f"-m{name}" for name in INSTRUCTIONS),
 )
 LIBRARY = "kernels.so"
 
 
-class Unavailable(Exception):
-    """The native kernels cannot run here; the message says why, in a few words."""
+class Unavailable(BackendUnavailable):
+    """The kernels cannot be built or run here."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("native", reason)
+
 
 
 _state: Unavailable | bool = False

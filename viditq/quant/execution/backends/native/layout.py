@@ -17,6 +17,7 @@ from torch import Tensor
 
 PANEL = 64
 PADDED_TO = 8
+LARGEST_SUM = 2**31 // 255**2  # products of differences from the zero points that an int32 holds
 
 
 class PackedWeight(NamedTuple):
@@ -34,17 +35,21 @@ class PackedWeight(NamedTuple):
     in_features: int
     bits: int
 
+    def codes(self) -> Tensor:
+        """The uint8 [O, C] that `pack_weight` was given."""
+        return unpack_codes(self)
+
 
 def pack_weight(
     codes_OC: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, segment_size: int | None = None
 ) -> PackedWeight:
     """codes uint8 [O, C]; scale float32 and zero_point uint8 (None: symmetric): [1, 1], [O, 1] or [O, G, 1].
 
-    segment_size: g, where activations have groups smaller than the weight's; None = the weight's own.
+    segment_size: a divisor of the weight's group size, where activations have smaller groups; None = the same.
     """
     out_features, in_features = codes_OC.shape
     groups = scale.shape[1] if scale.ndim == 3 else 1
-    size = segment_size or in_features // groups
+    size = _summable(segment_size or in_features // groups)
     segments, padded = in_features // size, -(-size // PADDED_TO) * PADDED_TO
     shift = 128 if bits == 8 else 0
     zero = torch.full_like(scale, 2.0 ** (bits - 1)) if zero_point is None else zero_point.float()
@@ -74,8 +79,13 @@ def pack_weight(
     )
 
 
+def _summable(size: int) -> int:
+    """The largest divisor of a segment's size whose exact sum cannot overflow."""
+    return next(size // parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= LARGEST_SUM)
+
+
 def unpack_codes(packed: PackedWeight) -> Tensor:
-    """The codes uint8 [O, C] that `pack_weight` was given."""
+    """Exact inverse of `pack_weight`: uint8 [O, C]."""
     data, size = packed.data, packed.in_features // packed.data.shape[1]
     if packed.bits <= 4:
         data = torch.stack((data & 15, data >> 4), 3).flatten(2, 3)

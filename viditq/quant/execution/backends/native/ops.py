@@ -9,7 +9,7 @@ from torch import Tensor
 
 from viditq.quant.execution.backends.native import build
 from viditq.quant.execution.backends.native.layout import PackedWeight
-from viditq.quant.scheme import QuantSpec
+from viditq.quant.description.scheme import QuantSpec
 
 Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
 ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
