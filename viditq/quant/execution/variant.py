@@ -5,6 +5,8 @@ Legend: O out_features, C in_features, B bytes of a packed row, r rank of the lo
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -15,13 +17,21 @@ from viditq.quant.methods.transforms import Chain
 from viditq.quant.numerics.packing import pack, unpack
 
 
+class HeldWeight(Protocol):
+    """A quantized weight in a backend's own layout."""
+
+    def codes(self) -> Tensor:
+        """uint8 [O, C], as `QuantizedWeight` has them."""
+
+
 class Variant(nn.Module):
     """The canonical tensors of one Linear for one or more segments.
 
     qweight uint8 [O, B] packed codes, weight_scale float32, weight_zero_point uint8 (asymmetric only), or
     weight [O, C] when it stays in float; low_rank_up [O, r], low_rank_down [r, C] of a low-rank branch; input_scale,
     input_zero_point float32 (static activations only); the chain's own tensors. dtype: of the float Linear, which the
-    output keeps. A backend's `prepare` adds what is not stored.
+    output keeps. A backend's `prepare` adds what is not stored. held: the codes, once a backend took them over; qweight
+    is None then and made anew for the state dict, so that they are in memory once.
     """
 
     weight: Tensor | None
@@ -46,6 +56,7 @@ class Variant(nn.Module):
         super().__init__()
         assert (input_grid is not None) == scheme.static_activation
         self.scheme, self.chain, self.dtype, self.in_features = scheme, chain, dtype, in_features
+        self.held: HeldWeight | None = None
         quantized = fitted.quantized
         packed = None
         if quantized is not None:
@@ -80,15 +91,33 @@ class Variant(nn.Module):
         """Scale and zero point of a static activation."""
         return None if self.input_scale is None else (self.input_scale, self.input_zero_point)
 
+    def quantized_weight(self) -> QuantizedWeight | None:
+        """Codes and grid; None when the weight stays in float."""
+        if self.held is not None:
+            return QuantizedWeight(self.held.codes(), self.weight_scale, self.weight_zero_point)
+        if self.scheme.weight is None or self.qweight is None:
+            return None
+        codes_OC = unpack(self.qweight, self.scheme.weight.bits, self.in_features)
+        return QuantizedWeight(codes_OC, self.weight_scale, self.weight_zero_point)
+
     def dequantized_weight(self) -> Tensor:
         """What the product with the quantized input sees, [O, C] in `dtype`."""
-        spec = self.scheme.weight
-        if spec is None or self.qweight is None:
+        quantized = self.quantized_weight()
+        if quantized is None:
             assert self.weight is not None
             return self.weight
-        codes = unpack(self.qweight, spec.bits, self.in_features)
-        quantized = QuantizedWeight(codes, self.weight_scale, self.weight_zero_point)
-        return dequantize_weight(quantized, spec).to(self.dtype)
+        assert self.scheme.weight is not None
+        return dequantize_weight(quantized, self.scheme.weight).to(self.dtype)
+
+    def hand_over(self, held: HeldWeight) -> None:
+        """`held` keeps the codes from now on; `qweight` is let go of."""
+        self.held, self.qweight = held, None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.held is not None:
+            assert self.scheme.weight is not None
+            destination[f"{prefix}qweight"] = pack(self.held.codes(), self.scheme.weight.bits)
 
 
 def empty_variant(scheme: LayerScheme, in_features: int, out_features: int, dtype: torch.dtype) -> Variant:

@@ -12,6 +12,17 @@ from viditq.quant.numerics import affine, granularity
 Grid = tuple[Tensor, Tensor]
 
 
+class QuantizedActivation(NamedTuple):
+    """codes uint8 [..., C] (signed ones shifted by 2^(b-1)); scale and zero point (shifted alike) float32 [..., R].
+
+    R ranges a row: 1, or its groups. Where `fake` would give NaN the scale is NaN.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
 class QuantizedWeight(NamedTuple):
     """codes uint8 [O, C] (signed ones shifted by 2^(b-1)); scale float32; zero_point uint8, None if symmetric.
 
@@ -83,3 +94,20 @@ def fake_quantize_activation(x: Tensor, spec: QuantSpec, static: Grid | None, in
         return affine.fake_quantize(view, scale, zero_point, spec.bits, spec.symmetric, inplace).view(x.shape)
     lo, hi = granularity.activation_range(x, spec.granularity, spec.group_size)
     return affine.fake_quantize_own_range(view, lo, hi, spec.bits, spec.symmetric, inplace).view(x.shape)
+
+
+def quantize_activation(x: Tensor, spec: QuantSpec, static: Grid | None) -> QuantizedActivation:
+    """The codes behind `fake_quantize_activation`; same arguments."""
+    x = x.float()
+    view = granularity.to_groups(x, spec.group_size)
+    if static is None:
+        static = affine.compute_qparams(
+            *granularity.activation_range(x, spec.granularity, spec.group_size), spec.bits, spec.symmetric
+        )
+    scale, zero_point = static
+    codes = affine.quantize(view, scale, zero_point, spec.bits, spec.symmetric).add_(_shift(spec)).to(torch.uint8)
+    undefined = view.isnan().any(-1, True) | ~scale.isfinite()
+    scale = torch.where(undefined, torch.nan, scale)
+    zero_point = (zero_point + _shift(spec)).expand_as(scale)
+    rows = (*x.shape[:-1], -1)
+    return QuantizedActivation(codes.view(x.shape), scale.reshape(rows), zero_point.reshape(rows))

@@ -1,6 +1,16 @@
 """Backends: the closed set of ways to multiply."""
 
-from viditq.quant.execution.backends.base import Backend, check_supported, get_backend
+from viditq.quant.execution.backends.base import Backend, Unavailable, check_supported, get_backend
 from viditq.quant.execution.backends.fake import FakeBackend
+from viditq.quant.execution.backends.native.backend import NativeBackend
+from viditq.quant.execution.backends.portable import PortableBackend
 
-__all__ = ["Backend", "FakeBackend", "check_supported", "get_backend"]
+__all__ = [
+    "Backend",
+    "FakeBackend",
+    "NativeBackend",
+    "PortableBackend",
+    "Unavailable",
+    "check_supported",
+    "get_backend",
+]

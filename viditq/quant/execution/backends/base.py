@@ -15,6 +15,14 @@ from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, A
 from viditq.quant.execution.variant import Variant
 
 
+class Unavailable(UserError):
+    """A backend cannot run on this machine. reason: why, in a few words."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(f"backend {backend} cannot run here: {reason}; choose another backend, or fake")
+        self.reason = reason
+
+
 class Backend(ABC):
     """Chosen when a model is converted or loaded; never stored in the artifact."""
 

@@ -1,0 +1,108 @@
+"""Cases of backend equality that native and portable share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from viditq.quant.description.scheme import LayerScheme, QuantSpec
+from viditq.quant.execution.backends import Backend
+from viditq.quant.execution.backends.fake import FakeBackend
+from viditq.quant.execution.variant import Variant
+from viditq.quant.methods.quantizer import dequantize_weight, fake_quantize_activation, static_qparams
+from viditq.quant.methods.transforms import Chain, Rotate, Smooth
+from viditq.quant.numerics.hadamard import random_signs
+
+FORMATS = Path(__file__).parents[3] / "conf/quant/format"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the sum over k of |x_k w_k|: rounding of the scales' product, of a few additions, and of the output's own dtype.
+RELATIVE = 2.0**-20
+
+
+def formats() -> dict[str, QuantSpec]:
+    """Every format of conf/quant/format, and what they leave out: other bits, symmetric groups, static groups."""
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FORMATS.glob("*.yaml"))}
+    specs = {name: QuantSpec(**{k: v for k, v in fields.items() if k != "_target_"}) for name, fields in read.items()}
+    for bits, symmetric in itertools.product((2, 3, 5, 7), (False, True)):
+        specs[f"int{bits}_channel_{symmetric}"] = QuantSpec(bits, symmetric, "channel")
+        specs[f"int{bits}_token_{symmetric}"] = QuantSpec(bits, symmetric, "token", dynamic=True)
+    specs["int8_group32_symmetric"] = QuantSpec(8, True, "group", 32)
+    specs["int4_token_group32_symmetric"] = QuantSpec(4, True, "group", 32, dynamic=True)
+    return specs
+
+
+def weight_formats() -> dict[str, QuantSpec]:
+    return {n: s for n, s in formats().items() if s.granularity in ("tensor", "channel", "group") and not s.dynamic}
+
+
+def activation_formats() -> dict[str, QuantSpec]:
+    return {n: s for n, s in formats().items() if s.granularity in ("tensor", "token", "group")}
+
+
+def variant_of(
+    weight: QuantSpec | None,
+    activation: QuantSpec | None,
+    x: Tensor,
+    weight_OC: Tensor,
+    chain: Chain | None = None,
+    low_rank: int | None = None,
+) -> Variant:
+    """Fitted to `weight_OC`; the static ranges are those of x."""
+    chain, grid = chain or Chain(), None
+    if activation is not None and not activation.dynamic:
+        rows = chain.activation(x.float()).flatten(0, -2)
+        grid = static_qparams(rows.amin(0), rows.amax(0), activation)
+    return Variant.fit(LayerScheme(weight, activation, low_rank=low_rank), weight_OC, chain, grid)
+
+
+def exact_output(variant: Variant, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output in float64 from the codes of `fake`, and sum_k |x_k w_k| beside it."""
+    quantized, scheme = variant.quantized_weight(), variant.scheme
+    assert quantized is not None and scheme.weight is not None and scheme.activation is not None
+    y = variant.chain.activation(x).float()
+    on_grid = fake_quantize_activation(y.clone(), scheme.activation, variant.input_qparams).double()
+    weight = dequantize_weight(quantized, scheme.weight).double()
+    out, size = on_grid @ weight.T, on_grid.abs() @ weight.T.abs()
+    if bias is not None:
+        out, size = out + bias.double(), size + bias.double().abs()
+    if variant.low_rank_up is not None:
+        low = y.to(variant.dtype).double() @ variant.low_rank_down.double().T
+        branch = low @ variant.low_rank_up.double().T
+        out, size = out + branch, size + branch.abs()
+    return out, size
+
+
+def assert_agrees(backend: Backend, variant: Variant, x: Tensor, bias: Tensor | None) -> None:
+    """Within RELATIVE of sum |x w| and half a unit in the last place of the dtype of float64 on the codes of `fake`."""
+    expected, size = exact_output(variant, x, bias)
+    backend.prepare(variant)
+    before = x.clone()
+    out = backend.linear(variant, x, bias)
+    assert torch.equal(x, before), "x was written to"
+    assert out.dtype == variant.dtype and out.shape == expected.shape
+    unit = torch.finfo(variant.dtype).eps
+    bound = RELATIVE * size + unit * expected.abs() + torch.finfo(variant.dtype).smallest_normal
+    if variant.low_rank_up is not None:  # the branch is computed in the layer's dtype
+        bound = bound + 4 * unit * size
+    error = (out.double() - expected).abs()
+    assert (error <= bound).all(), f"{float((error / bound).max()):.2f} times the bound"
+
+
+def chains(in_features: int) -> Iterator[tuple[str, Chain]]:
+    """No transform, each, and both."""
+    scale = torch.rand(in_features) + 0.3
+    rotate = Rotate(random_signs(in_features, 0))
+    yield "none", Chain()
+    yield "smooth", Chain([Smooth(scale)])
+    yield "rotate", Chain([rotate])
+    yield "both", Chain([Smooth(scale), rotate])
+
+
+def fake_output(variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
+    FakeBackend().prepare(variant)
+    return FakeBackend().linear(variant, x, bias)

@@ -1,0 +1,60 @@
+"""What backends that multiply in integers have in common."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from viditq.quant.description.scheme import LayerScheme, QuantSpec
+from viditq.quant.execution.backends.base import Backend
+from viditq.quant.execution.variant import HeldWeight, Variant
+from viditq.quant.methods.quantizer import QuantizedWeight
+from viditq.quant.methods.transforms import Smooth
+
+
+class IntegerBackend(Backend):
+    """Codes equal those of `fake`, sums of their products are exact; what is left to rounding is the dequantization."""
+
+    def unsupported_field(self, scheme: LayerScheme) -> str | None:
+        if scheme.weight is None and scheme.activation is None:
+            return None  # a segment that stays in float
+        if scheme.weight is None:
+            return "weight"
+        if scheme.activation is None:
+            return "activation"
+        return "activation.granularity" if scheme.activation.granularity == "channel" else None
+
+    @abstractmethod
+    def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> HeldWeight:
+        """The weight in the layout that `multiply` reads. segment_size: in-features that share all scales."""
+
+    @abstractmethod
+    def multiply(
+        self, variant: Variant, x: Tensor, bias: Tensor | None, div: Tensor | None, addend: Tensor | None
+    ) -> Tensor:
+        """Q_a(x / div) Q_w^T + bias + addend in the variant's dtype; x [..., C], addend [..., O] in that dtype."""
+
+    def prepare(self, variant: Variant) -> None:
+        quantized, scheme = variant.quantized_weight(), variant.scheme
+        if quantized is None:
+            return
+        assert scheme.weight is not None and scheme.activation is not None
+        groups = [spec.group_size or variant.in_features for spec in (scheme.weight, scheme.activation)]
+        variant.hand_over(self.hold(quantized, scheme.weight, math.gcd(*groups)))
+
+    @torch.no_grad()
+    def linear(self, variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
+        chain = variant.chain
+        if variant.held is None:
+            return F.linear(chain.activation(x).to(variant.dtype), cast(Tensor, variant.weight), bias)
+        if variant.low_rank_up is None and len(chain) == 1 and isinstance(chain[0], Smooth):
+            return self.multiply(variant, x, bias, chain[0].scale, None)
+        x, addend = chain.activation(x), None
+        if variant.low_rank_up is not None:
+            addend = F.linear(F.linear(x.to(variant.dtype), variant.low_rank_down), variant.low_rank_up)
+        return self.multiply(variant, x, bias, None, addend)

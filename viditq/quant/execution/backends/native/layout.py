@@ -1,0 +1,95 @@
+"""Weights as the kernels read them, and back.
+
+Legend: O out_features, C in_features, P panels of 64 outputs, S segments of the in-features with scales of their own,
+g = C / S, h = g padded to a multiple of 8. Values are s8: code - 128 at 8 bits, the code itself below.
+A panel and segment is [h / 4, 64, 4]: four consecutive inputs of one output lie side by side. Of two such quadruples,
+2i and 2i + 1, weights of up to 4 bits share bytes, the first in the low nibbles.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 64
+PADDED_TO = 8
+LARGEST_SUM = 2**31 // 255**2  # products of differences from the zero points that an int32 holds
+
+
+class PackedWeight(NamedTuple):
+    """One weight, or several with one input, as `ops.linear` takes it.
+
+    data: int8 [P, S, h/4, 64, 4], or uint8 [P, S, h/8, 64, 4] for up to 4 bits; scale float32, colsum int32 (sums of
+    s8) and zero_point int32 (in counts of s8; None = all 0), each [S, 64 P].
+    """
+
+    data: Tensor
+    scale: Tensor
+    colsum: Tensor
+    zero_point: Tensor | None
+    out_features: int
+    in_features: int
+    bits: int
+
+    def codes(self) -> Tensor:
+        """The uint8 [O, C] that `pack_weight` was given."""
+        return unpack_codes(self)
+
+
+def pack_weight(
+    codes_OC: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, segment_size: int | None = None
+) -> PackedWeight:
+    """codes uint8 [O, C]; scale float32 and zero_point uint8 (None: symmetric): [1, 1], [O, 1] or [O, G, 1].
+
+    segment_size: a divisor of the weight's group size, where activations have smaller groups; None = the same.
+    """
+    out_features, in_features = codes_OC.shape
+    groups = scale.shape[1] if scale.ndim == 3 else 1
+    size = _summable(segment_size or in_features // groups)
+    segments, padded = in_features // size, -(-size // PADDED_TO) * PADDED_TO
+    shift = 128 if bits == 8 else 0
+    zero = torch.full_like(scale, 2.0 ** (bits - 1)) if zero_point is None else zero_point.float()
+    rows = -out_features % PANEL
+
+    def per_segment(values: Tensor) -> Tensor:
+        """[S, 64 P] of a scale or zero point."""
+        values_OG = values.reshape(values.shape[0], -1).expand(out_features, groups)
+        return F.pad(values_OG.repeat_interleave(segments // groups, 1), (0, 0, 0, rows)).T.contiguous()
+
+    signed_OSg = (codes_OC.to(torch.int16) - shift).to(torch.int8).view(out_features, segments, size)
+    padded_PSh = F.pad(signed_OSg, (0, padded - size, 0, 0, 0, rows)).view(-1, PANEL, segments, padded // 4, 4)
+    data = padded_PSh.permute(0, 2, 3, 1, 4)
+    if bits <= 4:
+        data = (data[:, :, 0::2] | data[:, :, 1::2] << 4).view(torch.uint8)
+    colsum = F.pad(signed_OSg.sum(-1, dtype=torch.int32), (0, 0, 0, rows)).T.contiguous()
+    counts = per_segment(zero).to(torch.int32) - shift
+    counts[:, out_features:] = 0
+    return PackedWeight(
+        data.contiguous(),
+        per_segment(scale.float()),
+        colsum,
+        counts if counts.any() else None,
+        out_features,
+        in_features,
+        bits,
+    )
+
+
+def _summable(size: int) -> int:
+    """The largest divisor of a segment's size whose exact sum cannot overflow."""
+    return next(size // parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= LARGEST_SUM)
+
+
+def unpack_codes(packed: PackedWeight) -> Tensor:
+    """Exact inverse of `pack_weight`: uint8 [O, C]."""
+    data, size = packed.data, packed.in_features // packed.data.shape[1]
+    if packed.bits <= 4:
+        data = torch.stack((data & 15, data >> 4), 3).flatten(2, 3)
+    rows_PSh = data.permute(0, 3, 1, 2, 4)
+    codes = rows_PSh.reshape(-1, rows_PSh.shape[2], math.prod(rows_PSh.shape[3:]))[: packed.out_features, :, :size]
+    codes = codes.reshape(packed.out_features, packed.in_features)
+    return (codes.to(torch.int16) + (128 if packed.bits == 8 else 0)).to(torch.uint8)

@@ -1,0 +1,352 @@
+// One quantized Linear: [LayerNorm, modulation, smoothing] -> codes -> u8 x s8 product -> scales, bias [, activation,
+// gate, residual]. Shapes and meaning of every argument: ops.py, which is the only caller.
+//
+// Legend: M rows, K in_features, N out_features, P panels of 64 outputs, S segments of K with scales of their own,
+// g = K / S, h = g padded to a multiple of 8. Weight s8 [P, S, h / 4, 64, 4]; 4-bit ones hold two k-quadruples a byte.
+//   y[m, n] = sum_s sx sw (acc - zx colsum[n] - zw[n] (rowsum[m] - g zx)),   acc = sum_k u8 * s8
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "epilogue.h"
+#include "quantize.h"
+
+namespace viditq {
+namespace {
+
+constexpr int64_t kPanel = 64, kRows = 128, kPanelsPerChunk = 8, kChunkBytes = 512 * 1024;
+
+struct Prologue {
+  int64_t K;
+  bool layernorm;
+  float eps;
+  const float *mul, *add, *div;  // [M / rows_per_mul, K] twice, [K]
+  int64_t rows_per_mul;
+  bool empty() const { return !layernorm && !mul && !add && !div; }
+};
+
+void transform_row(const Prologue& prologue, int64_t m, float* __restrict row) {
+  const int64_t K = prologue.K;
+  if (prologue.layernorm) {
+    float sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < K; ++k) sum += row[k];
+    const float mean = sum / K;
+#pragma omp simd reduction(+ : square)
+    for (int64_t k = 0; k < K; ++k) square += (row[k] - mean) * (row[k] - mean);
+    const float inverse = 1.0f / std::sqrt(square / K + prologue.eps);
+    for (int64_t k = 0; k < K; ++k) row[k] = (row[k] - mean) * inverse;
+  }
+  const int64_t offset = m / prologue.rows_per_mul * K;
+  if (const float* mul = prologue.mul)
+    for (int64_t k = 0; k < K; ++k) row[k] *= mul[offset + k];
+  if (const float* add = prologue.add)
+    for (int64_t k = 0; k < K; ++k) row[k] += add[offset + k];
+  if (const float* div = prologue.div)
+    for (int64_t k = 0; k < K; ++k) row[k] /= div[k];
+}
+
+// The transformed row m: in x itself where there is nothing to do to it, else in `buffer`.
+template <typename T>
+const float* row_of(const T* x, const Prologue& prologue, int64_t m, float* buffer) {
+  const T* from = x + m * prologue.K;
+  if constexpr (std::is_same_v<T, float>)
+    if (prologue.empty()) return from;
+  load_row(from, buffer, prologue.K);
+  transform_row(prologue, m, buffer);
+  return buffer;
+}
+
+struct Quantized {  // codes [M, S h], grids and sums [M, S]
+  std::vector<Grid> grids;
+  std::vector<int32_t> sums;
+  uint8_t* codes;
+};
+
+struct Activations {
+  Format format;
+  int64_t rows_per_range;    // 1: tokens; M / L: dynamic per tensor
+  int64_t ranges;            // per row: 1, or the groups of a row
+  const float *scale, *zero_point;  // static: [1] or [ranges]
+};
+
+void quantize_segments(const float* row, int64_t m, const Prologue& prologue, const Activations& activations,
+                       const Grid* grids, int64_t S, int64_t h, Quantized& out) {
+  const int64_t g = prologue.K / S, per_range = S / activations.ranges;
+  for (int64_t s = 0; s < S; ++s) {
+    uint8_t* codes = out.codes + (m * S + s) * h;
+    Grid grid = grids[s / per_range];
+    out.sums[m * S + s] = quantize_row(row + s * g, g, grid, activations.format.levels(), codes);
+    out.grids[m * S + s] = grid;
+    std::fill(codes + g, codes + h, 0);
+  }
+}
+
+template <typename T>
+void quantize(const T* x, int64_t M, const Prologue& prologue, const Activations& activations, int64_t S, int64_t h,
+              Quantized& out) {
+  const int64_t K = prologue.K, ranges = activations.ranges, span = activations.rows_per_range;
+  std::vector<Grid> shared;  // grids known before the rows are: static, or of many rows
+  if (activations.scale) {
+    const int32_t middle = activations.format.symmetric ? activations.format.middle() : 0;
+    for (int64_t i = 0; i < ranges; ++i)
+      shared.push_back({activations.scale[i], static_cast<int32_t>(activations.zero_point[i]) + middle});
+  } else if (span > 1) {
+    std::vector<float> lo(M), hi(M);
+    at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer(K);
+      for (int64_t m = begin; m < end; ++m)
+        range_of(row_of(x, prologue, m, buffer.data()), K, lo[m], hi[m]);
+    });
+    for (int64_t m = 0; m < M; m += span) {
+      float least = lo[m], most = hi[m];
+      for (int64_t i = m; i < m + span; ++i) {
+        least = lo[i] < least || lo[i] != lo[i] ? lo[i] : least;
+        most = hi[i] > most || hi[i] != hi[i] ? hi[i] : most;
+      }
+      shared.push_back(grid_of_range(least, most, activations.format));
+    }
+  }
+  at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(K);
+    std::vector<Grid> own(ranges);
+    for (int64_t m = begin; m < end; ++m) {
+      const float* row = row_of(x, prologue, m, buffer.data());
+      const Grid* grids = own.data();
+      if (activations.scale) {
+        grids = shared.data();
+      } else if (span > 1) {
+        grids = shared.data() + m / span;
+      } else {
+        for (int64_t i = 0; i < ranges; ++i) {
+          float lo, hi;
+          range_of(row + i * (K / ranges), K / ranges, lo, hi);
+          own[i] = grid_of_range(lo, hi, activations.format);
+        }
+      }
+      quantize_segments(row, m, prologue, activations, grids, S, h, out);
+    }
+  });
+}
+
+struct Weight {
+  const uint8_t* data;
+  bool nibbles;
+  const float* scale;                  // [S, 64 P]
+  const int32_t *colsum, *zero_point;  // [S, 64 P]; zero_point may be null: all 0
+  int64_t N, P, S, h;
+  int64_t panel_bytes() const { return S * h * kPanel; }  // as int8
+};
+
+struct Epilogue {
+  const float* bias;  // [N]
+  int64_t activation;
+  const float* gate;  // [M / rows_per_gate, N]
+  int64_t rows_per_gate;
+};
+
+void unpack_nibbles(const uint8_t* __restrict from, int64_t bytes, int8_t* __restrict to) {
+  for (int64_t i = 0; i < bytes; i += 256)
+    for (int64_t j = 0; j < 256; ++j) {
+      to[2 * i + j] = static_cast<int8_t>(from[i + j] & 15);
+      to[2 * i + 256 + j] = static_cast<int8_t>(from[i + j] >> 4);
+    }
+}
+
+// y (+)= sx sw (acc - zx colsum - zw rest) for one row and segment; inlined, so that a constant count unrolls.
+[[gnu::always_inline]] inline void dequantize_row(const int32_t* __restrict acc, const Weight& weight, int64_t offset,
+                                                  int64_t count, Grid grid, int32_t rest, bool add,
+                                                  float* __restrict y) {
+  const int32_t* __restrict colsum = weight.colsum + offset;
+  const float* __restrict scale = weight.scale + offset;
+  const int32_t* __restrict zero_point = weight.zero_point ? weight.zero_point + offset : nullptr;
+  const auto exact = [&](int64_t i) { return acc[i] - grid.zero_point * colsum[i]; };
+  if (zero_point && add)
+    for (int64_t i = 0; i < count; ++i) y[i] += (exact(i) - zero_point[i] * rest) * (grid.scale * scale[i]);
+  else if (zero_point)
+    for (int64_t i = 0; i < count; ++i) y[i] = (exact(i) - zero_point[i] * rest) * (grid.scale * scale[i]);
+  else if (add)
+    for (int64_t i = 0; i < count; ++i) y[i] += exact(i) * (grid.scale * scale[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) y[i] = exact(i) * (grid.scale * scale[i]);
+}
+
+template <typename T>
+void finish_row(float* __restrict y, float* __restrict buffer, const Epilogue& epilogue, int64_t m, int64_t n,
+                int64_t count, int64_t N, const T* addend, const T* residual, T* out) {
+  if (const float* bias = epilogue.bias)
+    for (int64_t i = 0; i < count; ++i) y[i] += bias[n + i];
+  if (addend) {
+    load_row(addend + m * N + n, buffer, count);
+    for (int64_t i = 0; i < count; ++i) y[i] += buffer[i];
+  }
+  activate_row(y, count, epilogue.activation);
+  if (const float* gate = epilogue.gate) {
+    gate += m / epilogue.rows_per_gate * N + n;
+    for (int64_t i = 0; i < count; ++i) y[i] *= gate[i];
+  }
+  if (residual) {
+    load_row(residual + m * N + n, buffer, count);
+    for (int64_t i = 0; i < count; ++i) y[i] += buffer[i];
+  }
+  store_row(y, out + m * N + n, count);
+}
+
+void product(int64_t rows, int64_t k, int64_t lda, int64_t ldc, const uint8_t* a, const int8_t* b, int32_t* c) {
+  at::native::cpublas::brgemm(rows, kPanel, k, lda, kPanel, ldc, false, a, reinterpret_cast<const signed char*>(b), c);
+}
+
+// Blocks of kRows rows by a chunk of panels; a chunk of weights stays in the second-level cache (and unpacked).
+template <typename T>
+void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue, int64_t M, int64_t K,
+              const T* addend, const T* residual, T* out) {
+  const int64_t S = weight.S, h = weight.h, N = weight.N, threads = at::get_num_threads();
+  const int64_t fitting = std::clamp<int64_t>(kChunkBytes / weight.panel_bytes(), 1, kPanelsPerChunk);
+  const int64_t blocks = (M + kRows - 1) / kRows;
+  const int64_t wanted = std::max<int64_t>(1, weight.P * blocks / (2 * threads));
+  const int64_t panels = std::min(fitting, threads > 1 ? wanted : fitting);
+  const int64_t chunks = (weight.P + panels - 1) / panels, width = panels * kPanel;
+  at::parallel_for(0, chunks * blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> acc(kRows * width);
+    std::vector<float> y(S > 1 ? kRows * width : width), buffer(width);
+    std::vector<int8_t> unpacked(weight.nibbles ? panels * weight.panel_bytes() : 0);
+    int64_t held = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task / blocks, m0 = task % blocks * kRows, rows = std::min(kRows, M - m0);
+      const int64_t p0 = chunk * panels, p1 = std::min(p0 + panels, weight.P), n0 = p0 * kPanel;
+      const int64_t count = std::min(p1 * kPanel, N) - n0;
+      const int8_t* b = reinterpret_cast<const int8_t*>(weight.data) + p0 * weight.panel_bytes();
+      if (weight.nibbles) {
+        const int64_t bytes = weight.panel_bytes() / 2;
+        if (held != chunk) unpack_nibbles(weight.data + p0 * bytes, (p1 - p0) * bytes, unpacked.data());
+        held = chunk;
+        b = unpacked.data();
+      }
+      const auto rest = [&](int64_t row) {
+        return x.sums[row] - static_cast<int32_t>(K / S) * x.grids[row].zero_point;
+      };
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t s = 0; s < S; ++s) {
+          int32_t* c = acc.data() + (p - p0) * kPanel;
+          product(rows, h, S * h, width, x.codes + (m0 * S + s) * h, b + ((p - p0) * S + s) * h * kPanel, c);
+          if (S == 1) continue;
+          for (int64_t i = 0, row = m0 * S + s; i < rows; ++i, row += S)
+            dequantize_row(c + i * width, weight, (s * weight.P + p) * kPanel, kPanel, x.grids[row], rest(row), s > 0,
+                           y.data() + i * width + (p - p0) * kPanel);
+        }
+      for (int64_t i = 0; i < rows; ++i) {
+        float* row = y.data() + (S > 1 ? i * width : 0);
+        if (S == 1) dequantize_row(acc.data() + i * width, weight, n0, count, x.grids[m0 + i], rest(m0 + i), false, row);
+        finish_row(row, buffer.data(), epilogue, m0 + i, n0, count, N, addend, residual, out);
+      }
+    }
+    at::native::cpublas::brgemm_release(true);
+  });
+}
+
+const float* floats(const std::optional<at::Tensor>& tensor) {
+  if (!tensor) return nullptr;
+  TORCH_CHECK(tensor->scalar_type() == at::kFloat && tensor->is_contiguous(), "viditq::linear: float32, contiguous");
+  return tensor->const_data_ptr<float>();
+}
+
+int64_t rows_per(const std::optional<at::Tensor>& tensor, int64_t M, int64_t width) {
+  if (!tensor || M == 0) return 1;
+  const int64_t count = tensor->numel() / width;
+  TORCH_CHECK(tensor->numel() % width == 0 && count > 0 && M % count == 0,
+              "viditq::linear: ", M, " rows do not divide by a modulation of shape ", tensor->sizes());
+  return M / count;
+}
+
+template <typename F>
+void with_type(at::ScalarType type, F&& run) {
+  if (type == at::kFloat) return run(float{});
+  if (type == at::kBFloat16) return run(c10::BFloat16{});
+  TORCH_CHECK(type == at::kHalf, "viditq::linear takes float32, bfloat16 and float16, not ", type);
+  run(c10::Half{});
+}
+
+at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight_in, const at::Tensor& scale,
+                  const at::Tensor& colsum, const std::optional<at::Tensor>& zero_point,
+                  const std::optional<at::Tensor>& bias, int64_t out_features, int64_t act_bits, bool act_symmetric,
+                  int64_t act_groups, bool act_per_tensor, const std::optional<at::Tensor>& input_scale,
+                  const std::optional<at::Tensor>& input_zero_point, double layernorm_eps,
+                  const std::optional<at::Tensor>& mul, const std::optional<at::Tensor>& add,
+                  const std::optional<at::Tensor>& div, const std::optional<at::Tensor>& addend, int64_t activation,
+                  const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& residual,
+                  at::ScalarType out_type) {
+  const at::Tensor x = x_in.contiguous();
+  const int64_t K = x.size(-1), N = out_features;
+  auto shape = x.sizes().vec();
+  shape.back() = N;
+  at::Tensor out = at::empty(shape, x.options().dtype(out_type));
+  const int64_t M = out.numel() / std::max<int64_t>(N, 1);
+  if (out.numel() == 0) return out;
+
+  const bool nibbles = weight_in.scalar_type() == at::kByte;
+  const Weight weight{static_cast<const uint8_t*>(weight_in.const_data_ptr()), nibbles, floats(scale),
+                      colsum.const_data_ptr<int32_t>(), zero_point ? zero_point->const_data_ptr<int32_t>() : nullptr,
+                      N, weight_in.size(0), weight_in.size(1), weight_in.size(2) * (nibbles ? 8 : 4)};
+  TORCH_CHECK(weight_in.is_contiguous() && K % weight.S == 0 && K / weight.S <= weight.h && N <= weight.P * kPanel &&
+                  weight.S % act_groups == 0,
+              "viditq::linear: x ", x.sizes(), " does not fit the packed weight ", weight_in.sizes());
+  TORCH_CHECK(!mul || !add || mul->numel() == add->numel(), "viditq::linear: mul and add differ in shape");
+  const Prologue prologue{K, layernorm_eps >= 0, static_cast<float>(layernorm_eps), floats(mul), floats(add),
+                          floats(div), rows_per(mul ? mul : add, M, K)};
+  const int64_t span = act_per_tensor && x.dim() > 1 ? M / x.size(0) : 1;
+  const Activations activations{{act_bits, act_symmetric}, span, act_groups, floats(input_scale),
+                                floats(input_zero_point)};
+  const Epilogue epilogue{floats(bias), activation, floats(gate), rows_per(gate, M, N)};
+
+  const at::Tensor codes = at::empty({M, weight.S * weight.h}, x.options().dtype(at::kByte));
+  Quantized quantized{std::vector<Grid>(M * weight.S), std::vector<int32_t>(M * weight.S),
+                      codes.data_ptr<uint8_t>()};
+  with_type(x.scalar_type(), [&](auto type) {
+    quantize(x.const_data_ptr<decltype(type)>(), M, prologue, activations, weight.S, weight.h, quantized);
+  });
+  with_type(out_type, [&](auto type) {
+    using T = decltype(type);
+    const auto data = [&](const std::optional<at::Tensor>& tensor) -> const T* {
+      if (!tensor) return nullptr;
+      TORCH_CHECK(tensor->is_contiguous() && tensor->numel() == M * N, "viditq::linear: addend or residual");
+      return tensor->const_data_ptr<T>();
+    };
+    multiply<T>(quantized, weight, epilogue, M, K, data(addend), data(residual), out.data_ptr<T>());
+  });
+  return out;
+}
+
+// A product of extreme codes: whether brgemm takes u8 x s8 on this machine, and is exact.
+bool exact() {
+  constexpr int64_t rows = 7, k = 1152;
+  const std::vector<uint8_t> a(rows * k, 255);
+  const std::vector<int8_t> b(k * kPanel, -128);
+  std::vector<int32_t> c(rows * kPanel);
+  try {
+    product(rows, k, k, kPanel, a.data(), b.data(), c.data());
+    at::native::cpublas::brgemm_release(true);
+  } catch (const std::exception&) {
+    return false;
+  }
+  return std::all_of(c.begin(), c.end(), [](int32_t value) { return value == 255 * -128 * k; });
+}
+
+}  // namespace
+}  // namespace viditq
+
+TORCH_LIBRARY_FRAGMENT(viditq, m) {
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor scale, Tensor colsum, Tensor? zero_point, Tensor? bias, "
+      "int out_features, int act_bits, bool act_symmetric, int act_groups, bool act_per_tensor, Tensor? input_scale, "
+      "Tensor? input_zero_point, float layernorm_eps, Tensor? mul, Tensor? add, Tensor? div, Tensor? addend, "
+      "int activation, Tensor? gate, Tensor? residual, ScalarType out_dtype) -> Tensor");
+  m.def("native_exact() -> bool", viditq::exact);
+}
+
+TORCH_LIBRARY_IMPL(viditq, CPU, m) { m.impl("linear", viditq::linear); }

@@ -1,0 +1,87 @@
+"""The fused Linear as one operator of torch: `torch.ops.viditq.linear`, whole under torch.compile(fullgraph=True)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from viditq.quant.execution.backends.native import build
+from viditq.quant.execution.backends.native.layout import PackedWeight
+from viditq.quant.description.scheme import QuantSpec
+
+Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
+ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
+_registered = False
+
+
+def load() -> None:
+    """Builds and loads the kernels and tells torch.compile the shapes; raises build.Unavailable."""
+    global _registered
+    build.load()
+    if not _registered:
+        torch.library.register_fake("viditq::linear", _fake_linear)
+        _registered = True
+
+
+def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    out_features, out_dtype = rest[4], rest[-1]
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    spec: QuantSpec,
+    static: tuple[Tensor, Tensor] | None = None,
+    *,
+    layernorm_eps: float | None = None,
+    mul: Tensor | None = None,
+    add: Tensor | None = None,
+    div: Tensor | None = None,
+    addend: Tensor | None = None,
+    activation: Activation = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """residual + gate * activation(Q_a(t) Q_w^T + bias + addend), t = (layernorm(x) * mul + add) / div; any part may lack.
+
+    Computed in float32 around exact integer sums; only the end is rounded to `out_dtype` (None = that of x).
+    Legend: [..., C] inputs, [..., O] outputs, M rows (product of the leading axes), R divides M: row m takes line
+    m // (M / R), so R = 1 is for all rows and R = B one for each leading element.
+
+    x: [..., C], float32, bfloat16 or float16. bias: float32 [O]. spec: of the activation, as `fake` honours it;
+    granularity token, tensor or group (not channel). static: scale and zero point, float32, of a static spec.
+    layernorm_eps: LayerNorm over C without weight and bias (fold those into mul and add); None = none.
+    mul, add: float32 [R, C]. div: float32 [C], the smoothing scale. addend, residual: [..., O] in out_dtype.
+    gate: float32 [R, O].
+    """
+    scale, zero_point = static or (None, None)
+    groups = 1 if spec.group_size is None else weight.in_features // spec.group_size
+    return torch.ops.viditq.linear(
+        x,
+        weight.data,
+        weight.scale,
+        weight.colsum,
+        weight.zero_point,
+        bias,
+        weight.out_features,
+        spec.bits,
+        spec.symmetric,
+        groups,
+        spec.granularity == "tensor" and spec.dynamic,
+        scale,
+        zero_point,
+        -1.0 if layernorm_eps is None else layernorm_eps,
+        mul,
+        add,
+        div,
+        addend,
+        ACTIVATIONS.index(activation),
+        gate,
+        residual,
+        out_dtype or x.dtype,
+    )
