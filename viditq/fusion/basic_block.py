@@ -24,7 +24,7 @@ PLAIN_ATTENTION = {  # attribute of diffusers' Attention -> what it is where not
 
 
 class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
-    """q, k and v in one product, norm and modulation in the quantizer, GELU, gates and residuals behind the products."""
+    """q, k, v in one product, norm and modulation in the quantizer, GELU, gates, residuals behind the products."""
 
     @classmethod
     def reason_against(cls, block: BasicTransformerBlock) -> str | None:

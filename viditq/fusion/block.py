@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from viditq.quant.execution.linear import QuantLinear
 
 logger = logging.getLogger("viditq")
-# Of what the block adds to its input. Both paths multiply the same codes but where rounding differs before the quantizer,
-# which moves a value by one step now and then; a part that was forgotten is wrong by tens of percent.
+# Of what the block adds to its input. Both paths multiply the same codes but where rounding differs before the
+# quantizer, which moves a value by one step now and then; a part that was forgotten is wrong by tens of percent.
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
@@ -92,7 +92,7 @@ def _first(out: Any) -> Tensor:
 
 
 def disagreement(fused: Any, plain: Any, inputs: list[Tensor]) -> float:
-    """The largest ||fused - plain|| / ||plain - input|| over the outputs; an output of no input's shape stands for itself."""
+    """The largest ||fused - plain|| / ||plain - input|| over the outputs (/ ||plain|| where no input has its shape)."""
     pairs = [(fused, plain)] if isinstance(plain, Tensor) else list(zip(fused, plain, strict=True))
     errors = []
     for mine, theirs in pairs:

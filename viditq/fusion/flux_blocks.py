@@ -28,7 +28,7 @@ LIMIT = 65504.0  # of float16, to which the plain blocks clip it
 
 
 class FusedFluxBlock(FusedBlock, FluxTransformerBlock):
-    """q, k and v in one product for each stream, norms and modulation in the quantizer, GELU, gates and residuals behind."""
+    """Of each stream q, k, v in one product, norms and modulation in the quantizer, the rest behind the products."""
 
     @classmethod
     def reason_against(cls, block: FluxTransformerBlock) -> str | None:

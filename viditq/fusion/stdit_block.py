@@ -15,7 +15,7 @@ from viditq.quant.execution.surroundings import After, Before
 
 
 class FusedStditBlock(FusedBlock, Block):
-    """q, k and v in one product, norm and modulation in the quantizer, GELU, gates and residuals behind the products."""
+    """q, k, v in one product, norm and modulation in the quantizer, GELU, gates, residuals behind the products."""
 
     @classmethod
     def reason_against(cls, block: Block) -> str | None:

@@ -1,6 +1,7 @@
 """diffusers' WanTransformerBlock: self-attention with rotary positions, cross-attention, an mlp.
 
-Legend: B batch, N tokens, L caption tokens, C channels; modulation vectors are float32 [B, C] or [B N, C] (Wan 2.2 5B: one a token).
+Legend: B batch, N tokens, L caption tokens, C channels; modulation vectors are float32 [B, C], or [B N, C] where each
+token has its own (Wan 2.2 5B).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from viditq.quant.execution.surroundings import After, Before
 
 
 class FusedWanBlock(FusedBlock, WanTransformerBlock):
-    """q, k and v in one product, norm and modulation in the quantizer, GELU, gates and residuals behind the products."""
+    """q, k, v in one product, norm and modulation in the quantizer, GELU, gates, residuals behind the products."""
 
     @classmethod
     def reason_against(cls, block: WanTransformerBlock) -> str | None:

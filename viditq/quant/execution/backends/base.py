@@ -58,7 +58,7 @@ class Backend(ABC):
         before: Before = NOTHING_BEFORE,
         after: After = NOTHING_AFTER,
     ) -> list[Tensor]:
-        """Linears that read one input, with what stands before and after each of them: [..., C] -> one [..., O] each."""
+        """Linears that read one input, with what stands before and after each: [..., C] -> one [..., O] each."""
         y = before.apply(x)
         pairs = zip(variants, biases, strict=True)
         return [after.apply(self.linear(variant, y, bias)) for variant, bias in pairs]

@@ -54,7 +54,13 @@ class IntegerBackend(Backend):
             return F.linear(chain.activation(x).to(variant.dtype), cast(Tensor, variant.weight), bias)
         if variant.low_rank_up is None and len(chain) == 1 and isinstance(chain[0], Smooth):
             return self.multiply(variant, x, bias, chain[0].scale, None)
-        x, addend = chain.activation(x), None
-        if variant.low_rank_up is not None:
-            addend = F.linear(F.linear(x.to(variant.dtype), variant.low_rank_down), variant.low_rank_up)
+        x, addend = self.chained(variant, x)
         return self.multiply(variant, x, bias, None, addend)
+
+    @staticmethod
+    def chained(variant: Variant, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The chain's output, and what the low-rank branch adds to the product; None without one."""
+        x = variant.chain.activation(x)
+        if variant.low_rank_up is None:
+            return x, None
+        return x, F.linear(F.linear(x.to(variant.dtype), variant.low_rank_down), variant.low_rank_up)

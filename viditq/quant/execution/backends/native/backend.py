@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,9 +13,11 @@ from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import QuantSpec
 from viditq.quant.execution.backends.integer import IntegerBackend
 from viditq.quant.execution.backends.native import ops
-from viditq.quant.execution.backends.native.layout import PackedWeight, pack_weight
+from viditq.quant.execution.backends.native.layout import PackedWeight, joined, pack_weight
+from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight
+from viditq.quant.methods.transforms import Smooth
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,6 +27,7 @@ class NativeBackend(IntegerBackend):
     """One fused operator a Linear. The kernels are built by the first `prepare`, which raises Unavailable."""
 
     name = "native"
+    fuses: ClassVar[bool] = True
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> PackedWeight:
         ops.load()
@@ -33,15 +39,115 @@ class NativeBackend(IntegerBackend):
     def multiply(
         self, variant: Variant, x: Tensor, bias: Tensor | None, div: Tensor | None, addend: Tensor | None
     ) -> Tensor:
+        return self._run(variant, x, variant.held, bias, div=div, addend=addend)
+
+    @torch.no_grad()
+    def products(
+        self,
+        variants: Sequence[Variant],
+        x: Tensor,
+        biases: Sequence[Tensor | None],
+        before: Before = NOTHING_BEFORE,
+        after: After = NOTHING_AFTER,
+    ) -> list[Tensor]:
+        if len(variants) > 1 and _share_codes(variants):
+            weight, bias = _joined(variants, biases)
+            together = self._run(variants[0], x, weight, bias, before, after, div=_smoothing(variants[0]))
+            return list(together.split([_weight(v).out_features for v in variants], -1))
+        return [self._product(v, x, bias, before, after) for v, bias in zip(variants, biases, strict=True)]
+
+    def _product(self, variant: Variant, x: Tensor, bias: Tensor | None, before: Before, after: After) -> Tensor:
+        if variant.held is None:  # a segment in float
+            return after.apply(self.linear(variant, before.apply(x), bias))
+        if _goes_into_the_quantizer(variant):
+            return self._run(variant, x, variant.held, bias, before, after, div=_smoothing(variant))
+        y, addend = self.chained(variant, before.apply(x))
+        return self._run(variant, y, variant.held, bias, after=after, addend=addend)
+
+    def _run(
+        self,
+        variant: Variant,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None,
+        before: Before = NOTHING_BEFORE,
+        after: After = NOTHING_AFTER,
+        **rest: Tensor | None,
+    ) -> Tensor:
         spec = variant.scheme.activation
-        assert spec is not None and isinstance(variant.held, PackedWeight)
+        assert spec is not None and isinstance(weight, PackedWeight)
         return ops.linear(
             x if x.dtype in FLOATS else x.float(),
-            variant.held,
+            weight,
             None if bias is None else bias.float(),
             spec,
             variant.input_qparams,
-            div=div,
-            addend=addend,
+            layernorm_eps=before.eps,
+            mul=None if before.mul is None else before.mul.contiguous(),
+            add=None if before.add is None else before.add.contiguous(),
+            activation=after.activation,  # type: ignore[arg-type]
+            gate=None if after.gate is None else after.gate.contiguous(),
+            residual=None if after.residual is None else after.residual.to(variant.dtype).contiguous(),
             out_dtype=variant.dtype,
+            **rest,
         )
+
+
+def _goes_into_the_quantizer(variant: Variant) -> bool:
+    """Whether all that its chain does is a division; a rotation and a low-rank branch need the tensor itself."""
+    smooth_at_most = all(isinstance(transform, Smooth) for transform in variant.chain) and len(variant.chain) <= 1
+    return smooth_at_most and variant.low_rank_up is None
+
+
+def _smoothing(variant: Variant) -> Tensor | None:
+    return variant.chain[0].scale if len(variant.chain) else None  # type: ignore[return-value]
+
+
+def _weight(variant: Variant) -> PackedWeight:
+    assert isinstance(variant.held, PackedWeight)
+    return variant.held
+
+
+def _share_codes(variants: Sequence[Variant]) -> bool:
+    """Whether one quantized input serves all of them, and their panels can lie side by side."""
+    first = variants[0]
+    known: tuple[Any, bool] | None = first.__dict__.get("_shared")
+    if known is not None and _same(known[0], variants):
+        return known[1]
+    answer = all(v.held is not None and _goes_into_the_quantizer(v) for v in variants) and all(
+        v.scheme.activation == first.scheme.activation
+        and _weight(v).joins(_weight(first))
+        and _equal(_smoothing(v), _smoothing(first))
+        and _equal(v.input_scale, first.input_scale)
+        and (v.input_scale is None or _equal(v.input_zero_point, first.input_zero_point))
+        for v in variants
+    )
+    first.__dict__["_shared"] = (list(variants), answer)
+    return answer
+
+
+def _joined(variants: Sequence[Variant], biases: Sequence[Tensor | None]) -> tuple[PackedWeight, Tensor | None]:
+    """One weight of all of them, of which each one's is a part from then on, and their biases one after another."""
+    first = variants[0]
+    known = first.__dict__.get("_joined")
+    if known is not None and _same(known[0], variants):
+        return known[1], known[2]
+    weight = joined([_weight(v) for v in variants])
+    rows = 0
+    for v in variants:
+        panels = len(_weight(v).data)
+        v.hand_over(_weight(v)._replace(data=weight.data[rows : rows + panels]))
+        rows += panels
+    sizes = [_weight(v).out_features for v in variants]
+    parts = [torch.zeros(n) if b is None else b.detach().float() for b, n in zip(biases, sizes, strict=True)]
+    bias = None if all(b is None for b in biases) else torch.cat(parts)
+    first.__dict__["_joined"] = (list(variants), weight, bias)
+    return weight, bias
+
+
+def _same(known: Sequence[Variant], variants: Sequence[Variant]) -> bool:
+    return len(known) == len(variants) and all(a is b for a, b in zip(known, variants, strict=True))
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))

@@ -41,7 +41,6 @@ class Unavailable(BackendUnavailable):
         super().__init__("native", reason)
 
 
-
 _state: Unavailable | bool = False
 
 

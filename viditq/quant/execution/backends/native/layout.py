@@ -9,6 +9,7 @@ A panel and segment is [h / 4, 64, 4]: four consecutive inputs of one output lie
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,11 @@ class PackedWeight(NamedTuple):
     def codes(self) -> Tensor:
         """The uint8 [O, C] that `pack_weight` was given."""
         return unpack_codes(self)
+
+    def joins(self, other: PackedWeight) -> bool:
+        """Whether `joined` takes both: equal widths in whole panels."""
+        same = self.bits == other.bits and self.data.shape[1:] == other.data.shape[1:]
+        return same and self.out_features % PANEL == 0 and other.out_features % PANEL == 0
 
 
 def pack_weight(
@@ -82,6 +88,23 @@ def pack_weight(
 def _summable(size: int) -> int:
     """The largest divisor of a segment's size whose exact sum cannot overflow."""
     return next(size // parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= LARGEST_SUM)
+
+
+def joined(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """One weight whose outputs are those of all, in turn; each `joins` the others."""
+    zero_points = None
+    if any(w.zero_point is not None for w in weights):
+        parts = [torch.zeros_like(w.colsum) if w.zero_point is None else w.zero_point for w in weights]
+        zero_points = torch.cat(parts, 1)
+    return PackedWeight(
+        torch.cat([w.data for w in weights]),
+        torch.cat([w.scale for w in weights], 1),
+        torch.cat([w.colsum for w in weights], 1),
+        zero_points,
+        sum(w.out_features for w in weights),
+        weights[0].in_features,
+        weights[0].bits,
+    )
 
 
 def unpack_codes(packed: PackedWeight) -> Tensor:

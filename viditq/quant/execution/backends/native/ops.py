@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from viditq.quant.description.scheme import QuantSpec
 from viditq.quant.execution.backends.native import build
 from viditq.quant.execution.backends.native.layout import PackedWeight
-from viditq.quant.description.scheme import QuantSpec
 
 Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
 ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
