@@ -62,9 +62,7 @@ class PortableBackend(IntegerBackend):
         data_SOg = F.pad(data_OSg.transpose(0, 1), (0, -segment_size % PADDED_TO, 0, -out_features % PADDED_TO))
         colsum = data_SOg.sum(-1, dtype=torch.int32)[:, :out_features]
         zero_point = per_segment(zero).to(torch.int32) - shift
-        return SignedWeight(
-            data_SOg.contiguous(), per_segment(scale.float()), zero_point, colsum, segment_size, shift
-        )
+        return SignedWeight(data_SOg.contiguous(), per_segment(scale.float()), zero_point, colsum, segment_size, shift)
 
     def multiply(
         self, variant: Variant, x: Tensor, bias: Tensor | None, div: Tensor | None, addend: Tensor | None

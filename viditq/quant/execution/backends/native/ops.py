@@ -22,6 +22,7 @@ def load() -> None:
     build.load()
     if not _registered:
         torch.library.register_fake("viditq::linear", _fake_linear)
+        torch.library.register_fake("viditq::transform", lambda x, *rest: torch.empty_like(x, dtype=torch.float32))
         _registered = True
 
 
@@ -85,3 +86,15 @@ def linear(
         residual,
         out_dtype or x.dtype,
     )
+
+
+def transform(
+    x: Tensor,
+    *,
+    layernorm_eps: float | None = None,
+    mul: Tensor | None = None,
+    add: Tensor | None = None,
+    div: Tensor | None = None,
+) -> Tensor:
+    """(layernorm(x) * mul + add) / div, float32 [..., C]: the t of `linear`, for a rotation or low-rank branch between."""
+    return torch.ops.viditq.transform(x, -1.0 if layernorm_eps is None else layernorm_eps, mul, add, div)
