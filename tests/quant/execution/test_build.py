@@ -1,4 +1,4 @@
-"""The build of the kernels: no compiler, no cache, damage, two at once, killed ones. A tiny source stands for the kernels."""
+"""The build of the kernels, with a tiny source: no compiler, no cache, damage, two at once, killed ones."""
 
 import ctypes
 import logging
@@ -43,7 +43,8 @@ def counting_compiler(folder: Path, monkeypatch, before: str = "") -> Path:
     """A compiler that leaves a line per call in the returned file."""
     calls, script = folder / "calls", folder / "compiler"
     script.write_text(
-        f'#!/bin/sh\ncase "$*" in *--version*) echo fake 1; exit 0;; esac\necho call >> {calls}\n{before}\nexec c++ "$@"\n'
+        '#!/bin/sh\ncase "$*" in *--version*) echo fake 1; exit 0;; esac\n'
+        f'echo call >> {calls}\n{before}\nexec c++ "$@"\n'
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(script))

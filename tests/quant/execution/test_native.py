@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from agreement import (
     DTYPES,
     activation_formats,
@@ -16,6 +14,8 @@ from agreement import (
     variant_of,
     weight_formats,
 )
+from torch import nn
+
 from viditq.errors import UserError
 from viditq.quant import LayerScheme, QuantLinear, QuantSpec, StepContext
 from viditq.quant.execution.backends import NativeBackend, Unavailable, check_supported, get_backend
@@ -231,7 +231,7 @@ def test_transform_is_what_linear_quantizes(backend):
 @pytest.mark.parametrize("bits", [(8, 8, 8), (4, 4, 4), (8, 4, 6), (2, 3, 4)])
 def test_q_k_and_v_share_one_product(backend, bits):
     x, sizes = torch.randn(40, 96), (100, 30, 64)
-    specs = [QuantSpec(b, s, g, k) for b, s, (g, k) in zip(bits, (False, True, False), [("channel", None), ("tensor", None), ("group", 32)])]  # fmt: skip
+    specs = [QuantSpec(bits[0], False, "channel"), QuantSpec(bits[1], True), QuantSpec(bits[2], False, "group", 32)]
     parts = [(quantize_weight(torch.randn(size, 96), spec), spec) for size, spec in zip(sizes, specs, strict=True)]
     together = pack_together(parts, 32)
     out = ops.linear(x, together, None, TOKEN)

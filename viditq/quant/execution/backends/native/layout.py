@@ -119,7 +119,8 @@ def pack_together(parts: Sequence[tuple[QuantizedWeight, QuantSpec]], segment_si
     bits = max(spec.bits for _, spec in parts)
     storage = bits if bits <= 4 or all(spec.bits == bits for _, spec in parts) else 8
     segments = parts[0][0].codes.shape[1] // segment_size
-    scales, zeros = [], []
+    scales: list[Tensor] = []
+    zeros: list[Tensor] = []
     for (codes_OC, scale, zero_point), spec in parts:
         zero = torch.full_like(scale, 2.0 ** (spec.bits - 1)) if zero_point is None else zero_point.float()
         for values, kept in ((scale, scales), (zero, zeros)):

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from viditq.quant.description.scheme import QuantSpec
 from viditq.quant.execution.backends.native import build
 from viditq.quant.execution.backends.native.layout import PackedWeight
-from viditq.quant.description.scheme import QuantSpec
 
 Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
 ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
@@ -48,8 +48,9 @@ def linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """residual + gate * activation(Q_a(t) Q_w^T + bias + addend), t = (layernorm(x) * mul + add) / div; any part may lack.
+    """residual + gate * activation(Q_a(t) Q_w^T + bias + addend), t = (layernorm(x) * mul + add) / div.
 
+    Every part that is None is left out.
     Computed in float32 around exact integer sums; only the end is rounded to `out_dtype` (None = that of x).
     Legend: [..., C] inputs, [..., O] outputs, M rows (product of the leading axes), R divides M: row m takes line
     m // (M / R), so R = 1 is for all rows and R = B one for each leading element.
@@ -96,5 +97,5 @@ def transform(
     add: Tensor | None = None,
     div: Tensor | None = None,
 ) -> Tensor:
-    """(layernorm(x) * mul + add) / div, float32 [..., C]: the t of `linear`, for a rotation or low-rank branch between."""
+    """(layernorm(x) * mul + add) / div, float32 [..., C]: the t of `linear`, for a rotation or a branch."""
     return torch.ops.viditq.transform(x, -1.0 if layernorm_eps is None else layernorm_eps, mul, add, div)
