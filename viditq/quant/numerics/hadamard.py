@@ -118,6 +118,7 @@ def _paley_two(prime: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # torch.compile looks behind lru_cache and would build it at every call
 def _factor(order: int, whole: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A factor as used; the one that comes first carries the norm 1 / sqrt(n) (its own where H is block-diagonal)."""
     with torch.inference_mode(False):
@@ -127,6 +128,7 @@ def _factor(order: int, whole: int, dtype: torch.dtype, device: torch.device) ->
 
 
 @lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # torch.compile looks behind lru_cache and would build it at every call
 def _dense(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return matrix(order).to(device, dtype)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from viditq.quant.execution.backends.base import Unavailable as BackendUnavailable
+from viditq.quant.execution.backends.base import Unavailable
 
 logger = logging.getLogger("viditq")
 SOURCES = ("linear.cpp", "quantize.h", "epilogue.h")
@@ -32,13 +32,6 @@ FLAGS = (
     *(f"-m{name}" for name in INSTRUCTIONS),
 )
 LIBRARY = "kernels.so"
-
-
-class Unavailable(BackendUnavailable):
-    """The kernels cannot be built or run here."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__("native", reason)
 
 
 _state: Unavailable | bool = False
@@ -55,6 +48,10 @@ def load() -> None:
             _state = reason
     if isinstance(_state, Unavailable):
         raise _state
+
+
+def _unavailable(reason: str) -> Unavailable:
+    return Unavailable("native", reason)
 
 
 def _load() -> None:
@@ -74,15 +71,19 @@ def _load() -> None:
     except OSError:
         shutil.rmtree(path.parent, ignore_errors=True)
         _load_again(ensure(sources, flags, torch.__version__))
-    if not torch.ops.viditq.native_exact():
-        raise Unavailable("torch's brgemm does not multiply u8 by s8 exactly on this CPU")
+    if not _is_exact():
+        raise _unavailable("torch's brgemm does not multiply u8 by s8 exactly on this CPU")
+
+
+def _is_exact() -> bool:
+    return torch.ops.viditq.native_exact()
 
 
 def _load_again(path: Path) -> None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise Unavailable(f"the build does not load ({error})") from error
+        raise _unavailable(f"the build does not load ({error})") from error
 
 
 def _check_cpu(cpuinfo: Path) -> None:
@@ -90,11 +91,11 @@ def _check_cpu(cpuinfo: Path) -> None:
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
-        raise Unavailable("only Linux on x86-64 is supported") from None
+        raise _unavailable("only Linux on x86-64 is supported") from None
     found = set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
     missing = [name for name in INSTRUCTIONS if name.replace("avx512vnni", "avx512_vnni") not in found]
     if missing:
-        raise Unavailable(f"this CPU has no {missing[-1] if len(missing) == 1 else ', '.join(missing)}")
+        raise _unavailable(f"this CPU has no {missing[-1] if len(missing) == 1 else ', '.join(missing)}")
 
 
 def cache_folder() -> Path:
@@ -107,11 +108,11 @@ def compiler() -> tuple[list[str], str]:
     named = shlex.split(os.environ.get("CXX", ""))
     command = named or next(([name] for name in ("g++", "c++", "clang++") if shutil.which(name)), [])
     if not command or shutil.which(command[0]) is None:
-        raise Unavailable(f"there is no C++ compiler{f' {command[0]}' if command else ''}")
+        raise _unavailable(f"there is no C++ compiler{f' {command[0]}' if command else ''}")
     try:
         run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise Unavailable(f"the C++ compiler {command[0]} does not run ({error})") from error
+        raise _unavailable(f"the C++ compiler {command[0]} does not run ({error})") from error
     return command, run.stdout
 
 
@@ -133,7 +134,7 @@ def ensure(sources: Sequence[Path], flags: Sequence[str], version: str) -> Path:
             if not _is_whole(folder):
                 _build([*command, str(sources[0]), *flags], folder)
     except OSError as error:
-        raise Unavailable(f"the cache {cache_folder()} cannot be written ({error.strerror})") from error
+        raise _unavailable(f"the cache {cache_folder()} cannot be written ({error.strerror})") from error
     return folder / LIBRARY
 
 
@@ -153,7 +154,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:
-        raise Unavailable("only Linux on x86-64 is supported") from None
+        raise _unavailable("only Linux on x86-64 is supported") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -172,7 +173,7 @@ def _build(command: list[str], folder: Path) -> None:
         run = subprocess.run([*command, "-o", str(made / LIBRARY)], capture_output=True, text=True)
         if run.returncode:
             errors = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines() or ["?"]
-            raise Unavailable(f"{command[0]} failed: {errors[0].strip()}")
+            raise _unavailable(f"{command[0]} failed: {errors[0].strip()}")
         (made / "sha256").write_text(_sha256(made / LIBRARY))
         made.rename(folder)
     logger.info("built the native kernels in %.0f s", time.perf_counter() - start)

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from viditq.quant.description.scheme import QuantSpec
+from viditq.quant.methods.quantizer import QuantizedWeight
+
 PANEL = 64
 PADDED_TO = 8
 LARGEST_SUM = 2**31 // 255**2  # products of differences from the zero points that an int32 holds
@@ -116,3 +119,34 @@ def unpack_codes(packed: PackedWeight) -> Tensor:
     codes = rows_PSh.reshape(-1, rows_PSh.shape[2], math.prod(rows_PSh.shape[3:]))[: packed.out_features, :, :size]
     codes = codes.reshape(packed.out_features, packed.in_features)
     return (codes.to(torch.int16) + (128 if packed.bits == 8 else 0)).to(torch.uint8)
+
+
+class Rows(NamedTuple):
+    """The outputs begin .. end of a weight that was packed together with others, as `Variant.hand_over` takes them."""
+
+    packed: PackedWeight
+    begin: int
+    end: int
+
+    def codes(self) -> Tensor:
+        """uint8 [end - begin, C]."""
+        return self.packed.codes()[self.begin : self.end]
+
+
+def pack_together(parts: Sequence[tuple[QuantizedWeight, QuantSpec]], segment_size: int) -> PackedWeight:
+    """One weight of several that read one input (q, k, v), outputs one after the other; formats may differ.
+
+    segment_size: in-features that share all scales, of the weights and of the activation.
+    """
+    bits = max(spec.bits for _, spec in parts)
+    storage = bits if bits <= 4 or all(spec.bits == bits for _, spec in parts) else 8
+    segments = parts[0][0].codes.shape[1] // segment_size
+    scales: list[Tensor] = []
+    zeros: list[Tensor] = []
+    for (codes_OC, scale, zero_point), spec in parts:
+        zero = torch.full_like(scale, 2.0 ** (spec.bits - 1)) if zero_point is None else zero_point.float()
+        for values, kept in ((scale, scales), (zero, zeros)):
+            values_OG = values.reshape(len(values), -1).expand(len(codes_OC), -1)
+            kept.append(values_OG.repeat_interleave(segments // values_OG.shape[1], 1)[..., None])
+    codes_OC = torch.cat([quantized.codes for quantized, _ in parts])
+    return pack_weight(codes_OC, torch.cat(scales), torch.cat(zeros), storage, segment_size)

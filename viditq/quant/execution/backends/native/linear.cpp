@@ -264,6 +264,14 @@ int64_t rows_per(const std::optional<at::Tensor>& tensor, int64_t M, int64_t wid
   return M / count;
 }
 
+Prologue prologue_of(int64_t K, int64_t M, double layernorm_eps, const std::optional<at::Tensor>& mul,
+                     const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& div) {
+  TORCH_CHECK(!mul || !add || mul->numel() == add->numel(), "viditq::linear: mul and add differ in shape");
+  TORCH_CHECK(!div || div->numel() == K, "viditq::linear: div is not of x's width");
+  return {K, layernorm_eps >= 0, static_cast<float>(layernorm_eps), floats(mul), floats(add), floats(div),
+          rows_per(mul ? mul : add, M, K)};
+}
+
 template <typename F>
 void with_type(at::ScalarType type, F&& run) {
   if (type == at::kFloat) return run(float{});
@@ -296,9 +304,7 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight_in, const at:
   TORCH_CHECK(weight_in.is_contiguous() && K % weight.S == 0 && K / weight.S <= weight.h && N <= weight.P * kPanel &&
                   weight.S % act_groups == 0,
               "viditq::linear: x ", x.sizes(), " does not fit the packed weight ", weight_in.sizes());
-  TORCH_CHECK(!mul || !add || mul->numel() == add->numel(), "viditq::linear: mul and add differ in shape");
-  const Prologue prologue{K, layernorm_eps >= 0, static_cast<float>(layernorm_eps), floats(mul), floats(add),
-                          floats(div), rows_per(mul ? mul : add, M, K)};
+  const Prologue prologue = prologue_of(K, M, layernorm_eps, mul, add, div);
   const int64_t span = act_per_tensor && x.dim() > 1 ? M / x.size(0) : 1;
   const Activations activations{{act_bits, act_symmetric}, span, act_groups, floats(input_scale),
                                 floats(input_zero_point)};
@@ -318,6 +324,26 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight_in, const at:
       return tensor->const_data_ptr<T>();
     };
     multiply<T>(quantized, weight, epilogue, M, K, data(addend), data(residual), out.data_ptr<T>());
+  });
+  return out;
+}
+
+// What `linear` quantizes, in float32, for what has to be done to it in between: a rotation, a low-rank branch.
+at::Tensor transform(const at::Tensor& x_in, double layernorm_eps, const std::optional<at::Tensor>& mul,
+                     const std::optional<at::Tensor>& add, const std::optional<at::Tensor>& div) {
+  const at::Tensor x = x_in.contiguous();
+  const int64_t K = x.size(-1), M = x.numel() / std::max<int64_t>(K, 1);
+  at::Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  const Prologue prologue = prologue_of(K, M, layernorm_eps, mul, add, div);
+  float* to = out.data_ptr<float>();
+  with_type(x.scalar_type(), [&](auto type) {
+    const auto* from = x.const_data_ptr<decltype(type)>();
+    at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        load_row(from + m * K, to + m * K, K);
+        transform_row(prologue, m, to + m * K);
+      }
+    });
   });
   return out;
 }
@@ -346,7 +372,11 @@ TORCH_LIBRARY_FRAGMENT(viditq, m) {
       "int out_features, int act_bits, bool act_symmetric, int act_groups, bool act_per_tensor, Tensor? input_scale, "
       "Tensor? input_zero_point, float layernorm_eps, Tensor? mul, Tensor? add, Tensor? div, Tensor? addend, "
       "int activation, Tensor? gate, Tensor? residual, ScalarType out_dtype) -> Tensor");
+  m.def("transform(Tensor x, float layernorm_eps, Tensor? mul, Tensor? add, Tensor? div) -> Tensor");
   m.def("native_exact() -> bool", viditq::exact);
 }
 
-TORCH_LIBRARY_IMPL(viditq, CPU, m) { m.impl("linear", viditq::linear); }
+TORCH_LIBRARY_IMPL(viditq, CPU, m) {
+  m.impl("linear", viditq::linear);
+  m.impl("transform", viditq::transform);
+}

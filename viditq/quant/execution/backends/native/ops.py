@@ -22,6 +22,7 @@ def load() -> None:
     build.load()
     if not _registered:
         torch.library.register_fake("viditq::linear", _fake_linear)
+        torch.library.register_fake("viditq::transform", lambda x, *rest: torch.empty_like(x, dtype=torch.float32))
         _registered = True
 
 
@@ -47,8 +48,9 @@ def linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """residual + gate * activation(Q_a(t) Q_w^T + bias + addend), t = (layernorm(x) * mul + add) / div; any part may lack.
+    """residual + gate * activation(Q_a(t) Q_w^T + bias + addend), t = (layernorm(x) * mul + add) / div.
 
+    Every part that is None is left out.
     Computed in float32 around exact integer sums; only the end is rounded to `out_dtype` (None = that of x).
     Legend: [..., C] inputs, [..., O] outputs, M rows (product of the leading axes), R divides M: row m takes line
     m // (M / R), so R = 1 is for all rows and R = B one for each leading element.
@@ -85,3 +87,15 @@ def linear(
         residual,
         out_dtype or x.dtype,
     )
+
+
+def transform(
+    x: Tensor,
+    *,
+    layernorm_eps: float | None = None,
+    mul: Tensor | None = None,
+    add: Tensor | None = None,
+    div: Tensor | None = None,
+) -> Tensor:
+    """(layernorm(x) * mul + add) / div, float32 [..., C]: the t of `linear`, for a rotation or a branch."""
+    return torch.ops.viditq.transform(x, -1.0 if layernorm_eps is None else layernorm_eps, mul, add, div)

@@ -1,0 +1,296 @@
+"""The C++ kernels against `fake`: same codes, exact sums, every format, any shape."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agreement import (
+    DTYPES,
+    activation_formats,
+    assert_agrees,
+    chains,
+    exact_output,
+    variant_of,
+    weight_formats,
+)
+from torch import nn
+
+from viditq.errors import UserError
+from viditq.quant import LayerScheme, QuantLinear, QuantSpec, StepContext
+from viditq.quant.execution.backends import NativeBackend, Unavailable, check_supported, get_backend
+from viditq.quant.execution.backends.native import ops
+from viditq.quant.execution.backends.native.layout import Rows, pack_together, pack_weight
+from viditq.quant.methods.quantizer import quantize_weight
+
+TOKEN, CHANNEL = QuantSpec(8, False, "token", None, True), QuantSpec(8, False, "channel")
+STATIC = QuantSpec(8)
+
+
+@pytest.fixture(scope="module")
+def backend() -> NativeBackend:
+    try:
+        ops.load()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    return NativeBackend()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("activation", activation_formats())
+def test_agrees_with_fake_in_every_format(backend, activation):
+    spec = activation_formats()[activation]
+    for i, weight in enumerate(weight_formats().values()):
+        dtype = DTYPES[i % 3]
+        x, weight_OC = torch.randn(3, 7, 192).to(dtype), torch.randn(50, 192).to(dtype)
+        assert_agrees(backend, variant_of(weight, spec, x, weight_OC), x, torch.randn(50).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 50), (77, 100, 50), (5, 9, 1), (129, 130, 65), (260, 64, 577)])
+def test_any_shape(backend, shape, dtype):
+    rows, in_features, out_features = shape
+    x, weight = torch.randn(rows, in_features).to(dtype), torch.randn(out_features, in_features).to(dtype)
+    for spec in (CHANNEL, QuantSpec(4, False, "channel"), QuantSpec(6, True, "tensor")):
+        for activation in (TOKEN, STATIC, QuantSpec(8, True, "tensor", None, True)):
+            assert_agrees(backend, variant_of(spec, activation, x, weight), x, None)
+
+
+def test_rows_there_are_none_of_and_a_single_vector(backend):
+    weight = torch.randn(50, 64)
+    for spec in activation_formats().values():
+        for x in (torch.randn(64), torch.randn(1, 64), torch.randn(2, 1, 64)):
+            assert_agrees(backend, variant_of(CHANNEL, spec, torch.randn(4, 64), weight), x, torch.randn(50))
+        variant = variant_of(CHANNEL, spec, torch.randn(4, 64), weight)
+        backend.prepare(variant)
+        for shape in ((0, 64), (2, 0, 64)):
+            assert backend.linear(variant, torch.empty(shape), None).shape == (*shape[:-1], 50)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("spec", [TOKEN, QuantSpec(8, True, "token", None, True), STATIC], ids=str)
+def test_extreme_scales(backend, scale, spec):
+    for x_scale, weight_scale in ((scale, 1.0), (1.0, scale), (scale, 1 / scale)):
+        x, weight = torch.randn(9, 64) * x_scale, torch.randn(50, 64) * weight_scale
+        assert_agrees(backend, variant_of(CHANNEL, spec, x, weight), x, None)
+
+
+def test_extreme_codes_and_rows_of_mixed_size(backend):
+    x = torch.ones(70, 1152) * 10.0 ** torch.linspace(-20, 20, 70)[:, None]
+    x[::2] *= -1
+    weight = torch.where(torch.arange(1152) % 2 == 0, 1.0, -1.0).expand(66, -1).contiguous()
+    for spec in (CHANNEL, QuantSpec(8, True, "channel"), QuantSpec(4, False, "group", 64)):
+        assert_agrees(backend, variant_of(spec, TOKEN, x, weight), x, None)
+
+
+def test_sums_that_need_more_than_32_bits_are_cut_into_parts(backend):
+    x, weight = torch.full((2, 70_000), 3.0), torch.full((3, 70_000), -2.0)
+    weight[:, 0] = 1e-3
+    assert_agrees(backend, variant_of(CHANNEL, TOKEN, x, weight), x, None)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_stay_in_their_row(backend, bad):
+    x, weight = torch.randn(5, 64), torch.randn(50, 64)
+    for spec in (TOKEN, QuantSpec(8, True, "token", None, True), QuantSpec(4, False, "group", 32, True)):
+        variant = variant_of(CHANNEL, spec, x, weight)
+        backend.prepare(variant)
+        spoilt = x.clone()
+        spoilt[2, 5] = bad
+        out, clean = backend.linear(variant, spoilt, None), backend.linear(variant, x, None)
+        assert out[2].isnan().all()
+        assert torch.equal(out[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("low_rank", [None, 4])
+def test_chains_and_the_low_rank_branch(backend, dtype, low_rank):
+    x, weight = torch.randn(2, 9, 96).to(dtype), torch.randn(50, 96).to(dtype)
+    for _, chain in chains(96):
+        for spec in (TOKEN, QuantSpec(8, dynamic=True)):
+            assert_agrees(backend, variant_of(CHANNEL, spec, x, weight, chain, low_rank), x, torch.randn(50).to(dtype))
+
+
+def test_input_of_another_dtype_than_the_layer(backend):
+    weight = torch.randn(50, 96)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert_agrees(backend, variant_of(CHANNEL, TOKEN, weight, weight), torch.randn(4, 96).to(dtype), None)
+
+
+def test_two_threads_compute_what_one_does(backend, threads):
+    x, weight = torch.randn(2, 150, 192), torch.randn(300, 192)
+    for spec in (TOKEN, QuantSpec(8, dynamic=True), QuantSpec(8, False, "group", 64, True)):
+        for weights in (CHANNEL, QuantSpec(4, False, "group", 64)):
+            variant = variant_of(weights, spec, x, weight)
+            backend.prepare(variant)
+            threads(1)
+            one = backend.linear(variant, x, None)
+            threads(2)
+            assert torch.equal(backend.linear(variant, x, None), one)
+
+
+def test_a_segment_left_in_float(backend):
+    x, weight, bias = torch.randn(4, 96), torch.randn(50, 96), torch.randn(50)
+    variant = variant_of(None, None, x, weight)
+    backend.prepare(variant)
+    assert torch.equal(backend.linear(variant, x, bias), F.linear(x, weight, bias))
+
+
+def test_what_is_not_supported_is_named(backend):
+    for weight, activation, field in (
+        (CHANNEL, None, "activation"),
+        (None, TOKEN, "weight"),
+        (CHANNEL, QuantSpec(8, False, "channel"), "activation.granularity"),
+    ):
+        with pytest.raises(UserError, match=f"layer.*{field}="):
+            check_supported(get_backend("native"), "layer", LayerScheme(weight, activation))
+
+
+@pytest.mark.parametrize("weight", weight_formats())
+def test_codes_lie_in_memory_once_and_come_back_for_the_state_dict(backend, weight):
+    spec = weight_formats()[weight]
+    variant = variant_of(spec, TOKEN, torch.randn(4, 128), torch.randn(128, 128))
+    before, dense = copy.deepcopy(variant.state_dict()), variant.dequantized_weight()
+    backend.prepare(variant)
+    assert variant.qweight is None
+    after = variant.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert torch.equal(variant.dequantized_weight(), dense)
+    assert variant.held.data.numel() == 128 * 128 // (2 if spec.bits <= 4 else 1)
+    backend.prepare(variant)  # another backend, or the same again, may take over
+    assert all(torch.equal(before[k], v) for k, v in variant.state_dict().items())
+
+
+def reference(x, codes, bias, activation=lambda y: y, layernorm=False, mul=1.0, add=0.0, div=1.0):
+    t = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) if layernorm else x.float()
+    variant = variant_of(CHANNEL, TOKEN, x, codes)
+    return activation(exact_output(variant, (t * mul + add) / div, bias)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layernorm_modulation_activation_gate_and_residual_in_one_op(backend, dtype):
+    x, weight, bias = torch.randn(2, 70, 192).to(dtype), torch.randn(100, 192), torch.randn(100)
+    mul, add, gate = torch.randn(2, 1, 192), torch.randn(2, 1, 192), torch.randn(2, 1, 100)
+    div, residual = torch.rand(192) + 0.5, torch.randn(2, 70, 100).to(dtype)
+    packed = pack_weight(*quantize_weight(weight, CHANNEL), 8)
+    functions = {
+        "none": lambda y: y,
+        "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+        "gelu": F.gelu,
+        "silu": F.silu,
+    }
+    for name, function in functions.items():
+        y = ops.linear(
+            x, packed, bias, TOKEN, layernorm_eps=1e-6, mul=mul, add=add, div=div, activation=name, gate=gate,
+            residual=residual,
+        )  # fmt: skip
+        expected = residual + gate * reference(x, weight, bias, function, True, mul, add, div)
+        # LayerNorm's own rounding flips a few codes by one, which moves an output by 1e-3 of its size at most
+        difference = (y.double() - expected).norm() / expected.norm()
+        assert difference < 3e-4 + torch.finfo(dtype).eps, (name, float(difference))
+
+
+@pytest.mark.parametrize("name", ["gelu_tanh", "gelu", "silu"])
+def test_activation_functions(backend, name):
+    """Of single values from -20 to 20, by a weight of one input."""
+    values = torch.linspace(-20, 20, 4001)
+    packed = pack_weight(*quantize_weight(torch.zeros(len(values), 1), CHANNEL), 8)
+    y = ops.linear(torch.zeros(1, 1), packed, values, TOKEN, activation=name)[0]
+    exact = values.double()
+    expected = {
+        "gelu_tanh": F.gelu(exact, approximate="tanh"),
+        "gelu": F.gelu(exact),
+        "silu": F.silu(exact),
+    }[name]
+    assert ((y - expected).abs() <= 4e-7 * exact.abs().clamp(min=1)).all()
+
+
+def test_transform_is_what_linear_quantizes(backend):
+    x, mul, add = torch.randn(2, 70, 192), torch.randn(2, 192), torch.randn(2, 192)
+    div = torch.rand(192) + 0.5
+    packed = pack_weight(*quantize_weight(torch.randn(100, 192), CHANNEL), 8)
+    t = ops.transform(x, layernorm_eps=1e-5, mul=mul, add=add, div=div)
+    expected = (F.layer_norm(x, (192,), eps=1e-5) * mul[:, None] + add[:, None]) / div
+    torch.testing.assert_close(t, expected)
+    whole = ops.linear(x, packed, None, TOKEN, layernorm_eps=1e-5, mul=mul, add=add, div=div)
+    assert torch.equal(ops.linear(t, packed, None, TOKEN), whole)
+    assert torch.equal(ops.transform(x, div=div), x / div)
+
+
+@pytest.mark.parametrize("bits", [(8, 8, 8), (4, 4, 4), (8, 4, 6), (2, 3, 4)])
+def test_q_k_and_v_share_one_product(backend, bits):
+    x, sizes = torch.randn(40, 96), (100, 30, 64)
+    specs = [QuantSpec(bits[0], False, "channel"), QuantSpec(bits[1], True), QuantSpec(bits[2], False, "group", 32)]
+    parts = [(quantize_weight(torch.randn(size, 96), spec), spec) for size, spec in zip(sizes, specs, strict=True)]
+    together = pack_together(parts, 32)
+    out = ops.linear(x, together, None, TOKEN)
+    begin = 0
+    for (quantized, spec), size in zip(parts, sizes, strict=True):
+        alone = ops.linear(x, pack_weight(*quantized, spec.bits, 32), None, TOKEN)
+        assert torch.equal(out[:, begin : begin + size], alone)
+        assert torch.equal(Rows(together, begin, begin + size).codes(), quantized.codes)
+        begin += size
+
+
+def quant_linear(spec: QuantSpec, chain=None) -> QuantLinear:
+    x, weight = torch.randn(8, 96), torch.randn(50, 96)
+    variants = [
+        variant_of(CHANNEL, spec, x, weight, chain),
+        variant_of(QuantSpec(4, False, "channel"), spec, x, weight),
+    ]
+    context = StepContext((0.0, 0.5, 1.0))
+    context.segment = 0
+    bias = nn.Parameter(torch.randn(50))
+    layer = QuantLinear("layer", bias, variants, [0, 1], 50, context, NativeBackend())
+    layer.prepare()
+    return layer
+
+
+def test_one_graph_a_segment_under_torch_compile(backend):
+    layer, x = quant_linear(TOKEN, dict(chains(96))["both"]), torch.randn(2, 8, 96)
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module
+
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend=count, fullgraph=True)
+        for segment in (0, 1, 0):
+            layer.context.segment = segment
+            assert torch.equal(compiled(x), layer(x))
+    assert len(graphs) == 2
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op.startswith("call")]
+    assert not any("kron" in name or "cat" in name for name in called), "the rotation is built anew at every call"
+
+
+def test_the_operator_describes_itself_rightly(backend):
+    packed = pack_weight(*quantize_weight(torch.randn(50, 96), CHANNEL), 8)
+    arguments = (*packed[:4], None, 50, 8, False, 1, False, None, None, -1.0, *[None] * 4, 0, None, None)
+    for dtype in DTYPES:
+        torch.library.opcheck(
+            torch.ops.viditq.linear.default, (torch.randn(2, 3, 96), *arguments, dtype),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+    torch.library.opcheck(torch.ops.viditq.transform.default, (torch.randn(2, 96), 1e-6, None, None, None))
+
+
+def test_arguments_that_do_not_fit_are_refused(backend):
+    packed = pack_weight(*quantize_weight(torch.randn(50, 96), CHANNEL), 8)
+    x = torch.randn(6, 96)
+    for kwargs in ({"mul": torch.ones(4, 96)}, {"div": torch.ones(95)}, {"gate": torch.ones(6, 49)}, {"residual": x}):
+        with pytest.raises(RuntimeError, match="viditq::linear"):
+            ops.linear(x, packed, None, TOKEN, **kwargs)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        ops.linear(torch.randn(6, 200), packed, None, TOKEN)
