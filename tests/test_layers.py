@@ -22,7 +22,7 @@ FLOORS: list[list[str]] = [
     ["quant.artifact", "quant.setting"],
     ["quant.sizes", "quant"],
     ["models", "data", "metrics", "report"],
-    ["engine", "tiny", "run_dir"],
+    ["engine", "fusion", "tiny", "run_dir"],
     [
         *["", "cli", "config", "console", "estimate", "experiment", "gate", "job", "loading", "provenance", "runner"],
         *["stages", "summary", "sweeps", "worker"],

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from viditq.errors import UserError
+from viditq.fusion.install import fuse_blocks
 from viditq.models.adapter import ModelAdapter
 from viditq.models.checks import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
@@ -15,10 +16,11 @@ from viditq.quant.artifact import load_denoiser, read_meta
 from viditq.quant.correction.ptqd import corrections_of, latest_variance
 
 
-def load_quantized(path: str | Path, backend: str = "fake", model_path: str | None = None) -> Any:
+def load_quantized(path: str | Path, backend: str = "auto", model_path: str | None = None) -> Any:
     """Load a quantized pipeline, ready for `pipeline("a prompt")`.
 
-    path: an artifact (<run>/quantized) or the run's folder. model_path: the float pipeline's folder on this machine,
+    path: an artifact (<run>/quantized) or the run's folder. backend: what multiplies (docs/backends.md): auto, the
+    fastest that is exact for each layer on this CPU; fake, emulation, also on a GPU; native; portable. model_path: the float pipeline's folder on this machine,
     for its VAE, text encoder and scheduler, where it is not the one recorded. The model's settings (steps, guidance,
     size) are defaults of the call. Raises UserError for damaged or missing files.
     """
@@ -40,6 +42,7 @@ def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | 
             "Delete the folder and quantize again."
         ) from error
     denoiser = load_denoiser(folder, adapter.build_denoiser, backend)[0].eval().requires_grad_(False)
+    fuse_blocks(denoiser)
     if float_dtype not in (None, adapter.dtype):
         DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype, adapter.timestep_argument)
     pipeline = adapter.load_complete(denoiser) if complete else adapter.load(denoiser)

@@ -15,7 +15,7 @@ from zoo import images, videos
 from viditq.fusion.block import TOLERANCE, Fusion, disagreement
 from viditq.fusion.install import fuse_blocks
 from viditq.models.stdit import STDiT
-from viditq.quant import QuantSpec, Recipe, linear_names, quantize_denoiser
+from viditq.quant import QuantSpec, Recipe, get_backend, linear_names, quantize_denoiser
 from viditq.quant.execution.backends.fake import FakeBackend
 from viditq.quant.execution.linear import quant_linears
 
@@ -27,6 +27,13 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, int]]] =
     "wan_5b": (videos.wan22_5b, {"num_frames": 5}, {"WanTransformerBlock": 2}),
     "flux": (images.flux_dev, {}, {"FluxTransformerBlock": 2, "FluxSingleTransformerBlock": 2}),
 }
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(
+        get_backend("native").why_unavailable() is not None,
+        reason=f"no native kernels here: {get_backend('native').why_unavailable()}",
+    ),
+)
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -51,7 +58,7 @@ def sample(pipeline: Any, arguments: dict[str, Any]) -> Tensor:
     return (out.images if hasattr(out, "images") else out.frames).float()
 
 
-@pytest.mark.parametrize("backend", ["fake", "native"])
+@pytest.mark.parametrize("backend", ["fake", NATIVE])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None, caplog: Any) -> None:
     torch.manual_seed(0)
@@ -69,14 +76,15 @@ def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None
     assert disagreement(fused, plain, []) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("backend", ["fake", NATIVE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_stdit(masked: bool, dtype: torch.dtype, fusing: None) -> None:
+def test_stdit(masked: bool, dtype: torch.dtype, backend: str, fusing: None) -> None:
     torch.manual_seed(0)
     model = STDiT(
         sample_size=8, num_frames=3, num_layers=2, num_attention_heads=2, attention_head_dim=32, caption_channels=16
     ).to(dtype)
-    quantized(model, "native")
+    quantized(model, backend)
     call = {
         "hidden_states": torch.randn(2, 4, 3, 8, 8).to(dtype),
         "encoder_hidden_states": torch.randn(2, 7, 16).to(dtype),
@@ -102,8 +110,9 @@ def run(denoiser: nn.Module) -> Tensor:
         return denoiser(x, encoder_hidden_states=text, timestep=torch.tensor([500.0, 500.0])).sample
 
 
-def test_fused_blocks_are_copied_saved_and_named_as_before(fusing: None) -> None:
-    denoiser = pixart("native")
+@pytest.mark.parametrize("backend", ["fake", NATIVE])
+def test_fused_blocks_are_copied_saved_and_named_as_before(backend: str, fusing: None) -> None:
+    denoiser = pixart(backend)
     before, names = run(denoiser), list(denoiser.state_dict())
     fuse_blocks(denoiser)
     run(denoiser)

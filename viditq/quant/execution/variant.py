@@ -5,6 +5,7 @@ Legend: O out_features, C in_features, B bytes of a packed row, r rank of the lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,9 @@ class HeldWeight(Protocol):
     def codes(self) -> Tensor:
         """uint8 [O, C], as `QuantizedWeight` has them."""
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> HeldWeight:
+        """The same with each of its tensors moved."""
+
 
 class Variant(nn.Module):
     """The canonical tensors of one Linear for one or more segments.
@@ -31,7 +35,8 @@ class Variant(nn.Module):
     weight [O, C] when it stays in float; low_rank_up [O, r], low_rank_down [r, C] of a low-rank branch; input_scale,
     input_zero_point float32 (static activations only); the chain's own tensors. dtype: of the float Linear, which the
     output keeps. A backend's `prepare` adds what is not stored. held: the codes, once a backend took them over; qweight
-    is None then and made anew for the state dict, so that they are in memory once.
+    is None then and made anew for the state dict, so that they are in memory once. derived: what a backend made of it
+    and of its neighbours, by name; forgotten when it moves.
     """
 
     weight: Tensor | None
@@ -57,6 +62,7 @@ class Variant(nn.Module):
         assert (input_grid is not None) == scheme.static_activation
         self.scheme, self.chain, self.dtype, self.in_features = scheme, chain, dtype, in_features
         self.held: HeldWeight | None = None
+        self.derived: dict[str, Any] = {}
         quantized = fitted.quantized
         packed = None
         if quantized is not None:
@@ -112,6 +118,14 @@ class Variant(nn.Module):
     def hand_over(self, held: HeldWeight) -> None:
         """`held` keeps the codes from now on; `qweight` is let go of."""
         self.held, self.qweight = held, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Variant:
+        """What is held follows the model to another device; its types are its layout's and stay."""
+        super()._apply(fn, recurse)
+        if self.held is not None:
+            self.held = self.held.moved(lambda tensor: tensor.to(fn(tensor).device))
+            self.derived.clear()
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

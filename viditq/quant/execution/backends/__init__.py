@@ -1,11 +1,13 @@
 """Backends: the closed set of ways to multiply."""
 
+from viditq.quant.execution.backends.auto import AutoBackend
 from viditq.quant.execution.backends.base import Backend, Unavailable, check_supported, get_backend
 from viditq.quant.execution.backends.fake import FakeBackend
 from viditq.quant.execution.backends.native.backend import NativeBackend
 from viditq.quant.execution.backends.portable import PortableBackend
 
 __all__ = [
+    "AutoBackend",
     "Backend",
     "FakeBackend",
     "NativeBackend",

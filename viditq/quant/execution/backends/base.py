@@ -30,6 +30,10 @@ class Backend(ABC):
     fuses: ClassVar[bool] = False
     """Whether `products` takes fewer passes over memory than its parts one by one."""
 
+    def why_unavailable(self) -> str | None:
+        """Why it cannot run on this machine, in a few words; None = it can. May build or try something, once."""
+        return None
+
     @abstractmethod
     def unsupported_field(self, scheme: LayerScheme) -> str | None:
         """The field of `scheme` that this backend cannot honour, such as "weight.bits"; None = none."""

@@ -5,6 +5,7 @@ Legend: M rows, O out_features, C in_features, S segments of C that share all sc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from viditq.quant.methods.quantizer import QuantizedWeight, quantize_activation
 
 PADDED_TO = 8  # CUDA takes multiples of 8; on a CPU one column gives wrong sums (torch 2.13)
 ROWS_AT_LEAST = 17  # CUDA again
+INEXACT = "torch._int_mm is not exact on this machine (no VNNI?)"
 
 
 class SignedWeight(NamedTuple):
@@ -32,6 +34,11 @@ class SignedWeight(NamedTuple):
     colsum: Tensor
     size: int
     shift: int
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> SignedWeight:
+        """The same with each of its tensors moved."""
+        moved = self._replace(data=move(self.data), scale=move(self.scale))
+        return moved._replace(zero_point=move(self.zero_point), colsum=move(self.colsum))
 
     def codes(self) -> Tensor:
         """uint8 [O, C]."""
@@ -45,10 +52,13 @@ class PortableBackend(IntegerBackend):
 
     name = "portable"
 
+    def why_unavailable(self) -> str | None:
+        return None if exact_product("cpu") else INEXACT
+
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
         codes_OC, scale, zero_point = quantized
         if not exact_product(codes_OC.device.type):
-            raise Unavailable("portable", "torch._int_mm is not exact on this machine (no VNNI?)")
+            raise Unavailable("portable", INEXACT)
         shift = 128 if weight.bits == 8 else 0
         out_features, in_features = codes_OC.shape
         segments = in_features // segment_size

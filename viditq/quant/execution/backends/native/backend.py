@@ -11,6 +11,7 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import QuantSpec
+from viditq.quant.execution.backends.base import Unavailable
 from viditq.quant.execution.backends.integer import IntegerBackend
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import PackedWeight, joined, pack_weight
@@ -28,6 +29,13 @@ class NativeBackend(IntegerBackend):
 
     name = "native"
     fuses: ClassVar[bool] = True
+
+    def why_unavailable(self) -> str | None:
+        try:
+            ops.load()
+        except Unavailable as error:
+            return error.reason
+        return None
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> PackedWeight:
         ops.load()
@@ -111,7 +119,7 @@ def _weight(variant: Variant) -> PackedWeight:
 def _share_codes(variants: Sequence[Variant]) -> bool:
     """Whether one quantized input serves all of them, and their panels can lie side by side."""
     first = variants[0]
-    known: tuple[Any, bool] | None = first.__dict__.get("_shared")
+    known: tuple[Any, bool] | None = first.derived.get("shared")
     if known is not None and _same(known[0], variants):
         return known[1]
     answer = all(v.held is not None and _goes_into_the_quantizer(v) for v in variants) and all(
@@ -122,14 +130,14 @@ def _share_codes(variants: Sequence[Variant]) -> bool:
         and (v.input_scale is None or _equal(v.input_zero_point, first.input_zero_point))
         for v in variants
     )
-    first.__dict__["_shared"] = (list(variants), answer)
+    first.derived["shared"] = (list(variants), answer)
     return answer
 
 
 def _joined(variants: Sequence[Variant], biases: Sequence[Tensor | None]) -> tuple[PackedWeight, Tensor | None]:
     """One weight of all of them, of which each one's is a part from then on, and their biases one after another."""
     first = variants[0]
-    known = first.__dict__.get("_joined")
+    known = first.derived.get("joined")
     if known is not None and _same(known[0], variants):
         return known[1], known[2]
     weight = joined([_weight(v) for v in variants])
@@ -141,7 +149,7 @@ def _joined(variants: Sequence[Variant], biases: Sequence[Tensor | None]) -> tup
     sizes = [_weight(v).out_features for v in variants]
     parts = [torch.zeros(n) if b is None else b.detach().float() for b, n in zip(biases, sizes, strict=True)]
     bias = None if all(b is None for b in biases) else torch.cat(parts)
-    first.__dict__["_joined"] = (list(variants), weight, bias)
+    first.derived["joined"] = (list(variants), weight, bias)
     return weight, bias
 
 

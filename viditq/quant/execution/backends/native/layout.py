@@ -9,7 +9,7 @@ A panel and segment is [h / 4, 64, 4]: four consecutive inputs of one output lie
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,12 @@ class PackedWeight(NamedTuple):
     out_features: int
     in_features: int
     bits: int
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> PackedWeight:
+        """The same with each of its tensors moved."""
+        zero_point = None if self.zero_point is None else move(self.zero_point)
+        moved = self._replace(data=move(self.data), scale=move(self.scale), colsum=move(self.colsum))
+        return moved._replace(zero_point=zero_point)
 
     def codes(self) -> Tensor:
         """The uint8 [O, C] that `pack_weight` was given."""

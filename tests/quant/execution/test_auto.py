@@ -1,0 +1,56 @@
+"""backend=auto: the fastest that is exact, and one line per kind of layer that says so."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from viditq.quant import LayerScheme, QuantSpec, get_backend
+from viditq.quant.execution.backends import auto
+from viditq.quant.execution.backends.native.backend import NativeBackend
+from viditq.quant.execution.backends.portable import PortableBackend
+
+W4A8 = LayerScheme(QuantSpec(4, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True))
+W4 = LayerScheme(QuantSpec(4, granularity="channel"), None)
+
+
+@pytest.fixture(autouse=True)
+def chosen_anew() -> Iterator[None]:
+    for remembered in (auto._chosen, auto._tell):
+        remembered.cache_clear()
+    yield
+    for remembered in (auto._chosen, auto._tell):
+        remembered.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("native", "portable", "taken", "told"),
+    [
+        (None, None, "native", "W4 channel, A8 token: native"),
+        ("no compiler", None, "portable", "W4 channel, A8 token: portable (not native: no compiler)"),
+        ("no VNNI", "inexact", "fake", "W4 channel, A8 token: fake (not native: no VNNI; not portable: inexact)"),
+    ],
+)
+def test_it_takes_the_fastest_there_is(
+    native: str | None, portable: str | None, taken: str, told: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(NativeBackend, "why_unavailable", lambda self: native)
+    monkeypatch.setattr(PortableBackend, "why_unavailable", lambda self: portable)
+    with caplog.at_level(logging.INFO, logger="viditq"):
+        assert {get_backend("auto").resolve(W4A8).name for _ in range(3)} == {taken}
+    assert caplog.messages == [told]
+
+
+def test_what_no_integer_backend_takes_is_emulated_and_the_field_is_told(caplog: Any) -> None:
+    with caplog.at_level(logging.INFO, logger="viditq"):
+        assert get_backend("auto").resolve(W4).name == "fake"
+    assert caplog.messages == [
+        "W4 channel, A float: fake (not native: it does not take activation; not portable: it does not take activation)"
+    ]
+
+
+def test_a_segment_in_float_is_nothing_to_tell(caplog: Any) -> None:
+    with caplog.at_level(logging.INFO, logger="viditq"):
+        assert get_backend("auto").resolve(LayerScheme(None, None)).name == "fake"
+    assert not caplog.messages

@@ -1,0 +1,73 @@
+"""The default: for each layer the fastest backend that computes its scheme exactly on this machine."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from torch import Tensor
+
+from viditq.quant.description.registry import BACKENDS
+from viditq.quant.description.scheme import LayerScheme, QuantSpec
+from viditq.quant.execution.backends.base import Backend
+from viditq.quant.execution.variant import Variant
+
+logger = logging.getLogger("viditq")
+FASTEST_FIRST = ("native", "portable", "fake")
+
+
+@BACKENDS.register("auto")
+class AutoBackend(Backend):
+    """Chooses by scheme, and says once for each kind of layer what it took and why nothing faster."""
+
+    name = "auto"
+
+    def unsupported_field(self, scheme: LayerScheme) -> str | None:
+        return None
+
+    def resolve(self, scheme: LayerScheme) -> Backend:
+        return _chosen(scheme) if scheme.quantizes else _backend("fake")
+
+    def prepare(self, variant: Variant) -> None:
+        self.resolve(variant.scheme).prepare(variant)
+
+    def linear(self, variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.resolve(variant.scheme).linear(variant, x, bias)
+
+
+@cache
+def _backend(name: str) -> Backend:
+    return BACKENDS.get(name)()
+
+
+@cache
+def _chosen(scheme: LayerScheme) -> Backend:
+    reasons: list[str] = []
+    for backend in map(_backend, FASTEST_FIRST):
+        field = backend.unsupported_field(scheme)
+        reason = f"it does not take {field}" if field is not None else backend.why_unavailable()
+        if reason is None:
+            _tell(_kind(scheme), backend.name, "; ".join(reasons))
+            return backend
+        reasons.append(f"not {backend.name}: {reason}")
+    raise AssertionError("fake takes every scheme")
+
+
+@cache
+def _tell(kind: str, name: str, reasons: str) -> None:
+    logger.info("%s: %s%s", kind, name, f" ({reasons})" if reasons else "")
+
+
+def _kind(scheme: LayerScheme) -> str:
+    """Such as "W4 channel, A8 token, smooth"."""
+    chain = "".join(f", {transform.name}" for transform in scheme.transforms)
+    branch = f", low rank {scheme.low_rank}" if scheme.low_rank is not None else ""
+    return f"{_format('W', scheme.weight)}, {_format('A', scheme.activation)}{chain}{branch}"
+
+
+def _format(side: str, spec: QuantSpec | None) -> str:
+    if spec is None:
+        return f"{side} float"
+    group = "" if spec.group_size is None else f" {spec.group_size}"
+    static = " static" if side == "A" and not spec.dynamic else ""
+    return f"{side}{spec.bits} {spec.granularity}{group}{static}{' symmetric' if spec.symmetric else ''}"
