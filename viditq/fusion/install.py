@@ -15,6 +15,7 @@ from viditq.fusion.flux_blocks import FusedFluxBlock, FusedFluxSingleBlock
 from viditq.fusion.stdit_block import FusedStditBlock
 from viditq.fusion.wan_block import FusedWanBlock
 from viditq.models.stdit_blocks import Block
+from viditq.quant.execution.linear import quant_linears
 
 ADAPTERS: dict[type[nn.Module], type[FusedBlock]] = {
     BasicTransformerBlock: FusedBasicBlock,
@@ -29,8 +30,11 @@ def fuse_blocks(denoiser: nn.Module) -> dict[str, int]:
     """Let every block that an adapter knows run fused from now on; how many, by class.
 
     A block changes its class and keeps its modules and their names, so that it is saved, copied and watched as before.
-    Blocks that an adapter does not know in full stay as they are; one line says why.
+    Blocks that an adapter does not know in full stay as they are; one line says why. Where nothing fuses (emulation), there
+    is nothing to do.
     """
+    if not any(linear.fuses for linear in quant_linears(denoiser).values()):
+        return {}
     fused: Counter[str] = Counter()
     reasons: Counter[tuple[str, str]] = Counter()
     shared: dict[str, Fusion] = {}
