@@ -6,95 +6,17 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 
+#include "amx.h"
+#include "avx512.h"
 #include "pack.h"
-#include "products.h"
+#include "softmax.h"
 
 namespace viditq {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896340736f;
-
-// 2^x, relative error below 5e-6 (a polynomial of 2^fraction); 0 at -inf, NaN at NaN.
-inline __m512 exp2(__m512 x) {
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-  __m512 y = _mm512_set1_ps(1.36769763e-2f);
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.16963015e-2f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.41638340e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.92992970e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.00000369f));
-  return _mm512_scalef_ps(y, x);
-}
-
-// Two rows of probabilities as pairs of bf16, rounded to the nearest.
-inline __m512i pair_up(__m512 even, __m512 odd) {
-  const __m512i half = _mm512_set1_epi32(0x8000);
-  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)even, half), 16);
-  const __m512i high = _mm512_add_epi32((__m512i)odd, half);
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, low, high);
-}
-
-// Additive mask in units of log2, [keys, lanes] by strides; a stride of 0 stands for a broadcast axis.
-struct Mask {
-  const float* data = nullptr;
-  int64_t key_stride = 0, query_stride = 0;
-};
-
-struct Softmax {
-  float *maxima, *totals, *alpha;  // [lanes]
-};
-
-template <int N>
-void add_mask(const Mask& mask, int64_t query, int64_t queries, int64_t key, int64_t keys, float scale, float* S) {
-  const __m512 c = _mm512_set1_ps(scale);
-  for (int64_t k = 0; k < keys; ++k) {
-    const float* row = mask.data == nullptr ? nullptr : mask.data + (key + k) * mask.key_stride;
-    for (int v = 0; v < N; ++v) {
-      __m512 added = _mm512_setzero_ps();
-      if (row != nullptr && mask.query_stride == 0) {
-        added = _mm512_set1_ps(*row);
-      } else if (row != nullptr) {
-        added = _mm512_maskz_loadu_ps(first(queries - query - v * kLanes), row + query + v * kLanes);
-      }
-      float* s = S + (k * N + v) * kLanes;
-      _mm512_store_ps(s, _mm512_fmadd_ps(_mm512_load_ps(s), c, added));
-    }
-  }
-}
-
-// Scores [keys, lanes] -> probabilities [key pairs, lanes] against the running maximum; `alpha` rescales what was before.
-template <int N>
-void softmax_block(const float* S, int64_t keys, int64_t padded, float scale, const Softmax& state, uint32_t* P) {
-  const __m512 c = _mm512_set1_ps(scale);
-  for (int v = 0; v < N; ++v) {
-    const float* column = S + v * kLanes;
-    __m512 top = _mm512_set1_ps(-kInfinity);
-    for (int64_t k = 0; k < keys; ++k) top = _mm512_max_ps(top, _mm512_load_ps(column + k * N * kLanes));
-    const __m512 before = _mm512_load_ps(state.maxima + v * kLanes);
-    const __m512 maximum = _mm512_max_ps(before, _mm512_mul_ps(top, c));
-    _mm512_store_ps(state.maxima + v * kLanes, maximum);
-    // nothing seen but masked keys: subtract 0, as -inf - -inf would be NaN
-    const __mmask16 none = _mm512_cmp_ps_mask(maximum, _mm512_set1_ps(-kInfinity), _CMP_EQ_OQ);
-    const __m512 shift = _mm512_mask_mov_ps(maximum, none, _mm512_setzero_ps());
-    const __m512 alpha = exp2(_mm512_sub_ps(before, shift));
-    __m512 total = _mm512_mul_ps(_mm512_load_ps(state.totals + v * kLanes), alpha);
-    uint32_t* p = P + v * kLanes;
-    for (int64_t k = 0; k < padded; k += 2, p += N * kLanes) {
-      const auto probability = [&](int64_t key) {
-        if (key >= keys) return _mm512_setzero_ps();
-        return exp2(_mm512_fmsub_ps(_mm512_load_ps(column + key * N * kLanes), c, shift));
-      };
-      const __m512 even = probability(k), odd = probability(k + 1);
-      total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
-      _mm512_store_si512(p, pair_up(even, odd));
-    }
-    _mm512_store_ps(state.alpha + v * kLanes, alpha);
-    _mm512_store_ps(state.totals + v * kLanes, total);
-  }
-}
 
 struct Sizes {
   int64_t B, H, Lq, Lk, D, kv_heads, pairs, padded_D, padded_Lk;
@@ -142,45 +64,104 @@ void attend(const Sizes& n, const Mask& mask, int64_t query, const Scratch& scra
   }
 }
 
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+};
+
+template <typename T>
+Rows<T> rows_of(T* data, const at::Tensor& x_BLHD, int64_t b, int64_t h) {
+  return {data + b * x_BLHD.stride(0) + h * x_BLHD.stride(2), x_BLHD.stride(1)};
+}
+
+Mask mask_of(const at::Tensor& mask_BHKQ, int64_t b, int64_t h) {
+  if (!mask_BHKQ.defined()) return {};
+  const auto stride = [&](int axis) { return mask_BHKQ.size(axis) == 1 ? 0 : mask_BHKQ.stride(axis); };
+  return {mask_BHKQ.const_data_ptr<float>() + b * stride(0) + h * stride(1), stride(2), stride(3)};
+}
+
+// One head's queries from `query` to `stop`, in blocks; keys and values are packed in the scratch.
 template <typename Product, typename T>
-void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, float scale, at::Tensor& out) {
+void attend_range(const Sizes& n, const Mask& mask, const Rows<const T>& Q, const Rows<T>& O, int64_t query, int64_t stop, const Scratch& scratch) {
+  constexpr int64_t block = Product::kVectors * kLanes;
+  for (; query < stop; query += block) {
+    const int64_t rows = std::min(block, stop - query), lanes = round_up(rows, kLanes);
+    pack_queries(Q.data + query * Q.stride, Q.stride, rows, n.D, lanes, n.pairs, scratch.Q);
+    if (lanes == kLanes) attend<Product, 1>(n, mask, query, scratch);
+    if (lanes == 2 * kLanes) attend<Product, 2>(n, mask, query, scratch);
+    if constexpr (Product::kVectors == 3) {
+      if (lanes == 3 * kLanes) attend<Product, 3>(n, mask, query, scratch);
+    }
+    store_output(scratch.O, scratch.state.totals, lanes, rows, n.D, O.stride, O.data + query * O.stride);
+  }
+}
+
+template <typename Product, typename T>
+void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, float scale, const at::Tensor& out) {
   Sizes n{q.size(0), q.size(2), q.size(1), k.size(1), q.size(3), k.size(2)};
   n.pairs = round_up(n.D / 2, Product::kPairs), n.padded_D = round_up(n.D, Product::kD);
   n.padded_Lk = round_up(n.Lk, kKeyBlock), n.scale = scale * kLog2E;
   constexpr int64_t block = Product::kVectors * kLanes;
-  const int64_t blocks = (n.Lq + block - 1) / block, heads = n.B * n.H;
-  // Each item packs the keys of its head: split a head's queries only where there are too few heads for the threads.
-  const int64_t wanted = heads >= 2 * at::get_num_threads() ? 1 : (4 * at::get_num_threads() + heads - 1) / heads;
-  const int64_t parts = std::min(wanted, std::max<int64_t>(blocks / 4, 1)), per_part = (blocks + parts - 1) / parts;
-  const T *Q = q.const_data_ptr<T>(), *K = k.const_data_ptr<T>(), *V = v.const_data_ptr<T>();
-  T* O = out.mutable_data_ptr<T>();
+  const int64_t blocks = (n.Lq + block - 1) / block, heads = n.B * n.H, threads = at::get_num_threads();
+  // Each item packs the keys of its head: a head's queries are split only where there are too few heads for the threads.
+  const int64_t wanted = heads >= 2 * threads ? 1 : (4 * threads + heads - 1) / heads;
+  const int64_t parts = std::min(wanted, std::max<int64_t>(blocks / 4, 1)), part = (blocks + parts - 1) / parts * block;
   at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(n, block);
+    const Scratch scratch(n, block);
     Product::enter();
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / parts / n.H, h = item / parts % n.H, kv = h / (n.H / n.kv_heads);
-      pack_keys(K + b * k.stride(0) + kv * k.stride(2), k.stride(1), n.Lk, n.padded_Lk, n.D, n.pairs, scratch.K);
-      pack_values(V + b * v.stride(0) + kv * v.stride(2), v.stride(1), n.Lk, n.D, n.padded_D, scratch.V);
-      Mask part;
-      if (mask.defined()) part = {mask.const_data_ptr<float>() + b * mask.stride(0) + h * mask.stride(1), mask.stride(2), mask.stride(3)};
-      const int64_t stop = std::min(n.Lq, (item % parts + 1) * per_part * block);
-      for (int64_t query = item % parts * per_part * block; query < stop; query += block) {
-        const int64_t rows = std::min(block, stop - query), vectors = (rows + kLanes - 1) / kLanes;
-        pack_queries(Q + b * q.stride(0) + query * q.stride(1) + h * q.stride(2), q.stride(1), rows, n.D, vectors * kLanes, n.pairs, scratch.Q);
-        if (vectors == 1) attend<Product, 1>(n, part, query, scratch);
-        if (vectors == 2) attend<Product, 2>(n, part, query, scratch);
-        if (vectors == 3) attend<Product, 3>(n, part, query, scratch);
-        store_output(scratch.O, scratch.state.totals, vectors * kLanes, rows, n.D, out.stride(1), O + b * out.stride(0) + query * out.stride(1) + h * out.stride(2));
-      }
+      const auto K = rows_of(k.const_data_ptr<T>(), k, b, kv), V = rows_of(v.const_data_ptr<T>(), v, b, kv);
+      pack_keys(K.data, K.stride, n.Lk, n.padded_Lk, n.D, n.pairs, scratch.K);
+      pack_values(V.data, V.stride, n.Lk, n.D, n.padded_D, scratch.V);
+      const int64_t query = item % parts * part;
+      attend_range<Product, T>(n, mask_of(mask, b, h), rows_of(q.const_data_ptr<T>(), q, b, h),
+                               rows_of(out.mutable_data_ptr<T>(), out, b, h), query, std::min(n.Lq, query + part), scratch);
     }
     Product::leave();
   });
 }
 
-at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask, double scale) {
-  at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), q.size(3)}, q.options());
-  at::Tensor m;
-  if (q.scalar_type() == at::kBFloat16) attention<Avx512, at::BFloat16>(q, k, v, m, scale, out);
+// [keys, queries] in units of log2, so that a vector of queries is one load; an axis that is broadcast stays 1.
+at::Tensor additive(const at::Tensor& mask_BHQK) {
+  at::Tensor m = mask_BHQK.scalar_type() == at::kBool
+                     ? at::zeros_like(mask_BHQK, at::kFloat).masked_fill_(mask_BHQK.logical_not(), -kInfinity)
+                     : mask_BHQK.to(at::kFloat) * kLog2E;
+  return m.transpose(-1, -2).contiguous();
+}
+
+void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes(), "viditq::attention takes q, k, v as [B, L, H, D], k like v");
+  TORCH_CHECK(q.size(0) == k.size(0) && q.size(3) == k.size(3), "viditq::attention: q and k differ in B or D");
+  TORCH_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "viditq::attention: q's heads are no multiple of k's");
+  TORCH_CHECK(q.size(3) % 8 == 0 && q.size(3) >= 8 && q.size(3) <= 256, "viditq::attention: head dim ", q.size(3));
+  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "viditq::attention: dtypes differ");
+  if (!mask) return;
+  const int64_t full[] = {q.size(0), q.size(2), q.size(1), k.size(1)};
+  TORCH_CHECK(mask->dim() == 4, "viditq::attention takes a mask of 4 axes");
+  for (int i = 0; i < 4; ++i) TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == full[i], "viditq::attention: mask ", mask->sizes());
+}
+
+at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
+                         double scale, bool tiles) {
+  check(q, k, v, mask);
+  const auto rows = [](const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); };
+  const at::Tensor Q = rows(q), K = rows(k), V = rows(v), m = mask ? additive(*mask) : at::Tensor();
+  const at::Tensor out = at::empty(q.sizes(), q.options());
+  if (out.numel() == 0) return out;
+  const auto run = [&]<typename T>(T) {
+    const auto kernel = tiles && Amx::available() ? attention<Amx, T> : attention<Avx512, T>;
+    kernel(Q, K, V, m, static_cast<float>(scale), out);
+  };
+  if (q.scalar_type() == at::kBFloat16) {
+    run(at::BFloat16());
+  } else if (q.scalar_type() == at::kHalf) {
+    run(at::Half());
+  } else {
+    TORCH_CHECK(q.scalar_type() == at::kFloat, "viditq::attention takes bfloat16, float16 or float32, not ", q.scalar_type());
+    run(0.f);
+  }
   return out;
 }
 
@@ -188,6 +169,7 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
 }  // namespace viditq
 
 TORCH_LIBRARY_FRAGMENT(viditq, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool tiles=True) -> Tensor");
+  m.def("attention_tiles() -> bool", &viditq::Amx::available);
 }
 TORCH_LIBRARY_IMPL(viditq, CPU, m) { m.impl("attention", &viditq::attention_cpu); }

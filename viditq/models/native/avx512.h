@@ -1,4 +1,4 @@
-// The two products of attention, by AVX512-BF16 or AMX: scores S = K Q and sums O = alpha O + V P, lanes are queries.
+// The two products of attention by AVX512-BF16: scores S = K Q and sums O = alpha O + V P; lanes are queries.
 // Shapes in dwords of two bf16: Q [pairs, lanes], K [keys, pairs], P [key pairs, lanes], V [D, kKeyBlock / 2]; S, O float.
 #pragma once
 #include <immintrin.h>
