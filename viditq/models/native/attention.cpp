@@ -144,14 +144,14 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
 }
 
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
-                         double scale, bool tiles) {
+                         double scale, bool amx) {
   check(q, k, v, mask);
   const auto rows = [](const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); };
   const at::Tensor Q = rows(q), K = rows(k), V = rows(v), m = mask ? additive(*mask) : at::Tensor();
   const at::Tensor out = at::empty(q.sizes(), q.options());
   if (out.numel() == 0) return out;
   const auto run = [&]<typename T>(T) {
-    const auto kernel = tiles && Amx::available() ? attention<Amx, T> : attention<Avx512, T>;
+    const auto kernel = amx && Amx::available() ? attention<Amx, T> : attention<Avx512, T>;
     kernel(Q, K, V, m, static_cast<float>(scale), out);
   };
   if (q.scalar_type() == at::kBFloat16) {
@@ -169,7 +169,7 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
 }  // namespace viditq
 
 TORCH_LIBRARY_FRAGMENT(viditq, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool tiles=True) -> Tensor");
-  m.def("attention_tiles() -> bool", &viditq::Amx::available);
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool amx=True) -> Tensor");
+  m.def("attention_amx() -> bool", &viditq::Amx::available);
 }
 TORCH_LIBRARY_IMPL(viditq, CPU, m) { m.impl("attention", &viditq::attention_cpu); }
