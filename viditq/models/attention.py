@@ -37,15 +37,22 @@ def check_attention(name: str | None, dtype: str) -> None:
 
 
 def check_dispatches(name: str | None, denoiser: nn.Module) -> None:
-    """Raises UserError if the denoiser's attention cannot be told to use this backend, naming the layer if it is one."""
-    takes = processors.takes_native if name == "native" else _dispatches
+    """Raises UserError if the denoiser, or a layer of it that is named, cannot use this backend."""
+    native = name == "native"
+    takes = processors.takes_native if native else _dispatches
     if name is not None and not any(takes(processor) for processor in _processors(denoiser)):
         raise UserError(
-            f"model.attention={name}: {type(denoiser).__name__} does not choose its attention by diffusers' dispatch; "
-            "leave model.attention=null."
+            f"model.attention={name}: {type(denoiser).__name__} does not choose its attention by diffusers' dispatch"
+            f"{' or call torch' if native else ''}; leave model.attention=null."
         )
-    if name == "native":
+    if native:
         processors.check_heads(denoiser)
+
+
+def check_device(name: str | None, device: str) -> None:
+    """Raises UserError for a backend that does not compute on this kind of device."""
+    if name == "native" and device != "cpu":
+        raise UserError(f"model.attention=native computes on a CPU, and this run on {device}. {op.INSTEAD}")
 
 
 def set_attention(name: str | None, denoiser: nn.Module) -> None:

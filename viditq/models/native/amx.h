@@ -56,6 +56,7 @@ struct Amx {
     constexpr int64_t lanes = N * kLanes;
     for (int v = 0; v < N; ++v) {
       const __m512 factor = _mm512_load_ps(alpha + v * kLanes);
+      if (_mm512_cmp_ps_mask(factor, _mm512_set1_ps(1.f), _CMP_NEQ_UQ) == 0) continue;  // the maxima are the old ones
       for (int64_t d = 0; d < D; ++d) {
         float* row = O + d * lanes + v * kLanes;
         _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), factor));

@@ -1,5 +1,5 @@
 // The two products of attention by AVX512-BF16: scores S = K Q and sums O = alpha O + V P; lanes are queries.
-// Shapes in dwords of two bf16: Q [pairs, lanes], K [keys, pairs], P [key pairs, lanes], V [D, kKeyBlock / 2]; S, O float.
+// In dwords of two bf16: Q [pairs, lanes], K [keys, pairs], P [key pairs, lanes], V [D, kKeyBlock / 2]. S, O: float.
 #pragma once
 #include <immintrin.h>
 
@@ -8,7 +8,7 @@
 namespace viditq {
 
 struct Avx512 {
-  static constexpr int kVectors = 3;                       // 3 x 8 accumulators, 3 operands and a broadcast: 28 registers
+  static constexpr int kVectors = 3;  // 24 sums, 3 operands and a broadcast: 28 of 32 registers
   static constexpr int64_t kKeys = 8, kPairs = 1, kD = 8;  // what the axes are padded to
 
   static void enter() {}

@@ -32,7 +32,7 @@ def missing() -> str | None:
 
 @cache
 def load() -> None:
-    """Build the kernel on first use into torch's extension cache and register the op; raises UserError with the reason."""
+    """Register the op, its kernel built on first use into torch's cache; raises UserError with the reason if not."""
     lacking = missing()
     if lacking is not None:
         raise UserError(f"model.attention=native needs {lacking}. {INSTEAD}")
@@ -44,7 +44,9 @@ def load() -> None:
     torch.library.register_fake("viditq::attention", _fake)
 
 
-def _fake(q_BLHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor | None, scale: float, amx: bool = True) -> Tensor:
+def _fake(
+    q_BLHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor | None, scale: float, amx: bool = True
+) -> Tensor:
     return q_BLHD.new_empty(q_BLHD.shape)
 
 
@@ -53,14 +55,16 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T scale + mask) v, in bf16 with sums in float; call `load` before.
 
-    q, k, v: views of any strides in bfloat16, float16 or float32; D in HEAD_DIMS. mask: bool (True = look) or added to the
-    scores, broadcastable to [B, H, L, K]. scale: None = D^-1/2. Returns [B, L, H, D] in q's dtype; zero for a query that
-    may look at no key, as torch's. Gradients are torch's. Raises UserError for another device, dtype or head dim.
+    q, k, v: views of any strides in bfloat16, float16 or float32; D in HEAD_DIMS. mask: bool (True = look) or added to
+    the scores, broadcastable to [B, H, L, K]. scale: None = D^-1/2. Returns [B, L, H, D] in q's dtype; zero for a query
+    that may look at no key, as torch's. Gradients are torch's. Raises UserError for another device, dtype or head dim.
+
+    Flash attention: Dao et al., arXiv 2205.14135, algorithm 1.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BLHD, k_BKGD, v_BKGD)):
         return _with_gradients(q_BLHD, k_BKGD, v_BKGD, mask, scale)
     head_dim = q_BLHD.shape[-1]
-    if q_BLHD.device.type != "cpu" or q_BLHD.dtype not in DTYPES:
+    if q_BLHD.device.type not in ("cpu", "meta") or q_BLHD.dtype not in DTYPES:
         raise UserError(
             f"model.attention=native computes on a CPU in bfloat16, float16 or float32, not on {q_BLHD.device.type} in "
             f"{str(q_BLHD.dtype).removeprefix('torch.')}. {INSTEAD}"
@@ -76,12 +80,12 @@ def check_head_dim(head_dim: int, layer: str) -> None:
     """Raises UserError where the kernel does not take heads of this size."""
     if head_dim not in HEAD_DIMS:
         raise UserError(
-            f"model.attention=native takes heads of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} channels, a multiple of 8; {layer} "
-            f"has heads of {head_dim}. {INSTEAD}"
+            f"model.attention=native takes heads of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} channels, a multiple of 8; "
+            f"{layer} has heads of {head_dim}. {INSTEAD}"
         )
 
 
 def _with_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    heads = (x.transpose(1, 2) for x in (q, k, v))
     shared = q.shape[2] != k.shape[2]
-    return functional.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=shared).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=shared).transpose(1, 2)

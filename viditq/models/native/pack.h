@@ -1,7 +1,8 @@
 // Inputs as the products want them: bf16 in dwords of two, rows of lanes. Needs AVX512 (F, BW, DQ, VL) and AVX512-BF16.
 // Words: a lane is a query, a pair two neighbours of the axis that a product sums over (head channels, or keys).
 #pragma once
-#include <ATen/ATen.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <immintrin.h>
 
 #include <algorithm>
@@ -17,7 +18,7 @@ inline int64_t clamp_lanes(int64_t left) { return std::clamp<int64_t>(left, 0, k
 inline __mmask16 first(int64_t lanes) { return static_cast<__mmask16>((1u << clamp_lanes(lanes)) - 1u); }
 
 // Up to 16 pairs of a row, in bf16; what lies past `pairs` is zero.
-inline __m512i load_pairs(const at::BFloat16* row, int64_t pairs) {
+inline __m512i load_pairs(const c10::BFloat16* row, int64_t pairs) {
   return _mm512_maskz_loadu_epi32(first(pairs), row);
 }
 
@@ -27,20 +28,20 @@ inline __m512i load_pairs(const float* row, int64_t pairs) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-inline __m512i load_pairs(const at::Half* row, int64_t pairs) {
+inline __m512i load_pairs(const c10::Half* row, int64_t pairs) {
   const __m512i halves = _mm512_maskz_loadu_epi32(first(pairs), row);
   const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
   const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-inline void store_row(at::BFloat16* row, __m512 x, __mmask16 mask) {
+inline void store_row(c10::BFloat16* row, __m512 x, __mmask16 mask) {
   _mm256_mask_storeu_epi16(row, mask, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 inline void store_row(float* row, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(row, mask, x); }
 
-inline void store_row(at::Half* row, __m512 x, __mmask16 mask) {
+inline void store_row(c10::Half* row, __m512 x, __mmask16 mask) {
   _mm256_mask_storeu_epi16(row, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
@@ -71,7 +72,8 @@ inline void transpose(__m512i (&r)[16]) {
 
 // Queries [rows, D] -> [pairs, lanes]; pairs past D / 2 and lanes past `rows` are zero.
 template <typename T>
-void pack_queries(const T* source, int64_t stride, int64_t rows, int64_t D, int64_t lanes, int64_t pairs, uint32_t* out) {
+void pack_queries(const T* source, int64_t stride, int64_t rows, int64_t D, int64_t lanes, int64_t pairs,
+                  uint32_t* out) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     for (int64_t pair = 0; pair < pairs; pair += kLanes) {
       __m512i r[16];
@@ -88,10 +90,12 @@ void pack_queries(const T* source, int64_t stride, int64_t rows, int64_t D, int6
 
 // Keys [rows, D] -> [padded rows, pairs]; what is past them is zero.
 template <typename T>
-void pack_keys(const T* source, int64_t stride, int64_t rows, int64_t padded, int64_t D, int64_t pairs, uint32_t* out) {
+void pack_keys(const T* source, int64_t stride, int64_t rows, int64_t padded, int64_t D, int64_t pairs,
+               uint32_t* out) {
   for (int64_t row = 0; row < padded; ++row) {
     for (int64_t pair = 0; pair < pairs; pair += kLanes) {
-      const __m512i r = load_pairs(source + (row < rows ? row : 0) * stride + 2 * pair, row < rows ? D / 2 - pair : 0);
+      const bool there = row < rows;
+      const __m512i r = load_pairs(source + (there ? row : 0) * stride + 2 * pair, there ? D / 2 - pair : 0);
       _mm512_mask_storeu_epi32(out + row * pairs + pair, first(pairs - pair), r);
     }
   }
@@ -120,8 +124,8 @@ void pack_values(const T* source, int64_t stride, int64_t rows, int64_t D, int64
         r[1][i] = _mm512_permutex2var_epi16(pair[0], high, pair[1]);
       }
       for (int64_t half = 0; half < 2; ++half) {
-        transpose(r[half]);
         const int64_t count = clamp_lanes(padded_D - d - kLanes * half);
+        if (count > 0) transpose(r[half]);
         for (int64_t i = 0; i < count; ++i) {
           _mm512_store_si512(block + (d + kLanes * half + i) * half_block, r[half][i]);
         }
@@ -130,9 +134,10 @@ void pack_values(const T* source, int64_t stride, int64_t rows, int64_t D, int64
   }
 }
 
-// Sums [D, lanes] / total [lanes] -> output rows [rows, D]; a lane whose total is zero has no key at all: zero, as torch.
+// Sums [D, lanes] / totals [lanes] -> rows [rows, D]; a lane whose total is zero may look at no key: zero, as torch's.
 template <typename T>
-void store_output(const float* sums, const float* totals, int64_t lanes, int64_t rows, int64_t D, int64_t stride, T* out) {
+void store_output(const float* sums, const float* totals, int64_t lanes, int64_t rows, int64_t D, int64_t stride,
+                  T* out) {
   for (int64_t lane = 0; lane < rows; lane += kLanes) {
     const __m512 total = _mm512_load_ps(totals + lane);
     const __mmask16 some = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_NEQ_UQ);

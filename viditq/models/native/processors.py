@@ -3,12 +3,11 @@
 Legend: B batch, L queries, K keys, H heads, G heads of keys, D channels of a head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any
 
-import torch
 from diffusers.models import attention_dispatch as dispatch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,7 +39,8 @@ def use_native(denoiser: nn.Module) -> None:
         if hasattr(module.processor, "_attention_backend"):
             module.processor._attention_backend = member
         else:
-            module.processor.__class__ = _on_native(type(module.processor))
+            cls: Any = type(module.processor)
+            module.processor.__class__ = _on_native(cls)
 
 
 def _attention_layers(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -55,7 +55,7 @@ def _head_dim(module: Any) -> int | None:
     return channels // heads if isinstance(channels, int) and isinstance(heads, int) else None
 
 
-# Through the dispatch --------------------------------------------------------------------------------------------------
+# Through the dispatch -------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -89,11 +89,11 @@ def _dispatched(
     return attention(query, key, value, attn_mask, scale)
 
 
-# In place of torch's ---------------------------------------------------------------------------------------------------
+# In place of torch's --------------------------------------------------------------------------------------------------
 
 
 def _calls_torch(cls: type) -> bool:
-    call: Any = getattr(cls, "__call__", None)
+    call: Any = cls.__call__
     named = isinstance(call, FunctionType) and "scaled_dot_product_attention" in call.__code__.co_names
     return named and call.__globals__.get("F") is functional
 

@@ -39,6 +39,7 @@ struct Softmax {
   float *maxima, *totals, *alpha;  // [lanes]
 };
 
+// S = scale S + mask
 template <int N>
 void add_mask(const Mask& mask, int64_t query, int64_t queries, int64_t key, int64_t keys, float scale, float* S) {
   const __m512 c = _mm512_set1_ps(scale);
@@ -57,10 +58,11 @@ void add_mask(const Mask& mask, int64_t query, int64_t queries, int64_t key, int
   }
 }
 
-// Scores [keys, lanes] -> probabilities [key pairs, lanes] against the running maximum; `alpha` rescales what was before.
+// Scores [keys, lanes] -> probabilities [key pairs, lanes] against the running maximum; alpha rescales earlier sums.
 template <int N>
 void softmax_block(const float* S, int64_t keys, int64_t padded, float scale, const Softmax& state, uint32_t* P) {
   const __m512 c = _mm512_set1_ps(scale);
+  const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
   for (int v = 0; v < N; ++v) {
     const float* column = S + v * kLanes;
     __m512 top = _mm512_set1_ps(-kInfinity);
@@ -79,9 +81,9 @@ void softmax_block(const float* S, int64_t keys, int64_t padded, float scale, co
         if (key >= keys) return _mm512_setzero_ps();
         return exp2(_mm512_fmsub_ps(_mm512_load_ps(column + key * N * kLanes), c, shift));
       };
-      const __m512 even = probability(k), odd = probability(k + 1);
-      total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
-      _mm512_store_si512(p, pair_up(even, odd));
+      const __m512i pair = pair_up(probability(k), probability(k + 1));
+      total = _mm512_dpbf16_ps(total, (__m512bh)pair, ones);  // of the rounded ones, as the values' product sums them
+      _mm512_store_si512(p, pair);
     }
     _mm512_store_ps(state.alpha + v * kLanes, alpha);
     _mm512_store_ps(state.totals + v * kLanes, total);
