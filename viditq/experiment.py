@@ -18,6 +18,7 @@ from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
+from viditq.models.attention import check_device
 from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
@@ -129,7 +130,7 @@ def build(cfg: DictConfig) -> Experiment:
         logger_name=str(cfg.logger["_target_"]) if cfg.logger else "none",
         tracked={str(k): v for k, v in tracked.items() if k not in UNTRACKED} | {"inputs": inputs},
     )
-    experiment.make_trainer()
+    check_device(adapter.attention, experiment.make_trainer().strategy.root_device.type)
     return experiment
 
 

@@ -36,7 +36,7 @@ class _Attention(nn.Module, AttentionModuleMixin):
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads, self.processor = num_heads, Dispatch()
+        self.num_heads, self.head_dim, self.processor = num_heads, channels // num_heads, Dispatch()
         self.proj = nn.Linear(channels, channels)
 
     def _heads(self, x_BNC: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ const float* row_of(const T* x, const Prologue& prologue, int64_t m, float* buff
   return buffer;
 }
 
-struct Quantized {  // codes [M, S h], grids and sums [M, S]
+struct Quantized {  // codes [S, M, h], so that a product's rows lie close together; grids and sums [M, S]
   std::vector<Grid> grids;
   std::vector<int32_t> sums;
   uint8_t* codes;
@@ -76,11 +76,11 @@ struct Activations {
   const float *scale, *zero_point;  // static: [1] or [ranges]
 };
 
-void quantize_segments(const float* row, int64_t m, const Prologue& prologue, const Activations& activations,
+void quantize_segments(const float* row, int64_t m, int64_t M, const Prologue& prologue, const Activations& activations,
                        const Grid* grids, int64_t S, int64_t h, Quantized& out) {
   const int64_t g = prologue.K / S, per_range = S / activations.ranges;
   for (int64_t s = 0; s < S; ++s) {
-    uint8_t* codes = out.codes + (m * S + s) * h;
+    uint8_t* codes = out.codes + (s * M + m) * h;
     Grid grid = grids[s / per_range];
     out.sums[m * S + s] = quantize_row(row + s * g, g, grid, activations.format.levels(), codes);
     out.grids[m * S + s] = grid;
@@ -130,7 +130,7 @@ void quantize(const T* x, int64_t M, const Prologue& prologue, const Activations
           own[i] = grid_of_range(lo, hi, activations.format);
         }
       }
-      quantize_segments(row, m, prologue, activations, grids, S, h, out);
+      quantize_segments(row, m, M, prologue, activations, grids, S, h, out);
     }
   });
 }
@@ -159,22 +159,39 @@ void unpack_nibbles(const uint8_t* __restrict from, int64_t bytes, int8_t* __res
     }
 }
 
-// y (+)= sx sw (acc - zx colsum - zw rest) for one row and segment; inlined, so that a constant count unrolls.
-[[gnu::always_inline]] inline void dequantize_row(const int32_t* __restrict acc, const Weight& weight, int64_t offset,
-                                                  int64_t count, Grid grid, int32_t rest, bool add,
-                                                  float* __restrict y) {
-  const int32_t* __restrict colsum = weight.colsum + offset;
-  const float* __restrict scale = weight.scale + offset;
-  const int32_t* __restrict zero_point = weight.zero_point ? weight.zero_point + offset : nullptr;
+// y = sx sw (acc - zx colsum - zw rest) for one row of the only segment.
+void dequantize_row(const int32_t* __restrict acc, const Weight& weight, int64_t n, int64_t count, Grid grid,
+                    int32_t rest, float* __restrict y) {
+  const int32_t* __restrict colsum = weight.colsum + n;
+  const float* __restrict scale = weight.scale + n;
   const auto exact = [&](int64_t i) { return acc[i] - grid.zero_point * colsum[i]; };
-  if (zero_point && add)
-    for (int64_t i = 0; i < count; ++i) y[i] += (exact(i) - zero_point[i] * rest) * (grid.scale * scale[i]);
-  else if (zero_point)
+  if (const int32_t* __restrict zero_point = weight.zero_point ? weight.zero_point + n : nullptr)
     for (int64_t i = 0; i < count; ++i) y[i] = (exact(i) - zero_point[i] * rest) * (grid.scale * scale[i]);
-  else if (add)
-    for (int64_t i = 0; i < count; ++i) y[i] += exact(i) * (grid.scale * scale[i]);
   else
     for (int64_t i = 0; i < count; ++i) y[i] = exact(i) * (grid.scale * scale[i]);
+}
+
+using Ints = int32_t __attribute__((vector_size(64), aligned(4)));
+using Floats = float __attribute__((vector_size(64), aligned(4)));
+
+// y += sx sw (acc - zx colsum - zw rest) for `rows` rows of a panel and segment, whose scales stay in registers.
+void accumulate_panel(const int32_t* acc, const Weight& weight, int64_t offset, int64_t rows, const Grid* grids,
+                      const int32_t* sums, int64_t step, int32_t size, float* y) {
+  Ints colsum[4], zero_point[4] = {};
+  Floats scale[4];
+  for (int64_t j = 0; j < 4; ++j) {
+    colsum[j] = *reinterpret_cast<const Ints*>(weight.colsum + offset + 16 * j);
+    scale[j] = *reinterpret_cast<const Floats*>(weight.scale + offset + 16 * j);
+    if (weight.zero_point) zero_point[j] = *reinterpret_cast<const Ints*>(weight.zero_point + offset + 16 * j);
+  }
+  for (int64_t i = 0; i < rows; ++i, acc += kPanel, y += kPanel, grids += step, sums += step) {
+    const int32_t zx = grids->zero_point, rest = *sums - size * zx;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+      const Ints exact = reinterpret_cast<const Ints*>(acc)[j] - colsum[j] * zx - zero_point[j] * rest;
+      reinterpret_cast<Floats*>(y)[j] += __builtin_convertvector(exact, Floats) * (scale[j] * grids->scale);
+    }
+  }
 }
 
 template <typename T>
@@ -195,11 +212,13 @@ void finish_row(float* __restrict y, float* __restrict buffer, const Epilogue& e
     load_row(residual + m * N + n, buffer, count);
     for (int64_t i = 0; i < count; ++i) y[i] += buffer[i];
   }
+  if constexpr (std::is_same_v<T, float>)
+    if (y == out + m * N + n) return;
   store_row(y, out + m * N + n, count);
 }
 
-void product(int64_t rows, int64_t k, int64_t lda, int64_t ldc, const uint8_t* a, const int8_t* b, int32_t* c) {
-  at::native::cpublas::brgemm(rows, kPanel, k, lda, kPanel, ldc, false, a, reinterpret_cast<const signed char*>(b), c);
+void product(int64_t rows, int64_t k, int64_t ldc, const uint8_t* a, const int8_t* b, int32_t* c) {
+  at::native::cpublas::brgemm(rows, kPanel, k, k, kPanel, ldc, false, a, reinterpret_cast<const signed char*>(b), c);
 }
 
 // Blocks of kRows rows by a chunk of panels; a chunk of weights stays in the second-level cache (and unpacked).
@@ -212,15 +231,16 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
   const int64_t wanted = std::max<int64_t>(1, weight.P * blocks / (2 * threads));
   const int64_t panels = std::min(fitting, threads > 1 ? wanted : fitting);
   const int64_t chunks = (weight.P + panels - 1) / panels, width = panels * kPanel;
+  // rows of a power of two would share few lines of the first-level cache
+  const int64_t ldc = S > 1 ? kPanel : width + 16;
   at::parallel_for(0, chunks * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> acc(kRows * width);
-    std::vector<float> y(S > 1 ? kRows * width : width), buffer(width);
+    std::vector<int32_t> acc(kRows * ldc);
+    std::vector<float> y(S > 1 ? kRows * kPanel : width), buffer(width);
     std::vector<int8_t> unpacked(weight.nibbles ? panels * weight.panel_bytes() : 0);
     int64_t held = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / blocks, m0 = task % blocks * kRows, rows = std::min(kRows, M - m0);
       const int64_t p0 = chunk * panels, p1 = std::min(p0 + panels, weight.P), n0 = p0 * kPanel;
-      const int64_t count = std::min(p1 * kPanel, N) - n0;
       const int8_t* b = reinterpret_cast<const int8_t*>(weight.data) + p0 * weight.panel_bytes();
       if (weight.nibbles) {
         const int64_t bytes = weight.panel_bytes() / 2;
@@ -228,22 +248,31 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
         held = chunk;
         b = unpacked.data();
       }
-      const auto rest = [&](int64_t row) {
-        return x.sums[row] - static_cast<int32_t>(K / S) * x.grids[row].zero_point;
-      };
-      for (int64_t p = p0; p < p1; ++p)
-        for (int64_t s = 0; s < S; ++s) {
-          int32_t* c = acc.data() + (p - p0) * kPanel;
-          product(rows, h, S * h, width, x.codes + (m0 * S + s) * h, b + ((p - p0) * S + s) * h * kPanel, c);
-          if (S == 1) continue;
-          for (int64_t i = 0, row = m0 * S + s; i < rows; ++i, row += S)
-            dequantize_row(c + i * width, weight, (s * weight.P + p) * kPanel, kPanel, x.grids[row], rest(row), s > 0,
-                           y.data() + i * width + (p - p0) * kPanel);
+      const uint8_t* a = x.codes + m0 * h;
+      const Grid* grids = x.grids.data() + m0 * S;
+      const int32_t* sums = x.sums.data() + m0 * S;
+      const int32_t size = static_cast<int32_t>(K / S);
+      if (S == 1) {
+        const int64_t count = std::min(p1 * kPanel, N) - n0;
+        for (int64_t p = p0; p < p1; ++p, b += h * kPanel)
+          product(rows, h, ldc, a, b, acc.data() + (p - p0) * kPanel);
+        for (int64_t i = 0; i < rows; ++i) {
+          float* row = y.data();
+          if constexpr (std::is_same_v<T, float>) row = out + (m0 + i) * N + n0;
+          dequantize_row(acc.data() + i * ldc, weight, n0, count, grids[i], sums[i] - size * grids[i].zero_point, row);
+          finish_row(row, buffer.data(), epilogue, m0 + i, n0, count, N, addend, residual, out);
         }
-      for (int64_t i = 0; i < rows; ++i) {
-        float* row = y.data() + (S > 1 ? i * width : 0);
-        if (S == 1) dequantize_row(acc.data() + i * width, weight, n0, count, x.grids[m0 + i], rest(m0 + i), false, row);
-        finish_row(row, buffer.data(), epilogue, m0 + i, n0, count, N, addend, residual, out);
+        continue;
+      }
+      for (int64_t p = p0; p < p1; ++p) {
+        const int64_t n = p * kPanel, count = std::min(kPanel, N - n);
+        std::fill_n(y.data(), rows * kPanel, 0.0f);
+        for (int64_t s = 0; s < S; ++s, b += h * kPanel) {
+          product(rows, h, ldc, a + s * M * h, b, acc.data());
+          accumulate_panel(acc.data(), weight, s * weight.P * kPanel + n, rows, grids + s, sums + s, S, size, y.data());
+        }
+        for (int64_t i = 0; i < rows; ++i)
+          finish_row(y.data() + i * kPanel, buffer.data(), epilogue, m0 + i, n, count, N, addend, residual, out);
       }
     }
     at::native::cpublas::brgemm_release(true);
@@ -355,7 +384,7 @@ bool exact() {
   const std::vector<int8_t> b(k * kPanel, -128);
   std::vector<int32_t> c(rows * kPanel);
   try {
-    product(rows, k, k, kPanel, a.data(), b.data(), c.data());
+    product(rows, k, kPanel, a.data(), b.data(), c.data());
     at::native::cpublas::brgemm_release(true);
   } catch (const std::exception&) {
     return false;

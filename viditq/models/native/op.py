@@ -1,0 +1,91 @@
+"""`viditq::attention`: flash attention on a CPU, products in bf16, sums and softmax in float (attention.cpp).
+
+Legend: B batch, L queries, K keys, H heads, G heads of keys (H is a multiple), D channels of a head.
+"""
+
+import platform
+import shutil
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils import cpp_extension
+
+from viditq.errors import UserError
+
+HEAD_DIMS = range(32, 129, 8)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INSTEAD = "Leave model.attention=null (torch's attention)."
+FLAGS = ["-O3", "-fopenmp", "-mfma", "-mf16c", "-mamx-tile", "-mamx-bf16"]
+FLAGS += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")]
+
+
+def missing() -> str | None:
+    """What this machine lacks to build and run the kernel; None = nothing."""
+    if platform.system() != "Linux" or not torch.cpu._is_avx512_bf16_supported():
+        return "a CPU with AVX512-BF16 (Intel since Sapphire Rapids, AMD since Zen 4) under Linux"
+    programs = [name for name in (cpp_extension.get_cxx_compiler(), "ninja") if shutil.which(name) is None]
+    return f"{' and '.join(programs)} to build it once: install them (a compiler with C++20)" if programs else None
+
+
+@cache
+def load() -> None:
+    """Register the op, its kernel built on first use into torch's cache; raises UserError with the reason if not."""
+    lacking = missing()
+    if lacking is not None:
+        raise UserError(f"model.attention=native needs {lacking}. {INSTEAD}")
+    source = Path(__file__).with_name("attention.cpp")
+    try:
+        cpp_extension.load("viditq_attention", [str(source)], extra_cflags=FLAGS, is_python_module=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"model.attention=native: its kernel cannot be built: {error} {INSTEAD}") from error
+    torch.library.register_fake("viditq::attention", _fake)
+
+
+def _fake(
+    q_BLHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor | None, scale: float, amx: bool = True
+) -> Tensor:
+    return q_BLHD.new_empty(q_BLHD.shape)
+
+
+def attention(
+    q_BLHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(q k^T scale + mask) v, in bf16 with sums in float; call `load` before.
+
+    q, k, v: views of any strides in bfloat16, float16 or float32; D in HEAD_DIMS. mask: bool (True = look) or added to
+    the scores, broadcastable to [B, H, L, K]. scale: None = D^-1/2. Returns [B, L, H, D] in q's dtype; zero for a query
+    that may look at no key, as torch's. Gradients are torch's. Raises UserError for another device, dtype or head dim.
+
+    Flash attention: Dao et al., arXiv 2205.14135, algorithm 1.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BLHD, k_BKGD, v_BKGD)):
+        return _with_gradients(q_BLHD, k_BKGD, v_BKGD, mask, scale)
+    head_dim = q_BLHD.shape[-1]
+    if q_BLHD.device.type not in ("cpu", "meta") or q_BLHD.dtype not in DTYPES:
+        raise UserError(
+            f"model.attention=native computes on a CPU in bfloat16, float16 or float32, not on {q_BLHD.device.type} in "
+            f"{str(q_BLHD.dtype).removeprefix('torch.')}. {INSTEAD}"
+        )
+    check_head_dim(head_dim, "an attention layer")
+    while mask is not None and mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    scale = head_dim**-0.5 if scale is None else scale
+    return torch.ops.viditq.attention(q_BLHD, k_BKGD, v_BKGD, mask, scale)
+
+
+def check_head_dim(head_dim: int, layer: str) -> None:
+    """Raises UserError where the kernel does not take heads of this size."""
+    if head_dim not in HEAD_DIMS:
+        raise UserError(
+            f"model.attention=native takes heads of {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} channels, a multiple of 8; "
+            f"{layer} has heads of {head_dim}. {INSTEAD}"
+        )
+
+
+def _with_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    shared = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=shared).transpose(1, 2)
