@@ -21,6 +21,7 @@ from viditq.quant.convert import build_quantized
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.linear import QuantLinear, quant_linears
+from viditq.quant.execution.variant import Variant
 from viditq.quant.numerics.stored_dtypes import NAMES
 
 KINDS = {"qweight": "codes", "weight_scale": "scales", "weight_zero_point": "zero_points"}
@@ -59,8 +60,10 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
-    return tensor_bytes([*module.parameters(), *module.buffers()])
+    """Bytes of a module's parameters and buffers, and of what backends hold of its weights."""
+    variants = [part for part in module.modules() if isinstance(part, Variant)]
+    held = [tensor for variant in variants for tensor in variant.held_tensors()]
+    return tensor_bytes([*module.parameters(), *module.buffers(), *held])
 
 
 def laid_out(denoiser: nn.Module, plan: QuantPlan, timestep_scale: float | Mapping[str, Any] = 1000.0) -> nn.Module:

@@ -5,7 +5,7 @@ Legend: O out_features, C in_features, B bytes of a packed row, r rank of the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,9 @@ from viditq.quant.numerics.packing import pack, unpack
 
 
 class HeldWeight(Protocol):
-    """A quantized weight in a backend's own layout."""
+    """A quantized weight in a backend's own layout: a NamedTuple."""
+
+    def __iter__(self) -> Iterator[Any]: ...
 
     def codes(self) -> Tensor:
         """uint8 [O, C], as `QuantizedWeight` has them."""
@@ -114,6 +116,10 @@ class Variant(nn.Module):
             return self.weight
         assert self.scheme.weight is not None
         return dequantize_weight(quantized, self.scheme.weight).to(self.dtype)
+
+    def held_tensors(self) -> list[Tensor]:
+        """What lies in memory in a backend's layout; of neighbours that share one tensor each has its part."""
+        return [] if self.held is None else [part for part in self.held if isinstance(part, Tensor)]
 
     def hand_over(self, held: HeldWeight) -> None:
         """`held` keeps the codes from now on; `qweight` is let go of."""
