@@ -4,11 +4,11 @@
     python benchmarks/backends.py pixart stdit --blocks 4 --threads 2
     python benchmarks/backends.py tiny_video --rounds 30 --json out.json
 
-Candidates run in random order each round; a cell is median / 10 % quantile in ms and the ratio of medians to bfloat16 compiled
-with frozen weights (to fp32 where that is left out). One thread: time of that thread, so that other processes count
-less; more: by the clock. Weights are random, inputs normal, never zeros. torchao is compared where it is installed.
-State the allocator when quoting figures: GLIBC_TUNABLES=glibc.malloc.mmap_threshold=34359738368:glibc.malloc.trim_threshold=34359738368
-holds for every candidate alike.
+Candidates run in random order each round; a cell is median / 10 % quantile in ms and the ratio of medians to bfloat16
+compiled with frozen weights (to fp32 where that is left out). One thread: time of that thread, so that other processes
+count less; more: by the clock. Weights are random, inputs normal, never zeros. torchao is compared where installed.
+GLIBC_TUNABLES with large mmap and trim thresholds keeps fresh pages out of the figures, of all candidates alike; the
+first line says what was set.
 """
 
 import argparse

@@ -19,10 +19,11 @@ from viditq.quant.correction.ptqd import corrections_of, latest_variance
 def load_quantized(path: str | Path, backend: str = "auto", model_path: str | None = None) -> Any:
     """Load a quantized pipeline, ready for `pipeline("a prompt")`.
 
-    path: an artifact (<run>/quantized) or the run's folder. backend: what multiplies (docs/backends.md): auto = for each
-    layer the fastest that is exact on this CPU; fake = emulation, also on a GPU; native; portable. model_path: the float
-    pipeline's folder on this machine, for its VAE, text encoder and scheduler, where it is not the one recorded. The
-    model's settings (steps, guidance, size) are defaults of the call. Raises UserError for damaged or missing files.
+    path: an artifact (<run>/quantized) or the run's folder. backend: what multiplies (docs/backends.md): auto = for
+    each layer the fastest that is exact on this CPU; fake = emulation, also on a GPU; native; portable. model_path:
+    the float pipeline's folder on this machine, for its VAE, text encoder and scheduler, where it is not the one
+    recorded. The model's settings (steps, guidance, size) are defaults of the call. Raises UserError for damaged or
+    missing files.
     """
     folder = Path(path)
     if (folder / "quantized").is_dir():

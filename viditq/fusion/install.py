@@ -30,8 +30,8 @@ def fuse_blocks(denoiser: nn.Module) -> dict[str, int]:
     """Let every block that an adapter knows run fused from now on; how many, by class.
 
     A block changes its class and keeps its modules and their names, so that it is saved, copied and watched as before.
-    Blocks that an adapter does not know in full stay as they are; one line says why. Where nothing fuses (emulation), there
-    is nothing to do.
+    Blocks that an adapter does not know in full stay as they are; one line says why. Where nothing fuses (emulation),
+    there is nothing to do.
     """
     if not any(linear.fuses for linear in quant_linears(denoiser).values()):
         return {}
