@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, LatteTransformer3DModel, PixArtTransformer2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    LatteTransformer3DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -225,6 +231,25 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
     return model, given | {"img_ids": torch.rand(64, 3), "txt_ids": torch.zeros(10, 3)}
 
 
+def wan() -> tuple[nn.Module, dict[str, Any]]:
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=48, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=64, num_layers=1,
+    )  # fmt: skip
+    given = {"hidden_states": torch.randn(1, 4, 3, 8, 8), "encoder_hidden_states": torch.randn(1, 7, 16)}
+    return model, given | {"timestep": torch.tensor([5.0])}
+
+
+def sd3() -> tuple[nn.Module, dict[str, Any]]:
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=32,
+        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=64, pooled_projection_dim=16,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    given = {"hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 7, 16)}
+    return model, given | {"timestep": torch.tensor([3, 3]), "pooled_projections": torch.randn(2, 16)}
+
+
 def stdit() -> tuple[nn.Module, dict[str, Any]]:
     config = {"sample_size": 8, "num_frames": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32}
     model = STDiT(**config, caption_channels=16, max_caption_tokens=7)
@@ -241,7 +266,7 @@ def seeded() -> Iterator[None]:
 
 
 @needs_kernel
-@pytest.mark.parametrize("build", [pixart, latte, flux, stdit])
+@pytest.mark.parametrize("build", [pixart, latte, flux, wan, sd3, stdit])
 @torch.no_grad()
 def test_denoisers(build: Callable[[], tuple[nn.Module, dict[str, Any]]], seeded: None) -> None:
     model, given = build()

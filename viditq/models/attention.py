@@ -22,9 +22,7 @@ def check_attention(name: str | None, dtype: str) -> None:
     if name not in BACKENDS:
         raise UserError(f"model.attention={name!r} is unknown; choose null or one of {', '.join(BACKENDS)}.")
     if name == "native":
-        lacking = op.missing()
-        if lacking is not None:
-            raise UserError(f"model.attention=native needs {lacking}. {op.INSTEAD}")
+        op.check_machine()
         return
     try:
         dispatch._check_attention_backend_requirements(dispatch.AttentionBackendName(name))

@@ -30,12 +30,17 @@ def missing() -> str | None:
     return f"{' and '.join(programs)} to build it once: install them (a compiler with C++20)" if programs else None
 
 
-@cache
-def load() -> None:
-    """Register the op, its kernel built on first use into torch's cache; raises UserError with the reason if not."""
+def check_machine() -> None:
+    """Raises UserError where `missing` names something."""
     lacking = missing()
     if lacking is not None:
         raise UserError(f"model.attention=native needs {lacking}. {INSTEAD}")
+
+
+@cache
+def load() -> None:
+    """Register the op, its kernel built on first use into torch's cache; raises UserError with the reason if not."""
+    check_machine()
     source = Path(__file__).with_name("attention.cpp")
     try:
         cpp_extension.load("viditq_attention", [str(source)], extra_cflags=FLAGS, is_python_module=False)
