@@ -12,8 +12,10 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "amx.h"
 #include "epilogue.h"
 #include "quantize.h"
 
@@ -217,9 +219,53 @@ void finish_row(float* __restrict y, float* __restrict buffer, const Epilogue& e
   store_row(y, out + m * N + n, count);
 }
 
-void product(int64_t rows, int64_t k, int64_t ldc, const uint8_t* a, const int8_t* b, int32_t* c) {
-  at::native::cpublas::brgemm(rows, kPanel, k, k, kPanel, ldc, false, a, reinterpret_cast<const signed char*>(b), c);
+// u8 [rows, k] x a panel s8 [k / 4, 64, 4] -> int32 [rows, ldc]; one object per thread and call of the operator.
+class Product {
+ public:
+  Product(int64_t k, bool amx) : k_(k), amx_(amx && k % amx::kDepth == 0) {
+    if (amx_) amx::configure();
+  }
+  ~Product() {
+    if (amx_)
+      amx::release();
+    else
+      at::native::cpublas::brgemm_release(true);
+  }
+  void operator()(int64_t rows, int64_t ldc, const uint8_t* a, const int8_t* b, int32_t* c) const {
+    if (amx_) return amx::product(rows, k_, ldc, a, b, c);
+    at::native::cpublas::brgemm(rows, kPanel, k_, k_, kPanel, ldc, false, a, reinterpret_cast<const signed char*>(b),
+                                c);
+  }
+
+ private:
+  int64_t k_;
+  bool amx_;
+};
+
+// Whether a product of extreme codes is exact: brgemm refuses some machines, and where it lacks VNNI pairs saturate.
+bool is_exact(bool amx) {
+  constexpr int64_t rows = 37, k = 1152, padded = 64;
+  std::vector<uint8_t> a(padded * k);
+  std::vector<int8_t> b(k * kPanel);
+  std::vector<int32_t> c(padded * kPanel);
+  for (int64_t i = 0; i < rows * k; ++i) a[i] = i % 5 ? 255 : i % 251;
+  for (int64_t i = 0; i < k * kPanel; ++i) b[i] = i % 7 ? (i / 256 % 2 ? 127 : -128) : i % 127;
+  try {
+    Product(k, amx)(rows, kPanel, a.data(), b.data(), c.data());
+  } catch (const std::exception&) {
+    return false;
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t n = 0; n < kPanel; ++n) {
+      int32_t sum = 0;
+      for (int64_t j = 0; j < k; ++j) sum += a[i * k + j] * b[j / 4 * 256 + n * 4 + j % 4];
+      if (sum != c[i * kPanel + n]) return false;
+    }
+  return true;
 }
+
+// AMX tiles instead of brgemm: set once, by `native_prepare`.
+bool use_amx = false;
 
 // Blocks of kRows rows by a chunk of panels; a chunk of weights stays in the second-level cache (and unpacked).
 template <typename T>
@@ -237,6 +283,7 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
     std::vector<int32_t> acc(kRows * ldc);
     std::vector<float> y(S > 1 ? kRows * kPanel : width), buffer(width);
     std::vector<int8_t> unpacked(weight.nibbles ? panels * weight.panel_bytes() : 0);
+    const Product product(h, use_amx);
     int64_t held = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / blocks, m0 = task % blocks * kRows, rows = std::min(kRows, M - m0);
@@ -255,7 +302,7 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
       if (S == 1) {
         const int64_t count = std::min(p1 * kPanel, N) - n0;
         for (int64_t p = p0; p < p1; ++p, b += h * kPanel)
-          product(rows, h, ldc, a, b, acc.data() + (p - p0) * kPanel);
+          product(rows, ldc, a, b, acc.data() + (p - p0) * kPanel);
         for (int64_t i = 0; i < rows; ++i) {
           float* row = y.data();
           if constexpr (std::is_same_v<T, float>) row = out + (m0 + i) * N + n0;
@@ -268,14 +315,13 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
         const int64_t n = p * kPanel, count = std::min(kPanel, N - n);
         std::fill_n(y.data(), rows * kPanel, 0.0f);
         for (int64_t s = 0; s < S; ++s, b += h * kPanel) {
-          product(rows, h, ldc, a + s * M * h, b, acc.data());
+          product(rows, ldc, a + s * M * h, b, acc.data());
           accumulate_panel(acc.data(), weight, s * weight.P * kPanel + n, rows, grids + s, sums + s, S, size, y.data());
         }
         for (int64_t i = 0; i < rows; ++i)
           finish_row(y.data() + i * kPanel, buffer.data(), epilogue, m0 + i, n, count, N, addend, residual, out);
       }
     }
-    at::native::cpublas::brgemm_release(true);
   });
 }
 
@@ -339,7 +385,7 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight_in, const at:
                                 floats(input_zero_point)};
   const Epilogue epilogue{floats(bias), activation, floats(gate), rows_per(gate, M, N)};
 
-  const at::Tensor codes = at::empty({M, weight.S * weight.h}, x.options().dtype(at::kByte));
+  const at::Tensor codes = at::empty({M * weight.S + amx::kBlock, weight.h}, x.options().dtype(at::kByte));
   Quantized quantized{std::vector<Grid>(M * weight.S), std::vector<int32_t>(M * weight.S),
                       codes.data_ptr<uint8_t>()};
   with_type(x.scalar_type(), [&](auto type) {
@@ -377,19 +423,10 @@ at::Tensor transform(const at::Tensor& x_in, double layernorm_eps, const std::op
   return out;
 }
 
-// A product of extreme codes: whether brgemm takes u8 x s8 on this machine, and is exact.
-bool exact() {
-  constexpr int64_t rows = 7, k = 1152;
-  const std::vector<uint8_t> a(rows * k, 255);
-  const std::vector<int8_t> b(k * kPanel, -128);
-  std::vector<int32_t> c(rows * kPanel);
-  try {
-    product(rows, k, kPanel, a.data(), b.data(), c.data());
-    at::native::cpublas::brgemm_release(true);
-  } catch (const std::exception&) {
-    return false;
-  }
-  return std::all_of(c.begin(), c.end(), [](int32_t value) { return value == 255 * -128 * k; });
+// How products are computed from now on, "amx" (if allowed and right here) or "brgemm"; "" = not exactly in any way.
+std::string prepare(bool allow_amx) {
+  use_amx = allow_amx && amx::granted() && is_exact(true);
+  return use_amx ? "amx" : is_exact(false) ? "brgemm" : "";
 }
 
 }  // namespace
@@ -402,7 +439,7 @@ TORCH_LIBRARY_FRAGMENT(viditq, m) {
       "Tensor? input_zero_point, float layernorm_eps, Tensor? mul, Tensor? add, Tensor? div, Tensor? addend, "
       "int activation, Tensor? gate, Tensor? residual, ScalarType out_dtype) -> Tensor");
   m.def("transform(Tensor x, float layernorm_eps, Tensor? mul, Tensor? add, Tensor? div) -> Tensor");
-  m.def("native_exact() -> bool", viditq::exact);
+  m.def("native_prepare(bool allow_amx) -> str", viditq::prepare);
 }
 
 TORCH_LIBRARY_IMPL(viditq, CPU, m) {
