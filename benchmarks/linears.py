@@ -21,7 +21,9 @@ from torch import Tensor
 from viditq.quant import LayerScheme, QuantSpec
 from viditq.quant.execution.backends import Backend, NativeBackend, PortableBackend
 from viditq.quant.execution.backends.native import ops
+from viditq.quant.execution.backends.native.layout import pack_weight
 from viditq.quant.execution.variant import Variant
+from viditq.quant.methods.quantizer import quantize_weight
 from viditq.quant.methods.transforms import Chain, Smooth
 
 SHAPES = ["256x1152x1152", "1024x1152x1152", "1024x1152x4608", "1024x4608x1152", "256x192x768", "16x1152x1152"]
@@ -65,9 +67,8 @@ def candidates(rows: int, in_features: int, out_features: int, fused: bool) -> d
 
 def fused_candidates(x: Tensor, weight_OC: Tensor, bias: Tensor) -> dict[str, Candidate]:
     """What a block does before and after the product, as own operations around float32 and inside ours."""
-    variant = Variant.fit(LayerScheme(WEIGHTS["W8A8"], TOKEN), weight_OC, Chain())
-    NativeBackend().prepare(variant)
-    packed, (rows, width), out_features = variant.held, x.shape, len(weight_OC)
+    packed = pack_weight(*quantize_weight(weight_OC, WEIGHTS["W8A8"]), 8)
+    (rows, width), out_features = x.shape, len(weight_OC)
     mul, add, gate = torch.randn(1, width), torch.randn(1, width), torch.randn(1, out_features)
     residual = torch.randn(rows, out_features)
 

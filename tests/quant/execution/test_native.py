@@ -21,7 +21,7 @@ from viditq.quant import LayerScheme, QuantLinear, QuantSpec, StepContext
 from viditq.quant.execution.backends import NativeBackend, Unavailable, check_supported, get_backend
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import Rows, pack_together, pack_weight
-from viditq.quant.methods.quantizer import quantize_weight
+from viditq.quant.methods.quantizer import fake_quantize_activation, quantize_weight
 
 TOKEN, CHANNEL = QuantSpec(8, False, "token", None, True), QuantSpec(8, False, "channel")
 STATIC = QuantSpec(8)
@@ -100,6 +100,21 @@ def test_sums_that_need_more_than_32_bits_are_cut_into_parts(backend):
     x, weight = torch.full((2, 70_000), 3.0), torch.full((3, 70_000), -2.0)
     weight[:, 0] = 1e-3
     assert_agrees(backend, variant_of(CHANNEL, TOKEN, x, weight), x, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_codes_are_those_of_fake_at_ties_and_beside_them(backend, bits, symmetric, dtype):
+    """Each output is one code times its scale: the weight is a diagonal of 255 steps of 1."""
+    steps = torch.arange(2 ** (bits + 1)) / 2
+    rows = [steps, -steps, steps - steps.mean(), steps * (1 + 2**-8), torch.randn(len(steps)), steps / 3]
+    x = torch.stack([row * size for row in rows for size in (1, 0.1, 3e-4, 7e5 if dtype != torch.float16 else 10)])
+    spec = QuantSpec(bits, symmetric, "token", dynamic=True)
+    variant = variant_of(QuantSpec(8, False, "channel"), spec, x.to(dtype), 255 * torch.eye(len(steps)))
+    on_grid = fake_quantize_activation(x.to(dtype).float(), spec, None)
+    backend.prepare(variant)
+    torch.testing.assert_close(backend.linear(variant, x.to(dtype), None), 255 * on_grid, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
