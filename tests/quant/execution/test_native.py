@@ -229,6 +229,18 @@ def test_layernorm_modulation_activation_gate_and_residual_in_one_op(backend, dt
         assert difference < 3e-4 + torch.finfo(dtype).eps, (name, float(difference))
 
 
+def test_views_and_other_dtypes_around_the_product(backend):
+    """As blocks have them: parts of one modulation tensor in the model's dtype, a residual seen another way round."""
+    x = torch.randn(2, 70, 96).bfloat16()
+    packed = pack_weight(*quantize_weight(torch.randn(96, 96), CHANNEL), 8)
+    shift, scale, gate = torch.randn(2, 3, 96).bfloat16().chunk(3, 1)
+    strided = x.mT.contiguous().mT
+    out = ops.linear(strided, packed, None, TOKEN, mul=scale, add=shift, gate=gate, residual=strided)
+    parts = [part.float().contiguous() for part in (scale, shift, gate)]
+    plain = ops.linear(x, packed, None, TOKEN, mul=parts[0], add=parts[1], gate=parts[2], residual=x)
+    assert torch.equal(out, plain)
+
+
 @pytest.mark.parametrize("name", ["gelu_tanh", "gelu", "silu"])
 def test_activation_functions(backend, name):
     """Of single values from -20 to 20, by a weight of one input."""
@@ -317,6 +329,10 @@ def test_the_operator_describes_itself_rightly(backend):
 def test_arguments_that_do_not_fit_are_refused(backend):
     packed = pack_weight(*quantize_weight(torch.randn(50, 96), CHANNEL), 8)
     x = torch.randn(6, 96)
+    with pytest.raises(RuntimeError, match="viditq::linear: bias"):
+        ops.linear(x, packed, torch.ones(49), TOKEN)
+    with pytest.raises(RuntimeError, match="viditq::linear: input_scale"):
+        ops.linear(x, packed, None, STATIC, (torch.ones(2), torch.zeros(1)))
     for kwargs in ({"mul": torch.ones(4, 96)}, {"div": torch.ones(95)}, {"gate": torch.ones(6, 49)}, {"residual": x}):
         with pytest.raises(RuntimeError, match="viditq::linear"):
             ops.linear(x, packed, None, TOKEN, **kwargs)

@@ -38,7 +38,7 @@ class NativeBackend(IntegerBackend):
         return ops.linear(
             x if x.dtype in FLOATS else x.float(),
             variant.held,
-            None if bias is None else bias.float(),
+            bias,
             spec,
             variant.input_qparams,
             div=div,

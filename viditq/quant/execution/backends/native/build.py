@@ -24,7 +24,7 @@ import torch
 from viditq.quant.execution.backends.base import Unavailable
 
 logger = logging.getLogger("viditq")
-SOURCES = ("linear.cpp", "quantize.h", "epilogue.h", "amx.h")
+SOURCES = ("linear.cpp", "activations.h", "amx.h", "epilogue.h", "multiply.h", "product.h", "quantize.h")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
 FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-DNDEBUG", "-w", "-fwrapv"),
