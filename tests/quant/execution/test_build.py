@@ -182,10 +182,30 @@ def test_a_reason_is_found_once_and_told_every_time(monkeypatch):
     assert len(tries) == 1
 
 
+def test_a_build_that_does_not_load_is_made_once_more(monkeypatch, source):
+    """A whole file, of a machine with other libraries."""
+    loads = []
+
+    def load(path):
+        loads.append(path)
+        if len(loads) == 1:
+            raise OSError("GLIBC_2.99 not found")
+
+    monkeypatch.setattr(build, "_check_cpu", lambda _: None)
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    monkeypatch.setattr(build, "_how", lambda: "brgemm")
+    built = ensure(source)
+    made = built.stat().st_mtime_ns
+    plain = build.ensure
+    monkeypatch.setattr(build, "ensure", lambda *_: plain([source], FLAGS, "1"))
+    build._load()
+    assert loads == [built, built] and built.stat().st_mtime_ns != made
+
+
 def test_a_product_that_is_not_exact_is_not_used(monkeypatch, source):
     monkeypatch.setattr(build, "_check_cpu", lambda _: None)
     monkeypatch.setattr(build, "ensure", lambda *_: source)
     monkeypatch.setattr(torch.ops, "load_library", lambda _: None)
-    monkeypatch.setattr(build, "_is_exact", lambda: False)
+    monkeypatch.setattr(build, "_how", lambda: "")
     with pytest.raises(Unavailable, match="exactly"):
         build._load()

@@ -21,7 +21,7 @@ from viditq.quant import LayerScheme, QuantLinear, QuantSpec, StepContext
 from viditq.quant.execution.backends import NativeBackend, Unavailable, check_supported, get_backend
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import Rows, pack_together, pack_weight
-from viditq.quant.methods.quantizer import quantize_weight
+from viditq.quant.methods.quantizer import fake_quantize_activation, quantize_weight
 
 TOKEN, CHANNEL = QuantSpec(8, False, "token", None, True), QuantSpec(8, False, "channel")
 STATIC = QuantSpec(8)
@@ -31,8 +31,10 @@ STATIC = QuantSpec(8)
 def backend() -> NativeBackend:
     try:
         ops.load()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
+    except Unavailable as error:
+        if "failed" in error.reason:
+            raise
+        pytest.skip(error.reason)
     return NativeBackend()
 
 
@@ -98,6 +100,21 @@ def test_sums_that_need_more_than_32_bits_are_cut_into_parts(backend):
     x, weight = torch.full((2, 70_000), 3.0), torch.full((3, 70_000), -2.0)
     weight[:, 0] = 1e-3
     assert_agrees(backend, variant_of(CHANNEL, TOKEN, x, weight), x, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_codes_are_those_of_fake_at_ties_and_beside_them(backend, bits, symmetric, dtype):
+    """Each output is one code times its scale: the weight is a diagonal of 255 steps of 1."""
+    steps = torch.arange(2 ** (bits + 1)) / 2
+    rows = [steps, -steps, steps - steps.mean(), steps * (1 + 2**-8), torch.randn(len(steps)), steps / 3]
+    x = torch.stack([row * size for row in rows for size in (1, 0.1, 3e-4, 7e5 if dtype != torch.float16 else 10)])
+    spec = QuantSpec(bits, symmetric, "token", dynamic=True)
+    variant = variant_of(QuantSpec(8, False, "channel"), spec, x.to(dtype), 255 * torch.eye(len(steps)))
+    on_grid = fake_quantize_activation(x.to(dtype).float(), spec, None)
+    backend.prepare(variant)
+    torch.testing.assert_close(backend.linear(variant, x.to(dtype), None), 255 * on_grid, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -172,6 +189,17 @@ def test_codes_lie_in_memory_once_and_come_back_for_the_state_dict(backend, weig
     assert all(torch.equal(before[k], v) for k, v in variant.state_dict().items())
 
 
+def test_segments_with_one_weight_hold_it_once(backend):
+    x, weight = torch.randn(8, 96), torch.randn(50, 96)
+    layer = NativeBackend()
+    for other, shared in ((weight, True), (weight + 1e-2, False)):
+        one, two = variant_of(CHANNEL, STATIC, x, weight), variant_of(CHANNEL, STATIC, 2 * x, other)
+        layer.prepare(one)
+        layer.prepare(two)
+        assert (one.held is two.held) == shared
+        assert_agrees(layer, two, x, None)
+
+
 def reference(x, codes, bias, activation=lambda y: y, layernorm=False, mul=1.0, add=0.0, div=1.0):
     t = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) if layernorm else x.float()
     variant = variant_of(CHANNEL, TOKEN, x, codes)
@@ -199,6 +227,18 @@ def test_layernorm_modulation_activation_gate_and_residual_in_one_op(backend, dt
         # LayerNorm's own rounding flips a few codes by one, which moves an output by 1e-3 of its size at most
         difference = (y.double() - expected).norm() / expected.norm()
         assert difference < 3e-4 + torch.finfo(dtype).eps, (name, float(difference))
+
+
+def test_views_and_other_dtypes_around_the_product(backend):
+    """As blocks have them: parts of one modulation tensor in the model's dtype, a residual seen another way round."""
+    x = torch.randn(2, 70, 96).bfloat16()
+    packed = pack_weight(*quantize_weight(torch.randn(96, 96), CHANNEL), 8)
+    shift, scale, gate = torch.randn(2, 3, 96).bfloat16().chunk(3, 1)
+    strided = x.mT.contiguous().mT
+    out = ops.linear(strided, packed, None, TOKEN, mul=scale, add=shift, gate=gate, residual=strided)
+    parts = [part.float().contiguous() for part in (scale, shift, gate)]
+    plain = ops.linear(x, packed, None, TOKEN, mul=parts[0], add=parts[1], gate=parts[2], residual=x)
+    assert torch.equal(out, plain)
 
 
 @pytest.mark.parametrize("name", ["gelu_tanh", "gelu", "silu"])
@@ -289,6 +329,10 @@ def test_the_operator_describes_itself_rightly(backend):
 def test_arguments_that_do_not_fit_are_refused(backend):
     packed = pack_weight(*quantize_weight(torch.randn(50, 96), CHANNEL), 8)
     x = torch.randn(6, 96)
+    with pytest.raises(RuntimeError, match="viditq::linear: bias"):
+        ops.linear(x, packed, torch.ones(49), TOKEN)
+    with pytest.raises(RuntimeError, match="viditq::linear: input_scale"):
+        ops.linear(x, packed, None, STATIC, (torch.ones(2), torch.zeros(1)))
     for kwargs in ({"mul": torch.ones(4, 96)}, {"div": torch.ones(95)}, {"gate": torch.ones(6, 49)}, {"residual": x}):
         with pytest.raises(RuntimeError, match="viditq::linear"):
             ops.linear(x, packed, None, TOKEN, **kwargs)

@@ -26,9 +26,13 @@ class Before(NamedTuple):
     mul: Tensor | None = None
     add: Tensor | None = None
 
+    @property
+    def is_nothing(self) -> bool:
+        return self.eps is None and self.mul is None and self.add is None
+
     def apply(self, x: Tensor) -> Tensor:
         """In plain torch, computed in float32 and rounded to the dtype of `x`."""
-        if self.eps is None and self.mul is None and self.add is None:
+        if self.is_nothing:
             return x
         y = x.float()
         if self.eps is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from viditq.quant.methods.transforms import Smooth
 
 class IntegerBackend(Backend):
     """Codes equal those of `fake`, sums of their products are exact; what is left to rounding is the dequantization."""
+
+    def __init__(self) -> None:
+        self._last: HeldWeight | None = None
 
     def unsupported_field(self, scheme: LayerScheme) -> str | None:
         if scheme.weight is None and scheme.activation is None:
@@ -45,7 +48,11 @@ class IntegerBackend(Backend):
             return
         assert scheme.weight is not None and scheme.activation is not None
         groups = [spec.group_size or variant.in_features for spec in (scheme.weight, scheme.activation)]
-        variant.hand_over(self.hold(quantized, scheme.weight, math.gcd(*groups)))
+        held = self.hold(quantized, scheme.weight, math.gcd(*groups))
+        if self._last is not None and _same(held, self._last):  # segments that differ in their activation alone
+            held = self._last
+        self._last = held
+        variant.hand_over(held)
 
     @torch.no_grad()
     def linear(self, variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,3 +71,16 @@ class IntegerBackend(Backend):
         if variant.low_rank_up is None:
             return x, None
         return x, F.linear(F.linear(x.to(variant.dtype), variant.low_rank_down), variant.low_rank_up)
+
+
+def _same(first: HeldWeight, second: HeldWeight) -> bool:
+    """Whether two held weights (tuples of tensors and numbers) are equal."""
+    if type(first) is not type(second):
+        return False
+    pairs = list(zip(cast(tuple[Any, ...], first), cast(tuple[Any, ...], second), strict=True))
+    return all(
+        a.shape == b.shape and torch.equal(a, b)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a is b or a == b
+        for a, b in pairs
+    )

@@ -69,7 +69,8 @@ class NativeBackend(IntegerBackend):
             return after.apply(self.linear(variant, before.apply(x), bias))
         if _goes_into_the_quantizer(variant):
             return self._run(variant, x, variant.held, bias, before, after, div=_smoothing(variant))
-        y, addend = self.chained(variant, before.apply(x))
+        y = x if before.is_nothing else ops.transform(x, layernorm_eps=before.eps, mul=before.mul, add=before.add)
+        y, addend = self.chained(variant, y)
         return self._run(variant, y, variant.held, bias, after=after, addend=addend)
 
     def _run(
@@ -87,15 +88,15 @@ class NativeBackend(IntegerBackend):
         return ops.linear(
             x if x.dtype in FLOATS else x.float(),
             weight,
-            None if bias is None else bias.float(),
+            bias,
             spec,
             variant.input_qparams,
             layernorm_eps=before.eps,
-            mul=None if before.mul is None else before.mul.contiguous(),
-            add=None if before.add is None else before.add.contiguous(),
+            mul=before.mul,
+            add=before.add,
             activation=after.activation,  # type: ignore[arg-type]
-            gate=None if after.gate is None else after.gate.contiguous(),
-            residual=None if after.residual is None else after.residual.to(variant.dtype).contiguous(),
+            gate=after.gate,
+            residual=after.residual,
             out_dtype=variant.dtype,
             **rest,
         )

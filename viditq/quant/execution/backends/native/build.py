@@ -24,7 +24,7 @@ import torch
 from viditq.quant.execution.backends.base import Unavailable
 
 logger = logging.getLogger("viditq")
-SOURCES = ("linear.cpp", "quantize.h", "epilogue.h")
+SOURCES = ("linear.cpp", "activations.h", "amx.h", "epilogue.h", "multiply.h", "product.h", "quantize.h")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
 FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-DNDEBUG", "-w", "-fwrapv"),
@@ -65,25 +65,21 @@ def _load() -> None:
         *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
     ]
     sources = [folder / name for name in SOURCES]
-    path = ensure(sources, flags, torch.__version__)
-    try:
-        torch.ops.load_library(path)
-    except OSError:
-        shutil.rmtree(path.parent, ignore_errors=True)
-        _load_again(ensure(sources, flags, torch.__version__))
-    if not _is_exact():
+    for last in (False, True):
+        path = ensure(sources, flags, torch.__version__)
+        try:
+            torch.ops.load_library(path)
+            break
+        except OSError as error:  # whole, but of a machine with other libraries: a home folder that is shared
+            shutil.rmtree(path.parent, ignore_errors=True)
+            if last:
+                raise _unavailable(f"the build does not load ({error})") from error
+    if not _how():
         raise _unavailable("torch's brgemm does not multiply u8 by s8 exactly on this CPU")
 
 
-def _is_exact() -> bool:
-    return torch.ops.viditq.native_exact()
-
-
-def _load_again(path: Path) -> None:
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        raise _unavailable(f"the build does not load ({error})") from error
+def _how() -> str:
+    return torch.ops.viditq.native_prepare(True)
 
 
 def _check_cpu(cpuinfo: Path) -> None:

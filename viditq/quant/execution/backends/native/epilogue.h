@@ -1,4 +1,4 @@
-// What happens to a row of outputs after the product: activation functions and storing, in float32.
+// What happens to a row of outputs after the product: bias, activation function, gate, residual, storing, in float32.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -8,6 +8,9 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+
+#include "quantize.h"
 
 namespace viditq {
 
@@ -73,6 +76,37 @@ inline void activate_row(float* __restrict y, int64_t count, int64_t activation)
       y[i] = y[i] * (y[i] < 0.0f ? half : 1.0f - half);
     }
   }
+}
+
+struct Epilogue {
+  const float* bias;  // [N]
+  int64_t activation;
+  const float* gate;  // [M / rows_per_gate, N]
+  int64_t rows_per_gate;
+};
+
+// From y, bias to store, for outputs n .. n + count of row m; y may be that place itself. buffer: [count].
+template <typename T>
+void finish_row(float* __restrict y, float* __restrict buffer, const Epilogue& epilogue, int64_t m, int64_t n,
+                int64_t count, int64_t N, const T* addend, const T* residual, T* out) {
+  if (const float* bias = epilogue.bias)
+    for (int64_t i = 0; i < count; ++i) y[i] += bias[n + i];
+  if (addend) {
+    load_row(addend + m * N + n, buffer, count);
+    for (int64_t i = 0; i < count; ++i) y[i] += buffer[i];
+  }
+  activate_row(y, count, epilogue.activation);
+  if (const float* gate = epilogue.gate) {
+    gate += m / epilogue.rows_per_gate * N + n;
+    for (int64_t i = 0; i < count; ++i) y[i] *= gate[i];
+  }
+  if (residual) {
+    load_row(residual + m * N + n, buffer, count);
+    for (int64_t i = 0; i < count; ++i) y[i] += buffer[i];
+  }
+  if constexpr (std::is_same_v<T, float>)
+    if (y == out + m * N + n) return;
+  store_row(y, out + m * N + n, count);
 }
 
 }  // namespace viditq

@@ -55,13 +55,15 @@ def linear(
     Legend: [..., C] inputs, [..., O] outputs, M rows (product of the leading axes), R divides M: row m takes line
     m // (M / R), so R = 1 is for all rows and R = B one for each leading element.
 
-    x: [..., C], float32, bfloat16 or float16. bias: float32 [O]. spec: of the activation, as `fake` honours it;
+    x: [..., C], float32, bfloat16 or float16. bias: [O]. spec: of the activation, as `fake` honours it;
     granularity token, tensor or group (not channel). static: scale and zero point, float32, of a static spec.
     layernorm_eps: LayerNorm over C without weight and bias (fold those into mul and add); None = none.
-    mul, add: float32 [R, C]. div: float32 [C], the smoothing scale. addend, residual: [..., O] in out_dtype.
-    gate: float32 [R, O].
+    mul, add: [R, C] or with axes of 1 between. div: [C], the smoothing scale. addend, residual: [..., O]. gate: [R, O].
+    Those are best contiguous, and float32 but addend and residual, which are in out_dtype: they are copied otherwise.
+    There is no gradient. Raises RuntimeError for shapes that do not fit.
     """
     scale, zero_point = static or (None, None)
+    dtype = out_dtype or x.dtype
     groups = 1 if spec.group_size is None else weight.in_features // spec.group_size
     return torch.ops.viditq.linear(
         x,
@@ -69,23 +71,23 @@ def linear(
         weight.scale,
         weight.colsum,
         weight.zero_point,
-        bias,
+        _as(bias),
         weight.out_features,
         spec.bits,
         spec.symmetric,
         groups,
         spec.granularity == "tensor" and spec.dynamic,
-        scale,
-        zero_point,
+        _as(scale),
+        _as(zero_point),
         -1.0 if layernorm_eps is None else layernorm_eps,
-        mul,
-        add,
-        div,
-        addend,
+        _as(mul),
+        _as(add),
+        _as(div),
+        _as(addend, dtype),
         ACTIVATIONS.index(activation),
-        gate,
-        residual,
-        out_dtype or x.dtype,
+        _as(gate),
+        _as(residual, dtype),
+        dtype,
     )
 
 
@@ -98,4 +100,8 @@ def transform(
     div: Tensor | None = None,
 ) -> Tensor:
     """(layernorm(x) * mul + add) / div, float32 [..., C]: the t of `linear`, for a rotation or a branch."""
-    return torch.ops.viditq.transform(x, -1.0 if layernorm_eps is None else layernorm_eps, mul, add, div)
+    return torch.ops.viditq.transform(x, -1.0 if layernorm_eps is None else layernorm_eps, _as(mul), _as(add), _as(div))
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
