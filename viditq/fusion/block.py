@@ -91,6 +91,7 @@ def _first(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out[0]
 
 
+@torch.no_grad()
 def disagreement(fused: Any, plain: Any, inputs: list[Tensor]) -> float:
     """The largest ||fused - plain|| / ||plain - input|| over the outputs (/ ||plain|| where no input has its shape)."""
     pairs = [(fused, plain)] if isinstance(plain, Tensor) else list(zip(fused, plain, strict=True))
