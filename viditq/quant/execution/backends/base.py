@@ -33,6 +33,9 @@ class Backend(ABC):
         """Whether every field of `scheme` is honoured exactly."""
         return self.unsupported_field(scheme) is None
 
+    def check_available(self) -> None:  # noqa: B027 - most have nothing to check
+        """Raises Unavailable where this machine cannot run it, before any slow work; builds what has to be built."""
+
     @abstractmethod
     def prepare(self, variant: Variant) -> None:
         """Derives, once, what `linear` needs; adds nothing to the state dict."""

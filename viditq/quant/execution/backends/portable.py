@@ -41,14 +41,17 @@ class SignedWeight(NamedTuple):
 
 @BACKENDS.register("portable")
 class PortableBackend(IntegerBackend):
-    """Int8 weights whatever their bits. `prepare` raises Unavailable where the library's product is not exact."""
+    """Int8 weights whatever their bits. Unavailable where the library's product is not exact."""
 
     name = "portable"
 
+    def check_available(self, device: str = "cpu") -> None:
+        if not exact_product(device):
+            raise Unavailable("portable", "torch._int_mm is not exact on this machine (a CPU without VNNI)")
+
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
         codes_OC, scale, zero_point = quantized
-        if not exact_product(codes_OC.device.type):
-            raise Unavailable("portable", "torch._int_mm is not exact on this machine (no VNNI?)")
+        self.check_available(codes_OC.device.type)
         shift = 128 if weight.bits == 8 else 0
         out_features, in_features = codes_OC.shape
         segments = in_features // segment_size

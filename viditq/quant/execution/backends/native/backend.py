@@ -19,12 +19,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @BACKENDS.register("native")
 class NativeBackend(IntegerBackend):
-    """One fused operator a Linear. The kernels are built by the first `prepare`, which raises Unavailable."""
+    """One fused operator a Linear. The kernels are built on first use: `check_available`, or the first `prepare`."""
 
     name = "native"
 
-    def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> PackedWeight:
+    def check_available(self) -> None:
         ops.load()
+
+    def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> PackedWeight:
+        self.check_available()
         codes, scale, zero_point = quantized
         if codes.device.type != "cpu":
             raise UserError(f"backend native runs on a CPU, not on {codes.device}; choose another one there, or fake")

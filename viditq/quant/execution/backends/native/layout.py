@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from viditq.quant.description.scheme import QuantSpec
+from viditq.quant.execution.backends.integer import summable
 from viditq.quant.methods.quantizer import QuantizedWeight
 
 PANEL = 64
 PADDED_TO = 8
-LARGEST_SUM = 2**31 // 255**2  # products of differences from the zero points that an int32 holds
 
 
 class PackedWeight(NamedTuple):
@@ -53,7 +53,7 @@ def pack_weight(
     """
     out_features, in_features = codes_OC.shape
     groups = scale.shape[1] if scale.ndim == 3 else 1
-    size = _summable(segment_size or in_features // groups)
+    size = summable(segment_size or in_features // groups)
     segments, padded = in_features // size, -(-size // PADDED_TO) * PADDED_TO
     shift = 128 if bits == 8 else 0
     zero = torch.full_like(scale, 2.0 ** (bits - 1)) if zero_point is None else zero_point.float()
@@ -81,11 +81,6 @@ def pack_weight(
         in_features,
         bits,
     )
-
-
-def _summable(size: int) -> int:
-    """The largest divisor of a segment's size whose exact sum cannot overflow."""
-    return next(size // parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= LARGEST_SUM)
 
 
 def unpack_codes(packed: PackedWeight) -> Tensor:
