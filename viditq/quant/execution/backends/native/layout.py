@@ -28,7 +28,7 @@ class PackedWeight(NamedTuple):
     """One weight, or several with one input, as `ops.linear` takes it.
 
     data: int8 [P, S, h/4, 64, 4], or uint8 [P, S, h/8, 64, 4] for up to 4 bits; scale float32, colsum int32 (sums of
-    s8) and zero_point int32 (in counts of s8; None = all 0), each [S, 64 P].
+    s8) and zero_point int8 (in counts of s8; None = all 0), each [S, 64 P].
     """
 
     data: Tensor
@@ -70,7 +70,7 @@ def pack_weight(
     if bits <= 4:
         data = (data[:, :, 0::2] | data[:, :, 1::2] << 4).view(torch.uint8)
     colsum = F.pad(signed_OSg.sum(-1, dtype=torch.int32), (0, 0, 0, rows)).T.contiguous()
-    counts = per_segment(zero).to(torch.int32) - shift
+    counts = (per_segment(zero) - shift).to(torch.int8)
     counts[:, out_features:] = 0
     return PackedWeight(
         data.contiguous(),
