@@ -16,6 +16,7 @@ from viditq.fusion.block import TOLERANCE, Fusion, disagreement
 from viditq.fusion.install import fuse_blocks
 from viditq.models.stdit import STDiT
 from viditq.quant import QuantSpec, Recipe, get_backend, linear_names, quantize_denoiser
+from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.backends.fake import FakeBackend
 from viditq.quant.execution.linear import quant_linears
 
@@ -30,8 +31,8 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, int]]] =
 NATIVE = pytest.param(
     "native",
     marks=pytest.mark.skipif(
-        get_backend("native").why_unavailable() is not None,
-        reason=f"no native kernels here: {get_backend('native').why_unavailable()}",
+        why_unavailable(get_backend("native")) is not None,
+        reason=f"no native kernels here: {why_unavailable(get_backend('native'))}",
     ),
 )
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends import Backend
-from viditq.quant.execution.backends.fake import FakeBackend
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import dequantize_weight, fake_quantize_activation, static_qparams
 from viditq.quant.methods.transforms import Chain, Rotate, Smooth
@@ -20,7 +19,7 @@ from viditq.quant.numerics.hadamard import random_signs
 
 FORMATS = Path(__file__).parents[3] / "conf/quant/format"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of the sum over k of |x_k w_k|: rounding of the scales' product, of a few additions, and of the output's own dtype.
+# Of the sum over k of |x_k w_k|: what rounding of the scales' product and of the sums over segments may cost.
 RELATIVE = 2.0**-20
 
 
@@ -101,8 +100,3 @@ def chains(in_features: int) -> Iterator[tuple[str, Chain]]:
     yield "smooth", Chain([Smooth(scale)])
     yield "rotate", Chain([rotate])
     yield "both", Chain([Smooth(scale), rotate])
-
-
-def fake_output(variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
-    FakeBackend().prepare(variant)
-    return FakeBackend().linear(variant, x, bias)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from viditq.quant import LayerScheme, QuantSpec, get_backend
-from viditq.quant.execution.backends import auto
+from viditq.quant.execution.backends import Unavailable, auto
 from viditq.quant.execution.backends.native.backend import NativeBackend
 from viditq.quant.execution.backends.portable import PortableBackend
 
@@ -24,6 +24,11 @@ def chosen_anew() -> Iterator[None]:
         remembered.cache_clear()
 
 
+def refuse(backend: str, reason: str | None) -> None:
+    if reason is not None:
+        raise Unavailable(backend, reason)
+
+
 @pytest.mark.parametrize(
     ("native", "portable", "taken", "told"),
     [
@@ -35,8 +40,8 @@ def chosen_anew() -> Iterator[None]:
 def test_it_takes_the_fastest_there_is(
     native: str | None, portable: str | None, taken: str, told: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(NativeBackend, "why_unavailable", lambda self: native)
-    monkeypatch.setattr(PortableBackend, "why_unavailable", lambda self: portable)
+    for cls, reason in ((NativeBackend, native), (PortableBackend, portable)):
+        monkeypatch.setattr(cls, "check_available", lambda self, reason=reason: refuse(self.name, reason))
     with caplog.at_level(logging.INFO, logger="viditq"):
         assert {get_backend("auto").resolve(W4A8).name for _ in range(3)} == {taken}
     assert caplog.messages == [told]

@@ -7,6 +7,7 @@ from viditq.errors import UserError
 from viditq.quant import Chain, LayerScheme, QuantLinear, QuantSpec, Smooth, StepContext, Variant, get_backend
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.execution.backends import Backend, check_supported
+from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.variant import empty_variant
 from viditq.quant.methods.quantizer import fake_quantize_activation, static_qparams
 from viditq.quant.numerics.affine import compute_qparams, dequantize, quantize
@@ -88,7 +89,7 @@ def test_every_format_on_every_backend(backend, weight, activation):
     scheme = LayerScheme(weight, activation)
     if not get_backend(backend).supports(scheme):
         pytest.skip(f"{backend} does not support this format")
-    if (reason := get_backend(backend).why_unavailable()) is not None:
+    if (reason := why_unavailable(get_backend(backend))) is not None:
         pytest.skip(f"{backend} cannot run here: {reason}")
     layer, linear, x, s, bounds = make(scheme, backend=backend)
     kept = x.clone()

@@ -20,7 +20,7 @@ from viditq.errors import UserError
 from viditq.quant import LayerScheme, QuantLinear, QuantSpec, StepContext
 from viditq.quant.execution.backends import NativeBackend, Unavailable, check_supported, get_backend
 from viditq.quant.execution.backends.native import ops
-from viditq.quant.execution.backends.native.layout import Rows, pack_together, pack_weight
+from viditq.quant.execution.backends.native.layout import joined, pack_weight
 from viditq.quant.methods.quantizer import fake_quantize_activation, quantize_weight
 
 TOKEN, CHANNEL = QuantSpec(8, False, "token", None, True), QuantSpec(8, False, "channel")
@@ -268,19 +268,29 @@ def test_transform_is_what_linear_quantizes(backend):
     assert torch.equal(ops.transform(x, div=div), x / div)
 
 
-@pytest.mark.parametrize("bits", [(8, 8, 8), (4, 4, 4), (8, 4, 6), (2, 3, 4)])
+@pytest.mark.parametrize("bits", [8, 4, 6])
 def test_q_k_and_v_share_one_product(backend, bits):
-    x, sizes = torch.randn(40, 96), (100, 30, 64)
-    specs = [QuantSpec(bits[0], False, "channel"), QuantSpec(bits[1], True), QuantSpec(bits[2], False, "group", 32)]
-    parts = [(quantize_weight(torch.randn(size, 96), spec), spec) for size, spec in zip(sizes, specs, strict=True)]
-    together = pack_together(parts, 32)
-    out = ops.linear(x, together, None, TOKEN)
-    begin = 0
-    for (quantized, spec), size in zip(parts, sizes, strict=True):
-        alone = ops.linear(x, pack_weight(*quantized, spec.bits, 32), None, TOKEN)
-        assert torch.equal(out[:, begin : begin + size], alone)
-        assert torch.equal(Rows(together, begin, begin + size).codes(), quantized.codes)
-        begin += size
+    """As parts of one weight they give what each gives alone, and each still knows its own codes."""
+    x, sizes = torch.randn(40, 96), (64, 128, 64)
+    specs = [QuantSpec(bits, symmetric, "group", 32) for symmetric in (False, True, False)]
+    quantized = [quantize_weight(torch.randn(size, 96), spec) for size, spec in zip(sizes, specs, strict=True)]
+    weights = [pack_weight(*one, bits, 32) for one in quantized]
+    assert all(weight.joins(weights[0]) for weight in weights)
+    out = ops.linear(x, joined(weights), None, TOKEN)
+    alone = [ops.linear(x, weight, None, TOKEN) for weight in weights]
+    assert torch.equal(out, torch.cat(alone, -1))
+    data = joined(weights).data
+    part = weights[1]._replace(data=data[1:3])
+    assert torch.equal(part.codes(), quantized[1].codes) and part.data.data_ptr() == data[1:].data_ptr()
+
+
+def test_weights_of_other_widths_or_sizes_do_not_join(backend):
+    def packed(size, bits, group):
+        spec = QuantSpec(bits, False, "group", group)
+        return pack_weight(*quantize_weight(torch.randn(size, 96), spec), bits)
+
+    first = packed(64, 8, 32)
+    assert not any(first.joins(other) for other in (packed(64, 4, 32), packed(64, 8, 48), packed(100, 8, 32)))
 
 
 def quant_linear(spec: QuantSpec, chain=None) -> QuantLinear:

@@ -53,6 +53,12 @@ def test_extreme_scales(backend, scale):
         assert_agrees(backend, variant_of(CHANNEL, TOKEN, x, weight), x, None)
 
 
+def test_sums_that_need_more_than_32_bits_are_cut_into_parts(backend):
+    x, weight = torch.full((2, 70_000), 3.0), torch.full((3, 70_000), -2.0)
+    weight[:, 0] = 1e-3
+    assert_agrees(backend, variant_of(CHANNEL, TOKEN, x, weight), x, None)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity_stay_in_their_row(backend, bad):
     x, weight = torch.randn(5, 64), torch.randn(50, 64)
@@ -92,6 +98,8 @@ def test_steps_aside_where_the_product_saturates(monkeypatch):
     variant = variant_of(CHANNEL, TOKEN, torch.randn(4, 64), torch.randn(50, 64))
     with pytest.raises(Unavailable, match="not exact") as raised:
         PortableBackend().prepare(variant)
+    with pytest.raises(Unavailable):
+        PortableBackend().check_available()
     assert raised.value.reason
     assert variant.qweight is not None, "nothing was changed"
     portable.exact_product.cache_clear()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
-from viditq.quant.execution.backends.base import Backend
+from viditq.quant.execution.backends.base import Backend, Unavailable
 from viditq.quant.execution.variant import Variant
 
 logger = logging.getLogger("viditq")
@@ -40,12 +40,21 @@ def _backend(name: str) -> Backend:
     return BACKENDS.get(name)()
 
 
+def why_unavailable(backend: Backend) -> str | None:
+    """Why it cannot run on this machine, in a few words; None = it can. May build or try something, once."""
+    try:
+        backend.check_available()
+    except Unavailable as error:
+        return error.reason
+    return None
+
+
 @cache
 def _chosen(scheme: LayerScheme) -> Backend:
     reasons: list[str] = []
     for backend in map(_backend, FASTEST_FIRST):
         field = backend.unsupported_field(scheme)
-        reason = f"it does not take {field}" if field is not None else backend.why_unavailable()
+        reason = f"it does not take {field}" if field is not None else why_unavailable(backend)
         if reason is None:
             _tell(_kind(scheme), backend.name, "; ".join(reasons))
             return backend

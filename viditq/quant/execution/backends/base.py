@@ -30,10 +30,6 @@ class Backend(ABC):
     fuses: ClassVar[bool] = False
     """Whether `products` takes fewer passes over memory than its parts one by one."""
 
-    def why_unavailable(self) -> str | None:
-        """Why it cannot run on this machine, in a few words; None = it can. May build or try something, once."""
-        return None
-
     @abstractmethod
     def unsupported_field(self, scheme: LayerScheme) -> str | None:
         """The field of `scheme` that this backend cannot honour, such as "weight.bits"; None = none."""
@@ -45,6 +41,9 @@ class Backend(ABC):
     def resolve(self, scheme: LayerScheme) -> Backend:
         """What multiplies a layer of this scheme: the backend itself, unless it chooses among others."""
         return self
+
+    def check_available(self) -> None:  # noqa: B027 - most have nothing to check
+        """Raises Unavailable where this machine cannot run it, before any slow work; builds what has to be built."""
 
     @abstractmethod
     def prepare(self, variant: Variant) -> None:

@@ -16,6 +16,8 @@ from viditq.quant.execution.variant import HeldWeight, Variant
 from viditq.quant.methods.quantizer import QuantizedWeight
 from viditq.quant.methods.transforms import Smooth
 
+LARGEST_SUM = 2**31 // 255**2  # products of differences from the zero points that an int32 holds
+
 
 class IntegerBackend(Backend):
     """Codes equal those of `fake`, sums of their products are exact; what is left to rounding is the dequantization."""
@@ -48,7 +50,7 @@ class IntegerBackend(Backend):
             return
         assert scheme.weight is not None and scheme.activation is not None
         groups = [spec.group_size or variant.in_features for spec in (scheme.weight, scheme.activation)]
-        held = self.hold(quantized, scheme.weight, math.gcd(*groups))
+        held = self.hold(quantized, scheme.weight, summable(math.gcd(*groups)))
         if self._last is not None and _same(held, self._last):  # segments that differ in their activation alone
             held = self._last
         self._last = held
@@ -71,6 +73,11 @@ class IntegerBackend(Backend):
         if variant.low_rank_up is None:
             return x, None
         return x, F.linear(F.linear(x.to(variant.dtype), variant.low_rank_down), variant.low_rank_up)
+
+
+def summable(size: int) -> int:
+    """The largest divisor of `size` in-features whose exact sum cannot overflow an int32."""
+    return next(size // parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= LARGEST_SUM)
 
 
 def _same(first: HeldWeight, second: HeldWeight) -> bool:

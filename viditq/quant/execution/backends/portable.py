@@ -22,7 +22,6 @@ from viditq.quant.methods.quantizer import QuantizedWeight, quantize_activation
 
 PADDED_TO = 8  # CUDA takes multiples of 8; on a CPU one column gives wrong sums (torch 2.13)
 ROWS_AT_LEAST = 17  # CUDA again
-INEXACT = "torch._int_mm is not exact on this machine (no VNNI?)"
 
 
 class SignedWeight(NamedTuple):
@@ -48,17 +47,17 @@ class SignedWeight(NamedTuple):
 
 @BACKENDS.register("portable")
 class PortableBackend(IntegerBackend):
-    """Int8 weights whatever their bits. `prepare` raises Unavailable where the library's product is not exact."""
+    """Int8 weights whatever their bits. Unavailable where the library's product is not exact."""
 
     name = "portable"
 
-    def why_unavailable(self) -> str | None:
-        return None if exact_product("cpu") else INEXACT
+    def check_available(self, device: str = "cpu") -> None:
+        if not exact_product(device):
+            raise Unavailable("portable", "torch._int_mm is not exact on this machine (a CPU without VNNI)")
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
         codes_OC, scale, zero_point = quantized
-        if not exact_product(codes_OC.device.type):
-            raise Unavailable("portable", INEXACT)
+        self.check_available(codes_OC.device.type)
         shift = 128 if weight.bits == 8 else 0
         out_features, in_features = codes_OC.shape
         segments = in_features // segment_size

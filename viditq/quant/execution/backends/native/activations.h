@@ -65,8 +65,9 @@ struct Activations {
   const float *scale, *zero_point;  // static: [1] or [ranges]
 };
 
-inline void quantize_segments(const float* row, int64_t m, int64_t M, const Prologue& prologue, const Activations& activations,
-                              const Grid* grids, int64_t S, int64_t h, Quantized& out) {
+inline void quantize_segments(const float* row, int64_t m, int64_t M, const Prologue& prologue,
+                              const Activations& activations, const Grid* grids, int64_t S, int64_t h,
+                              Quantized& out) {
   const int64_t g = prologue.K / S, per_range = S / activations.ranges;
   for (int64_t s = 0; s < S; ++s) {
     uint8_t* codes = out.codes + (s * M + m) * h;

@@ -11,7 +11,6 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import QuantSpec
-from viditq.quant.execution.backends.base import Unavailable
 from viditq.quant.execution.backends.integer import IntegerBackend
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import PackedWeight, joined, pack_weight
@@ -25,20 +24,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @BACKENDS.register("native")
 class NativeBackend(IntegerBackend):
-    """One fused operator a Linear. The kernels are built by the first `prepare`, which raises Unavailable."""
+    """One fused operator a Linear. The kernels are built on first use: `check_available`, or the first `prepare`."""
 
     name = "native"
     fuses: ClassVar[bool] = True
 
-    def why_unavailable(self) -> str | None:
-        try:
-            ops.load()
-        except Unavailable as error:
-            return error.reason
-        return None
+    def check_available(self) -> None:
+        ops.load()
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> PackedWeight:
-        ops.load()
+        self.check_available()
         codes, scale, zero_point = quantized
         if codes.device.type != "cpu":
             raise UserError(f"backend native runs on a CPU, not on {codes.device}; choose another one there, or fake")

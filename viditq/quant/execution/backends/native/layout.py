@@ -16,19 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from viditq.quant.description.scheme import QuantSpec
-from viditq.quant.methods.quantizer import QuantizedWeight
+from viditq.quant.execution.backends.integer import summable
 
 PANEL = 64
 PADDED_TO = 8
-LARGEST_SUM = 2**31 // 255**2  # products of differences from the zero points that an int32 holds
 
 
 class PackedWeight(NamedTuple):
     """One weight, or several with one input, as `ops.linear` takes it.
 
     data: int8 [P, S, h/4, 64, 4], or uint8 [P, S, h/8, 64, 4] for up to 4 bits; scale float32, colsum int32 (sums of
-    s8) and zero_point int32 (in counts of s8; None = all 0), each [S, 64 P].
+    s8) and zero_point int8 (in counts of s8; None = all 0), each [S, 64 P].
     """
 
     data: Tensor
@@ -64,7 +62,7 @@ def pack_weight(
     """
     out_features, in_features = codes_OC.shape
     groups = scale.shape[1] if scale.ndim == 3 else 1
-    size = _summable(segment_size or in_features // groups)
+    size = summable(segment_size or in_features // groups)
     segments, padded = in_features // size, -(-size // PADDED_TO) * PADDED_TO
     shift = 128 if bits == 8 else 0
     zero = torch.full_like(scale, 2.0 ** (bits - 1)) if zero_point is None else zero_point.float()
@@ -81,7 +79,7 @@ def pack_weight(
     if bits <= 4:
         data = (data[:, :, 0::2] | data[:, :, 1::2] << 4).view(torch.uint8)
     colsum = F.pad(signed_OSg.sum(-1, dtype=torch.int32), (0, 0, 0, rows)).T.contiguous()
-    counts = per_segment(zero).to(torch.int32) - shift
+    counts = (per_segment(zero) - shift).to(torch.int8)
     counts[:, out_features:] = 0
     return PackedWeight(
         data.contiguous(),
@@ -94,16 +92,12 @@ def pack_weight(
     )
 
 
-def _summable(size: int) -> int:
-    """The largest divisor of a segment's size whose exact sum cannot overflow."""
-    return next(size // parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= LARGEST_SUM)
-
-
 def joined(weights: Sequence[PackedWeight]) -> PackedWeight:
     """One weight whose outputs are those of all, in turn; each `joins` the others."""
     zero_points = None
     if any(w.zero_point is not None for w in weights):
-        parts = [torch.zeros_like(w.colsum) if w.zero_point is None else w.zero_point for w in weights]
+        nothing = torch.int8  # the type of `zero_point`
+        parts = [torch.zeros_like(w.colsum, dtype=nothing) if w.zero_point is None else w.zero_point for w in weights]
         zero_points = torch.cat(parts, 1)
     return PackedWeight(
         torch.cat([w.data for w in weights]),
@@ -125,34 +119,3 @@ def unpack_codes(packed: PackedWeight) -> Tensor:
     codes = rows_PSh.reshape(-1, rows_PSh.shape[2], math.prod(rows_PSh.shape[3:]))[: packed.out_features, :, :size]
     codes = codes.reshape(packed.out_features, packed.in_features)
     return (codes.to(torch.int16) + (128 if packed.bits == 8 else 0)).to(torch.uint8)
-
-
-class Rows(NamedTuple):
-    """The outputs begin .. end of a weight that was packed together with others, as `Variant.hand_over` takes them."""
-
-    packed: PackedWeight
-    begin: int
-    end: int
-
-    def codes(self) -> Tensor:
-        """uint8 [end - begin, C]."""
-        return self.packed.codes()[self.begin : self.end]
-
-
-def pack_together(parts: Sequence[tuple[QuantizedWeight, QuantSpec]], segment_size: int) -> PackedWeight:
-    """One weight of several that read one input (q, k, v), outputs one after the other; formats may differ.
-
-    segment_size: in-features that share all scales, of the weights and of the activation.
-    """
-    bits = max(spec.bits for _, spec in parts)
-    storage = bits if bits <= 4 or all(spec.bits == bits for _, spec in parts) else 8
-    segments = parts[0][0].codes.shape[1] // segment_size
-    scales: list[Tensor] = []
-    zeros: list[Tensor] = []
-    for (codes_OC, scale, zero_point), spec in parts:
-        zero = torch.full_like(scale, 2.0 ** (spec.bits - 1)) if zero_point is None else zero_point.float()
-        for values, kept in ((scale, scales), (zero, zeros)):
-            values_OG = values.reshape(len(values), -1).expand(len(codes_OC), -1)
-            kept.append(values_OG.repeat_interleave(segments // values_OG.shape[1], 1)[..., None])
-    codes_OC = torch.cat([quantized.codes for quantized, _ in parts])
-    return pack_weight(codes_OC, torch.cat(scales), torch.cat(zeros), storage, segment_size)

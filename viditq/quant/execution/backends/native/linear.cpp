@@ -87,7 +87,7 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& weight_in, const at:
                       nibbles,
                       data_of<float>(scale, "scale", columns),
                       data_of<int32_t>(colsum, "colsum", columns),
-                      data_of<int32_t>(zero_point, "zero_point", columns),
+                      data_of<int8_t>(zero_point, "zero_point", columns),
                       N, P, S, h};
   const Prologue prologue = prologue_of(K, M, layernorm_eps, mul, add, div);
   const int64_t span = act_per_tensor && x.dim() > 1 ? M / x.size(0) : 1;

@@ -18,8 +18,9 @@ constexpr int64_t kRows = 128, kPanelsPerChunk = 8, kChunkBytes = 512 * 1024;
 struct Weight {
   const uint8_t* data;
   bool nibbles;
-  const float* scale;                  // [S, 64 P]
-  const int32_t *colsum, *zero_point;  // [S, 64 P]; zero_point may be null: all 0
+  const float* scale;       // [S, 64 P], as the two below
+  const int32_t* colsum;
+  const int8_t* zero_point;  // null: all 0
   int64_t N, P, S, h;
   int64_t panel_bytes() const { return S * h * kPanel; }  // as int8
 };
@@ -38,7 +39,7 @@ inline void dequantize_row(const int32_t* __restrict acc, const Weight& weight, 
   const int32_t* __restrict colsum = weight.colsum + n;
   const float* __restrict scale = weight.scale + n;
   const auto exact = [&](int64_t i) { return acc[i] - grid.zero_point * colsum[i]; };
-  if (const int32_t* __restrict zero_point = weight.zero_point ? weight.zero_point + n : nullptr)
+  if (const int8_t* __restrict zero_point = weight.zero_point ? weight.zero_point + n : nullptr)
     for (int64_t i = 0; i < count; ++i) y[i] = (exact(i) - zero_point[i] * rest) * (grid.scale * scale[i]);
   else
     for (int64_t i = 0; i < count; ++i) y[i] = exact(i) * (grid.scale * scale[i]);
@@ -55,7 +56,8 @@ inline void accumulate_panel(const int32_t* acc, const Weight& weight, int64_t o
   for (int64_t j = 0; j < 4; ++j) {
     colsum[j] = *reinterpret_cast<const Ints*>(weight.colsum + offset + 16 * j);
     scale[j] = *reinterpret_cast<const Floats*>(weight.scale + offset + 16 * j);
-    if (weight.zero_point) zero_point[j] = *reinterpret_cast<const Ints*>(weight.zero_point + offset + 16 * j);
+    if (weight.zero_point)
+      for (int64_t i = 0; i < 16; ++i) zero_point[j][i] = weight.zero_point[offset + 16 * j + i];
   }
   for (int64_t i = 0; i < rows; ++i, acc += kPanel, y += kPanel, grids += step, sums += step) {
     const int32_t zx = grids->zero_point, rest = *sums - size * zx;
