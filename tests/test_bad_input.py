@@ -31,7 +31,7 @@ WITHOUT_SLOW_WORK = {
     "unknown key of a format": (["+quant.weight.foo=1"], ["quant.weight.foo", "--cfg job"]),
     "unknown key of data": (["+data.foo=1"], ["data.foo", "--cfg job"]),
     "unknown key of a metric": (["+metric.psnr.foo=1"], ["metric.psnr.foo", "--cfg job"]),
-    "unknown key of the logger": (["+logger.foo=1"], ["foo", "conf/logger"]),
+    "unknown key of the logger": (["+logger.foo=1"], ["logger.foo", "--cfg job"]),
     "unknown key of the trainer": (["+trainer.foo=1"], ["foo", "trainer=cpu"]),
     "unknown stage": (["stages=[prompts,train]"], ["'train'", "prompts, reference, noise_floor"]),
     "no stage": (["stages=[]"], ["stages=[]", "prompts, reference, noise_floor"]),
@@ -296,7 +296,7 @@ def full_disk_in_safetensors(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("target", "writer"),
     [
-        ("viditq.files.save_file", full_disk_in_safetensors),  # the first embeddings
+        ("safetensors.torch.save_file", full_disk_in_safetensors),  # the first embeddings
         ("viditq.files.os.replace", full_disk),  # the first file of all
         ("viditq.data.samples.Image.Image.save", full_disk),  # a sample
         ("viditq.engine.partials.write_tensors", full_disk_in_safetensors),  # the statistics

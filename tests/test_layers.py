@@ -33,6 +33,8 @@ FLOORS = [
     {"engine", "tiny", "run_dir"},
     {
         "",
+        "callbacks",
+        "checks",
         "cli",
         "config",
         "console",
@@ -43,6 +45,7 @@ FLOORS = [
         "loading",
         "provenance",
         "runner",
+        "signatures",
         "stages",
         "summary",
         "sweep",
