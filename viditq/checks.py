@@ -59,7 +59,7 @@ def check(cfg: DictConfig) -> Checked:
     check_values_alone(cfg)
     # From here on torch is needed, which takes a second.
     from viditq.gate import Gate
-    from viditq.quant.backends import get_backend
+    from viditq.quant.execution.backends import get_backend
 
     get_backend(cfg.backend)
     conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
