@@ -24,11 +24,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from viditq.checks import check
-from viditq.config import ALL_KEYS, COMMAND_VARIABLE
+from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process
 from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
 from viditq.run_dir import CHOICE
-from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs, records_here
+from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs
 
 ELSEWHERE = "Choose another with {choice}"
 FOLDERS = f"{CHOICE} and cache_dir=FOLDER"
@@ -84,21 +84,24 @@ def stop(number: int, frame: FrameType | None) -> None:
     SystemExit, not KeyboardInterrupt: the latter makes Lightning exit with status 1.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.unraisablehook = _leave_at_once
     if first_process():
         os.write(2, STOPPED.encode())  # print may be in the middle of another line
     raise SystemExit(128 + number)
 
 
-def first_process() -> bool:
-    """Whether this is the only process of a run, or the first of those that torchrun or srun has started."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
+def _leave_at_once(lost: "sys.UnraisableHookArgs") -> None:
+    """Where `stop` met a destructor, which swallows exceptions: as after a kill, the next run tidies up."""
+    if isinstance(lost.exc_value, SystemExit):
+        os._exit(int(str(lost.exc_value)))
+    sys.__unraisablehook__(lost)
 
 
 def summary_of_sweep() -> list[JobRecord]:
     """Print what became of the jobs, if this was a sweep, and return them."""
     folder = os.environ.get(SWEEP_VARIABLE)
     jobs = read_jobs(Path(folder)) if folder else []
-    if folder and jobs and records_here():
+    if folder and jobs and first_process():
         from viditq.sweeps.table import print_sweep
 
         print_sweep(Path(folder), jobs)

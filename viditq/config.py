@@ -127,6 +127,11 @@ def local_processes(default: int | str) -> int | str:
     return default
 
 
+def first_process() -> bool:
+    """Whether this is the only process of a run, or the first of those that torchrun or srun has started."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
+
+
 def nodes() -> int:
     """Nodes as torchrun or srun says, else 1."""
     if "LOCAL_WORLD_SIZE" in os.environ:
