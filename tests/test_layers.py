@@ -39,7 +39,7 @@ FLOORS: list[list[str]] = [
             "provenance",
             "runner",
         ],
-        *["signatures", "stages", "summary", "sweeps", "worker"],
+        *["signatures", "stages", "summary", "sweeps", "trial", "worker"],
     ],
 ]
 BASIC = set(FLOORS[0])

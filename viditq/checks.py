@@ -84,10 +84,7 @@ def check_values_alone(cfg: DictConfig) -> None:
     check_name("model.name", cfg.model.name)
     check_folder(cfg.cache_dir, "cache_dir=FOLDER")
     _check_devices(cfg.trainer)
-    for name, metric in cfg.metric.items():
-        if metric is None:
-            others = ",".join(str(other) for other in cfg.metric if other != name)
-            raise UserError(f"metric.{name}=null measures nothing. Name the metrics that you want: metric=[{others}].")
+    _check_metrics(cfg.metric)
     if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not cfg.estimate:
         check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
 
@@ -132,6 +129,18 @@ def _stages(wanted: Any) -> tuple[str, ...]:
         if stage not in STAGES:
             raise UserError(f"Unknown stage {stage!r}. Stages are {', '.join(STAGES)}.")
     return tuple(stage for stage in STAGES if stage in wanted)
+
+
+def _check_metrics(metrics: Any) -> None:
+    if not OmegaConf.is_dict(metrics):
+        raise UserError(f"metric={metrics} measures nothing. Name the metrics that you want: metric=[psnr,ssim].")
+    for name, metric in metrics.items():
+        if not OmegaConf.is_dict(metric):
+            others = ",".join(str(other) for other in metrics if other != name)
+            given = "null" if metric is None else metric
+            raise UserError(
+                f"metric.{name}={given} measures nothing. Name the metrics that you want: metric=[{others}]."
+            )
 
 
 def _check_devices(trainer: Any) -> None:

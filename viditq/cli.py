@@ -44,6 +44,7 @@ DISK_ERRORS = {
 }
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
 REPORTED = "another of the run's processes failed, whose message is above"
+CONF = Path(__file__).parents[1] / "conf"
 RUNS = ("-m", "--multirun")  # options with which the command still is a run; others print what others read
 STOPPED = "\nstopped by Ctrl-C. Finished work is kept: the same command goes on from there.\n"
 
@@ -221,6 +222,9 @@ def config_message(error: BaseException) -> str:
     if isinstance(error, MissingConfigException):
         extra = 'joblib and submitit come with an extra: pip install ".[sweeps]" in the folder of this project.'
         choices = text.split("Config search path")[0].rstrip()
+        group = Path(error.missing_cfg_file or "").parent
+        if error.options is None and (CONF / group).is_dir():
+            choices += f" Known are {', '.join(sorted(file.stem for file in (CONF / group).glob('*.yaml')))}."
         return f"{choices}\n{extra}" if "'hydra/launcher/" in text else choices
     if isinstance(error, ConfigCompositionException):
         cause = f" {str(error.__cause__).splitlines()[0].rstrip('.')}." if error.__cause__ else ""

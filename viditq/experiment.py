@@ -70,6 +70,11 @@ class Experiment:
         return self.seed + 1
 
     @property
+    def floor_size(self) -> int:
+        """Number of prompts of the noise floor, the first ones; 0 = there is none."""
+        return min(self.floor_prompts, len(self.data.prompts))
+
+    @property
     def floor_dtype(self) -> str:
         """The other dtype of the noise floor."""
         return "float32" if self.adapter.dtype == "bfloat16" else "bfloat16"

@@ -32,6 +32,7 @@ from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
 from viditq.stages import FUNCTIONS
 from viditq.stages.search_table import search_metrics
+from viditq.trial import try_metrics
 
 
 def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | None = None) -> dict[str, Any] | None:
@@ -50,7 +51,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
         return None
     count = processes_to_launch(experiment)
     if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
-        experiment.make_metrics()  # one that cannot be built is seen now, not after hours of sampling
+        try_metrics(experiment)
     policy = experiment.quant.policy
     if "search" in experiment.stages and isinstance(policy, SensitivitySearch) and not run_dir.search.is_file():
         search_metrics(experiment, policy)
