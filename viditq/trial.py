@@ -14,7 +14,7 @@ from viditq.metrics.bootstrap import MIN_PROMPTS
 from viditq.metrics.frechet import FeatureDistance
 from viditq.metrics.streaming import PerSampleMetric
 
-MOST_FRAMES, LARGEST_SIDE = 8, 128  # of the made-up pair: some metrics run large networks
+FRAMES, SIDE = 16, 128  # of the made-up pair, where the pipeline alone knows the size of what it makes
 
 
 def try_metrics(experiment: Experiment) -> None:
@@ -42,13 +42,13 @@ def try_metrics(experiment: Experiment) -> None:
 
 
 def made_up_pair(experiment: Experiment) -> EvalBatch:
-    """Noise in the size of the model's clips, or smaller."""
+    """Noise in the size of the model's clips: to score it takes what one prompt takes in the stage evaluate."""
     adapter, generator = experiment.adapter, torch.Generator().manual_seed(0)
-    sides = [min(side or LARGEST_SIDE, LARGEST_SIDE) for side in (adapter.height, adapter.width)]
-    frames = 1 if adapter.modality == "image" else min(adapter.num_frames or MOST_FRAMES, MOST_FRAMES)
+    frames = 1 if adapter.modality == "image" else adapter.num_frames or FRAMES
+    shape = (1, frames, 3, adapter.height or SIDE, adapter.width or SIDE)
 
     def clip() -> Tensor:
-        return torch.randint(256, (1, frames, 3, *sides), generator=generator, dtype=torch.uint8)
+        return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
 
     data, prompts = experiment.data.real_clips([0]), experiment.data.prompts[:1]
     return EvalBatch(clip(), clip(), prompts, torch.tensor([0]), data)
