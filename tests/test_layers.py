@@ -24,8 +24,22 @@ FLOORS: list[list[str]] = [
     ["models", "data", "metrics", "report"],
     ["engine", "tiny", "run_dir"],
     [
-        *["", "cli", "config", "console", "estimate", "experiment", "gate", "job", "loading", "provenance", "runner"],
-        *["stages", "summary", "sweeps", "worker"],
+        *[
+            "",
+            "callbacks",
+            "checks",
+            "cli",
+            "config",
+            "console",
+            "estimate",
+            "experiment",
+            "gate",
+            "job",
+            "loading",
+            "provenance",
+            "runner",
+        ],
+        *["signatures", "stages", "summary", "sweeps", "trial", "worker"],
     ],
 ]
 BASIC = set(FLOORS[0])

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 
-from viditq.config import STAGES, CalibrationConfig, DiagnosisConfig, NoiseFloorConfig, RootConfig
+from viditq.checks import OF_LOGGERS, Checked, check
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
@@ -24,7 +24,6 @@ from viditq.models.schedule import noise_levels
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, overlapping
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
-from viditq.quant.execution.backends import get_backend
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
@@ -71,31 +70,26 @@ class Experiment:
         return self.seed + 1
 
     @property
+    def floor_size(self) -> int:
+        """Number of prompts of the noise floor, the first ones; 0 = there is none."""
+        return min(self.floor_prompts, len(self.data.prompts))
+
+    @property
     def floor_dtype(self) -> str:
         """The other dtype of the noise floor."""
         return "float32" if self.adapter.dtype == "bfloat16" else "bfloat16"
 
 
-def build(cfg: DictConfig) -> Experiment:
-    """Instantiate the configuration; raises UserError (or Hydra's own message) for anything that cannot work."""
-    _check_keys(cfg)
-    stages = _stages(cfg.stages)
-    _check_number("seed", cfg.seed, 0)
-    _check_number("batch_size", cfg.batch_size, 1)
-    _check_number("calibration.num_buckets", cfg.calibration.num_buckets, 1)
-    _check_number("calibration.rows_per_bucket", cfg.calibration.rows_per_bucket, 1)
-    _check_number("calibration.block_input_bytes", cfg.calibration.block_input_bytes, 1)
-    _check_number("noise_floor.num_prompts", cfg.noise_floor.num_prompts, 0)
-    if cfg.noise_floor.num_prompts == 1:
-        raise UserError("noise_floor.num_prompts=1: one prompt has no spread. Give 0 (no noise floor), or 2 or more.")
-    _check_number("diagnosis.num_prompts", cfg.diagnosis.num_prompts, 0)
-    get_backend(cfg.backend)
+def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
+    """Instantiate the configuration; raises UserError (or Hydra's own message) for anything that cannot work.
+
+    checked: what `checks.check` has returned for it, where that was called before.
+    """
+    checked = check(cfg) if checked is None else checked
+    quant, data = checked.quant, checked.data
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
-    gate = Gate.parse(tracked["gate"], [str(name) for name in cfg.metric])
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
-    quant: QuantSetting = instantiate(cfg.quant, _convert_="all")
-    data: PromptData = instantiate(cfg.data, _convert_="all")
     (plan, roles), weights = _plan(adapter, quant), adapter.weights_fingerprint()
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
@@ -113,10 +107,10 @@ def build(cfg: DictConfig) -> Experiment:
         block_input_bytes=cfg.calibration.block_input_bytes,
         floor_prompts=cfg.noise_floor.num_prompts,
         diagnosis_prompts=cfg.diagnosis.num_prompts,
-        gate=gate,
+        gate=checked.gate,
         backend=cfg.backend,
-        stages=stages,
-        cache_dir=Path(cfg.cache_dir),
+        stages=checked.stages,
+        cache_dir=Path(cfg.cache_dir).expanduser(),
         adapter=adapter,
         quant=quant,
         plan=plan,
@@ -131,25 +125,6 @@ def build(cfg: DictConfig) -> Experiment:
     )
     experiment.make_trainer()
     return experiment
-
-
-def _check_keys(cfg: DictConfig) -> None:
-    """`+key=value` passes Hydra's check of the root; the rest is refused by the constructors."""
-    for prefix, given, schema in (
-        ("", cfg, RootConfig),
-        ("calibration.", cfg.calibration, CalibrationConfig),
-        ("noise_floor.", cfg.noise_floor, NoiseFloorConfig),
-        ("diagnosis.", cfg.diagnosis, DiagnosisConfig),
-    ):
-        allowed = [field.name for field in fields(schema)]
-        for key in given:
-            if key not in allowed:
-                raise UserError(f"Unknown key {prefix}{key!s}. Known here are {', '.join(allowed)}.")
-
-
-def _check_number(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
-        raise UserError(f"{name}={value} must be a whole number of at least {lowest}.")
 
 
 def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:
@@ -183,20 +158,11 @@ def _check_segments(adapter: ModelAdapter, plan: QuantPlan, num_buckets: int) ->
             )
 
 
-def _stages(wanted: Any) -> tuple[str, ...]:
-    if not wanted:
-        raise UserError(f"stages=[] does nothing. Stages are {', '.join(STAGES)}.")
-    for stage in wanted:
-        if stage not in STAGES:
-            raise UserError(f"Unknown stage {stage!r}. Stages are {', '.join(STAGES)}.")
-    return tuple(stage for stage in STAGES if stage in wanted)
-
-
 def _make_logger(node: Any) -> Callable[..., Any]:
     """The logger's function with its own settings; it takes (folder, name, group, run_id)."""
     make = instantiate(node, _partial_=True, _convert_="all")
     try:
-        inspect.signature(make).bind("folder", "name", "group", "run_id")
+        inspect.signature(make).bind(*OF_LOGGERS)
     except (TypeError, ValueError) as error:
         given = ", ".join(str(key) for key in node if key != "_target_")
         raise UserError(

@@ -101,6 +101,13 @@ class Job:
         return QuantPlan.from_json(self.run_dir.plan.read_text())
 
     @property
+    def artifact(self) -> Path:
+        """The folder of the quantized model; raises UserError while there is none."""
+        if not self.run_dir.artifact.is_dir():
+            raise UserError(f"{self.run_dir.artifact} does not exist. Run the stage quantize before.")
+        return self.run_dir.artifact
+
+    @property
     def needs_stats(self) -> bool:
         """Whether calibration is part of this run: also where average bits depend on where the steps fall."""
         plan = self.experiment.plan
@@ -118,8 +125,8 @@ class Job:
 
     @property
     def floor_size(self) -> int:
-        """Number of prompts of the noise floor, the first ones; 0 = there is none."""
-        return min(self.experiment.floor_prompts, self.num_prompts)
+        """Number of prompts of the noise floor."""
+        return self.experiment.floor_size
 
     @cached_property
     def floors(self) -> dict[str, Entry]:
@@ -148,7 +155,14 @@ class Job:
     def load_embeds(self, prompts: list[str]) -> Callable[[int], PromptEmbeds]:
         """Index of a prompt -> its embeddings."""
         remedy = "Delete it and run the command again, with the stage prompts."
-        return lambda index: read_tensors(self.embeds_path(prompts[index]), remedy)
+
+        def load(index: int) -> PromptEmbeds:
+            file = self.embeds_path(prompts[index])
+            if not file.is_file():
+                raise UserError(f"{prompts[index][:60]!r} is not encoded ({file}). Run the stage prompts before.")
+            return read_tensors(file, remedy)
+
+        return load
 
     # Work that others may be doing too -------------------------------------------------------------------------------
 

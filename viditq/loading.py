@@ -22,7 +22,7 @@ def load_quantized(path: str | Path, backend: str = "fake", model_path: str | No
     for its VAE, text encoder and scheduler, where it is not the one recorded. The model's settings (steps, guidance,
     size) are defaults of the call. Raises UserError for damaged or missing files.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if (folder / "quantized").is_dir():
         folder = folder / "quantized"
     return load_artifact(folder, backend, complete=True, model_path=model_path)

@@ -13,13 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from viditq.config import COMMAND_VARIABLE, check_overrides, shorten
+from viditq.checks import Checked
+from viditq.config import COMMAND_VARIABLE, shorten
 from viditq.console import print_summary
 from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
 from viditq.engine.processes import Processes, environment, joined
 from viditq.errors import GateFailed, UserError
-from viditq.estimate import check_mode, estimate
+from viditq.estimate import estimate
 from viditq.estimate.table import show
 from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
@@ -31,28 +32,26 @@ from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
 from viditq.stages import FUNCTIONS
 from viditq.stages.search_table import search_metrics
+from viditq.trial import try_metrics
 
 
-def run(cfg: DictConfig, folder: Path, choice: str = CHOICE) -> dict[str, Any] | None:
+def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | None = None) -> dict[str, Any] | None:
     """Run the configured stages in `folder`; returns metrics.json's content once it exists (on the first process).
 
-    choice: what chooses another folder on the command line, for messages.
+    choice: what chooses another folder on the command line, for messages. checked: as in `experiment.build`.
     Finished work is found on disk and skipped. With trainer.devices above 1 the stages run in processes of their own,
     unless torchrun or srun has started this one as one of several. Raises UserError for bad input, before anything
     slow where possible.
     """
     quiet_libraries()
-    check_mode(cfg.estimate)
-    if HydraConfig.initialized():
-        check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
-    experiment = build(cfg)
+    experiment = build(cfg, checked)
     run_dir = RunDir(folder, experiment.tracked, choice)
     if cfg.estimate:
         tell(experiment, run_dir, cfg.estimate)
         return None
     count = processes_to_launch(experiment)
     if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
-        experiment.make_metrics()  # one that cannot be built is seen now, not after hours of sampling
+        try_metrics(experiment)
     policy = experiment.quant.policy
     if "search" in experiment.stages and isinstance(policy, SensitivitySearch) and not run_dir.search.is_file():
         search_metrics(experiment, policy)

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hydra.utils import instantiate
 
-from viditq.assets import SHIPPED
+from viditq.assets import SHIPPED, is_hub_id
 from viditq.errors import UserError
 from viditq.models import hub
 from viditq.models.adapter import ModelAdapter
@@ -87,4 +87,4 @@ def test_what_a_hub_id_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "a" / "folder").mkdir(parents=True)
     ids = ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "a/b"]
     folders = ["a/folder", "/a/b", "./a/b", "../b", "a", "a/b/c", "shipped:x", "~/model"]
-    assert [path for path in ids + folders if hub.is_hub_id(path)] == ids
+    assert [path for path in ids + folders if is_hub_id(path)] == ids

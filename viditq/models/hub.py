@@ -1,6 +1,5 @@
 """Models named by their id on the Hugging Face hub: taken from the local cache, or downloaded when online."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,11 +13,6 @@ from viditq.errors import UserError
 
 DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.jinja"]  # what all checks before slow work read
 NETWORK_ERRORS = (OSError, HfHubHTTPError, LocalEntryNotFoundError)
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether `path` is written like `organisation/model` and is no folder here."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
 
 
 @cache
