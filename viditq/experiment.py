@@ -96,6 +96,7 @@ def build(cfg: DictConfig) -> Experiment:
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     quant: QuantSetting = instantiate(cfg.quant, _convert_="all")
     data: PromptData = instantiate(cfg.data, _convert_="all")
+    _check_model(adapter, data, lenient=cfg.estimate == "meta")
     (plan, roles), weights = _plan(adapter, quant), adapter.weights_fingerprint()
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
@@ -150,6 +151,14 @@ def _check_keys(cfg: DictConfig) -> None:
 def _check_number(name: str, value: int, lowest: int) -> None:
     if value < lowest:
         raise UserError(f"{name}={value} must be a whole number of at least {lowest}.")
+
+
+def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None:
+    """Raises UserError unless the model's files hold all that the run needs of them; weights of the hub come later."""
+    encoded = {*data.prompts, *data.calibration_prompts} - data.ready_embeds.keys()
+    needless = {*(() if encoded else adapter.text_parts), *(("scheduler",) if adapter.call.get("sampler") else ())}
+    of_hub = adapter.source.of_hub or adapter.denoiser_source.of_hub
+    adapter.check_contents(without=needless, lenient=lenient or of_hub)
 
 
 def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:
