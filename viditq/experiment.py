@@ -18,9 +18,11 @@ from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
+from viditq.models.contents import check_contents
 from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
+from viditq.models.text import check_encodes
 from viditq.quant.backends import get_backend
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.noise_level import bucket_edges, interval_of, overlapping
@@ -155,10 +157,11 @@ def _check_number(name: str, value: int, lowest: int) -> None:
 
 def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None:
     """Raises UserError unless the model's files hold all that the run needs of them; weights of the hub come later."""
-    encoded = {*data.prompts, *data.calibration_prompts} - data.ready_embeds.keys()
-    needless = {*(() if encoded else adapter.text_parts), *(("scheduler",) if adapter.call.get("sampler") else ())}
+    to_encode = [p for p in (*data.prompts, *data.calibration_prompts) if p not in data.ready_embeds]
+    if to_encode:
+        check_encodes(adapter, to_encode)
     of_hub = adapter.source.of_hub or adapter.denoiser_source.of_hub
-    adapter.check_contents(without=needless, lenient=lenient or of_hub)
+    check_contents(adapter, without=() if to_encode else adapter.text_parts, lenient=lenient or of_hub)
 
 
 def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:

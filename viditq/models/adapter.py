@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,23 +145,6 @@ class ModelAdapter:
             return self.denoiser_source.part(name, weights)
         return self.source.pipeline(weights) / name
 
-    def check_contents(self, without: Collection[str] = (), lenient: bool = False) -> None:
-        """Hold every part against its files but those in `without`; raises UserError for the first that differs.
-
-        lenient: weights that are not here are no error.
-        """
-        names = [name for name in self._components() if name not in without]
-        folders = {name: self.part_folder(name, weights=not lenient) for name in names}
-        for name, folder in folders.items():
-            if (cls := parts.part_class(self.index()[name])) is not None:
-                contents.check_part(cls, folder, self.variant, lenient)
-        models = parts.models_of(self.index()).keys() & folders.keys()
-        if self.variant and models and not lenient and not any(variant_of(folders[n], self.variant) for n in models):
-            raise UserError(
-                f"model.variant={self.variant!r}: {self.folder} has no file of it, such as "
-                f"diffusion_pytorch_model.{self.variant}.safetensors. Leave it out, or give what stands in the names."
-            )
-
     def weights_fingerprint(self) -> str:
         """Hash of the pipeline's files, and of its denoisers' where they lie elsewhere."""
         whole = self.source.fingerprint(self.folder)
@@ -191,7 +174,7 @@ class ModelAdapter:
 
     def load_text_part(self) -> Any:
         """The pipeline with its tokenizers and text encoders only."""
-        self.check_contents()  # also of what is loaded later: before anything is encoded
+        contents.check_contents(self)  # also of what is loaded later: before anything is encoded
         return self._load({name: None for name in self._components() if name not in self.text_parts})
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
@@ -204,7 +187,7 @@ class ModelAdapter:
 
     def _load(self, components: dict[str, Any]) -> Any:
         folder = self.source.pipeline(weights=True)
-        self.check_contents(without=components)
+        contents.check_contents(self, without=components)
         dtypes = {"default": self.torch_dtype} | {name: DTYPES[dtype] for name, dtype in self.component_dtypes.items()}
         dtype = dtypes if self.component_dtypes else self.torch_dtype
         try:
@@ -281,6 +264,10 @@ class ModelAdapter:
     def denoiser_of(self, pipeline: Any) -> nn.Module:
         """The denoiser of a pipeline; where it has several, an nn.ModuleDict of them: Linears are `<part>.<name>`."""
         return self._joined({name: getattr(pipeline, name) for name in self.denoiser_names})
+
+    def float_denoisers_of(self, pipeline: Any) -> nn.ModuleDict:
+        """The other denoisers of a pipeline, which are left in float on purpose."""
+        return nn.ModuleDict({name: getattr(pipeline, name) for name in self.float_denoisers})
 
     def build_denoiser(self) -> nn.Module:
         """The structure of `denoiser_of` from its config.json: parameters on the meta device, buffers real."""

@@ -7,10 +7,10 @@ library itself declares ignorable stays so.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.models.mismatch import Mismatch
+from viditq.models.parts import models_of, part_class
 from viditq.models.weight_files import (
     COPY_AGAIN,
     DIFFUSERS,
@@ -31,14 +32,48 @@ from viditq.models.weight_files import (
     weight_files,
 )
 
+if TYPE_CHECKING:
+    from viditq.models.adapter import ModelAdapter
+
 HEADS = ("lm_head.",)  # of a language model whose trunk alone encodes text
 
 
-def check_part(cls: Any, folder: Path, variant: str | None, lenient: bool) -> None:
-    """Raises UserError unless `folder` holds what a part of class `cls` is made of, and nothing else.
+def check_contents(adapter: ModelAdapter, without: Collection[str] = (), lenient: bool = False) -> None:
+    """Hold every part of the pipeline against its files but those in `without`; raises UserError for one that differs.
 
     lenient: weights may be absent altogether, as those of a model on the hub that is not downloaded yet.
     """
+    entries = {name: entry for name, entry in adapter.index().items() if isinstance(entry, list)}
+    own_scheduler = adapter.call.get("sampler") is not None
+    if not own_scheduler and entries.get("scheduler", [None])[0] is None:
+        raise UserError(f"model_index.json of {adapter.folder} names no scheduler. {COPY_AGAIN}")
+    for name, (library, class_name) in entries.items():
+        if library is None or name in without or (name == "scheduler" and own_scheduler):
+            continue
+        cls = part_class([library, class_name])
+        if cls is not None:
+            check_part(cls, adapter.part_folder(name, weights=not lenient), adapter.variant, lenient)
+        elif library in ("diffusers", "transformers"):
+            raise UserError(
+                f"model_index.json of {adapter.folder} names {class_name} as {name}; the installed "
+                f"{library} has no such class. Install a version that has it."
+            )
+    if adapter.variant and not lenient and not parts_by_variant(adapter)[0]:
+        raise UserError(
+            f"model.variant={adapter.variant!r}: {adapter.folder} has no file of it, such as "
+            f"diffusion_pytorch_model.{adapter.variant}.safetensors. Leave it out, or give what stands in the names."
+        )
+
+
+def parts_by_variant(adapter: ModelAdapter) -> tuple[list[str], list[str]]:
+    """The parts whose weights are read from files of the variant, and those that have no such files."""
+    models = models_of(adapter.index())
+    taken = [name for name in models if variant_of(adapter.part_folder(name, weights=False), adapter.variant)]
+    return taken, [name for name in models if name not in taken]
+
+
+def check_part(cls: Any, folder: Path, variant: str | None, lenient: bool) -> None:
+    """Raises UserError unless `folder` holds what a part of class `cls` is made of, and nothing else."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing, a part that model_index.json names. {COPY_AGAIN}")
     if issubclass(cls, transformers.PreTrainedTokenizerBase):

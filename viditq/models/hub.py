@@ -57,6 +57,8 @@ def _explained(hub_id: str, revision: str) -> Iterator[None]:
         ) from error
     except NETWORK_ERRORS as error:
         raise UserError(_remedy(hub_id, revision)) from error
+    except ValueError as error:  # a variant that the repository lacks
+        raise UserError(f"{hub_id} (revision {revision}) cannot be downloaded: {error}") from error
 
 
 def fetch_part(hub_id: str, revision: str, part: str, weights: bool) -> Path:
