@@ -24,8 +24,8 @@ FLOORS: list[list[str]] = [
     ["models", "data", "metrics", "report"],
     ["engine", "tiny", "run_dir"],
     [
-        *["", "cli", "config", "console", "estimate", "experiment", "gate", "job", "loading", "provenance", "runner"],
-        *["stages", "summary", "sweeps", "worker"],
+        *["", "cli", "config", "console", "estimate", "experiment", "gate", "job", "loading", "nulls", "provenance"],
+        *["runner", "stages", "summary", "sweeps", "worker"],
     ],
 ]
 BASIC = set(FLOORS[0])

@@ -18,11 +18,13 @@ from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
+from viditq.models.checks import GUESSED
 from viditq.models.contents import check_contents
 from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
 from viditq.models.text import check_encodes
+from viditq.nulls import check_nulls
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, overlapping
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
@@ -95,6 +97,8 @@ def build(cfg: DictConfig) -> Experiment:
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
     gate = Gate.parse(tracked["gate"], [str(name) for name in cfg.metric])
+    check_nulls(cfg.model, "model", but=GUESSED)  # told by check_values, which knows what is guessed
+    check_nulls(cfg.quant, "quant")
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     quant: QuantSetting = instantiate(cfg.quant, _convert_="all")
     data: PromptData = instantiate(cfg.data, _convert_="all")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -32,13 +32,32 @@ from viditq.models.weight_files import (
     weight_files,
 )
 
-if TYPE_CHECKING:
-    from viditq.models.adapter import ModelAdapter
-
 HEADS = ("lm_head.",)  # of a language model whose trunk alone encodes text
 
 
-def check_contents(adapter: ModelAdapter, without: Collection[str] = (), lenient: bool = False) -> None:
+class Described(Protocol):
+    """What is asked of a ModelAdapter."""
+
+    @property
+    def call(self) -> Mapping[str, Any]:
+        """Arguments of the pipeline's call."""
+
+    @property
+    def variant(self) -> str | None:
+        """The mark of the weights' files."""
+
+    @property
+    def folder(self) -> Path:
+        """The pipeline's folder."""
+
+    def index(self) -> dict[str, Any]:
+        """The content of model_index.json."""
+
+    def part_folder(self, name: str, weights: bool) -> Path:
+        """The folder of one part."""
+
+
+def check_contents(adapter: Described, without: Collection[str] = (), lenient: bool = False) -> None:
     """Hold every part of the pipeline against its files but those in `without`; raises UserError for one that differs.
 
     lenient: weights may be absent altogether, as those of a model on the hub that is not downloaded yet.
@@ -65,7 +84,7 @@ def check_contents(adapter: ModelAdapter, without: Collection[str] = (), lenient
         )
 
 
-def parts_by_variant(adapter: ModelAdapter) -> tuple[list[str], list[str]]:
+def parts_by_variant(adapter: Described) -> tuple[list[str], list[str]]:
     """The parts whose weights are read from files of the variant, and those that have no such files."""
     models = models_of(adapter.index())
     taken = [name for name in models if variant_of(adapter.part_folder(name, weights=False), adapter.variant)]
