@@ -195,9 +195,9 @@ class ModelAdapter:
             components = self._denoisers_elsewhere(components) | components
             if self._chooses_scheduler or self.call.get("sampler") is not None:
                 components["scheduler"] = self.make_scheduler()
-            pipeline = cls.from_pretrained(
-                folder, dtype=dtype, variant=self.variant, local_files_only=True, **components
-            )
+            marked = any(variant_of(folder / name, self.variant) for name in self._components())
+            variant = self.variant if marked else None  # diffusers refuses one that only denoisers elsewhere have
+            pipeline = cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True, **components)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"The pipeline in {folder} cannot be loaded: {error}. {COPY_AGAIN}") from error
         pipeline.set_progress_bar_config(disable=True)

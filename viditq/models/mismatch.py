@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 FIRST = 3  # names of each kind that a message shows
 WRAPPERS = {  # a piece of a name -> what puts it there, and how to be rid of it
-    "module.": ("DataParallel and DistributedDataParallel", "save model.module"),
+    "module.": ("DataParallel or DistributedDataParallel", "save model.module"),
     "_orig_mod.": ("torch.compile", "save model._orig_mod"),
     "_fsdp_wrapped_module.": ("FSDP", "gather the whole state dict of the model without its wrapper, and save that"),
     "base_layer.": ("PEFT", "merge the adapter first (model.merge_and_unload()), then save the model"),
@@ -81,7 +81,7 @@ class Mismatch:
             piece, count = pieces.most_common(1)[0]
             by, remedy = WRAPPERS.get(piece, ("", "take it off the names, or " + SAVE_AGAIN))
             names = f"The names of {count} of them have {piece!r} too much"
-            return f"{names}{f', as {by} saves them' if by else ''}.", remedy
+            return f"{names}{f', as saved from {by}' if by else ''}.", remedy
         absent = Counter(_prefixes(missing, left_over))
         if absent:
             piece, count = absent.most_common(1)[0]
