@@ -337,6 +337,15 @@ def test_variants(wan: Path, original: Path, adapter_of: Callable[..., ModelAdap
         check_contents(adapter_of(original, "+model.variant=bf16"))
 
 
+def test_a_file_that_diffusers_trips_over_when_it_looks_for_a_variant(
+    wan: Path, adapter_of: Callable[..., ModelAdapter]
+) -> None:
+    (wan / "vae" / "LICENSE").write_text("")
+    check_contents(adapter_of(wan))
+    with pytest.raises(UserError, match="LICENSE, whose name has no dot"):
+        check_contents(adapter_of(wan, "+model.variant=fp16"))
+
+
 def test_variant_of_a_denoiser_elsewhere(wan: Path, original: Path, adapter_of: Callable[..., ModelAdapter]) -> None:
     file = wan / "transformer" / DENOISER
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))

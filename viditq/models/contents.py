@@ -77,7 +77,19 @@ def check_contents(adapter: Described, without: Collection[str] = (), lenient: b
                 f"model_index.json of {adapter.folder} names {class_name} as {name}; the installed "
                 f"{library} has no such class. Install a version that has it."
             )
-    if adapter.variant and not lenient and not parts_by_variant(adapter)[0]:
+    if adapter.variant and not lenient:
+        _check_variant(adapter)
+
+
+def _check_variant(adapter: Described) -> None:
+    folders = [adapter.part_folder(name, weights=False) for name in models_of(adapter.index())]
+    bare = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if "." not in path.name]
+    if bare:  # diffusers cuts names at the dots without looking whether there are any
+        raise UserError(
+            f"model.variant={adapter.variant!r}: diffusers cannot look for it beside {bare[0]}, whose name has no dot. "
+            "Move that file out of the model's folder."
+        )
+    if not parts_by_variant(adapter)[0]:
         raise UserError(
             f"model.variant={adapter.variant!r}: {adapter.folder} has no file of it, such as "
             f"diffusion_pytorch_model.{adapter.variant}.safetensors. Leave it out, or give what stands in the names."

@@ -95,6 +95,8 @@ def check_denoisers(denoisers: list[str], left_in_float: list[str], index: Mappi
                 raise UserError(
                     f"model.{key} has {name!r}, which is no part of the pipeline; it has {', '.join(parts)}."
                 )
+    if odd := [name for name in left_in_float if not is_denoiser(name, index[name])]:
+        raise UserError(f"model.float_denoisers has {odd[0]!r}, which is no denoiser and is never quantized.")
     if both := sorted({*denoisers} & {*left_in_float}):
         raise UserError(f"model.denoisers and model.float_denoisers both have {both[0]}; leave it out of one.")
     others = [n for n in parts if is_denoiser(n, index[n]) and n not in (*denoisers, *left_in_float)]
