@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from viditq.cli import guarded_run, user_message
 from viditq.errors import UserError
+from viditq.experiment import _check_model
 from viditq.models.adapter import ModelAdapter
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +182,52 @@ def test_nan_in_weights(refuse: Refuse, model_copy: Path, tmp_path: Path) -> Non
     assert "transformer.transformer_blocks.1.attn2.to_v.weight" in message and "NaN" in message
     assert "Check the checkpoint" in message
     assert not list(tmp_path.rglob("*.png"))
+
+
+def rename_tensors(folder: Path, part: str) -> None:
+    file = next((folder / part).glob("*.safetensors"))
+    save_file({f"module.{name}": tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: rename_tensors(folder, "text_encoder"), ["text_encoder", "missing", "'module.' too much"]),
+        (lambda folder: rename_tensors(folder, "transformer"), ["transformer", "missing", "'module.' too much"]),
+        (lambda folder: rename_tensors(folder, "vae"), ["vae", "missing", "'module.' too much"]),
+        (lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink(), ["tokenizer holds no vocabulary"]),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer is missing"]),
+        (lambda folder: shutil.rmtree(folder / "scheduler"), ["scheduler is missing"]),
+    ],
+    ids=["text encoder", "denoiser", "decoder", "vocabulary", "tokenizer", "scheduler"],
+)
+def test_contents_of_the_model_folder(
+    damage: Callable[[Path], None],
+    words: list[str],
+    refuse: Refuse,
+    model_copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for slow in ("load", "load_text_part", "load_complete"):
+        monkeypatch.setattr(ModelAdapter, slow, lambda *_: pytest.fail("loaded a model"))
+    damage(model_copy)
+    message = refuse(f"model.path={model_copy}")
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "refused").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_folder_without_text_encoder_where_embeddings_are_ready(
+    configure: Callable, shrunk: list[str], model_copy: Path
+) -> None:
+    adapter = instantiate(configure(*shrunk, f"model.path={model_copy}").model, _convert_="all")
+    for part in adapter.text_parts:
+        shutil.rmtree(model_copy / part)
+    prompts = {"prompts": ["a"], "calibration_prompts": ["b"]}
+    _check_model(adapter, SimpleNamespace(**prompts, ready_embeds={"a": {}, "b": {}}), lenient=False)
+    assert adapter.load().transformer is not None
+    with pytest.raises(UserError, match=r"(tokenizer|text_encoder) is missing"):
+        _check_model(adapter, SimpleNamespace(**prompts, ready_embeds={"a": {}}), lenient=False)
 
 
 @pytest.mark.parametrize(

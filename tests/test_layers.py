@@ -24,22 +24,8 @@ FLOORS: list[list[str]] = [
     ["models", "data", "metrics", "report"],
     ["engine", "tiny", "run_dir"],
     [
-        *[
-            "",
-            "callbacks",
-            "checks",
-            "cli",
-            "config",
-            "console",
-            "estimate",
-            "experiment",
-            "gate",
-            "job",
-            "loading",
-            "provenance",
-            "runner",
-        ],
-        *["signatures", "stages", "summary", "sweeps", "trial", "worker"],
+        *["", "callbacks", "checks", "cli", "config", "console", "estimate", "experiment", "gate", "job", "loading"],
+        *["nulls", "provenance", "runner", "signatures", "stages", "summary", "sweeps", "trial", "worker"],
     ],
 ]
 BASIC = set(FLOORS[0])

@@ -22,6 +22,7 @@ from viditq.config import (
 )
 from viditq.engine.wandb_settings import check_wandb
 from viditq.errors import UserError
+from viditq.nulls import check_nulls
 from viditq.run_dir import check_folder
 from viditq.signatures import REQUIRED, arguments_of, unknown_key
 
@@ -65,6 +66,7 @@ def check(cfg: DictConfig) -> Checked:
     conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
     gate = Gate.parse(conditions, [str(name) for name in cfg.metric])
     check_model(cfg.model)
+    check_nulls(cfg.quant, "quant")
     quant = instantiate(cfg.quant, _convert_="all")
     return Checked(_stages(cfg.stages), gate, quant, instantiate(cfg.data, _convert_="all"))
 

@@ -18,9 +18,13 @@ from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
+from viditq.models.checks import GUESSED
+from viditq.models.contents import check_contents
 from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
+from viditq.models.text import check_encodes
+from viditq.nulls import check_nulls
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, overlapping
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
@@ -89,7 +93,9 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     quant, data = checked.quant, checked.data
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
+    check_nulls(cfg.model, "model", but=GUESSED)  # told by check_values, which knows what is guessed
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
+    _check_model(adapter, data, lenient=cfg.estimate == "meta")
     (plan, roles), weights = _plan(adapter, quant), adapter.weights_fingerprint()
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
@@ -125,6 +131,15 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     )
     experiment.make_trainer()
     return experiment
+
+
+def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None:
+    """Raises UserError unless the model's files hold all that the run needs of them; weights of the hub come later."""
+    to_encode = [p for p in (*data.prompts, *data.calibration_prompts) if p not in data.ready_embeds]
+    if to_encode:
+        check_encodes(adapter, to_encode)
+    of_hub = adapter.source.of_hub or adapter.denoiser_source.of_hub
+    check_contents(adapter, without=() if to_encode else adapter.text_parts, lenient=lenient or of_hub)
 
 
 def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:

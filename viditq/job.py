@@ -21,11 +21,22 @@ from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import Entry, RunDir, fingerprint, timed
 
 # What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
-NOT_SAMPLING = ("name", "path", "revision", "denoiser_path", "denoiser_revision", "fps", "roles", "keep_float", "guess")
-UNLESS_GIVEN = ("scheduler", "scheduler_settings")  # younger than what caches hold
+NOT_SAMPLING = (
+    "name",
+    "path",
+    "revision",
+    "denoiser_path",
+    "denoiser_revision",
+    "fps",
+    "roles",
+    "keep_float",
+    "guess",
+    "float_denoisers",
+)
+UNLESS_GIVEN = ("scheduler", "scheduler_settings", "variant")  # younger than what caches hold
 OF_TEXT = (
     *("pipeline", "dtype", "component_dtypes", "conditioning", "negative_prompt"),
-    *("encode", "encode_outputs", "max_tokens", "prompt_tokenizer"),
+    *("encode", "encode_outputs", "max_tokens", "prompt_tokenizer", "variant"),
 )
 
 
@@ -52,7 +63,7 @@ class Job:
     @cached_property
     def embeds(self) -> Entry:
         """Embeddings of prompts."""
-        model = {k: self._base_key["model"][k] for k in OF_TEXT}
+        model = {k: v for k, v in self._base_key["model"].items() if k in OF_TEXT}
         return self._entry("prompts", {"model": model, "weights": self.experiment.weights})
 
     @cached_property

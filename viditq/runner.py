@@ -26,6 +26,7 @@ from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.models.checks import GUESSED
+from viditq.models.contents import parts_by_variant
 from viditq.models.roles import FLOAT, counts, summary
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
@@ -98,14 +99,20 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
 
 
 def described(experiment: Experiment) -> str:
-    """How many Linears the model has by role, and what of them a plan file leaves out; where it was guessed, also what,
-    so that it can be corrected.
+    """How many Linears the model has by role, and what of them a plan file leaves out; denoisers left in float, parts
+    by variant; where it was guessed, also what, so that it can be corrected.
     """
     model, line = experiment.adapter, counts(experiment.roles)
     if isinstance(experiment.quant.policy, PlanFile):
         left = [n for n, role in experiment.roles.items() if role != FLOAT and n not in experiment.plan.layers]
         if left:
             line += f"\n  {experiment.quant.policy.path} leaves {len(left)} more in float, such as {left[0]}"
+    if model.float_denoisers:
+        line += f"\n  left in float, as model.float_denoisers asks: {', '.join(model.float_denoisers)}"
+    if model.variant:
+        taken, plain = parts_by_variant(model)
+        parts = f"{', '.join(taken)}; of no variant: {', '.join(plain) or 'none'}" if taken else "to be downloaded"
+        line += f"\n  weights of the variant {model.variant}: {parts}"
     if not model.guess:
         return line
     settings = ", ".join(f"model.{key}={getattr(model, key)}" for key in GUESSED)

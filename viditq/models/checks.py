@@ -1,5 +1,6 @@
 """Checks of a model's description that need none of its files."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from viditq.errors import UserError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
 COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps")
+MAPPINGS = ("encode", "call", "roles", "component_dtypes", "scheduler_settings")
 OPTIONAL = ("num_frames", "height", "width", "max_tokens", "guidance_scale")
 GUESSED = ("pipeline", "modality", "encode_outputs", "denoisers", "timestep_scale")
 
@@ -26,6 +28,12 @@ def check_values(model: Any) -> None:
         value = getattr(model, key)
         if value not in allowed and not (value is None and model.guess):
             raise UserError(f"model.{key}={value!r} is unknown; choose {' or '.join(allowed)}.")
+    for key in MAPPINGS:
+        if not isinstance(getattr(model, key), Mapping):
+            raise UserError(f"model.{key}={getattr(model, key)!r} must be a mapping, such as {{}}.")
+    for key, patterns in {"keep_float": model.keep_float, **{f"roles.{k}": v for k, v in model.roles.items()}}.items():
+        if not isinstance(patterns, Sequence) or isinstance(patterns, str) or not all(map(_is_text, patterns)):
+            raise UserError(f"model.{key}={patterns!r} must be a list of patterns of Linears, such as ['proj_out'].")
     for key in COUNTS:
         _check_number(key, getattr(model, key), whole=True, lowest=1)
     _check_number("guidance_scale", model.guidance_scale, whole=False, lowest=0)
@@ -33,6 +41,10 @@ def check_values(model: Any) -> None:
         _check_number("timestep_scale", model.timestep_scale, whole=False, lowest=None)
     if model.denoisers is not None and (isinstance(model.denoisers, str) or not model.denoisers):
         raise UserError(f"model.denoisers={model.denoisers!r} must be a list of parts, such as [transformer].")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _dtypes(model: Any) -> list[tuple[str, str]]:

@@ -11,10 +11,11 @@ from viditq.models import hub
 
 @dataclass(frozen=True)
 class Source:
-    """path: a folder in the diffusers layout, shipped:NAME, or a hub id, there of `revision`."""
+    """path: a folder in the diffusers layout, shipped:NAME, or a hub id, there of `revision` (weights of `variant`)."""
 
     path: str
     revision: str
+    variant: str | None = None
 
     @property
     def of_hub(self) -> bool:
@@ -23,7 +24,7 @@ class Source:
 
     def pipeline(self, weights: bool) -> Path:
         """The pipeline's folder, of the hub without `weights` its descriptions alone; UserError if there is none."""
-        folder = hub.fetch(self.path, self.revision, weights) if self.of_hub else resolve(self.path)
+        folder = hub.fetch(self.path, self.revision, weights, self.variant) if self.of_hub else resolve(self.path)
         check_pipeline(folder)
         return folder
 
