@@ -28,6 +28,9 @@ WITHOUT_SLOW_WORK = {
     "unknown key of the root": (["+foo=1"], ["Unknown key foo", "batch_size"]),
     "unknown key of calibration": (["+calibration.foo=1"], ["calibration.foo", "num_buckets"]),
     "unknown key of model": (["+model.foo=1"], ["model.foo", "--cfg job"]),
+    "unknown argument of the text encoding": (["+model.encode.foo=1"], ["model.encode.foo", "clean_caption"]),
+    "unknown argument of the call": (["+model.call.foo=1"], ["model.call.foo", "guidance_scale"]),
+    "videos of an image model": (["model.modality=video"], ["model.modality=video", "makes images"]),
     "unknown key of a format": (["+quant.weight.foo=1"], ["quant.weight.foo", "--cfg job"]),
     "unknown key of data": (["+data.foo=1"], ["data.foo", "--cfg job"]),
     "unknown key of a metric": (["+metric.psnr.foo=1"], ["metric.psnr.foo", "--cfg job"]),
@@ -123,7 +126,7 @@ def test_refused_before_anything_is_loaded_or_written(
 ) -> None:
     for slow in ("load", "load_text_part", "load_complete"):
         monkeypatch.setattr(ModelAdapter, slow, lambda *_: pytest.fail("loaded a model"))
-    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
     overrides, words = WITHOUT_SLOW_WORK[case]
     message = refuse(*(override.replace("{tmp}", str(tmp_path)) for override in overrides))

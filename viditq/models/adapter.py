@@ -19,7 +19,7 @@ from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.models import roles
 from viditq.models.attention import check_attention, check_dispatches, set_attention
-from viditq.models.checks import DTYPES, check_values
+from viditq.models.checks import DTYPES, check_arguments, check_values
 from viditq.models.guess import guess_settings
 from viditq.models.registry import find_class
 from viditq.models.samplers import make_sampler
@@ -91,8 +91,10 @@ class ModelAdapter:
         check_attention(self.attention, self.dtype)
         if self.guess:
             self._fill_in(guess_settings(self.index()))
-        if find_class(self.pipeline) is None:
+        pipeline = find_class(self.pipeline)
+        if pipeline is None:
             raise UserError(f"model.pipeline={self.pipeline!r} is no class of diffusers {diffusers.__version__}.")
+        check_arguments(self, pipeline)
         for name in self.denoiser_names:
             if self.index().get(name, [None])[0] is None:
                 parts = ", ".join(self._components())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
+from viditq.models.checks import FRAMES
 from viditq.models.text import PromptEmbeds
 
 SIZES = ("num_frames", "height", "width")
@@ -90,7 +91,7 @@ def _settings(adapter: ModelAdapter, pipeline: Any) -> dict[str, Any]:
     }
     given |= {"height": adapter.height, "width": adapter.width}
     if adapter.modality == "video":
-        given |= dict.fromkeys(("num_frames", "video_length"), adapter.num_frames)  # the two names that pipelines use
+        given |= dict.fromkeys(FRAMES, adapter.num_frames)
     known = inspect.signature(pipeline.__call__).parameters  # a size that is not among them is the model's own
     return {**adapter.call, **{k: v for k, v in given.items() if v is not None and k in known}}
 
