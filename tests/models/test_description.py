@@ -139,8 +139,8 @@ def test_a_single_step_that_the_scheduler_cannot_do(make: Make) -> None:
 def test_noise_levels_of_the_schedule(make: Make) -> None:
     adapter = make("pixart_alpha", images.pixart_alpha)
     assert schedule.noise_levels(adapter) == pytest.approx([0.999, 0.4995], abs=1e-3)
-    assert schedule.noise_levels(make("flux_dev", images.flux_dev)) is None
-    assert schedule.noise_levels(make("z_image", images.z_image)) is None
+    assert schedule.noise_levels(make("flux_dev", images.flux_dev)) == pytest.approx([1.0, 0.612], abs=1e-3)
+    assert schedule.noise_levels(make("z_image", images.z_image)) == [1.0, 0.75]
 
 
 # Settings that a pipeline would pass over -----------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_guesses() -> None:
     wan = guess_settings({"_class_name": "WanPipeline", "transformer": part, "transformer_2": part, "vae": part})
     assert wan["denoisers"] == ["transformer", "transformer_2"] and wan["modality"] == "video"
     flux = guess_settings({"_class_name": "FluxPipeline", "transformer": part, "transformer_2": [None, None]})
-    assert flux["denoisers"] == ["transformer"] and flux["timestep_scale"] == 1.0 and flux["modality"] == "image"
+    assert flux["denoisers"] == ["transformer"] and flux["modality"] == "image"
     assert flux["encode_outputs"] == ["prompt_embeds", "pooled_prompt_embeds", None] and flux["encode"] == {}
     sd3 = guess_settings({"_class_name": "StableDiffusion3Pipeline", "transformer": part})
     assert sd3["encode"] == {"prompt_2": None, "prompt_3": None}  # encode_prompt has no defaults for them

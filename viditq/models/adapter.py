@@ -25,6 +25,7 @@ from viditq.models.registry import find_class
 from viditq.models.samplers import make_sampler
 from viditq.models.schedulers import build_scheduler, check_samples, check_seeded
 from viditq.models.source import Source
+from viditq.models.timestep_scale import measured_scale
 
 COPY_AGAIN = "Copy the model's folder again."
 
@@ -101,6 +102,8 @@ class ModelAdapter:
                 raise UserError(f"model.denoisers has {name!r}, which is no part of the pipeline; it has {parts}.")
         if self._chooses_scheduler:
             self._check_scheduler()
+        if self.timestep_scale is None:
+            object.__setattr__(self, "timestep_scale", measured_scale(self))
 
     def _fill_in(self, guessed: Mapping[str, Any]) -> None:
         """Guessed values in place of None; arguments of encode_prompt and __call__ that are given stay."""
@@ -228,8 +231,9 @@ class ModelAdapter:
                 f"model.scheduler: model.call.sampler={self.call['sampler']} chooses the scheduler already. "
                 "Leave out model.scheduler, or set model.call.sampler=null."
             )
-        check_samples(self.make_scheduler(), self.num_steps)
-        check_seeded(find_class(self.pipeline), self.make_scheduler(), self.call)
+        scheduler = self.make_scheduler()
+        check_samples(self, self.index()["scheduler"][1])
+        check_seeded(find_class(self.pipeline), scheduler, self.call)
 
     def make_scheduler(self) -> Any:
         """The scheduler that samples; raises UserError if the pipeline has none of its own."""

@@ -33,7 +33,6 @@ def guess_settings(index: Mapping[str, Any]) -> dict[str, Any]:
         "modality": "video" if makes_clips(cls) else "image",
         "denoisers": _denoisers(index),
         "encode_outputs": _encode_outputs(cls, set(of_call)),
-        "timestep_scale": 1.0 if re.search(r"timestep=timestep / 1000", inspect.getsource(cls.__call__)) else 1000.0,
         "encode": encode | {k: v for k, v in PLAIN.items() if k in of_text},
         "call": {k: v for k, v in PLAIN.items() if k in of_call}
         | ({"mask_feature": False} if "mask_feature" in of_call else {}),
