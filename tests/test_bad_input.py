@@ -53,6 +53,17 @@ WITHOUT_SLOW_WORK = {
     "segments that end early": (["quant.segments=[0,0.5]"], ["[0, 0.5]", "tile [0, 1]", "end at 1"]),
     "segments that start late": (["quant.segments=[0.1,0.5,1]"], ["[0.1, 0.5, 1]", "start at 0"]),
     "segments in disorder": (["quant.segments=[0,0.6,0.5,1]"], ["ascending"]),
+    "segment above all steps": (
+        ["quant.segments=[0,0.999999,1]"],
+        ["segment of noise levels 0.999999 to 1", "steps lie at 0.999", "wider segments"],
+    ),
+    "segment between the steps": (["quant.segments=[0,0.9,0.99,1]"], ["noise levels 0.9 to 0.99"]),
+    "edge within a bucket": (
+        ["model.num_steps=50", "quant.segments=[0,0.53,1]"],
+        ["parts the sampling steps", "Move the edge between them to 0.5 or 0.55", "calibration.num_buckets="],
+    ),
+    "steps at one level": (["model.timestep_scale=1e6"], ["model.timestep_scale=1000000.0", "at one noise level"]),
+    "steps beyond noise": (["model.timestep_scale=500"], ["model.timestep_scale=500", "outside of [0, 1]"]),
     "unknown rounding": (["quant.rounding=up"], ["'up'", "nearest"]),
     "unknown dtype": (["model.dtype=float8"], ["'float8'", "float32, float16, bfloat16"]),
     "unknown dtype of the quantized": (["quant.float_dtype=int8"], ["'int8'", "null", "float16"]),

@@ -88,7 +88,7 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
             parts[name] = None
             continue
         cls = find_class(value[1])
-        if inspect.isclass(cls) and issubclass(cls, ModelMixin):
+        if _is_model(cls):
             with init_empty_weights(include_buffers=False):
                 parts[name] = cls.from_config(cls.load_config(adapter.folder / name))
     cls = find_class(adapter.pipeline)
@@ -97,6 +97,10 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
     on_cpu = property(lambda _: CPU)  # where the stand-ins' parameters are, nothing can be computed
     pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": on_cpu, "device": on_cpu})
     return pipeline
+
+
+def _is_model(cls: Any) -> bool:
+    return inspect.isclass(cls) and issubclass(cls, ModelMixin)
 
 
 def _embeddings(adapter: Any) -> tuple[Any, ...]:
