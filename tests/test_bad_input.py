@@ -30,6 +30,9 @@ WITHOUT_SLOW_WORK = {
     "unknown key of the root": (["+foo=1"], ["Unknown key foo", "batch_size"]),
     "unknown key of calibration": (["+calibration.foo=1"], ["calibration.foo", "num_buckets"]),
     "unknown key of model": (["+model.foo=1"], ["model.foo", "--cfg job"]),
+    "unknown argument of the text encoding": (["+model.encode.foo=1"], ["model.encode.foo", "clean_caption"]),
+    "unknown argument of the call": (["+model.call.foo=1"], ["model.call.foo", "guidance_scale"]),
+    "videos of an image model": (["model.modality=video"], ["model.modality=video", "makes images"]),
     "unknown key of a format": (["+quant.weight.foo=1"], ["quant.weight.foo", "--cfg job"]),
     "unknown key of data": (["+data.foo=1"], ["data.foo", "--cfg job"]),
     "unknown key of a metric": (["+metric.psnr.foo=1"], ["metric.psnr.foo", "--cfg job"]),
@@ -52,6 +55,17 @@ WITHOUT_SLOW_WORK = {
     "segments that end early": (["quant.segments=[0,0.5]"], ["[0, 0.5]", "tile [0, 1]", "end at 1"]),
     "segments that start late": (["quant.segments=[0.1,0.5,1]"], ["[0.1, 0.5, 1]", "start at 0"]),
     "segments in disorder": (["quant.segments=[0,0.6,0.5,1]"], ["ascending"]),
+    "segment above all steps": (
+        ["quant.segments=[0,0.999999,1]"],
+        ["segment of noise levels 0.999999 to 1", "steps lie at 0.999", "wider segments"],
+    ),
+    "segment between the steps": (["quant.segments=[0,0.9,0.99,1]"], ["noise levels 0.9 to 0.99"]),
+    "edge within a bucket": (
+        ["model.num_steps=50", "quant.segments=[0,0.53,1]"],
+        ["parts the sampling steps", "Move the edge between them to 0.5 or 0.55", "calibration.num_buckets="],
+    ),
+    "steps at one level": (["model.timestep_scale=1e6"], ["model.timestep_scale=1000000.0", "at one noise level"]),
+    "steps beyond noise": (["model.timestep_scale=500"], ["model.timestep_scale=500", "outside of [0, 1]"]),
     "unknown rounding": (["quant.rounding=up"], ["'up'", "nearest"]),
     "unknown dtype": (["model.dtype=float8"], ["'float8'", "float32, float16, bfloat16"]),
     "unknown dtype of the quantized": (["quant.float_dtype=int8"], ["'int8'", "null", "float16"]),
@@ -125,7 +139,7 @@ def test_refused_before_anything_is_loaded_or_written(
 ) -> None:
     for slow in ("load", "load_text_part", "load_complete"):
         monkeypatch.setattr(ModelAdapter, slow, lambda *_: pytest.fail("loaded a model"))
-    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
     overrides, words = WITHOUT_SLOW_WORK[case]
     message = refuse(*(override.replace("{tmp}", str(tmp_path)) for override in overrides))

@@ -25,7 +25,7 @@ from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
 from viditq.models.text import check_encodes
 from viditq.nulls import check_nulls
-from viditq.quant.calibration.noise_level import bucket_edges, interval_of, overlapping
+from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixed_bucket
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.search.policy import SensitivitySearch
@@ -34,6 +34,7 @@ from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
 UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "cache_dir", "batch_size", "gate")
+MOST_BUCKETS = 1000  # as many as there are timesteps
 
 
 @dataclass(frozen=True)
@@ -157,20 +158,35 @@ def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[s
 
 
 def _check_segments(adapter: ModelAdapter, plan: QuantPlan, num_buckets: int) -> None:
-    """Raises UserError for a segment that needs statistics and has no sampling step, where those are known by now."""
-    levels = noise_levels(adapter) if plan.needs_stats else None
+    """Raises UserError for a segment that needs statistics and has no step, or shares a bucket of them with another."""
+    levels = noise_levels(adapter) if plan.needs_stats or plan.bits_vary else None
     if levels is None:
         return
-    seen = {interval_of(bucket_edges(num_buckets), min(max(level, 0.0), 1.0)) for level in levels}
+    segments = [interval_of(plan.edges, level) for level in levels]
     for segment, (lo, hi) in enumerate(pairwise(plan.edges)):
         schemes = [plan.scheme(layer, segment) for layer in plan.layers]
         needed = any(scheme is not None and scheme.needs_stats for scheme in schemes)
-        if needed and not seen & set(overlapping(num_buckets, lo, hi)):
+        if needed and segment not in segments:
             raise UserError(
                 f"No sampling step falls into the segment of noise levels {lo:g} to {hi:g}: the steps "
                 f"lie at {', '.join(f'{level:.3g}' for level in levels)}. Calibrate with more sampling steps, or use "
                 "wider segments (quant.segments)."
             )
+    _check_buckets(dict(zip(levels, segments, strict=True)), num_buckets)
+
+
+def _check_buckets(segments: Mapping[float, int], num_buckets: int) -> None:
+    """Raises UserError where a bucket of the statistics holds steps of two segments. segments: noise level -> its."""
+    mixed = mixed_bucket(segments, num_buckets)
+    if mixed is None:
+        return
+    steps = ", ".join(f"{level:.4g}" for level in segments if interval_of(bucket_edges(num_buckets), level) == mixed)
+    enough = (n for n in range(num_buckets + 1, MOST_BUCKETS + 1) if mixed_bucket(segments, n) is None)
+    raise UserError(
+        f"quant.segments parts the sampling steps {steps}, which share one of the {num_buckets} buckets of noise level "
+        f"that statistics are kept in. Move the edge between them to {mixed / num_buckets:g} or "
+        f"{(mixed + 1) / num_buckets:g}, or give calibration.num_buckets={next(enough, MOST_BUCKETS)}."
+    )
 
 
 def _make_logger(node: Any) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, read_tensors, remove_temporary, unfinished, write_json
 from viditq.models.text import PromptEmbeds
 from viditq.quant.artifact import META, MODEL, PLAN
+from viditq.quant.calibration.observers import STATS_LAYOUT
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.reconstruction.slots import LAYOUT
@@ -82,7 +83,8 @@ class Job:
         e = self.experiment
         rows = {"share": MOMENT_SHARE, "of_each": MOMENT_ROWS}
         moments = {"moment_layers": e.plan.moment_layers, "moment_rows": rows} if e.plan.moment_layers else {}
-        return self._entry("stats", {**self._calibration_key, "rows_per_bucket": e.rows_per_bucket, **moments})
+        key = {"rows_per_bucket": e.rows_per_bucket, "layout": STATS_LAYOUT}
+        return self._entry("stats", {**self._calibration_key, **key, **moments})
 
     @cached_property
     def block_inputs(self) -> Entry:

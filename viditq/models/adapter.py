@@ -18,12 +18,13 @@ from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.models import contents, parts, roles
 from viditq.models.attention import check_attention, check_dispatches, set_attention
-from viditq.models.checks import DTYPES, check_values
+from viditq.models.checks import DTYPES, check_arguments, check_values
 from viditq.models.guess import guess_settings
 from viditq.models.registry import find_class
 from viditq.models.samplers import make_sampler
 from viditq.models.schedulers import build_scheduler, check_samples, check_seeded
 from viditq.models.source import Source
+from viditq.models.timestep_scale import measured_scale
 from viditq.models.weight_files import COPY_AGAIN, variant_of
 
 
@@ -98,8 +99,11 @@ class ModelAdapter:
         parts.check_denoisers(self.denoiser_names, list(self.float_denoisers), self.index())
         encoded = [name for name in self.encode_outputs or ["class_labels"] if name is not None]
         parts.check_call(self.pipeline, {*encoded, *self.call})
+        check_arguments(self, find_class(self.pipeline))
         if self._chooses_scheduler:
             self._check_scheduler()
+        if self.timestep_scale is None:
+            object.__setattr__(self, "timestep_scale", measured_scale(self))
 
     def _fill_in(self, guessed: Mapping[str, Any]) -> None:
         """Guessed values in place of None; arguments of encode_prompt and __call__ that are given stay."""
@@ -233,8 +237,9 @@ class ModelAdapter:
                 f"model.scheduler: model.call.sampler={self.call['sampler']} chooses the scheduler already. "
                 "Leave out model.scheduler, or set model.call.sampler=null."
             )
-        check_samples(self.make_scheduler(), self.num_steps)
-        check_seeded(find_class(self.pipeline), self.make_scheduler(), self.call)
+        scheduler = self.make_scheduler()
+        check_samples(self, self.index()["scheduler"][1])
+        check_seeded(find_class(self.pipeline), scheduler, self.call)
 
     def make_scheduler(self) -> Any:
         """The scheduler that samples; raises UserError if the pipeline has none of its own."""

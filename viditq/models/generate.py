@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
+from viditq.models.settings import call_settings
 from viditq.models.text import PromptEmbeds
 
 SIZES = ("num_frames", "height", "width")
@@ -69,7 +70,7 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
     cls = type(pipeline)
     of_call = inspect.signature(pipeline.__call__).parameters
     of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
-    defaults = {k: v for k, v in _settings(adapter, pipeline).items() if k not in of_text}
+    defaults = {k: v for k, v in call_settings(adapter, pipeline).items() if k not in of_text}
     defaults |= {k: v for k, v in adapter.encode.items() if k in of_call}
     if adapter.negative_prompt is not None:
         defaults["negative_prompt"] = adapter.negative_prompt
@@ -80,19 +81,6 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
 
     pipeline.__class__ = type(cls.__name__, (cls,), {"__call__": call})
     return pipeline
-
-
-def _settings(adapter: ModelAdapter, pipeline: Any) -> dict[str, Any]:
-    """Arguments of the pipeline's call that do not depend on the prompt."""
-    given: dict[str, Any] = {
-        "num_inference_steps": adapter.num_steps,
-        adapter.guidance_argument: adapter.guidance_scale,
-    }
-    given |= {"height": adapter.height, "width": adapter.width}
-    if adapter.modality == "video":
-        given |= dict.fromkeys(("num_frames", "video_length"), adapter.num_frames)  # the two names that pipelines use
-    known = inspect.signature(pipeline.__call__).parameters  # a size that is not among them is the model's own
-    return {**adapter.call, **{k: v for k, v in given.items() if v is not None and k in known}}
 
 
 def _call(
@@ -110,7 +98,7 @@ def _call(
     try:
         out = pipeline(
             **arguments,
-            **_settings(adapter, pipeline),
+            **call_settings(adapter, pipeline),
             generator=[noise_generator(seed, i) for i in indices],
             output_type=output,
             return_dict=False,

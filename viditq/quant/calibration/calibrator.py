@@ -204,7 +204,9 @@ class Calibrator:
     def _read(self, x: Tensor, name: str) -> Reading:
         x_LNC = x if x.ndim == 3 else x.flatten(1, -2) if x.ndim > 3 else x.unsqueeze(1)
         candidates = self._candidates_of(x_LNC)
-        return Reading(weakref.ref(x), name, candidates, summary_of(x_LNC, candidates.rows, candidates.keys))
+        assert self._context.noise_level is not None
+        summary = summary_of(x_LNC, candidates.rows, candidates.keys, self._context.noise_level)
+        return Reading(weakref.ref(x), name, candidates, summary)
 
     def _candidates_of(self, x_LNC: Tensor) -> Candidates:
         """The rows of this step to choose from; shared by all Linears of the same shape."""
