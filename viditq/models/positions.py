@@ -41,7 +41,8 @@ def temporal_table(frames: int, channels: int, scale: float) -> Tensor:
 def timestep_features(timestep: Tensor, channels: int) -> Tensor:
     """Timesteps [B] -> float32 [B, channels]: the cosines of all frequencies, then their sines.
 
-    The frequencies are rounded as the original rounds them, step by step in float32: of t = 950 rounding moves the angle by 5e-5.
+    The frequencies are rounded as the original rounds them, step by step in float32: at t = 950 that moves an angle by
+    5e-5.
     """
     half = channels // 2
     order = torch.arange(half, dtype=torch.float32, device=timestep.device)
