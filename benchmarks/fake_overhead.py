@@ -33,11 +33,11 @@ from viditq import config
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate
 from viditq.models.text import PromptEmbeds, encode_prompt
-from viditq.quant.calibration import Calibrator
+from viditq.quant.calibration.calibrator import Calibrator
+from viditq.quant.calibration.observers import CalibrationStats
 from viditq.quant.convert import linear_names, quantize_denoiser
-from viditq.quant.observers import CalibrationStats
 from viditq.quant.reconstruction.collect import BlockInputs
-from viditq.quant.reconstruction.together import Together
+from viditq.quant.reconstruction.joint_calibrator import JointCalibrator
 from viditq.quant.setting import QuantSetting
 from viditq.runner import quiet_libraries
 
@@ -125,7 +125,7 @@ def keeping(model: Float, folder: Path) -> Callable[[], None]:
         shutil.rmtree(folder, ignore_errors=True)
         calibrator = Calibrator(model.denoiser, names, adapter.timestep_scale, moment_layers=plan.moment_layers)
         inputs = BlockInputs(model.denoiser, [*plan.learned_blocks], folder, 2**30, adapter.timestep_scale)
-        both = Together(calibrator, inputs)
+        both = JointCalibrator(calibrator, inputs)
         both.set_sample_seeds(model.indices)
         with both:
             model.sample()

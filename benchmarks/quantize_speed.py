@@ -29,7 +29,7 @@ from viditq.quant import (
     RotateSpec,
     Variant,
 )
-from viditq.quant.hadamard import factor_orders, matrix, random_signs, rotate
+from viditq.quant.numerics.hadamard import factor_orders, matrix, random_signs, rotate
 
 WIDTH, NUM_BLOCKS = 1152, 28
 LAYERS = [("attention", 8, WIDTH, WIDTH), ("mlp in", 1, 4 * WIDTH, WIDTH), ("mlp out", 1, WIDTH, 4 * WIDTH)]

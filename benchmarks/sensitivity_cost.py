@@ -20,14 +20,14 @@ from viditq import config
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise
 from viditq.models.text import encode_prompt
-from viditq.quant.calibration import Calibrator
-from viditq.quant.candidates import candidates_of
+from viditq.quant.calibration.calibrator import Calibrator
+from viditq.quant.calibration.step_shares import step_shares
 from viditq.quant.convert import linear_names, shapes_of
-from viditq.quant.proxy import OneStep, proxy_errors
-from viditq.quant.search import SensitivitySearch, groups_by_name
-from viditq.quant.sensitivity import Swapper
+from viditq.quant.search.candidates import candidates_of
+from viditq.quant.search.policy import SensitivitySearch, groups_by_name
+from viditq.quant.search.proxy import OneStep, proxy_errors
+from viditq.quant.search.sensitivity import Swapper
 from viditq.quant.setting import QuantSetting
-from viditq.quant.step_shares import step_shares
 from viditq.runner import quiet_libraries
 from viditq.stages.search_table import PROXY_PROMPTS
 

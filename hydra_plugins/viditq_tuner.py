@@ -15,7 +15,7 @@ from viditq.errors import UserError
 
 
 class Tuner(Sweeper):
-    """Launches what `viditq.tuning.tune` proposes, through whichever launcher is configured."""
+    """Launches what `viditq.sweeps.tuning.tune` proposes, through whichever launcher is configured."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -29,8 +29,8 @@ class Tuner(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the study; `arguments` are the command line's overrides, which all trials share."""
-        from viditq.sweep import SWEEP_VARIABLE
-        from viditq.tuning import Tuning, key_of, tune
+        from viditq.sweeps.records import SWEEP_VARIABLE
+        from viditq.sweeps.tuning import Tuning, key_of, tune
 
         assert self.launcher is not None
         swept = [o for o in OverridesParser.create().parse_overrides(arguments) if o.is_sweep_override()]

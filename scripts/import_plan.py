@@ -21,9 +21,9 @@ from viditq import config
 from viditq.cli import guarded
 from viditq.errors import UserError
 from viditq.files import atomic
-from viditq.quant.scheme import LayerScheme
+from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.description.step_ranges import RENAMES, import_plan
 from viditq.quant.setting import QuantSetting
-from viditq.quant.step_ranges import RENAMES, import_plan
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -18,7 +18,7 @@ from viditq.config import check_overrides
 from viditq.errors import UserError
 from viditq.experiment import build
 from viditq.quant.convert import linear_names
-from viditq.quant.scheme import QuantSpec
+from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.setting import QuantSetting
 from viditq.runner import described
 
@@ -200,17 +200,17 @@ def test_a_plan_file_takes_no_other_bits(word: str) -> None:
     """They would change nothing, so they are refused; what a plan does not say may be given."""
     allowed = ["quant=w8a8", "quant/policy=plan_file", "quant.policy.path=p", "quant.correction=ptqd", "seed=1"]
     with pytest.raises(UserError, match=re.escape(word.split("=")[0].lstrip("+")) + ": .*would change nothing"):
-        check_overrides("viditq.quant.policy.PlanFile", [*allowed, word])
-    check_overrides("viditq.quant.policy.PlanFile", allowed)
-    check_overrides("viditq.quant.policy.Uniform", [word])
+        check_overrides("viditq.quant.description.policy.PlanFile", [*allowed, word])
+    check_overrides("viditq.quant.description.policy.PlanFile", allowed)
+    check_overrides("viditq.quant.description.policy.Uniform", [word])
 
 
 def test_a_plan_does_not_run_under_the_name_of_an_experiment() -> None:
     words = ["experiment=w4a8_ts_smooth", "quant/policy=plan_file", "quant.policy.path=p"]
     with pytest.raises(UserError, match="Name the run, such as name=my_plan"):
-        check_overrides("viditq.quant.policy.PlanFile", words)
-    check_overrides("viditq.quant.policy.PlanFile", [*words, "name=mine"])
-    check_overrides("viditq.quant.policy.PlanFile", ["experiment=w4a8_mp", "quant.policy.path=p"])
+        check_overrides("viditq.quant.description.policy.PlanFile", words)
+    check_overrides("viditq.quant.description.policy.PlanFile", [*words, "name=mine"])
+    check_overrides("viditq.quant.description.policy.PlanFile", ["experiment=w4a8_mp", "quant.policy.path=p"])
 
 
 def test_what_a_plan_leaves_in_float_is_told(configure: Callable[..., DictConfig]) -> None:

@@ -1,77 +1,59 @@
-"""Imports go down: a module imports its own floor or a lower one."""
+"""Imports go down: a module imports its own floor or a lower one, and nothing goes in a circle."""
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = [
-    {
-        "errors",
-        "files",
-        "assets",
-        "knapsack",
-        *(f"quant.{n}" for n in ["granularity", "affine", "packing", "hadamard", "registry", "strict"]),
-        *(f"quant.{n}" for n in ["noise_level", "blocks"]),
-    },
-    {"quant.specs", "quant.scheme", "quant.plan", "quant.recipe", "quant.quantizer"},
-    {
-        *(f"quant.{n}" for n in ["observers", "moments", "error_sums", "transforms", "ranges", "rounding"]),
-        *(f"quant.{n}" for n in ["low_rank", "fit", "incoherence"]),
-    },
-    {"quant.context", "quant.linear", "quant.backends"},
-    {
-        *("quant", "quant.observed_diagnosis"),
-        *(
-            f"quant.{n}"
-            for n in ["calibration", "convert", "artifact", "diagnosis", "reached", "sizes", "sensitivity", "allocate"]
-        ),
-    },
-    {"models", "data", "metrics", "report"},
-    {"engine", "tiny", "run_dir"},
-    {
-        "",
-        "cli",
-        "config",
-        "console",
-        "estimate",
-        "experiment",
-        "gate",
-        "job",
-        "loading",
-        "provenance",
-        "runner",
-        "stages",
-        "summary",
-        "sweep",
-        "sweep_table",
-        "tuning",
-        "worker",
-    },
+# From the bottom. A room is a module or a folder with all that lies in it; the longest name counts.
+FLOORS: list[list[str]] = [
+    ["errors", "files", "assets"],
+    ["quant.numerics", "quant.description"],
+    ["quant.calibration"],
+    ["quant.methods"],
+    ["quant.execution"],
+    ["quant.reconstruction"],
+    ["quant.convert"],
+    ["quant.diagnosis"],
+    ["quant.search", "quant.correction"],
+    ["quant.artifact", "quant.setting"],
+    ["quant.sizes", "quant"],
+    ["models", "data", "metrics", "report"],
+    ["engine", "tiny", "run_dir"],
+    [
+        *["", "cli", "config", "console", "estimate", "experiment", "gate", "job", "loading", "provenance", "runner"],
+        *["stages", "summary", "sweeps", "worker"],
+    ],
 ]
-SIBLINGS = 5  # models, data, metrics and report import neither each other nor quant
+BASIC = set(FLOORS[0])
+# Rooms that share a floor without knowing each other; models, data, metrics and report do not know quant either.
+APART = [{"quant.numerics", "quant.description"}, {"quant.search", "quant.correction"}]
+SIBLINGS = {"models", "data", "metrics", "report"}
 ABOVE_ONLY = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "lightning_fabric", "wandb"}
+TOP_FLOORS = 2  # those that may import ABOVE_ONLY
+ENTRIES_IN_QUANT = 8  # beside folders
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "viditq").rglob("*.py"))
 }
 
 
-def room(module: str) -> tuple[int, str]:
+def room_of(module: str) -> tuple[int, str]:
     """Floor and name of the longest entry of FLOORS that `module` lies in."""
     parts = module.split(".")[1:]
     for length in range(len(parts), -1, -1):
         name = ".".join(parts[:length])
         floor = next((i for i, names in enumerate(FLOORS) if name in names), None)
-        if floor is not None and (name or not parts):
+        if floor is not None and (name or not parts) and (name != "quant" or module == "viditq.quant"):
             return floor, name
-    raise AssertionError(f"{module} is on no floor: add it to FLOORS in {__file__}")
+    raise AssertionError(f"{module} is in no room: put it into one, or add a room to FLOORS in {__file__}")
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that `path` imports, at the top or inside a function."""
+    """Every module that `path` imports, at the top, inside a function or for type checking."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -83,20 +65,106 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+IMPORTS = {module: imports(path) for module, path in MODULES.items()}
+
+
+def complaint(module: str, imported: str) -> str | None:
+    """What is wrong with this import, and where the line would have to live."""
+    (floor, room), (target_floor, target) = room_of(module), room_of(imported)
+    names = " or ".join(name or "the top of viditq" for name in FLOORS[target_floor])
+    if target_floor > floor:
+        return (
+            f"{module} lies in {room} (floor {floor}) and imports {imported} from {target} (floor {target_floor}). "
+            f"What needs it has to move up, to {names} or above; what is imported could move down, to {room} or below."
+        )
+    for pair in APART:
+        if {room, target} == pair:
+            return f"{module} imports {imported}: {room} and {target} do not know each other. Move it above both."
+    if room in SIBLINGS and target != room and target not in BASIC:
+        return (
+            f"{module} imports {imported}: {room} knows itself, {', '.join(sorted(BASIC))} alone. "
+            "What needs both has to move up, to engine or stages."
+        )
+    return None
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down(module):
-    floor, name = room(module)
-    for imported in imports(MODULES[module]):
+def test_imports_go_down(module: str) -> None:
+    floor, room = room_of(module)
+    for imported in IMPORTS[module]:
         top = imported.split(".")[0]
         if top == "viditq":
-            target_floor, target = room(imported)
-            assert target_floor <= floor, f"{module} (floor {floor}) imports {imported} (floor {target_floor})"
-            own_or_basic = target == name or (target_floor == 0 and not target.startswith("quant"))
-            assert floor != SIBLINGS or own_or_basic, f"{module} imports {imported}, which is no room of its own"
-        assert floor >= 6 or top not in ABOVE_ONLY, f"{module} (floor {floor}) imports {top}"
+            wrong = complaint(module, imported)
+            assert wrong is None, wrong
+        assert floor >= len(FLOORS) - TOP_FLOORS or top not in ABOVE_ONLY, (
+            f"{module} lies in {room} (floor {floor}) and imports {top}, which only "
+            f"{', '.join(name for names in FLOORS[-TOP_FLOORS:] for name in names if name)} may: move the line there."
+        )
+
+
+def test_a_complaint_says_which_room_a_line_would_have_to_move_to() -> None:
+    upward = complaint("viditq.quant.numerics.affine", "viditq.quant.methods.quantizer")
+    assert upward is not None and "move up, to quant.methods or above" in upward
+    assert "no room" not in (complaint("viditq.quant.numerics.packing", "viditq.quant.description.plan") or "no room")
+    sideways = complaint("viditq.metrics.flow", "viditq.quant.convert")
+    assert sideways is not None and "engine or stages" in sideways
+    assert complaint("viditq.quant.convert", "viditq.quant.numerics.affine") is None
+    with pytest.raises(AssertionError, match="is in no room"):
+        room_of("viditq.quant.new_file")
+
+
+def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
+    """Each import circle once found, as the modules along it; a package stands for its own __init__ alone."""
+    state: dict[str, int] = {}
+
+    def visit(module: str, path: list[str]) -> Iterator[list[str]]:
+        state[module] = 1
+        for imported in sorted(graph.get(module, set())):
+            if state.get(imported) == 1:
+                yield [*path[path.index(imported) :], imported]
+            elif imported not in state and imported in graph:
+                yield from visit(imported, [*path, imported])
+        state[module] = 2
+
+    for module in graph:
+        if module not in state:
+            yield from visit(module, [module])
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    found = [" -> ".join(circle) for circle in circles(IMPORTS)]
+    assert not found, "import circles: " + "; ".join(found)
+
+
+def test_circles_are_found() -> None:
+    assert list(circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == [["a", "b", "c", "a"]]
+    assert list(circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})) == []
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("viditq.quant")])
-def test_quant_needs_torch_only(module):
+def test_quant_needs_torch_only(module: str) -> None:
+    """The solver of a search needs scipy; `import viditq.quant` brings in no search."""
     allowed = {"torch", "safetensors", "viditq", *sys.stdlib_module_names}
-    assert {name.split(".")[0] for name in imports(MODULES[module])} <= allowed
+    if module == "viditq.quant.search.knapsack":
+        allowed |= {"numpy", "scipy"}
+    assert {name.split(".")[0] for name in IMPORTS[module]} <= allowed
+
+
+def test_a_notebook_s_import_brings_in_no_search() -> None:
+    seen, waiting = set(), ["viditq.quant"]
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        waiting += [name for name in IMPORTS[module] if name in MODULES and name not in seen]
+    assert not [name for name in seen if name.startswith("viditq.quant.search")]
+
+
+def test_quant_is_rooms_not_a_hall() -> None:
+    entries = [path.name for path in (ROOT / "viditq" / "quant").iterdir() if path.is_file()]
+    assert len(entries) <= ENTRIES_IN_QUANT, f"{entries}: put new files into one of the rooms"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "viditq").glob("quant/*/__init__.py")), ids=lambda p: p.parent.name)
+def test_a_room_says_what_it_is_for_and_what_it_may_not_know(path: Path) -> None:
+    first = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+    assert " Knows no" in first or "not " in first, f"{path}: {first!r}"

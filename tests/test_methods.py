@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from viditq.quant import Calibrator, QuantLinear, quantize_denoiser
-from viditq.quant.hadamard import rotate
-from viditq.quant.observers import CalibrationStats
+from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.numerics.hadamard import rotate
 
 S, N, C, G = 4, 6, 128, 64
 NUM_OUT = 24

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from viditq.assets import resolve_plan
 from viditq.errors import UserError
 from viditq.experiment import build
-from viditq.quant.plan import QuantPlan
+from viditq.quant.description.plan import QuantPlan
 from viditq.stages import search_result, search_table
 
 SEARCH = (

@@ -23,7 +23,7 @@ from viditq.config import COMMAND_VARIABLE
 from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
 from viditq.run_dir import CHOICE
-from viditq.sweep import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs, records_here
+from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs, records_here
 
 ELSEWHERE = "Choose another with {choice}"
 FOLDERS = f"{CHOICE} and cache_dir=FOLDER"
@@ -74,7 +74,7 @@ def summary_of_sweep() -> list[JobRecord]:
     folder = os.environ.get(SWEEP_VARIABLE)
     jobs = read_jobs(Path(folder)) if folder else []
     if folder and jobs and records_here():
-        from viditq.sweep_table import print_sweep
+        from viditq.sweeps.table import print_sweep
 
         print_sweep(Path(folder), jobs)
     return jobs

@@ -21,11 +21,11 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
-from viditq.quant.backends import get_backend
+from viditq.quant.calibration.noise_level import bucket_edges, interval_of, overlapping
 from viditq.quant.convert import linear_names, shapes_of
-from viditq.quant.noise_level import bucket_edges, interval_of, overlapping
-from viditq.quant.plan import QuantPlan
-from viditq.quant.search import SensitivitySearch
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.backends import get_backend
+from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
 

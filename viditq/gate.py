@@ -9,7 +9,7 @@ from typing import Any
 
 from viditq.errors import UserError
 from viditq.metrics.verdict import is_told
-from viditq.quant.registry import close_names
+from viditq.quant.description.registry import close_names
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

@@ -14,10 +14,10 @@ from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, read_tensors, remove_temporary, unfinished, write_json
 from viditq.models.text import PromptEmbeds
 from viditq.quant.artifact import META, MODEL, PLAN
-from viditq.quant.plan import QuantPlan
+from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
+from viditq.quant.description.plan import QuantPlan
 from viditq.quant.reconstruction.slots import LAYOUT
-from viditq.quant.row_sample import MOMENT_ROWS, MOMENT_SHARE
-from viditq.quant.search import SensitivitySearch
+from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import Entry, RunDir, fingerprint, timed
 
 # What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.

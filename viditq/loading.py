@@ -12,7 +12,7 @@ from viditq.models.checks import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
 from viditq.models.sampler_noise import check_shrinkable, shrink_noise
 from viditq.quant.artifact import load_denoiser, read_meta
-from viditq.quant.correction import corrections_of, latest_variance
+from viditq.quant.correction.ptqd import corrections_of, latest_variance
 
 
 def load_quantized(path: str | Path, backend: str = "fake", model_path: str | None = None) -> Any:

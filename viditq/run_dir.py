@@ -32,6 +32,13 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def without_modules(value: Any) -> Any:
+    """The same configuration with each `_target_` as its class alone: a class that moved is still the same choice."""
+    if isinstance(value, Mapping):
+        return {k: str(v).rpartition(".")[2] if k == "_target_" else without_modules(v) for k, v in value.items()}
+    return [without_modules(one) for one in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class Entry:
     """One output that experiments share, <kind folder>/<hash of key>; `key.json` beside it holds the key."""
@@ -78,7 +85,7 @@ class RunDir:
             write_json(file, self.config)
             return
         remedy = f"Delete the folder or choose another with {self.choice}."
-        old, new = flatten(read_json(file, remedy)), flatten(self.config)
+        old, new = (flatten(without_modules(config)) for config in (read_json(file, remedy), self.config))
         absent = "(absent)"
         changed = [k for k in sorted({*old, *new}) if old.get(k, absent) != new.get(k, absent)]
         if changed:

@@ -26,8 +26,8 @@ from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.models.checks import GUESSED
 from viditq.models.roles import FLOAT, counts, summary
-from viditq.quant.policy import PlanFile
-from viditq.quant.search import SensitivitySearch
+from viditq.quant.description.policy import PlanFile
+from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
 from viditq.stages import FUNCTIONS
 from viditq.stages.search_table import search_metrics

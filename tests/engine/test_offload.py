@@ -15,13 +15,13 @@ from viditq.errors import UserError
 from viditq.experiment import build
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import generate
-from viditq.quant.calibration import Calibrator
+from viditq.quant.calibration.calibrator import Calibrator
+from viditq.quant.calibration.observer_bank import ObserverBank
+from viditq.quant.calibration.observers import summary_of
 from viditq.quant.convert import linear_names, quantize_denoiser
-from viditq.quant.correction import CorrectionFit, attach_corrections
-from viditq.quant.diagnosis import Diagnosis
-from viditq.quant.linear import quant_linears
-from viditq.quant.observer_bank import ObserverBank
-from viditq.quant.observers import summary_of
+from viditq.quant.correction.ptqd import CorrectionFit, attach_corrections
+from viditq.quant.diagnosis.diagnosis import Diagnosis
+from viditq.quant.execution.linear import quant_linears
 
 CPU = torch.device("cpu")
 

@@ -24,7 +24,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import noise_generator, with_settings
 from viditq.models.text import encode_prompt
 from viditq.quant.convert import linear_names
-from viditq.quant.plan import QuantPlan
+from viditq.quant.description.plan import QuantPlan
 from viditq.runner import run
 
 LOW = "quant.segments=[0.0,0.3,1.0]"  # the two steps lie at noise levels 0.001 and 0.501

@@ -15,7 +15,7 @@ from viditq.quant import (
     linear_names,
     quantize_denoiser,
 )
-from viditq.quant.linear import quant_linears
+from viditq.quant.execution.linear import quant_linears
 
 W8, W4 = QuantSpec(8, granularity="channel"), QuantSpec(4, granularity="channel")
 A8, A8_STATIC = QuantSpec(8, granularity="token", dynamic=True), QuantSpec(8)

@@ -14,10 +14,10 @@ from torch import nn
 from viditq.files import write_tensors
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import MODEL, save_denoiser, size_bytes
+from viditq.quant.calibration.observers import CalibrationStats, Observer, blank_state
 from viditq.quant.convert import linear_names, quantize_denoiser
-from viditq.quant.linear import quant_linears
-from viditq.quant.observers import CalibrationStats, Observer, blank_state
-from viditq.quant.plan import QuantPlan
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.linear import quant_linears
 from viditq.quant.sizes import (
     artifact_bytes,
     laid_out,

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from viditq import sweep
 from viditq.cli import user_message
+from viditq.sweeps.records import SWEEP_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
@@ -43,7 +43,7 @@ Run = Callable[..., Done]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """(script, *arguments) -> how it ended, as if started in tmp_path; what would be a traceback is raised."""
     monkeypatch.chdir(tmp_path)
-    for variable in ("VIDITQ_COMMAND", "HYDRA_FULL_ERROR", sweep.SWEEP_VARIABLE):
+    for variable in ("VIDITQ_COMMAND", "HYDRA_FULL_ERROR", SWEEP_VARIABLE):
         monkeypatch.setenv(variable, "")  # so that what a script sets is undone
 
     def started(script: str, *arguments: str) -> Done:

@@ -279,7 +279,9 @@ def test_a_damaged_file_leaves_out_its_run_alone(
     assert "left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("policy", ["viditq.quant.policy.PlanFile", "viditq.quant.search.SensitivitySearch"])
+@pytest.mark.parametrize(
+    "policy", ["viditq.quant.description.policy.PlanFile", "viditq.quant.search.policy.SensitivitySearch"]
+)
 def test_a_plan_is_not_filed_under_the_width_of_its_recipe(
     leaderboard: Leaderboard, tmp_path: Path, policy: str
 ) -> None:

@@ -15,8 +15,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from viditq.errors import UserError
-from viditq.quant.correction import Correction
-from viditq.quant.linear import QuantLinear
+from viditq.quant.correction.ptqd import Correction
+from viditq.quant.execution.linear import QuantLinear
 
 OFFLOADS = ("model", "sequential")
 

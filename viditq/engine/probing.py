@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from viditq.engine.sampling import PipelineModule
 from viditq.metrics.batch import EvalBatch, to_unit
 from viditq.models.generate import denoise, generate
-from viditq.quant.candidates import Candidate, Group
-from viditq.quant.observers import CalibrationStats
-from viditq.quant.plan import QuantPlan
-from viditq.quant.proxy import OneStep, ProxyErrors, proxy_errors
-from viditq.quant.sensitivity import Replay, Swapper
+from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.search.candidates import Candidate, Group
+from viditq.quant.search.proxy import OneStep, ProxyErrors, proxy_errors
+from viditq.quant.search.sensitivity import Replay, Swapper
 
 Scores = dict[str, list[float]]
 OUTPUT = "output"  # the score that every probe has: mean square of the pixel error, pixels in [0, 1]

@@ -16,12 +16,12 @@ from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate, group_by_shape
 from viditq.models.text import PromptEmbeds
-from viditq.quant.calibration import Calibrator
-from viditq.quant.correction import CorrectionFit
-from viditq.quant.diagnosis import Diagnosis
-from viditq.quant.observed_diagnosis import ObservedDiagnosis
+from viditq.quant.calibration.calibrator import Calibrator
+from viditq.quant.correction.ptqd import CorrectionFit
+from viditq.quant.diagnosis.diagnosis import Diagnosis
+from viditq.quant.diagnosis.observed import ObservedDiagnosis
 from viditq.quant.reconstruction.collect import BlockInputs
-from viditq.quant.reconstruction.together import Together
+from viditq.quant.reconstruction.joint_calibrator import JointCalibrator
 
 SAVING_SHARE = 0.05  # states can be gigabytes
 LoadEmbeds = Callable[[int], PromptEmbeds]
@@ -78,7 +78,7 @@ class Accumulation(PipelineModule):
     def __init__(
         self,
         *args: Any,
-        accumulator: Calibrator | BlockInputs | Together | Diagnosis | ObservedDiagnosis | CorrectionFit,
+        accumulator: Calibrator | BlockInputs | JointCalibrator | Diagnosis | ObservedDiagnosis | CorrectionFit,
         partials: Partials,
         rank: int,
     ) -> None:
@@ -131,7 +131,7 @@ class Accumulation(PipelineModule):
 class Calibration(Accumulation):
     """Observers on the float model; noise indices are kept apart from those of the evaluation."""
 
-    accumulator: Calibrator | BlockInputs | Together
+    accumulator: Calibrator | BlockInputs | JointCalibrator
 
     def noise_indices(self, indices: list[int]) -> list[int]:
         """Also the seeds of the reservoir's choice."""

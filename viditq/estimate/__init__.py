@@ -26,7 +26,7 @@ from viditq.models.checks import DTYPES
 from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
 from viditq.quant.convert import linear_names
-from viditq.quant.plan import QuantPlan
+from viditq.quant.description.plan import QuantPlan
 from viditq.quant.sizes import (
     WeightBytes,
     artifact_bytes,

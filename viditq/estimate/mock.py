@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from viditq.models.adapter import ModelAdapter
+from viditq.quant.calibration.observers import CalibrationStats, Observer, blank_state
 from viditq.quant.convert import quantize_denoiser
-from viditq.quant.linear import quant_linears
-from viditq.quant.observers import CalibrationStats, Observer, blank_state
-from viditq.quant.plan import QuantPlan
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.linear import quant_linears
 from viditq.quant.sizes import laid_out
 
 NUM_BUCKETS = 20  # enough that every segment has one

@@ -8,11 +8,11 @@ from viditq.estimate.work import DONE, Counter, Work
 from viditq.files import is_whole
 from viditq.job import Job
 from viditq.models.schedule import noise_levels
-from viditq.quant.allocate import Search
-from viditq.quant.candidates import Candidate, candidates_of
 from viditq.quant.convert import shapes_of
-from viditq.quant.search import SensitivitySearch
-from viditq.quant.table import to_measure
+from viditq.quant.search.allocate import Search
+from viditq.quant.search.candidates import Candidate, candidates_of
+from viditq.quant.search.costs import to_measure
+from viditq.quant.search.policy import SensitivitySearch
 from viditq.stages.search_table import PROXY_PROMPTS, known_errors, table_entry
 
 

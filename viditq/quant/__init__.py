@@ -1,23 +1,25 @@
 """Quantization of any nn.Module's Linears; needs torch and safetensors only."""
 
 from viditq.quant.artifact import load_denoiser, save_denoiser, size_bytes
-from viditq.quant.backends import Backend, get_backend
-from viditq.quant.calibration import Calibrator
-from viditq.quant.context import StepContext
+from viditq.quant.calibration.calibrator import Calibrator
+from viditq.quant.calibration.context import StepContext
+from viditq.quant.calibration.observers import CalibrationStats, SegmentStats
 from viditq.quant.convert import build_quantized, linear_names, quantize_denoiser
-from viditq.quant.diagnosis import Diagnosis
-from viditq.quant.linear import QuantLinear, Variant
-from viditq.quant.observers import CalibrationStats, SegmentStats
-from viditq.quant.plan import QuantPlan
-from viditq.quant.ranges import GridFit, LpSearch, MinMax, NormalSteps, Percentile
-from viditq.quant.recipe import Recipe, Rule
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.quant_spec import QuantSpec
+from viditq.quant.description.recipe import Recipe, Rule
+from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.description.specs import RangeSpec, RoundingSpec, TransformSpec
+from viditq.quant.diagnosis.diagnosis import Diagnosis
+from viditq.quant.execution.backends import Backend, get_backend
+from viditq.quant.execution.linear import QuantLinear
+from viditq.quant.execution.variant import Variant
+from viditq.quant.methods.ranges import GridFit, LpSearch, MinMax, NormalSteps, Percentile
+from viditq.quant.methods.rounding import AdaRound, BlockAdaRound, Gptq, Nearest
+from viditq.quant.methods.transforms import Chain, Rotate, RotateSpec, SalienceSpec, Smooth, SmoothSpec, Transform
 from viditq.quant.reconstruction.collect import BlockInputs
 from viditq.quant.reconstruction.learn import BlockReconstruction
 from viditq.quant.reconstruction.store import BlockStore
-from viditq.quant.rounding import AdaRound, BlockAdaRound, Gptq, Nearest
-from viditq.quant.scheme import LayerScheme, QuantSpec
-from viditq.quant.specs import RangeSpec, RoundingSpec, TransformSpec
-from viditq.quant.transforms import Chain, Rotate, RotateSpec, SalienceSpec, Smooth, SmoothSpec, Transform
 
 __all__ = [
     "AdaRound",

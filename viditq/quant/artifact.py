@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from viditq.errors import UserError
-from viditq.quant.context import StepContext
+from viditq.quant.calibration.context import StepContext
 from viditq.quant.convert import build_quantized
-from viditq.quant.correction import attach_empty
-from viditq.quant.linear import quant_linears
-from viditq.quant.plan import QuantPlan
+from viditq.quant.correction.ptqd import attach_empty
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.linear import quant_linears
 
 FORMAT_VERSION = 2
 AGAIN = "delete the folder and quantize again"

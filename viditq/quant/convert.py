@@ -9,21 +9,22 @@ import torch
 from torch import nn
 
 from viditq.errors import UserError
-from viditq.quant.backends import Backend, check_supported, get_backend
-from viditq.quant.blocks import block_of
-from viditq.quant.context import StepContext, TimestepScaleLike
-from viditq.quant.granularity import check_group_size
-from viditq.quant.linear import QuantLinear, Variant, empty_variant
-from viditq.quant.low_rank import check_rank
-from viditq.quant.observers import CalibrationStats, SegmentStats
-from viditq.quant.plan import QuantPlan
-from viditq.quant.quantizer import Grid
-from viditq.quant.ranges import static_grid
-from viditq.quant.reached import stand_ins
+from viditq.quant.calibration.context import StepContext, TimestepScaleLike
+from viditq.quant.calibration.observers import CalibrationStats, SegmentStats
+from viditq.quant.calibration.segment_sources import segment_sources
+from viditq.quant.description.blocks import block_of
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.registry import close_names
+from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.backends import Backend, check_supported, get_backend
+from viditq.quant.execution.linear import QuantLinear
+from viditq.quant.execution.variant import Variant, empty_variant
+from viditq.quant.methods.quantizer import Grid
+from viditq.quant.methods.ranges import static_grid
+from viditq.quant.methods.transforms import Chain
+from viditq.quant.numerics.granularity import check_group_size
+from viditq.quant.numerics.low_rank import check_rank
 from viditq.quant.reconstruction.learn import BlockReconstruction
-from viditq.quant.registry import close_names
-from viditq.quant.scheme import LayerScheme
-from viditq.quant.transforms import Chain
 
 MakeVariant = Callable[[nn.Linear, LayerScheme, float, float], Variant]
 
@@ -67,7 +68,7 @@ def quantize_denoiser(
             "this plan needs calibration statistics (for static activations, smoothing or rounding); calibrate first"
         )
     chosen = get_backend(backend)
-    linears, segments = _checked_linears(denoiser, plan, chosen), stand_ins(denoiser, plan, stats)
+    linears, segments = _checked_linears(denoiser, plan, chosen), segment_sources(denoiser, plan, stats)
     learned = plan.learned_blocks
     if learned and reconstruct is None:
         raise UserError("this plan learns roundings block by block: give quantize_denoiser the kept inputs of blocks")

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.quant.correction import CORRECTIONS
-from viditq.quant.plan import QuantPlan
-from viditq.quant.policy import Policy
-from viditq.quant.recipe import Recipe, Smoothing
-from viditq.quant.scheme import QuantSpec
-from viditq.quant.specs import RangeSpec, RoundingSpec
+from viditq.quant.correction.ptqd import CORRECTIONS
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.policy import Policy
+from viditq.quant.description.quant_spec import QuantSpec
+from viditq.quant.description.recipe import Recipe, Smoothing
+from viditq.quant.description.specs import RangeSpec, RoundingSpec
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from viditq.quant.artifact import FORMAT_VERSION, META, MODEL, PLAN
+from viditq.quant.calibration.observers import blank_state
 from viditq.quant.convert import build_quantized
-from viditq.quant.linear import QuantLinear, quant_linears
-from viditq.quant.observers import blank_state
-from viditq.quant.plan import QuantPlan
-from viditq.quant.scheme import LayerScheme
-from viditq.quant.stored_dtypes import NAMES
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.linear import QuantLinear, quant_linears
+from viditq.quant.numerics.stored_dtypes import NAMES
 
 KINDS = {"qweight": "codes", "weight_scale": "scales", "weight_zero_point": "zero_points"}
 Entry = tuple[torch.dtype, Sequence[int]]

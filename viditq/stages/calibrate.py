@@ -12,12 +12,12 @@ from viditq.engine.partials import PARTIAL, Partials, State
 from viditq.engine.sampling import Calibration, batches_of, run_batches
 from viditq.files import is_whole
 from viditq.job import Job
-from viditq.quant.calibration import Calibrator
+from viditq.quant.calibration.calibrator import Calibrator
+from viditq.quant.calibration.observers import CalibrationStats
 from viditq.quant.convert import linear_names
-from viditq.quant.observers import CalibrationStats
 from viditq.quant.reconstruction.collect import BlockInputs, finish, joined_states
+from viditq.quant.reconstruction.joint_calibrator import JointCalibrator, divided
 from viditq.quant.reconstruction.store import BlockStore
-from viditq.quant.reconstruction.together import Together, divided
 from viditq.run_dir import Entry
 
 STATS, INPUTS = "stats", "inputs"
@@ -132,7 +132,7 @@ def _sample(job: Job, wanted: list[str], partials: Partials) -> None:
     run_batches(e.make_trainer(), module, processes.share([b for b in batches if b[0] not in done]))
 
 
-def _accumulator(job: Job, denoiser: nn.Module, wanted: list[str]) -> Calibrator | BlockInputs | Together:
+def _accumulator(job: Job, denoiser: nn.Module, wanted: list[str]) -> Calibrator | BlockInputs | JointCalibrator:
     """What is wanted, and a line that says how much it can take."""
     e, names, told = job.experiment, linear_names(denoiser), []
     scale = e.adapter.timestep_scale
@@ -155,7 +155,7 @@ def _accumulator(job: Job, denoiser: nn.Module, wanted: list[str]) -> Calibrator
     if job.processes.first:
         job.say(f"      {', '.join(told)}")
     if calibrator is not None and inputs is not None:
-        return Together(calibrator, inputs)
+        return JointCalibrator(calibrator, inputs)
     found = calibrator or inputs
     assert found is not None
     return found

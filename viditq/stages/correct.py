@@ -11,7 +11,7 @@ from viditq.job import Job
 from viditq.loading import load_artifact
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.quant.artifact import OWN_KEYS, load_denoiser, read_meta, save_denoiser, size_bytes
-from viditq.quant.correction import CorrectionFit, attach_corrections
+from viditq.quant.correction.ptqd import CorrectionFit, attach_corrections
 
 
 def uncorrected(job: Job) -> Path:

@@ -9,11 +9,12 @@ from viditq.engine.sampling import Diagnosing, ObservedDiagnosing, batches_of, r
 from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.loading import load_artifact
-from viditq.quant import error_sums, observed_diagnosis
-from viditq.quant.calibration import Calibrator
-from viditq.quant.diagnosis import Diagnosis
-from viditq.quant.observed_diagnosis import ObservedDiagnosis
-from viditq.quant.observers import CalibrationStats
+from viditq.quant.calibration.calibrator import Calibrator
+from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.diagnosis import error_sums
+from viditq.quant.diagnosis import observed as observed_diagnosis
+from viditq.quant.diagnosis.diagnosis import Diagnosis
+from viditq.quant.diagnosis.observed import ObservedDiagnosis
 from viditq.stages.incoherence import has_incoherence, quantized_weights, write_incoherence
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from viditq.files import is_whole, write_json
 from viditq.job import Job
-from viditq.quant.incoherence import SCALE, incoherence
-from viditq.quant.observers import NO_KEY, CalibrationStats
+from viditq.quant.calibration.observers import NO_KEY, CalibrationStats
+from viditq.quant.diagnosis.incoherence import SCALE, incoherence
 from viditq.stages.calibrate import observe
 
 

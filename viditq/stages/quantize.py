@@ -11,12 +11,12 @@ from torch import nn
 from viditq.files import write_json
 from viditq.job import Job
 from viditq.quant.artifact import save_denoiser, size_bytes
+from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.step_shares import step_shares
 from viditq.quant.convert import quantize_denoiser
-from viditq.quant.observers import CalibrationStats
-from viditq.quant.plan import QuantPlan
+from viditq.quant.description.plan import QuantPlan
 from viditq.quant.reconstruction.learn import BlockReconstruction
 from viditq.quant.reconstruction.store import BlockStore
-from viditq.quant.step_shares import step_shares
 from viditq.stages.calibrate import observe
 from viditq.stages.correct import correct, uncorrected
 from viditq.stages.incoherence import calibrated_incoherence, quantized_weights, restore_incoherence

@@ -4,13 +4,13 @@ from typing import Any
 
 from viditq.files import is_whole
 from viditq.job import Job
-from viditq.quant.allocate import Search
-from viditq.quant.candidates import SIDES, candidates_of
+from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.step_shares import step_shares
 from viditq.quant.convert import linear_names, shapes_of
-from viditq.quant.observers import CalibrationStats
-from viditq.quant.search import SensitivitySearch, found_plan
-from viditq.quant.step_shares import step_shares
-from viditq.quant.table import to_measure
+from viditq.quant.search.allocate import Search
+from viditq.quant.search.candidates import SIDES, candidates_of
+from viditq.quant.search.costs import to_measure
+from viditq.quant.search.policy import SensitivitySearch, found_plan
 from viditq.stages.calibrate import observe
 from viditq.stages.search_result import Costs, allocated, average, costs_of, point, result_of, write
 from viditq.stages.search_table import SearchTable

@@ -10,11 +10,11 @@ from typing import Any
 from viditq.engine.probing import OUTPUT, Scores
 from viditq.errors import UserError
 from viditq.files import atomic, write_json
-from viditq.quant.allocate import Assignment, Search, cost_of, used
-from viditq.quant.budget import Budget
-from viditq.quant.candidates import Candidate
-from viditq.quant.search import SensitivitySearch, found_plan, groups_by_name
-from viditq.quant.table import completed, rank_correlation
+from viditq.quant.search.allocate import Assignment, Search, cost_of, used
+from viditq.quant.search.budget import Budget
+from viditq.quant.search.candidates import Candidate
+from viditq.quant.search.costs import completed, rank_correlation
+from viditq.quant.search.policy import SensitivitySearch, found_plan, groups_by_name
 from viditq.report.budget_curve import budget_curve_picture
 from viditq.report.heat_map import heat_map_picture
 from viditq.run_dir import RunDir

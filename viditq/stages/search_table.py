@@ -14,12 +14,12 @@ from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
-from viditq.quant.allocate import Search
-from viditq.quant.candidates import SIDES, Candidate, candidate_plan
-from viditq.quant.observers import CalibrationStats
-from viditq.quant.plan import QuantPlan
-from viditq.quant.proxy import ProxyErrors
-from viditq.quant.search import SensitivitySearch, groups_by_name
+from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.search.allocate import Search
+from viditq.quant.search.candidates import SIDES, Candidate, candidate_plan
+from viditq.quant.search.policy import SensitivitySearch, groups_by_name
+from viditq.quant.search.proxy import ProxyErrors
 from viditq.run_dir import Entry, fingerprint
 
 PROXY_PROMPTS = 2  # that the one-step proxy looks at

@@ -11,7 +11,7 @@ from toy_blocks import BLOCKS, NUM_BUCKETS, NUM_FRAMES, NUM_TOKENS, WIDTH, colle
 
 from viditq.errors import UserError
 from viditq.quant import BlockInputs, BlockStore
-from viditq.quant.noise_level import interval_of
+from viditq.quant.calibration.noise_level import interval_of
 from viditq.quant.reconstruction.calls import Call, Stored, joined
 from viditq.quant.reconstruction.collect import finish, joined_states
 from viditq.quant.reconstruction.selection import LEVELS, Item

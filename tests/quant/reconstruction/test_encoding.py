@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from viditq.quant.numerics.stored_dtypes import NAMES
 from viditq.quant.reconstruction.encoding import encoded
-from viditq.quant.stored_dtypes import NAMES
 
 META = '{"structure": "café", "rows": 2}'
 

@@ -30,8 +30,9 @@ from viditq.quant import (
     linear_names,
     quantize_denoiser,
 )
-from viditq.quant.linear import QuantLinear, Variant, quant_linears
-from viditq.quant.quantizer import fake_quantize_activation
+from viditq.quant.execution.linear import QuantLinear, quant_linears
+from viditq.quant.execution.variant import Variant
+from viditq.quant.methods.quantizer import fake_quantize_activation
 from viditq.quant.reconstruction.batches import Batches
 from viditq.quant.reconstruction.soft import SOFT, Position, SoftLinear, soft_weights
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viditq.quant import BlockInputs, BlockStore
-from viditq.quant.observers import NUM_BUCKETS
+from viditq.quant.calibration.observers import NUM_BUCKETS
 from viditq.quant.reconstruction.collect import finish
 
 NUM_FRAMES, NUM_TOKENS, WIDTH = 2, 6, 32

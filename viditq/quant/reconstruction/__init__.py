@@ -1,1 +1,1 @@
-"""Block reconstruction: inputs of blocks kept during calibration, and roundings learned on a block's output."""
+"""What is learned block by block: kept inputs of blocks, roundings. Knows no whole model and no artifact."""

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from viditq.quant.numerics.stored_dtypes import NAMES
 from viditq.quant.reconstruction.calls import Stored
-from viditq.quant.stored_dtypes import NAMES
 
 Layout = tuple[tuple[str, torch.dtype, torch.Size], ...]
 """Name, dtype and shape of each tensor, in the order of their bytes."""

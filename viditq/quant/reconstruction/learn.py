@@ -23,16 +23,17 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json, write_json, write_tensors
-from viditq.quant.linear import QuantLinear, Variant
-from viditq.quant.noise_level import interval_of
-from viditq.quant.plan import QuantPlan
+from viditq.quant.calibration.noise_level import interval_of
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.linear import QuantLinear
+from viditq.quant.execution.variant import Variant
+from viditq.quant.methods.rounding.adaround import WARM_UP, beta_at
+from viditq.quant.methods.rounding.block_adaround import BlockAdaRound
 from viditq.quant.reconstruction.batches import Batch, Batches, outputs
 from viditq.quant.reconstruction.selection import Item
 from viditq.quant.reconstruction.soft import LEARNED, NEAREST, SOFT, Position, SoftLinear, SoftWeight, soft_weights
 from viditq.quant.reconstruction.start import observed, round_alone
 from viditq.quant.reconstruction.store import BlockStore
-from viditq.quant.rounding.adaround import WARM_UP, beta_at
-from viditq.quant.rounding.block_adaround import BlockAdaRound
 
 CPU = torch.device("cpu")
 HELD_OUT = 8  # every so many inputs, one is kept for the comparison with nearest rounding

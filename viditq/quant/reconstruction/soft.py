@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from viditq.quant.affine import code_range
-from viditq.quant.granularity import per_weight, to_groups
-from viditq.quant.linear import QuantLinear, Variant
-from viditq.quant.packing import pack
-from viditq.quant.quantizer import fake_quantize_activation, stored
-from viditq.quant.rounding.adaround import SHIFT, STRETCH, pull_gradient, soft_inverse
-from viditq.quant.scheme import QuantSpec
+from viditq.quant.description.quant_spec import QuantSpec
+from viditq.quant.execution.linear import QuantLinear
+from viditq.quant.execution.variant import Variant
+from viditq.quant.methods.quantizer import fake_quantize_activation, stored
+from viditq.quant.methods.rounding.adaround import SHIFT, STRETCH, pull_gradient, soft_inverse
+from viditq.quant.numerics.affine import code_range
+from viditq.quant.numerics.granularity import per_weight, to_groups
+from viditq.quant.numerics.packing import pack
 
 NEAREST, SOFT, LEARNED = "nearest", "soft", "learned"
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from viditq.quant.methods.rounding.adaround import SHIFT, STRETCH, learned, row_errors, soft_inverse
 from viditq.quant.reconstruction.soft import SoftWeight
-from viditq.quant.rounding.adaround import SHIFT, STRETCH, learned, row_errors, soft_inverse
 
 LEARNING_RATE = 0.1
 MARGIN = 0.03  # at 0 and 1 themselves no gradient goes through h

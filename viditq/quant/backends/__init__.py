@@ -1,6 +1,0 @@
-"""Backends: the closed set of ways to multiply."""
-
-from viditq.quant.backends.base import Backend, check_supported, get_backend
-from viditq.quant.backends.fake import FakeBackend
-
-__all__ = ["Backend", "FakeBackend", "check_supported", "get_backend"]

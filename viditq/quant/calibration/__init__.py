@@ -1,0 +1,1 @@
+"""What was seen: noise levels, observers, their statistics. Knows no method that reads them."""

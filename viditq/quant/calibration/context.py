@@ -1,0 +1,128 @@
+"""StepContext: the one object that tells every QuantLinear of a denoiser where on the trajectory it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from viditq.errors import UserError
+from viditq.quant.calibration.noise_level import interval_of
+from viditq.quant.description.fields import checked_fields
+from viditq.quant.description.plan import check_edges
+
+
+class Attachment:
+    """Undo handle of several hooks."""
+
+    def __init__(self, handles: Sequence[torch.utils.hooks.RemovableHandle]) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class TimestepScale:
+    """How a denoiser is told the noise level: the value of `argument` at pure noise and at none, linear in between.
+
+    Raises UserError where the two values are equal.
+    """
+
+    at_noise: float = 1000.0
+    at_clean: float = 0.0
+    argument: str = "timestep"
+
+    def __post_init__(self) -> None:
+        if self.at_noise == self.at_clean:
+            raise UserError(f"timestep_scale: at_noise and at_clean are both {self.at_noise:g}; they must differ")
+
+    @classmethod
+    def of(cls, value: TimestepScaleLike) -> TimestepScale:
+        """A number is the timestep at pure noise; a mapping holds the fields."""
+        if isinstance(value, Mapping):
+            return cls(**checked_fields(cls, value, "timestep_scale"))
+        return cls(at_noise=float(value))
+
+    def noise_level(self, timestep: float) -> float:
+        """In [0, 1]; raises UserError for timesteps outside of the scale."""
+        if not min(self.at_clean, self.at_noise) <= timestep <= max(self.at_clean, self.at_noise):
+            raise UserError(
+                f"timestep {timestep:g} lies outside [{self.at_clean:g}, {self.at_noise:g}]; "
+                "set timestep_scale to the model's timestep at pure noise"
+            )
+        return (timestep - self.at_clean) / (self.at_noise - self.at_clean)
+
+
+TimestepScaleLike = float | Mapping[str, Any]
+"""The timestep at pure noise, or the fields of a TimestepScale."""
+
+
+def denoisers_of(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Prefix of names -> denoiser: {"": denoiser}, or one each for an nn.ModuleDict of several of one pipeline."""
+    if isinstance(denoiser, nn.ModuleDict):
+        return {f"{name}.": part for name, part in denoiser.items()}
+    return {"": denoiser}
+
+
+class StepContext:
+    """noise_level in [0, 1] (1 = pure noise) and segment of `edges`, both None outside a forward of the
+    denoiser.
+
+    timestep_scale: the `timestep` argument at pure noise, or a TimestepScale's fields. Several denoisers of one
+    pipeline run one after another and share the context.
+    """
+
+    def __init__(self, edges: Sequence[float], timestep_scale: TimestepScaleLike = 1000.0) -> None:
+        self.edges = check_edges(edges, "edges")
+        self.timestep_scale = timestep_scale
+        self._scale = TimestepScale.of(timestep_scale)
+        self.noise_level: float | None = None
+        self.segment: int | None = None
+
+    def attach(self, denoiser: nn.Module) -> Attachment:
+        """Reads each denoiser's own timestep argument before its forwards; UserError if it has none."""
+        handles = [handle for part in denoisers_of(denoiser).values() for handle in self._attach(part)]
+        return Attachment(handles)
+
+    def _attach(self, denoiser: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        signature, argument = inspect.signature(denoiser.forward), self._scale.argument
+        if argument not in signature.parameters:
+            names = ", ".join(signature.parameters)
+            raise UserError(
+                f"{type(denoiser).__name__}.forward takes no argument {argument!r} (it takes: {names}); name the one "
+                "that holds the timestep in timestep_scale, or wrap it"
+            )
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.set_timestep(signature.bind_partial(*args, **kwargs).arguments.get(argument))
+
+        def leave(*_: Any) -> None:
+            self.noise_level = self.segment = None
+
+        return [
+            denoiser.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+            denoiser.register_forward_hook(leave, always_call=True),
+        ]
+
+    def set_timestep(self, timestep: Tensor | float | None) -> None:
+        """Raises UserError unless all entries are equal and lie on the scale."""
+        if timestep is None:
+            raise UserError(f"the denoiser was called without a timestep; pass {self._scale.argument}=...")
+        self.noise_level = self._scale.noise_level(_single_value(timestep))
+        self.segment = interval_of(self.edges, self.noise_level)
+
+
+def _single_value(timestep: Tensor | float) -> float:
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    values = timestep.detach().flatten()
+    first = float(values[0])
+    if values.numel() > 1 and not bool((values == values[0]).all()):
+        raise UserError(f"one batch has different timesteps ({values.tolist()[:4]} ...); sample all prompts in step")
+    return first

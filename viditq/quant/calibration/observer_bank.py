@@ -1,0 +1,91 @@
+"""Observers of Linears of one width as slices of common tensors, so that many inputs are added at once.
+
+Legend: n Linears, u inputs, m Linears that read them, K buckets, C in_features, R reservoir rows of a bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from viditq.quant.calibration.observers import NO_KEY, REDUCTIONS, Observer, Summary, blank_state
+
+
+class ObserverBank:
+    """observers: those of the Linears `names`, by name; their states are slices of this bank's."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        num_buckets: int,
+        in_features: int,
+        rows_per_bucket: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._places = {name: place for place, name in enumerate(names)}
+        self._num_buckets = num_buckets
+        self._state = blank_state((len(names),), num_buckets, in_features, rows_per_bucket, device)
+        self.observers = {name: Observer(self._slice(place)) for name, place in self._places.items()}
+
+    def to(self, device: torch.device) -> None:
+        """Moves the state of all observers."""
+        self._state = {field: state.to(device) for field, state in self._state.items()}
+        for name, place in self._places.items():
+            self.observers[name].hold(self._slice(place))
+
+    def update(self, seen: Mapping[tuple[str, int], Summary]) -> bool:
+        """Adds an input of each of these (Linear, bucket); all with as many candidate rows.
+
+        Returns False, and adds nothing, where one of them has a NaN or inf.
+        """
+        summaries = [*{id(summary): summary for summary in seen.values()}.values()]  # q, k and v share one
+        total_uC = torch.stack([summary.amax_sum for summary in summaries]).double()
+        if not math.isfinite(total_uC.sum()):
+            return False
+        if self._state["count"].device != total_uC.device:  # made before the model moved, or its weights are offloaded
+            self.to(total_uC.device)
+        numbers = {id(summary): number for number, summary in enumerate(summaries)}
+        which = [numbers[id(summary)] for summary in seen.values()]
+        places = [self._places[name] * self._num_buckets + bucket for name, bucket in seen]
+        which_m, at_m = (torch.tensor(indices, device=total_uC.device) for indices in (which, places))
+        state = {field: values.flatten(0, 1) for field, values in self._state.items()}  # views
+        self._update_rows(state, at_m, which_m, summaries)
+        low_mC, high_mC = (
+            torch.stack([getattr(summary, name) for summary in summaries]).index_select(0, which_m)
+            for name in ("minimum", "maximum")
+        )
+        counts = torch.tensor([summary.num_samples for summary in seen.values()], device=total_uC.device)
+        old = {name: state[name].index_select(0, at_m) for name in ("minimum", "maximum", "amax_sum", "count")}
+        new = {
+            "minimum": torch.minimum(old["minimum"], low_mC),
+            "maximum": torch.maximum(old["maximum"], high_mC),
+            "amax_sum": old["amax_sum"] + total_uC.index_select(0, which_m),
+            "count": old["count"] + counts,
+        }
+        for name, values in new.items():
+            state[name].index_copy_(0, at_m, values)
+        return True
+
+    @staticmethod
+    def _update_rows(state: Mapping[str, Tensor], at_m: Tensor, which_m: Tensor, summaries: Sequence[Summary]) -> None:
+        """Moves within the reservoirs `at_m` what stays, then copies what comes; nothing else is touched."""
+        rows_RC = state["rows"].flatten(0, 1)
+        keys_mr = torch.stack([summary.keys for summary in summaries]).index_select(0, which_m)
+        num_rows, num_new = state["keys"].shape[1], keys_mr.shape[1]
+        keys, source = torch.cat([state["keys"].index_select(0, at_m), keys_mr], 1).topk(num_rows, largest=False)
+        state["keys"].index_copy_(0, at_m, keys)
+        slots = torch.arange(num_rows, device=source.device)
+        used = keys != NO_KEY
+        m, slot = (used & (source < num_rows) & (source != slots)).nonzero(as_tuple=True)
+        moved = rows_RC.index_select(0, at_m[m] * num_rows + source[m, slot])
+        rows_RC.index_copy_(0, at_m[m] * num_rows + slot, moved)
+        m, slot = (used & (source >= num_rows)).nonzero(as_tuple=True)
+        come = torch.cat([summary.rows for summary in summaries])
+        come = come.index_select(0, which_m[m] * num_new + source[m, slot] - num_rows)
+        rows_RC.index_copy_(0, at_m[m] * num_rows + slot, come.to(rows_RC.dtype))
+
+    def _slice(self, place: int) -> dict[str, Tensor]:
+        return {field: self._state[field][place] for field in REDUCTIONS}

@@ -1,0 +1,267 @@
+"""Statistics of the inputs of Linears: fixed size, bucketed by noise level, merged without regard to order.
+
+Legend: K buckets, C in_features, L leading axis (one "sample" each), N tokens, R reservoir rows of a bucket.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from viditq.errors import UserError
+from viditq.quant.calibration.moments import Moments, of_moments
+from viditq.quant.calibration.noise_level import overlapping
+from viditq.quant.description.registry import close_names
+
+NUM_BUCKETS = 20
+ROWS_PER_BUCKET = 16
+EMA_DECAY = 0.95
+CACHE_BYTES = 2**20  # of an input looked at twice in a row, on a CPU
+NO_KEY = torch.iinfo(torch.int64).max  # key of a free place in the reservoir
+REDUCTIONS = {
+    "minimum": "min",
+    "maximum": "max",
+    "amax_sum": "sum",
+    "count": "sum",
+    "rows": "lowest",
+    "keys": "lowest",
+}
+MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
+AGGREGATES = ("ema", "max", "percentile")
+
+
+class Summary(NamedTuple):
+    """What one input adds to the state of every Linear that reads it.
+
+    minimum, maximum [C]: over everything. amax_sum [C], float32 at least: over samples, of a sample's amax over its
+    tokens. num_samples: L. rows [n, C]: candidates of the reservoir; keys [n]: theirs.
+    """
+
+    minimum: Tensor
+    maximum: Tensor
+    amax_sum: Tensor
+    num_samples: int
+    rows: Tensor
+    keys: Tensor
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is neither NaN nor inf in the input."""
+        return bool(self.amax_sum.isfinite().all())
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, but for the keys, which summaries share."""
+        return sum(part.nbytes for part in (self.minimum, self.maximum, self.amax_sum, self.rows))
+
+
+def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor) -> Summary:
+    """candidates: indices into the L N rows of an input; keys: theirs."""
+    rows_nC = x_LNC.flatten(0, 1).index_select(0, candidates)
+    num_samples, parts = len(x_LNC), [x_LNC]
+    if x_LNC.device.type == "cpu":  # the second look at a part then finds it in the cache
+        parts = [*x_LNC.split(max(CACHE_BYTES // x_LNC[0].nbytes, 1))]
+    low, high, total = zip(*map(_extremes, parts), strict=True)
+    if len(parts) == 1:
+        return Summary(low[0], high[0], total[0], num_samples, rows_nC, keys)
+    minimum_C, maximum_C, total_C = torch.stack(low).amin(0), torch.stack(high).amax(0), torch.stack(total).sum(0)
+    return Summary(minimum_C, maximum_C, total_C, num_samples, rows_nC, keys)
+
+
+def _extremes(x_LNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each channel: minimum, maximum, sum of the samples' amax."""
+    low_LC, high_LC = x_LNC.amin(1), x_LNC.amax(1)
+    minimum_C, maximum_C = low_LC.amin(0), high_LC.amax(0)
+    magnitude_LC = torch.maximum(low_LC.neg_(), high_LC, out=high_LC)
+    dtype = torch.promote_types(x_LNC.dtype, torch.float32)  # a float64 sum would copy all of them first
+    return minimum_C, maximum_C, magnitude_LC.sum(0, dtype=dtype)
+
+
+def blank_state(
+    leading: tuple[int, ...], num_buckets: int, in_features: int, rows_per_bucket: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    """State of `leading` observers that have seen nothing."""
+    buckets = (*leading, num_buckets)
+    channels, rows = (*buckets, in_features), (*buckets, rows_per_bucket)
+    return {
+        "minimum": torch.full(channels, torch.inf, device=device),
+        "maximum": torch.full(channels, -torch.inf, device=device),
+        "amax_sum": torch.zeros(channels, dtype=torch.float64, device=device),
+        "count": torch.zeros(buckets, dtype=torch.int64, device=device),
+        "rows": torch.zeros(*rows, in_features, device=device),
+        "keys": torch.full(rows, NO_KEY, device=device),
+    }
+
+
+class Observer:
+    """State of one Linear; `ObserverBank` adds to it.
+
+    minimum, maximum [K, C]: over everything. amax_sum [K, C] float64 and count [K]: sum over samples of a
+    sample's amax over its tokens. rows [K, R, C] with keys [K, R]: the input rows of the lowest keys.
+    """
+
+    minimum: Tensor
+    maximum: Tensor
+    amax_sum: Tensor
+    count: Tensor
+    rows: Tensor
+    keys: Tensor
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.hold(state)
+
+    def hold(self, state: Mapping[str, Tensor]) -> None:
+        """Takes these very tensors, one per field."""
+        for field in REDUCTIONS:
+            setattr(self, field, state[field])
+
+    def merge(self, other: "Observer") -> None:
+        """Adds what `other` saw (another rank, another part of the prompts); into new tensors, field by field."""
+        num_rows = self.keys.shape[1]
+        rows = torch.cat([self.rows, other.rows], 1)
+        keys = torch.cat([self.keys, other.keys], 1)
+        kept = [_lowest(rows[bucket], keys[bucket], num_rows) for bucket in range(len(keys))]
+        self.rows, self.keys = (torch.stack(parts) for parts in zip(*kept, strict=True))
+        for name, reduction in REDUCTIONS.items():
+            if reduction in MERGES:
+                setattr(self, name, MERGES[reduction](getattr(self, name), getattr(other, name)))
+
+
+def _lowest(rows: Tensor, keys: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    keys, order = keys.topk(num_rows, largest=False, sorted=True)
+    return rows[order], keys
+
+
+class SegmentStats:
+    """What the buckets of one segment say about one Linear, per input channel (float32 [C])."""
+
+    def __init__(self, observer: Observer, buckets: list[int]) -> None:
+        self._mean_KC = observer.amax_sum[buckets] / observer.count[buckets][:, None]
+        self.minimum = observer.minimum[buckets].amin(0)
+        self.maximum = observer.maximum[buckets].amax(0)
+        self._observer, self._buckets = observer, buckets
+
+    @property
+    def rows(self) -> Tensor:
+        """Input rows [n, C] kept from the segment."""
+        observer, buckets = self._observer, self._buckets
+        return observer.rows[buckets][observer.keys[buckets] != NO_KEY]
+
+    @property
+    def bucket_amax(self) -> Tensor:
+        """Largest magnitude of each channel in each bucket with data, low noise first [K, C]."""
+        minimum_KC, maximum_KC = (getattr(self._observer, f)[self._buckets] for f in ("minimum", "maximum"))
+        return torch.maximum(-minimum_KC, maximum_KC)
+
+    def rows_like(self, density: Callable[[float], float]) -> Tensor:
+        """Input rows [n, C], of each bucket as many as `density` at its middle says next to the largest density.
+
+        A bucket's rows come in the reservoir's pseudo-random order, so its first ones are a sample. At least one row
+        of each bucket.
+        """
+        observer, num_all = self._observer, len(self._observer.count)
+        weights = [density((bucket + 0.5) / num_all) for bucket in self._buckets]
+        kept = []
+        for bucket, weight in zip(self._buckets, weights, strict=True):
+            rows = observer.rows[bucket][observer.keys[bucket] != NO_KEY]
+            kept.append(rows[: max(round(len(rows) * weight / max(weights)), 1)])
+        return torch.cat(kept)
+
+    def amax(self, aggregate: str = "ema", percentile: float = 99.9) -> Tensor:
+        """Magnitude of each channel.
+
+        ema: mean over samples in each bucket, then 0.95 old + 0.05 new from high noise to low, the first sets
+        it.
+        max: over everything. percentile: of |x| over the reservoir rows, 0 to 100.
+        """
+        if aggregate == "max":
+            return torch.maximum(-self.minimum, self.maximum)
+        if aggregate == "percentile":
+            return self.rows.abs().quantile(percentile / 100, dim=0)
+        assert aggregate == "ema"
+        value_C = self._mean_KC[-1]
+        for mean_C in self._mean_KC.flip(0)[1:]:
+            value_C = EMA_DECAY * value_C + (1 - EMA_DECAY) * mean_C
+        return value_C.float()
+
+
+class CalibrationStats:
+    """Observers of all Linears of a denoiser, and second moments of the inputs of those whose rounding needs them."""
+
+    def __init__(self, layers: dict[str, Observer], moments: Moments | None = None) -> None:
+        self.layers, self.moments = layers, moments or Moments()
+
+    def segment(self, layer: str, lo: float, hi: float) -> SegmentStats:
+        """Statistics of `layer` over the noise levels [lo, hi].
+
+        Raises UserError when the layer was not observed, or never in this range.
+        """
+        if layer not in self.layers:
+            hint = close_names(layer, self.layers)
+            raise UserError(f"the statistics lack the layer {layer} ({hint}); calibrate this model again")
+        observer = self.layers[layer]
+        buckets = [i for i in overlapping(len(observer.count), lo, hi) if observer.count[i] > 0]
+        if not buckets:
+            raise UserError(
+                f"no calibration data for {layer} at noise levels {lo:g} to {hi:g}: no sampling step "
+                "falls there; calibrate with more sampling steps, or use wider segments"
+            )
+        return SegmentStats(observer, buckets)
+
+    def merge(self, other: "CalibrationStats") -> None:
+        """Adds the observations of `other`, made with the same layers and sizes."""
+        assert self.layers.keys() == other.layers.keys()
+        for name, observer in self.layers.items():
+            observer.merge(other.layers[name])
+        self.moments.merge(other.moments)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat state on the CPU, `<layer>/<field>` -> tensor; not copied when it is there (it can be gigabytes)."""
+        fields = {
+            f"{layer}/{field}": getattr(observer, field).detach().cpu()
+            for layer, observer in self.layers.items()
+            for field in REDUCTIONS
+        }
+        return fields | self.moments.to_tensors()
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CalibrationStats":
+        """Inverse of `to_tensors`; holds the very tensors."""
+        layers: dict[str, Observer] = {}
+        for layer in _layer_names(tensors):
+            layers[layer] = Observer({field: tensors[f"{layer}/{field}"] for field in REDUCTIONS})
+        return cls(layers, Moments.from_tensors(tensors))
+
+    def save(self, path: str | Path) -> None:
+        """Writes safetensors to a temporary name, then renames."""
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            save_file(self.to_tensors(), temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot write the statistics to {path}: {error}; free space or choose another folder"
+            ) from error
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CalibrationStats":
+        """Raises UserError when the file is missing or damaged."""
+        try:
+            return cls.from_tensors(load_file(path))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"cannot read the statistics {path}: {error}; delete the file and calibrate again"
+            ) from error
+
+
+def _layer_names(keys: Iterable[str]) -> list[str]:
+    keys = list(keys)
+    moments = set(of_moments(keys))
+    return list(dict.fromkeys(key.rsplit("/", 1)[0] for key in keys if key not in moments))

@@ -1,0 +1,52 @@
+"""What multiplies: a Backend turns a Variant's canonical tensors into an output."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from viditq.errors import UserError
+from viditq.quant.description.registry import BACKENDS
+from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.variant import Variant
+
+
+class Backend(ABC):
+    """Chosen when a model is converted or loaded; never stored in the artifact."""
+
+    name: str
+
+    @abstractmethod
+    def unsupported_field(self, scheme: LayerScheme) -> str | None:
+        """The field of `scheme` that this backend cannot honour, such as "weight.bits"; None = none."""
+
+    def supports(self, scheme: LayerScheme) -> bool:
+        """Whether every field of `scheme` is honoured exactly."""
+        return self.unsupported_field(scheme) is None
+
+    @abstractmethod
+    def prepare(self, variant: Variant) -> None:
+        """Derives, once, what `linear` needs; adds nothing to the state dict."""
+
+    @abstractmethod
+    def linear(self, variant: Variant, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Q_a(chain(x)) Q_w^T + chain(x) (U V)^T + bias: [..., C] -> [..., O]; never writes to `x`."""
+
+
+def get_backend(name: str) -> Backend:
+    """A backend by name; raises UserError with the known names."""
+    return BACKENDS.get(name)()
+
+
+def check_supported(backend: Backend, layer: str, scheme: LayerScheme) -> None:
+    """Raises UserError naming the layer and the field."""
+    field = backend.unsupported_field(scheme)
+    if field is not None:
+        value: object = scheme
+        for part in field.split("."):
+            value = getattr(value, part)
+        raise UserError(
+            f"backend {backend.name} cannot run {layer}: it does not support {field}={value!r}; "
+            "choose another format or backend=fake"
+        )

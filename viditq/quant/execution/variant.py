@@ -1,0 +1,103 @@
+"""Variant: the tensors of one Linear for one or more segments.
+
+Legend: O out_features, C in_features, B bytes of a packed row, r rank of the low-rank branch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.methods.fitted_weight import FittedWeight, empty_fit, fit_weight
+from viditq.quant.methods.quantizer import Grid, QuantizedWeight, dequantize_weight, static_qparams
+from viditq.quant.methods.transforms import Chain
+from viditq.quant.numerics.packing import pack, unpack
+
+
+class Variant(nn.Module):
+    """The canonical tensors of one Linear for one or more segments.
+
+    qweight uint8 [O, B] packed codes, weight_scale float32, weight_zero_point uint8 (asymmetric only), or
+    weight [O, C] when it stays in float; low_rank_up [O, r], low_rank_down [r, C] of a low-rank branch; input_scale,
+    input_zero_point float32 (static activations only); the chain's own tensors. dtype: of the float Linear, which the
+    output keeps. A backend's `prepare` adds what is not stored.
+    """
+
+    weight: Tensor | None
+    qweight: Tensor | None
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    low_rank_up: Tensor | None
+    low_rank_down: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor
+
+    def __init__(
+        self,
+        scheme: LayerScheme,
+        fitted: FittedWeight,
+        chain: Chain,
+        in_features: int,
+        dtype: torch.dtype,
+        input_grid: Grid | None = None,
+    ) -> None:
+        """input_grid: scale and zero point of a static activation."""
+        super().__init__()
+        assert (input_grid is not None) == scheme.static_activation
+        self.scheme, self.chain, self.dtype, self.in_features = scheme, chain, dtype, in_features
+        quantized = fitted.quantized
+        packed = None
+        if quantized is not None:
+            assert scheme.weight is not None
+            packed = pack(quantized.codes, scheme.weight.bits)
+        self.register_buffer("weight", fitted.weight)
+        self.register_buffer("qweight", packed)
+        self.register_buffer("weight_scale", quantized and quantized.scale)
+        self.register_buffer("weight_zero_point", quantized and quantized.zero_point)
+        self.register_buffer("low_rank_up", fitted.up)
+        self.register_buffer("low_rank_down", fitted.down)
+        self.register_buffer("input_scale", input_grid and input_grid[0])
+        self.register_buffer("input_zero_point", input_grid and input_grid[1])
+
+    @classmethod
+    def fit(
+        cls,
+        scheme: LayerScheme,
+        weight_OC: Tensor,
+        chain: Chain,
+        input_grid: Grid | None = None,
+        moments_CC: Tensor | None = None,
+    ) -> Variant:
+        """From the float weight, before the chain; moments_CC: X^T X of the inputs, before the chain."""
+        behind = chain.weight(weight_OC.detach().float()) if chain else weight_OC.detach()
+        moments = None if moments_CC is None else chain.moments(moments_CC.to(weight_OC.device))
+        fitted = fit_weight(behind, scheme, moments, weight_OC.dtype)
+        return cls(scheme, fitted, chain, weight_OC.shape[1], weight_OC.dtype, input_grid)
+
+    @property
+    def input_qparams(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero point of a static activation."""
+        return None if self.input_scale is None else (self.input_scale, self.input_zero_point)
+
+    def dequantized_weight(self) -> Tensor:
+        """What the product with the quantized input sees, [O, C] in `dtype`."""
+        spec = self.scheme.weight
+        if spec is None or self.qweight is None:
+            assert self.weight is not None
+            return self.weight
+        codes = unpack(self.qweight, spec.bits, self.in_features)
+        quantized = QuantizedWeight(codes, self.weight_scale, self.weight_zero_point)
+        return dequantize_weight(quantized, spec).to(self.dtype)
+
+
+def empty_variant(scheme: LayerScheme, in_features: int, out_features: int, dtype: torch.dtype) -> Variant:
+    """The structure of a variant on the meta device, to be filled from an artifact."""
+    fitted = empty_fit(scheme, out_features, in_features, dtype)
+    grid: Grid | None = None
+    if scheme.static_activation:
+        assert scheme.activation is not None
+        channel = torch.empty(in_features, device="meta")
+        grid = static_qparams(channel, channel, scheme.activation)
+    chain = Chain([t.empty(in_features) for t in scheme.transforms])
+    return Variant(scheme, fitted, chain, in_features, dtype, grid)

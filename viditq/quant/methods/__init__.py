@@ -1,0 +1,1 @@
+"""How codes are found: transforms, ranges, roundings. Knows weights and statistics, not what multiplies."""

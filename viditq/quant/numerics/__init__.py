@@ -1,0 +1,1 @@
+"""Pure functions on tensors: grids, packing, Hadamard matrices. Knows no spec, no module, no statistics."""

@@ -1,9 +1,0 @@
-"""Ranges: the closed set of ways to lay a grid over values."""
-
-from viditq.quant.ranges.activation import static_grid
-from viditq.quant.ranges.grid_fit import GridFit
-from viditq.quant.ranges.min_max import MinMax, Percentile
-from viditq.quant.ranges.normal_steps import NormalSteps
-from viditq.quant.ranges.search import LpSearch
-
-__all__ = ["GridFit", "LpSearch", "MinMax", "NormalSteps", "Percentile", "static_grid"]

@@ -1,0 +1,1 @@
+"""Which bits where: candidates, their costs, the allocation. Knows no prompts, samples or files."""
