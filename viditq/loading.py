@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -63,6 +63,14 @@ def _tell_sampler(folder: Path, adapter: ModelAdapter, pipeline: Any, denoiser: 
         )
     # asked for at each step: the pipeline's denoiser may have been replaced by a copy of it
     shrink_noise(pipeline.scheduler, lambda: latest_variance(corrections_of(adapter.denoiser_of(pipeline))))
+    pipeline.__deepcopy__ = _refuse_to_copy
+
+
+def _refuse_to_copy(memo: Any) -> NoReturn:
+    raise UserError(
+        "A pipeline whose sampler makes up for the error of its denoiser (quant.correction=ptqd) cannot be copied: "
+        "sampler and denoiser know each other. Load it a second time with viditq.load_quantized, or copy its denoiser."
+    )
 
 
 def in_dtype(adapter: ModelAdapter, pipeline: Any, dtype: str) -> Any:
