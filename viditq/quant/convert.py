@@ -172,7 +172,7 @@ def _check_stats(plan: QuantPlan, stats: CalibrationStats | None, name: str, seg
     if scheme is not None and scheme.needs_stats:
         assert stats is not None
         if scheme.moments_for(name):
-            stats.moments.check(name)
+            stats.moments.check(name, float(stats.segment(name, 0.0, 1.0).amax("max").max()))
         stats.segment(name, plan.edges[stand_in], plan.edges[stand_in + 1])
 
 

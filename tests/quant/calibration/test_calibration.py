@@ -278,3 +278,22 @@ def test_the_bytes_stated_up_front_hold(denoiser, calibrated):
             denoiser(torch.randn(2, 5, 8), torch.zeros(2))
         state = {key: value for key, value in calibrator.state().items() if "/leader/" not in key}
         assert sum(value.nbytes for value in state.values()) == stated == calibrator.max_bytes
+
+
+@pytest.mark.parametrize("recipe", [STATIC, GPTQ], ids=["static and smoothed", "gptq"])
+def test_a_float64_model_is_calibrated_and_quantized(make_denoiser, calibrated, recipe):
+    """Statistics are those of float32, which holds their rounding."""
+    outputs, stats = [], []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        denoiser = make_denoiser().to(dtype)
+        stats.append(calibrated(denoiser, [0, 1], [100, 900]))
+        quantize_denoiser(denoiser, recipe.resolve(linear_names(denoiser)), stats[-1])
+        with torch.no_grad():
+            outputs.append(denoiser(noise(3, 100)[None].to(dtype), torch.tensor([100])))
+    for name, tensor in stats[0].to_tensors().items():
+        other = stats[1].to_tensors()[name]
+        assert other.dtype == tensor.dtype
+        torch.testing.assert_close(other, tensor, rtol=1e-5, atol=1e-5, msg=name)
+    assert outputs[1].dtype == torch.float64
+    torch.testing.assert_close(outputs[1].float(), outputs[0], rtol=0.1, atol=0.1)

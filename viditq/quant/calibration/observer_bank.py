@@ -66,7 +66,7 @@ class ObserverBank:
             "count": old["count"] + counts,
         }
         for name, values in new.items():
-            state[name].index_copy_(0, at_m, values)
+            state[name].index_copy_(0, at_m, values.to(state[name].dtype))
         return True
 
     @staticmethod

@@ -135,4 +135,4 @@ def _output_error(smooth: Smooth, weight_OC: Tensor, stats: SegmentStats, scheme
             static = static_grid(chain, stats, scheme.activation, scheme.activation_ranges, weight_OC)
         # one row = one token; a leading axis of 1 makes dynamic "tensor" take all rows together
         x_nC = fake_quantize_activation(x_nC[None], scheme.activation, static)[0]
-    return float((F.linear(x_nC, weight_OC) - reference_nO).square().sum())
+    return float((F.linear(x_nC, weight_OC) - reference_nO).double().square().sum())
