@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
+from viditq.hooks import add_hook
 from viditq.models.adapter import ModelAdapter
 from viditq.models.settings import call_settings
 from viditq.models.text import PromptEmbeds
@@ -163,11 +164,12 @@ class DtypeBoundary:
     def __init__(self, denoiser: nn.Module, inner: torch.dtype, outer: torch.dtype, timestep: str = "timestep") -> None:
         self.inner, self.outer = inner, outer
         for part in denoiser.values() if isinstance(denoiser, nn.ModuleDict) else [denoiser]:
-            cls, arguments = type(part), list(inspect.signature(part.forward).parameters)
-            part.__class__ = type(cls.__name__, (cls,), {"dtype": property(lambda _: outer)})
+            arguments = list(inspect.signature(part.forward).parameters)
+            cls: Any = type(part)
+            part.__class__ = _saying(cls, outer)
             enter = functools.partial(self._enter, arguments, timestep)
-            part.register_forward_pre_hook(enter, with_kwargs=True)
-            part.register_forward_hook(self._leave)
+            add_hook(part.register_forward_pre_hook, enter, with_kwargs=True)
+            add_hook(part.register_forward_hook, self._leave)
 
     def _enter(
         self, names: list[str], timestep: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -182,6 +184,21 @@ class DtypeBoundary:
         if isinstance(getattr(output, "sample", None), Tensor):
             output.sample = _cast(output.sample, self.outer)
         return output
+
+
+@functools.cache
+def _saying(cls: Any, dtype: torch.dtype) -> Any:
+    """A class like `cls` but for its `dtype`; made again, and not looked up, where one of its objects is unpickled."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _new_saying, (cls, dtype), object.__reduce_ex__(self, protocol)[2]
+
+    return type(cls.__name__, (cls,), {"dtype": property(lambda _: dtype), "__reduce_ex__": reduce})
+
+
+def _new_saying(cls: Any, dtype: torch.dtype) -> Any:
+    made = _saying(cls, dtype)
+    return made.__new__(made)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -82,6 +82,7 @@ class Calibrator:
         self._denoiser, self._moment_layers = denoiser, frozenset(moment_layers)
         self._linears = {name: _linear(denoiser, name) for name in layer_names}
         self._context = StepContext((0, 1), timestep_scale)
+        self._context.check(denoiser)
         self._edges, self._rows_per_bucket = bucket_edges(num_buckets), rows_per_bucket
         self._sample_seeds: list[int] = []
         self._num_elements = 0

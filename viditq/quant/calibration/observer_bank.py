@@ -72,7 +72,7 @@ class ObserverBank:
             "highest_level": torch.maximum(old["highest_level"], level_m),
         }
         for name, values in new.items():
-            state[name].index_copy_(0, at_m, values)
+            state[name].index_copy_(0, at_m, values.to(state[name].dtype))
         return True
 
     @staticmethod

@@ -35,6 +35,7 @@ REDUCTIONS = {
 }
 MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
 AGGREGATES = ("ema", "max", "percentile")
+EMA_STARTS = ("noise", "clean")
 
 
 class Summary(NamedTuple):
@@ -198,11 +199,12 @@ class SegmentStats:
             kept.append(rows[: max(round(len(rows) * weight / max(weights)), 1)])
         return torch.cat(kept)
 
-    def amax(self, aggregate: str = "ema", percentile: float = 99.9) -> Tensor:
+    def amax(self, aggregate: str = "ema", percentile: float = 99.9, ema_from: str = "noise") -> Tensor:
         """Magnitude of each channel.
 
-        ema: mean over samples in each bucket, then 0.95 old + 0.05 new from high noise to low, the first sets
-        it.
+        ema: mean over samples in each bucket, then 0.95 old + 0.05 new from bucket to bucket, the first sets it: from
+        the highest noise level down, as a sampler steps, or up from the lowest (ema_from="clean"). Steps that share a
+        bucket count as one, by their mean.
         max: over everything. percentile: of |x| over the reservoir rows, 0 to 100.
         """
         if aggregate == "max":
@@ -210,8 +212,9 @@ class SegmentStats:
         if aggregate == "percentile":
             return self.rows.abs().quantile(percentile / 100, dim=0)
         assert aggregate == "ema"
-        value_C = self._mean_KC[-1]
-        for mean_C in self._mean_KC.flip(0)[1:]:
+        in_turn_KC = self._mean_KC if ema_from == "clean" else self._mean_KC.flip(0)
+        value_C = in_turn_KC[0]
+        for mean_C in in_turn_KC[1:]:
             value_C = EMA_DECAY * value_C + (1 - EMA_DECAY) * mean_C
         return value_C.float()
 
