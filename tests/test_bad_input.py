@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from viditq.cli import guarded_run, user_message
 from viditq.errors import UserError
+from viditq.experiment import _check_model
 from viditq.models.adapter import ModelAdapter
 
 ROOT = Path(__file__).parents[1]
@@ -28,10 +30,13 @@ WITHOUT_SLOW_WORK = {
     "unknown key of the root": (["+foo=1"], ["Unknown key foo", "batch_size"]),
     "unknown key of calibration": (["+calibration.foo=1"], ["calibration.foo", "num_buckets"]),
     "unknown key of model": (["+model.foo=1"], ["model.foo", "--cfg job"]),
+    "unknown argument of the text encoding": (["+model.encode.foo=1"], ["model.encode.foo", "clean_caption"]),
+    "unknown argument of the call": (["+model.call.foo=1"], ["model.call.foo", "guidance_scale"]),
+    "videos of an image model": (["model.modality=video"], ["model.modality=video", "makes images"]),
     "unknown key of a format": (["+quant.weight.foo=1"], ["quant.weight.foo", "--cfg job"]),
     "unknown key of data": (["+data.foo=1"], ["data.foo", "--cfg job"]),
     "unknown key of a metric": (["+metric.psnr.foo=1"], ["metric.psnr.foo", "--cfg job"]),
-    "unknown key of the logger": (["+logger.foo=1"], ["foo", "conf/logger"]),
+    "unknown key of the logger": (["+logger.foo=1"], ["logger.foo", "--cfg job"]),
     "unknown key of the trainer": (["+trainer.foo=1"], ["foo", "trainer=cpu"]),
     "unknown stage": (["stages=[prompts,train]"], ["'train'", "prompts, reference, noise_floor"]),
     "no stage": (["stages=[]"], ["stages=[]", "prompts, reference, noise_floor"]),
@@ -50,6 +55,17 @@ WITHOUT_SLOW_WORK = {
     "segments that end early": (["quant.segments=[0,0.5]"], ["[0, 0.5]", "tile [0, 1]", "end at 1"]),
     "segments that start late": (["quant.segments=[0.1,0.5,1]"], ["[0.1, 0.5, 1]", "start at 0"]),
     "segments in disorder": (["quant.segments=[0,0.6,0.5,1]"], ["ascending"]),
+    "segment above all steps": (
+        ["quant.segments=[0,0.999999,1]"],
+        ["segment of noise levels 0.999999 to 1", "steps lie at 0.999", "wider segments"],
+    ),
+    "segment between the steps": (["quant.segments=[0,0.9,0.99,1]"], ["noise levels 0.9 to 0.99"]),
+    "edge within a bucket": (
+        ["model.num_steps=50", "quant.segments=[0,0.53,1]"],
+        ["parts the sampling steps", "Move the edge between them to 0.5 or 0.55", "calibration.num_buckets="],
+    ),
+    "steps at one level": (["model.timestep_scale=1e6"], ["model.timestep_scale=1000000.0", "at one noise level"]),
+    "steps beyond noise": (["model.timestep_scale=500"], ["model.timestep_scale=500", "outside of [0, 1]"]),
     "unknown rounding": (["quant.rounding=up"], ["'up'", "nearest"]),
     "unknown dtype": (["model.dtype=float8"], ["'float8'", "float32, float16, bfloat16"]),
     "unknown dtype of the quantized": (["quant.float_dtype=int8"], ["'int8'", "null", "float16"]),
@@ -123,7 +139,7 @@ def test_refused_before_anything_is_loaded_or_written(
 ) -> None:
     for slow in ("load", "load_text_part", "load_complete"):
         monkeypatch.setattr(ModelAdapter, slow, lambda *_: pytest.fail("loaded a model"))
-    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
     overrides, words = WITHOUT_SLOW_WORK[case]
     message = refuse(*(override.replace("{tmp}", str(tmp_path)) for override in overrides))
@@ -165,7 +181,7 @@ def test_bugs_keep_their_traceback() -> None:
 
 def test_prompts_longer_than_the_encoder_takes(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("a red circle\n" + "red " * 40 + "\n")
-    message = refuse("data=prompt_file", f"data.path={tmp_path}/long.txt")
+    message = refuse("data=prompt_file", f"data.path={tmp_path}/long.txt", "metric=[psnr]")
     assert "'red red red" in message and "41 tokens" in message and "at most 16" in message
     assert "model.max_tokens" in message and "Shorten" in message
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
@@ -182,6 +198,52 @@ def test_nan_in_weights(refuse: Refuse, model_copy: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.png"))
 
 
+def rename_tensors(folder: Path, part: str) -> None:
+    file = next((folder / part).glob("*.safetensors"))
+    save_file({f"module.{name}": tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: rename_tensors(folder, "text_encoder"), ["text_encoder", "missing", "'module.' too much"]),
+        (lambda folder: rename_tensors(folder, "transformer"), ["transformer", "missing", "'module.' too much"]),
+        (lambda folder: rename_tensors(folder, "vae"), ["vae", "missing", "'module.' too much"]),
+        (lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink(), ["tokenizer holds no vocabulary"]),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer is missing"]),
+        (lambda folder: shutil.rmtree(folder / "scheduler"), ["scheduler is missing"]),
+    ],
+    ids=["text encoder", "denoiser", "decoder", "vocabulary", "tokenizer", "scheduler"],
+)
+def test_contents_of_the_model_folder(
+    damage: Callable[[Path], None],
+    words: list[str],
+    refuse: Refuse,
+    model_copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for slow in ("load", "load_text_part", "load_complete"):
+        monkeypatch.setattr(ModelAdapter, slow, lambda *_: pytest.fail("loaded a model"))
+    damage(model_copy)
+    message = refuse(f"model.path={model_copy}")
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "refused").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_folder_without_text_encoder_where_embeddings_are_ready(
+    configure: Callable, shrunk: list[str], model_copy: Path
+) -> None:
+    adapter = instantiate(configure(*shrunk, f"model.path={model_copy}").model, _convert_="all")
+    for part in adapter.text_parts:
+        shutil.rmtree(model_copy / part)
+    prompts = {"prompts": ["a"], "calibration_prompts": ["b"]}
+    _check_model(adapter, SimpleNamespace(**prompts, ready_embeds={"a": {}, "b": {}}), lenient=False)
+    assert adapter.load().transformer is not None
+    with pytest.raises(UserError, match=r"(tokenizer|text_encoder) is missing"):
+        _check_model(adapter, SimpleNamespace(**prompts, ready_embeds={"a": {}}), lenient=False)
+
+
 @pytest.mark.parametrize(
     "file", ["model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
 )
@@ -192,7 +254,7 @@ def test_truncated_model_folder(file: str, refuse: Refuse, model_copy: Path) -> 
 
 
 def test_size_that_the_pipeline_refuses(refuse: Refuse) -> None:
-    assert "divisible by 8" in refuse("model.height=33")
+    assert "divisible by 8" in refuse("model.height=33", "metric=[psnr]")
 
 
 def test_segment_without_a_sampling_step(refuse: Refuse, shared_cache: Path, finished_run: Path) -> None:
@@ -255,7 +317,7 @@ def test_damaged_run_json(refuse: Refuse, run_copy: Path, shared_cache: Path) ->
 
 
 def test_stage_without_the_stages_before_it(refuse: Refuse) -> None:
-    assert "with the stage prompts" in refuse("stages=[reference]")
+    assert "Run the stage prompts before" in refuse("stages=[reference]")
 
 
 def test_run_folder_that_is_a_file(refuse: Refuse, tmp_path: Path) -> None:
@@ -296,7 +358,7 @@ def full_disk_in_safetensors(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("target", "writer"),
     [
-        ("viditq.files.save_file", full_disk_in_safetensors),  # the first embeddings
+        ("safetensors.torch.save_file", full_disk_in_safetensors),  # the first embeddings
         ("viditq.files.os.replace", full_disk),  # the first file of all
         ("viditq.data.samples.Image.Image.save", full_disk),  # a sample
         ("viditq.engine.partials.write_tensors", full_disk_in_safetensors),  # the statistics

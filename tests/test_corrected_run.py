@@ -1,5 +1,6 @@
 """quant.correction=ptqd through a whole run: its samples and its artifact are the corrected ones."""
 
+import copy
 import os
 import signal
 from collections.abc import Callable
@@ -85,9 +86,14 @@ def test_the_sampler_adds_less_noise(
     assert not hasattr(load_quantized(tmp_path / "mean").scheduler.step, "__wrapped__")
     experiment = build(configure(*shrunk, *PTQD))
     prompt = experiment.data.prompts[0]
-    picture = load_quantized(folder)(prompt, generator=[noise_generator(0, 0)], output_type="pt").images[0]
+    pipeline = load_quantized(folder)
     saved = read_image(folder / "samples" / "000000.png")
-    assert int(((picture.clamp(0, 1) * 255).round() - saved).abs().max()) <= 1
+    for _ in ("as loaded", "with a copy of its denoiser"):
+        picture = pipeline(prompt, generator=[noise_generator(0, 0)], output_type="pt").images[0]
+        assert int(((picture.clamp(0, 1) * 255).round() - saved).abs().max()) <= 1
+        pipeline.transformer = copy.deepcopy(pipeline.transformer)
+    with pytest.raises(UserError, match="a second time"):
+        copy.deepcopy(pipeline)
 
 
 def read_image(path: Path) -> torch.Tensor:

@@ -12,7 +12,7 @@ from official_files import tiny_stdit, write_tiny_opensora
 from safetensors.torch import load_file
 
 from viditq.assets import SHIPPED
-from viditq.data.prompts import read_prompts
+from viditq.data.prompt_files import read_prompts
 from viditq.errors import UserError
 from viditq.loading import load_quantized
 from viditq.models.adapter import ModelAdapter

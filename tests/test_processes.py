@@ -170,7 +170,7 @@ def test_bad_input_is_refused_before_processes_start(shrunk: list[str], tmp_path
 def test_an_error_in_a_process_is_said_once(shrunk: list[str], tmp_path: Path) -> None:
     """A prompt that is too long is seen while prompts are encoded, by the first process."""
     (tmp_path / "long.txt").write_text("a red circle\n" + "red " * 40 + "\n")
-    overrides = ["trainer=ddp_cpu", "data=prompt_file", f"data.path={tmp_path}/long.txt"]
+    overrides = ["trainer=ddp_cpu", "data=prompt_file", f"data.path={tmp_path}/long.txt", "metric=[psnr]"]
     arguments = [word for word in command(shrunk, tmp_path, *overrides) if "noise_floor" not in word]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr

@@ -1,10 +1,22 @@
 """Where models and plans live: on disk, or `shipped:NAME` for one that comes with the package."""
 
+import re
 from pathlib import Path
 
 from viditq.errors import UserError
 
 SHIPPED = Path(__file__).parent / "assets"
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` is written like `organisation/model` and is no folder here."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raises UserError for a folder that is not laid out as diffusers' pipelines are."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} holds no diffusers pipeline: model_index.json is missing there.")
 
 
 def resolve(path: str) -> Path:

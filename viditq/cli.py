@@ -3,10 +3,13 @@
 import errno
 import os
 import re
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.errors import (
@@ -14,16 +17,18 @@ from hydra.errors import (
     HydraException,
     InstantiationException,
     MissingConfigException,
+    OverrideParseException,
 )
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from viditq.config import COMMAND_VARIABLE
+from viditq.checks import check
+from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process
 from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
 from viditq.run_dir import CHOICE
-from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs, records_here
+from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs
 
 ELSEWHERE = "Choose another with {choice}"
 FOLDERS = f"{CHOICE} and cache_dir=FOLDER"
@@ -39,7 +44,9 @@ DISK_ERRORS = {
 }
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
 REPORTED = "another of the run's processes failed, whose message is above"
-ALL_KEYS = "`python run.py --cfg job` (with the same choices) shows every key, `--help` the choices of each group."
+CONF = Path(__file__).parents[1] / "conf"
+RUNS = ("-m", "--multirun")  # options with which the command still is a run; others print what others read
+STOPPED = "\nstopped by Ctrl-C. Finished work is kept: the same command goes on from there.\n"
 
 
 def guarded_main(hydra_main: Callable[[], None]) -> int:
@@ -47,6 +54,9 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
 
     A sweep ends with a table of its jobs, whatever became of them; its status is that of `sweep.exit_status`.
     """
+    signal.signal(signal.SIGINT, stop)
+    if first_process() and all(word in RUNS for word in sys.argv[1:] if word.startswith("-")):
+        print("viditq: reading the configuration", flush=True)
     debug = "debug=true" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ[COMMAND_VARIABLE] = " ".join(word for word in sys.argv[1:] if not word.startswith("-"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own way
@@ -69,11 +79,30 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
     return status or exit_status(jobs)
 
 
+def stop(number: int, frame: FrameType | None) -> None:
+    """At Ctrl-C: say so and exit with status 130, after files are closed and locks let go of; again, and at once.
+
+    SystemExit, not KeyboardInterrupt: the latter makes Lightning exit with status 1.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.unraisablehook = _leave_at_once
+    if first_process():
+        os.write(2, STOPPED.encode())  # print may be in the middle of another line
+    raise SystemExit(128 + number)
+
+
+def _leave_at_once(lost: "sys.UnraisableHookArgs") -> None:
+    """Where `stop` met a destructor, which swallows exceptions: as after a kill, the next run tidies up."""
+    if isinstance(lost.exc_value, SystemExit):
+        os._exit(int(str(lost.exc_value)))
+    sys.__unraisablehook__(lost)
+
+
 def summary_of_sweep() -> list[JobRecord]:
     """Print what became of the jobs, if this was a sweep, and return them."""
     folder = os.environ.get(SWEEP_VARIABLE)
     jobs = read_jobs(Path(folder)) if folder else []
-    if folder and jobs and records_here():
+    if folder and jobs and first_process():
         from viditq.sweeps.table import print_sweep
 
         print_sweep(Path(folder), jobs)
@@ -82,12 +111,20 @@ def summary_of_sweep() -> list[JobRecord]:
 
 def guarded_run(cfg: DictConfig, folder: Path) -> None:
     """`runner.run` with its errors as an exit status and a message; in a sweep they go into the job's record."""
-    from viditq.estimate.traces import remove_traces
-    from viditq.runner import run
-
     job = current_job(folder)
-    status = guarded(cfg, lambda: run(cfg, folder), job)
+    if job is not None and signal.getsignal(signal.SIGINT) is not stop:  # in a process that a launcher has started
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def work() -> Any:
+        checked = check(cfg)
+        from viditq.runner import run  # takes many seconds, which a bad value need not wait for
+
+        return run(cfg, folder, checked=checked)
+
+    status = guarded(cfg, work, job)
     if cfg.estimate and job is None:
+        from viditq.estimate.traces import remove_traces
+
         remove_traces(folder)
     if status and job is None:
         sys.exit(status)
@@ -99,8 +136,6 @@ def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = No
     The message is on stderr. A bug is raised, but not in a sweep, where the other jobs go on: there it is one more
     failure, with its traceback, and `job` records what became of this one. choice: as in `user_message`.
     """
-    from viditq.engine.processes import lost_peer
-
     try:
         metrics = work()
     except GateFailed as error:
@@ -110,7 +145,7 @@ def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = No
         return 3
     except Exception as error:
         message: str | None = REPORTED
-        if lost_peer(error):
+        if isinstance(error, RuntimeError) and _lost_peer(error):
             print(f"\n{REPORTED} ({str(error).splitlines()[0]})", file=sys.stderr)
         elif not isinstance(error, AlreadyReported):
             message = user_message(error, choice)
@@ -126,6 +161,12 @@ def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = No
     if job is not None:
         job.done(metrics)
     return 0
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    from viditq.engine.processes import lost_peer  # imports Lightning, as everything that raises such errors does
+
+    return lost_peer(error)
 
 
 def print_error(message: str) -> None:
@@ -172,13 +213,32 @@ def config_message(error: BaseException) -> str:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if isinstance(error, InstantiationException) and unknown:
         return f"Unknown key {where}{unknown[1]}. {ALL_KEYS}"
+    if isinstance(error, OverrideParseException):
+        return f"{text.rstrip()}\n{quoting(error.override)}"
+    if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
+        return f"{text.rstrip()}\n{quoting(ambiguous[1])}"
     if isinstance(error, MissingMandatoryValue) and node:
         return f"{node[1]} has no value. Give one: {node[1]}=..."
     if isinstance(error, MissingConfigException):
         extra = 'joblib and submitit come with an extra: pip install ".[sweeps]" in the folder of this project.'
         choices = text.split("Config search path")[0].rstrip()
+        group = Path(error.missing_cfg_file or "").parent
+        if error.options is None and (CONF / group).is_dir():
+            choices += f" Known are {', '.join(sorted(file.stem for file in (CONF / group).glob('*.yaml')))}."
         return f"{choices}\n{extra}" if "'hydra/launcher/" in text else choices
     if isinstance(error, ConfigCompositionException):
         cause = f" {str(error.__cause__).splitlines()[0].rstrip('.')}." if error.__cause__ else ""
         return f"{text.splitlines()[0].rstrip('.')}.{cause} {ALL_KEYS}"
     return text
+
+
+def quoting(override: str) -> str:
+    """How `key=value` is written on the command line where the value holds what Hydra's grammar reserves."""
+    key, _, value = override.partition("=")
+    bare = re.sub(r"^([\"'])(.*)\1$", r"\2", value)
+    escaped = bare.replace("\\", "\\\\").replace('"', '\\"')
+    word = shlex.quote(f'{key}="{escaped}"')
+    return (
+        "A path or text with spaces, commas, brackets, quotes, ~ or letters beyond a to z goes into quotes of its own, "
+        f"inside those of the shell: {word}"
+    )

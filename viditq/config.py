@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -24,6 +25,7 @@ STAGES = (
     "evaluate",
     "report",
 )
+ALL_KEYS = "`python run.py --cfg job` (with the same choices) shows every key, `--help` the choices of each group."
 COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to processes with an argv of their own
 
 
@@ -98,8 +100,16 @@ def check_overrides(policy: str, overrides: Sequence[str]) -> None:
         )
 
 
+def check_name(key: str, name: str) -> str:
+    """`name`, which is part of a path; raises UserError for one that would lead out of its folder, or is empty."""
+    if not name.strip() or ".." in name.split("/") or name in (".", "/"):
+        raise UserError(f"{key}={name!r} is no name of a folder. Give a word, such as {key}=my_run.")
+    return name
+
+
 def run_name(name: str, overrides: str) -> str:
     """Folder name of a run: its name, then the command line's other overrides (hashed when too long for a file)."""
+    check_name("name", name)
     parts = [part for part in overrides.split(",") if part and part != f"quant={name}"]
     return shorten(",".join([name, *parts]).replace("/", "."), 150)
 
@@ -115,6 +125,11 @@ def local_processes(default: int | str) -> int | str:
         if variable in os.environ:
             return int(os.environ[variable])
     return default
+
+
+def first_process() -> bool:
+    """Whether this is the only process of a run, or the first of those that torchrun or srun has started."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
 
 
 def nodes() -> int:
@@ -133,6 +148,7 @@ def register() -> None:
     """Make the schema and the resolver known to Hydra."""
     ConfigStore.instance().store(name="schema", node=RootConfig)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("model_folder", partial(check_name, "model.name"), replace=True)
     OmegaConf.register_new_resolver("local_processes", local_processes, replace=True)
     OmegaConf.register_new_resolver("unless", unless, replace=True)
     OmegaConf.register_new_resolver("nodes", nodes, replace=True)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,29 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 
-from viditq.config import STAGES, CalibrationConfig, DiagnosisConfig, NoiseFloorConfig, RootConfig
+from viditq.checks import OF_LOGGERS, Checked, check
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
 from viditq.models.attention import check_device
+from viditq.models.checks import GUESSED
+from viditq.models.contents import check_contents
 from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
-from viditq.quant.calibration.noise_level import bucket_edges, interval_of, overlapping
+from viditq.models.text import check_encodes
+from viditq.nulls import check_nulls
+from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixed_bucket
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
-from viditq.quant.execution.backends import get_backend
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
 UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "cache_dir", "batch_size", "gate")
+MOST_BUCKETS = 1000  # as many as there are timesteps
 
 
 @dataclass(frozen=True)
@@ -72,31 +76,28 @@ class Experiment:
         return self.seed + 1
 
     @property
+    def floor_size(self) -> int:
+        """Number of prompts of the noise floor, the first ones; 0 = there is none."""
+        return min(self.floor_prompts, len(self.data.prompts))
+
+    @property
     def floor_dtype(self) -> str:
         """The other dtype of the noise floor."""
         return "float32" if self.adapter.dtype == "bfloat16" else "bfloat16"
 
 
-def build(cfg: DictConfig) -> Experiment:
-    """Instantiate the configuration; raises UserError (or Hydra's own message) for anything that cannot work."""
-    _check_keys(cfg)
-    stages = _stages(cfg.stages)
-    _check_number("seed", cfg.seed, 0)
-    _check_number("batch_size", cfg.batch_size, 1)
-    _check_number("calibration.num_buckets", cfg.calibration.num_buckets, 1)
-    _check_number("calibration.rows_per_bucket", cfg.calibration.rows_per_bucket, 1)
-    _check_number("calibration.block_input_bytes", cfg.calibration.block_input_bytes, 1)
-    _check_number("noise_floor.num_prompts", cfg.noise_floor.num_prompts, 0)
-    if cfg.noise_floor.num_prompts == 1:
-        raise UserError("noise_floor.num_prompts=1: one prompt has no spread. Give 0 (no noise floor), or 2 or more.")
-    _check_number("diagnosis.num_prompts", cfg.diagnosis.num_prompts, 0)
-    get_backend(cfg.backend)
+def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
+    """Instantiate the configuration; raises UserError (or Hydra's own message) for anything that cannot work.
+
+    checked: what `checks.check` has returned for it, where that was called before.
+    """
+    checked = check(cfg) if checked is None else checked
+    quant, data = checked.quant, checked.data
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
-    gate = Gate.parse(tracked["gate"], [str(name) for name in cfg.metric])
+    check_nulls(cfg.model, "model", but=GUESSED)  # told by check_values, which knows what is guessed
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
-    quant: QuantSetting = instantiate(cfg.quant, _convert_="all")
-    data: PromptData = instantiate(cfg.data, _convert_="all")
+    _check_model(adapter, data, lenient=cfg.estimate == "meta")
     (plan, roles), weights = _plan(adapter, quant), adapter.weights_fingerprint()
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
@@ -114,10 +115,10 @@ def build(cfg: DictConfig) -> Experiment:
         block_input_bytes=cfg.calibration.block_input_bytes,
         floor_prompts=cfg.noise_floor.num_prompts,
         diagnosis_prompts=cfg.diagnosis.num_prompts,
-        gate=gate,
+        gate=checked.gate,
         backend=cfg.backend,
-        stages=stages,
-        cache_dir=Path(cfg.cache_dir),
+        stages=checked.stages,
+        cache_dir=Path(cfg.cache_dir).expanduser(),
         adapter=adapter,
         quant=quant,
         plan=plan,
@@ -134,23 +135,13 @@ def build(cfg: DictConfig) -> Experiment:
     return experiment
 
 
-def _check_keys(cfg: DictConfig) -> None:
-    """`+key=value` passes Hydra's check of the root; the rest is refused by the constructors."""
-    for prefix, given, schema in (
-        ("", cfg, RootConfig),
-        ("calibration.", cfg.calibration, CalibrationConfig),
-        ("noise_floor.", cfg.noise_floor, NoiseFloorConfig),
-        ("diagnosis.", cfg.diagnosis, DiagnosisConfig),
-    ):
-        allowed = [field.name for field in fields(schema)]
-        for key in given:
-            if key not in allowed:
-                raise UserError(f"Unknown key {prefix}{key!s}. Known here are {', '.join(allowed)}.")
-
-
-def _check_number(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
-        raise UserError(f"{name}={value} must be a whole number of at least {lowest}.")
+def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None:
+    """Raises UserError unless the model's files hold all that the run needs of them; weights of the hub come later."""
+    to_encode = [p for p in (*data.prompts, *data.calibration_prompts) if p not in data.ready_embeds]
+    if to_encode:
+        check_encodes(adapter, to_encode)
+    of_hub = adapter.source.of_hub or adapter.denoiser_source.of_hub
+    check_contents(adapter, without=() if to_encode else adapter.text_parts, lenient=lenient or of_hub)
 
 
 def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:
@@ -168,36 +159,42 @@ def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[s
 
 
 def _check_segments(adapter: ModelAdapter, plan: QuantPlan, num_buckets: int) -> None:
-    """Raises UserError for a segment that needs statistics and has no sampling step, where those are known by now."""
-    levels = noise_levels(adapter) if plan.needs_stats else None
+    """Raises UserError for a segment that needs statistics and has no step, or shares a bucket of them with another."""
+    levels = noise_levels(adapter) if plan.needs_stats or plan.bits_vary else None
     if levels is None:
         return
-    seen = {interval_of(bucket_edges(num_buckets), min(max(level, 0.0), 1.0)) for level in levels}
+    segments = [interval_of(plan.edges, level) for level in levels]
     for segment, (lo, hi) in enumerate(pairwise(plan.edges)):
         schemes = [plan.scheme(layer, segment) for layer in plan.layers]
         needed = any(scheme is not None and scheme.needs_stats for scheme in schemes)
-        if needed and not seen & set(overlapping(num_buckets, lo, hi)):
+        if needed and segment not in segments:
             raise UserError(
                 f"No sampling step falls into the segment of noise levels {lo:g} to {hi:g}: the steps "
                 f"lie at {', '.join(f'{level:.3g}' for level in levels)}. Calibrate with more sampling steps, or use "
                 "wider segments (quant.segments)."
             )
+    _check_buckets(dict(zip(levels, segments, strict=True)), num_buckets)
 
 
-def _stages(wanted: Any) -> tuple[str, ...]:
-    if not wanted:
-        raise UserError(f"stages=[] does nothing. Stages are {', '.join(STAGES)}.")
-    for stage in wanted:
-        if stage not in STAGES:
-            raise UserError(f"Unknown stage {stage!r}. Stages are {', '.join(STAGES)}.")
-    return tuple(stage for stage in STAGES if stage in wanted)
+def _check_buckets(segments: Mapping[float, int], num_buckets: int) -> None:
+    """Raises UserError where a bucket of the statistics holds steps of two segments. segments: noise level -> its."""
+    mixed = mixed_bucket(segments, num_buckets)
+    if mixed is None:
+        return
+    steps = ", ".join(f"{level:.4g}" for level in segments if interval_of(bucket_edges(num_buckets), level) == mixed)
+    enough = (n for n in range(num_buckets + 1, MOST_BUCKETS + 1) if mixed_bucket(segments, n) is None)
+    raise UserError(
+        f"quant.segments parts the sampling steps {steps}, which share one of the {num_buckets} buckets of noise level "
+        f"that statistics are kept in. Move the edge between them to {mixed / num_buckets:g} or "
+        f"{(mixed + 1) / num_buckets:g}, or give calibration.num_buckets={next(enough, MOST_BUCKETS)}."
+    )
 
 
 def _make_logger(node: Any) -> Callable[..., Any]:
     """The logger's function with its own settings; it takes (folder, name, group, run_id)."""
     make = instantiate(node, _partial_=True, _convert_="all")
     try:
-        inspect.signature(make).bind("folder", "name", "group", "run_id")
+        inspect.signature(make).bind(*OF_LOGGERS)
     except (TypeError, ValueError) as error:
         given = ", ".join(str(key) for key in node if key != "_target_")
         raise UserError(

@@ -1,5 +1,7 @@
 """Files that are either whole or absent: written under a temporary name, then renamed; and locks on folders."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -7,14 +9,14 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from viditq.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -41,6 +43,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file."""
+    from safetensors.torch import save_file  # torch takes a second, which a refused command line does not pay
+
     with atomic(path) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
 
@@ -64,6 +68,9 @@ def read_mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 def read_tensors(path: Path, remedy: str = "Delete it and run the command again.") -> dict[str, Tensor]:
     """The tensors of a safetensors file; raises UserError if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

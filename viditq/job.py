@@ -14,6 +14,7 @@ from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, read_tensors, remove_temporary, unfinished, write_json
 from viditq.models.text import PromptEmbeds
 from viditq.quant.artifact import META, MODEL, PLAN
+from viditq.quant.calibration.observers import STATS_LAYOUT
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.reconstruction.slots import LAYOUT
@@ -21,11 +22,22 @@ from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import Entry, RunDir, fingerprint, timed
 
 # What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
-NOT_SAMPLING = ("name", "path", "revision", "denoiser_path", "denoiser_revision", "fps", "roles", "keep_float", "guess")
-UNLESS_GIVEN = ("scheduler", "scheduler_settings")  # younger than what caches hold
+NOT_SAMPLING = (
+    "name",
+    "path",
+    "revision",
+    "denoiser_path",
+    "denoiser_revision",
+    "fps",
+    "roles",
+    "keep_float",
+    "guess",
+    "float_denoisers",
+)
+UNLESS_GIVEN = ("scheduler", "scheduler_settings", "variant")  # younger than what caches hold
 OF_TEXT = (
     *("pipeline", "dtype", "component_dtypes", "conditioning", "negative_prompt"),
-    *("encode", "encode_outputs", "max_tokens", "prompt_tokenizer"),
+    *("encode", "encode_outputs", "max_tokens", "prompt_tokenizer", "variant"),
 )
 
 
@@ -52,7 +64,7 @@ class Job:
     @cached_property
     def embeds(self) -> Entry:
         """Embeddings of prompts."""
-        model = {k: self._base_key["model"][k] for k in OF_TEXT}
+        model = {k: v for k, v in self._base_key["model"].items() if k in OF_TEXT}
         return self._entry("prompts", {"model": model, "weights": self.experiment.weights})
 
     @cached_property
@@ -71,7 +83,8 @@ class Job:
         e = self.experiment
         rows = {"share": MOMENT_SHARE, "of_each": MOMENT_ROWS}
         moments = {"moment_layers": e.plan.moment_layers, "moment_rows": rows} if e.plan.moment_layers else {}
-        return self._entry("stats", {**self._calibration_key, "rows_per_bucket": e.rows_per_bucket, **moments})
+        key = {"rows_per_bucket": e.rows_per_bucket, "layout": STATS_LAYOUT}
+        return self._entry("stats", {**self._calibration_key, **key, **moments})
 
     @cached_property
     def block_inputs(self) -> Entry:
@@ -101,6 +114,13 @@ class Job:
         return QuantPlan.from_json(self.run_dir.plan.read_text())
 
     @property
+    def artifact(self) -> Path:
+        """The folder of the quantized model; raises UserError while there is none."""
+        if not self.run_dir.artifact.is_dir():
+            raise UserError(f"{self.run_dir.artifact} does not exist. Run the stage quantize before.")
+        return self.run_dir.artifact
+
+    @property
     def needs_stats(self) -> bool:
         """Whether calibration is part of this run: also where average bits depend on where the steps fall."""
         plan = self.experiment.plan
@@ -118,8 +138,8 @@ class Job:
 
     @property
     def floor_size(self) -> int:
-        """Number of prompts of the noise floor, the first ones; 0 = there is none."""
-        return min(self.experiment.floor_prompts, self.num_prompts)
+        """Number of prompts of the noise floor."""
+        return self.experiment.floor_size
 
     @cached_property
     def floors(self) -> dict[str, Entry]:
@@ -148,7 +168,14 @@ class Job:
     def load_embeds(self, prompts: list[str]) -> Callable[[int], PromptEmbeds]:
         """Index of a prompt -> its embeddings."""
         remedy = "Delete it and run the command again, with the stage prompts."
-        return lambda index: read_tensors(self.embeds_path(prompts[index]), remedy)
+
+        def load(index: int) -> PromptEmbeds:
+            file = self.embeds_path(prompts[index])
+            if not file.is_file():
+                raise UserError(f"{prompts[index][:60]!r} is not encoded ({file}). Run the stage prompts before.")
+            return read_tensors(file, remedy)
+
+        return load
 
     # Work that others may be doing too -------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from viditq.models.generate import DtypeBoundary, with_settings
 from viditq.models.sampler_noise import check_shrinkable, shrink_noise
 from viditq.quant.artifact import load_denoiser, read_meta
 from viditq.quant.correction.ptqd import corrections_of, latest_variance
+from viditq.quant.execution.denoiser import refuse_to_save
+from viditq.quant.execution.linear import quant_linears
 
 
 def load_quantized(path: str | Path, backend: str = "auto", model_path: str | None = None) -> Any:
@@ -25,7 +27,7 @@ def load_quantized(path: str | Path, backend: str = "auto", model_path: str | No
     recorded. The model's settings (steps, guidance, size) are defaults of the call. Raises UserError for damaged or
     missing files.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if (folder / "quantized").is_dir():
         folder = folder / "quantized"
     return load_artifact(folder, backend, complete=True, model_path=model_path)
@@ -49,20 +51,30 @@ def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | 
     pipeline = adapter.load_complete(denoiser) if complete else adapter.load(denoiser)
     if meta.get("correction") == "ptqd":
         _tell_sampler(folder, adapter, pipeline, denoiser)
+    if quant_linears(denoiser):
+        pipeline.save_pretrained = partial(refuse_to_save, f"a copy of {folder}, and viditq.load_quantized(copy)")
     return with_settings(adapter, pipeline) if complete else pipeline
 
 
 def _tell_sampler(folder: Path, adapter: ModelAdapter, pipeline: Any, denoiser: nn.Module) -> None:
     """Let a stochastic sampler add less noise where a corrected denoiser's error adds some."""
-    corrections = corrections_of(denoiser)
     if not check_shrinkable(pipeline.scheduler, adapter.call):
         return
-    if any(correction.variance is None for correction in corrections):
+    if any(correction.variance is None for correction in corrections_of(denoiser)):
         raise UserError(
             f"{folder} was corrected without the variance that {type(pipeline.scheduler).__name__}, a stochastic "
             "scheduler, needs (by an earlier version, or for another scheduler). Delete the folder and quantize again."
         )
-    shrink_noise(pipeline.scheduler, partial(latest_variance, corrections))
+    # asked for at each step: the pipeline's denoiser may have been replaced by a copy of it
+    shrink_noise(pipeline.scheduler, lambda: latest_variance(corrections_of(adapter.denoiser_of(pipeline))))
+    pipeline.__deepcopy__ = _refuse_to_copy
+
+
+def _refuse_to_copy(memo: Any) -> NoReturn:
+    raise UserError(
+        "A pipeline whose sampler makes up for the error of its denoiser (quant.correction=ptqd) cannot be copied: "
+        "sampler and denoiser know each other. Load it a second time with viditq.load_quantized, or copy its denoiser."
+    )
 
 
 def in_dtype(adapter: ModelAdapter, pipeline: Any, dtype: str) -> Any:

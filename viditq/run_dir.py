@@ -12,9 +12,44 @@ from pathlib import Path
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.files import lock, read_json, write_json
+from viditq.files import LOCK, lock, read_json, write_json
 
 CHOICE = "hydra.run.dir=FOLDER"  # what chooses the folder of a run of run.py
+CONFIG = "run.json"
+BEFORE_CONFIG = ("hydra", "viditq.log", LOCK, "*.tmp")  # what a run may have written when it writes CONFIG
+
+
+def check_place(place: str | Path, choice: str = CHOICE) -> Path:
+    """The folder of a run that `place` names, `~` expanded; nothing is written.
+
+    Raises UserError for one that no run may take: empty or the root, not to be written to, or with files of others.
+    """
+    folder = check_folder(str(place), choice)
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        raise UserError(
+            f"{folder} cannot be written to: no permission, or a read-only disk. Choose another with {choice}."
+        )
+    if (folder / CONFIG).is_file() or not folder.is_dir():
+        return folder
+    foreign = [p.name for p in sorted(folder.iterdir()) if not any(map(p.match, BEFORE_CONFIG))]
+    if foreign:
+        raise UserError(
+            f"{folder} holds files that are of no run, such as {foreign[0]}: a run deletes and replaces what lies in "
+            f"its folder. Choose a new or an empty one with {choice}."
+        )
+    return folder
+
+
+def check_folder(place: str, choice: str) -> Path:
+    """The folder that `place` names, `~` expanded; raises UserError for none, the root, or one where a file is."""
+    folder = Path(place).expanduser()
+    if not place.strip() or folder.resolve() == Path(folder.resolve().anchor):
+        raise UserError(f"{place!r} is no folder to write to. Choose one with {choice}.")
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"{folder}: a file is where a folder has to be ({existing}). Choose another with {choice}.")
+    return folder
 
 
 def fingerprint(key: Mapping[str, Any]) -> str:
@@ -73,14 +108,13 @@ class RunDir:
                 f"{self.choice}."
             )
 
-        if self.path.is_file() or (self.path.is_dir() and not os.access(self.path, os.W_OK)):
-            raise UserError(f"{self.path} cannot be written to. Choose another with {self.choice}.")
+        check_place(self.path, self.choice)
         with lock(self.path, on_wait):
             yield
 
     def claim(self) -> None:
         """Write run.json, or raise UserError if the folder was made by another configuration."""
-        file = self.path / "run.json"
+        file = self.path / CONFIG
         if not file.is_file():
             write_json(file, self.config)
             return

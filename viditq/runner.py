@@ -13,46 +13,46 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from viditq.config import COMMAND_VARIABLE, check_overrides, shorten
+from viditq.checks import Checked
+from viditq.config import COMMAND_VARIABLE, shorten
 from viditq.console import print_summary
 from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
 from viditq.engine.processes import Processes, environment, joined
 from viditq.errors import GateFailed, UserError
-from viditq.estimate import check_mode, estimate
+from viditq.estimate import estimate
 from viditq.estimate.table import show
 from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.models.checks import GUESSED
+from viditq.models.contents import parts_by_variant
 from viditq.models.roles import FLOAT, counts, summary
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
 from viditq.stages import FUNCTIONS
 from viditq.stages.search_table import search_metrics
+from viditq.trial import try_metrics
 
 
-def run(cfg: DictConfig, folder: Path, choice: str = CHOICE) -> dict[str, Any] | None:
+def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | None = None) -> dict[str, Any] | None:
     """Run the configured stages in `folder`; returns metrics.json's content once it exists (on the first process).
 
-    choice: what chooses another folder on the command line, for messages.
+    choice: what chooses another folder on the command line, for messages. checked: as in `experiment.build`.
     Finished work is found on disk and skipped. With trainer.devices above 1 the stages run in processes of their own,
     unless torchrun or srun has started this one as one of several. Raises UserError for bad input, before anything
     slow where possible.
     """
     quiet_libraries()
-    check_mode(cfg.estimate)
-    if HydraConfig.initialized():
-        check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
-    experiment = build(cfg)
+    experiment = build(cfg, checked)
     run_dir = RunDir(folder, experiment.tracked, choice)
     if cfg.estimate:
         tell(experiment, run_dir, cfg.estimate)
         return None
     count = processes_to_launch(experiment)
     if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
-        experiment.make_metrics()  # one that cannot be built is seen now, not after hours of sampling
+        try_metrics(experiment)
     policy = experiment.quant.policy
     if "search" in experiment.stages and isinstance(policy, SensitivitySearch) and not run_dir.search.is_file():
         search_metrics(experiment, policy)
@@ -99,14 +99,20 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
 
 
 def described(experiment: Experiment) -> str:
-    """How many Linears the model has by role, and what of them a plan file leaves out; where it was guessed, also what,
-    so that it can be corrected.
+    """How many Linears the model has by role, and what of them a plan file leaves out; denoisers left in float, parts
+    by variant; where it was guessed, also what, so that it can be corrected.
     """
     model, line = experiment.adapter, counts(experiment.roles)
     if isinstance(experiment.quant.policy, PlanFile):
         left = [n for n, role in experiment.roles.items() if role != FLOAT and n not in experiment.plan.layers]
         if left:
             line += f"\n  {experiment.quant.policy.path} leaves {len(left)} more in float, such as {left[0]}"
+    if model.float_denoisers:
+        line += f"\n  left in float, as model.float_denoisers asks: {', '.join(model.float_denoisers)}"
+    if model.variant:
+        taken, plain = parts_by_variant(model)
+        parts = f"{', '.join(taken)}; of no variant: {', '.join(plain) or 'none'}" if taken else "to be downloaded"
+        line += f"\n  weights of the variant {model.variant}: {parts}"
     if not model.guess:
         return line
     settings = ", ".join(f"model.{key}={getattr(model, key)}" for key in GUESSED)

@@ -6,20 +6,21 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
-
-from viditq import cli
-from viditq.engine.processes import joined
-from viditq.experiment import build
-from viditq.run_dir import RunDir
-from viditq.runner import quiet_libraries, run_stages
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 PR_SET_PDEATHSIG = 1
 
 
-def run(cfg: DictConfig, folder: Path) -> None:
+def run(cfg: "DictConfig", folder: Path) -> None:
     """The stages of a run whose folder the launching process holds."""
+    from viditq.engine.processes import joined
+    from viditq.experiment import build
+    from viditq.run_dir import RunDir
+    from viditq.runner import quiet_libraries, run_stages
+
     quiet_libraries()
     experiment = build(cfg)
     with joined() as processes:
@@ -27,10 +28,16 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Ctrl-C reaches all processes at once, and the launcher says so; what takes long to import comes after this.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":  # a launcher that is killed cannot stop its processes, so the system does
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(sys.argv[3]):
             sys.exit("the launcher of this process is gone")  # killed before this process could ask for the above
+    from omegaconf import DictConfig, OmegaConf
+
+    from viditq import cli
+
     config = OmegaConf.load(sys.argv[1])
     assert isinstance(config, DictConfig)
     work = partial(run, config, Path(sys.argv[2]))

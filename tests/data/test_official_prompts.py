@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hydra.utils import instantiate
 
-from viditq.data.prompts import CocoCaptions, read_prompts
+from viditq.data.prompt_files import read_prompts
+from viditq.data.prompts import CocoCaptions
 from viditq.errors import UserError
 
 

@@ -145,7 +145,7 @@ def test_statistics_follow_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None
         real(self, device)
 
     monkeypatch.setattr(ObserverBank, "to", to)
-    seen = {("layer", 0): summary_of(torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]))}
+    seen = {("layer", 0): summary_of(torch.ones(1, 5, 4), torch.tensor([0, 1]), torch.tensor([0, 1]), 0.3)}
     bank.update(seen)
     bank.update(seen)
     assert moved == [CPU]

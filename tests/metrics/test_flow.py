@@ -51,6 +51,18 @@ def test_standing_shapes_do_not_move(method):
     assert load_flow(method)(clips).abs().mean() < 1e-3
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sides", [(20, 24), (40, 40), (70, 130)])
+def test_equal_frames_have_no_flow(method, sides):
+    """Farneback's of noise is up to 0.57 px. Frames beside a moving pair keep theirs."""
+    noise = torch.rand(2, 1, 3, *sides, generator=torch.Generator().manual_seed(0))
+    frozen = noise.expand(-1, 4, -1, -1, -1)
+    assert not load_flow(method)(frozen).any()
+    moving = torch.cat([frozen, noise.roll(2, -1)], 1)
+    flow = load_flow(method)(moving)
+    assert not flow[:, :3].any() and flow[:, 3].abs().mean() > 0.1
+
+
 def shifted(height: int, width: int, step: tuple[int, int], frames: int = 3) -> Tensor:
     """A smooth texture that moves by `step` = (x, y) pixels a frame, [1, F, 3, H, W]."""
     large = torch.rand(1, 3, height // 3 + 12, width // 3 + 12, generator=torch.Generator().manual_seed(4))
@@ -147,6 +159,7 @@ def test_raft_is_filled_from_its_file_and_given_what_it_needs(torchvision, tmp_p
     path, tensors = tmp_path / f"raft.{suffix}", {"factor": torch.tensor([3.0])}
     torch.save(tensors, path) if suffix == "pth" else save_file(tensors, path)
     levels = torch.linspace(0, 1, 7)
+    assert not load_flow("raft_small", str(path))(torch.rand(1, 1, 3, 33, 40).expand(2, 3, -1, -1, -1)).any()
     clips = levels.view(1, 7, 1, 1, 1).expand(3, 7, 3, 33, 40)
     flow = load_flow("raft_small", str(path))(clips)
     assert flow.shape == (3, 6, 2, 33, 40)

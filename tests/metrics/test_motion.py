@@ -141,6 +141,17 @@ def test_images_have_no_motion(name, pairs):
         METRICS[name]().update(pairs(2, frames=1))
 
 
+@pytest.mark.parametrize("method", ["farneback", "dis"])
+def test_a_frozen_clip_has_no_motion_and_no_warping_error(method):
+    clips = torch.randint(0, 256, (2, 1, 3, 40, 37), generator=torch.Generator().manual_seed(0)).byte()
+    batch = EvalBatch(clips.expand(-1, 3, -1, -1, -1), clips.expand(-1, 3, -1, -1, -1), ["", ""], torch.arange(2))
+    flow = load_flow(method)
+    for metric in (FlowScore(flow, "f"), MotionMagnitude(flow, "m"), TemporalFlicker("t"), WarpingError(flow, "w")):
+        metric.update(batch)
+        assert not metric.compute()["per_sample"].any(), metric.name
+    assert metric.compute()["hidden"] == 0
+
+
 def test_directions():
     better = {name: make().higher_is_better for name, make in METRICS.items()}
     assert better == {"flow_score": False, "motion_magnitude": None, "flicker": None, "warping_error": False}

@@ -1,5 +1,7 @@
 """The adapter and the sampling loop it drives, on both shipped pipelines."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -133,3 +135,6 @@ def test_dtype_boundary(outer: torch.dtype) -> None:
     out = denoiser(x, timestep=timestep, mask=mask, return_dict=False)[0]
     assert out.dtype == denoiser.dtype == outer and denoiser.linear.weight.dtype == torch.bfloat16
     assert denoiser.seen == {"x": torch.bfloat16, "timestep": torch.float32, "mask": torch.bool}
+    for other in (copy.deepcopy(denoiser), pickle.loads(pickle.dumps(denoiser))):
+        assert isinstance(other, Recorder) and other.dtype == outer
+        assert torch.equal(other(x, timestep=timestep, mask=mask, return_dict=False)[0], out)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch as dispatch
 from hydra.utils import instantiate
-from zoo import images
+from zoo import images, videos
 from zoo.saving import save
 
 from viditq.errors import UserError
@@ -142,8 +142,48 @@ def test_a_single_step_that_the_scheduler_cannot_do(make: Make) -> None:
 def test_noise_levels_of_the_schedule(make: Make) -> None:
     adapter = make("pixart_alpha", images.pixart_alpha)
     assert schedule.noise_levels(adapter) == pytest.approx([0.999, 0.4995], abs=1e-3)
-    assert schedule.noise_levels(make("flux_dev", images.flux_dev)) is None
-    assert schedule.noise_levels(make("z_image", images.z_image)) is None
+    assert schedule.noise_levels(make("flux_dev", images.flux_dev)) == pytest.approx([1.0, 0.612], abs=1e-3)
+    assert schedule.noise_levels(make("z_image", images.z_image)) == [1.0, 0.75]
+
+
+# Settings that a pipeline would pass over -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encode": {"foo": 1}}, r"model\.encode\.foo: PixArtAlphaPipeline\.encode_prompt has no such .*clean_caption"),
+        ({"encode": {"prompt": "x"}}, r"model\.encode\.prompt: .* is given it by every run"),
+        ({"call": {"foo": 1}}, r"model\.call\.foo: PixArtAlphaPipeline\.__call__ has no such argument"),
+        ({"call": {"mask_feature": True}}, r"model\.call\.mask_feature"),  # in **kwargs, of an earlier version
+        ({"call": {"generator": 0}}, r"model\.call\.generator: .* is given it by every run"),
+        ({"call": {"num_inference_steps": 5}}, r"num_inference_steps=5 and model\.num_steps=2 are the same setting"),
+        ({"call": {"height": 64}}, r"model\.call\.height=64 and model\.height=32 are the same setting"),
+        ({"guidance_argument": "cfg"}, r"model\.guidance_scale=4\.5: PixArtAlphaPipeline takes no cfg"),
+        ({"modality": "video"}, r"PixArtAlphaPipeline makes images\. Set model\.modality=image"),
+        ({"num_frames": 5}, r"model\.num_frames=5: an image has one"),
+    ],
+)
+def test_settings_that_would_change_nothing(changes: dict[str, Any], message: str, make: Make) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(make("pixart_alpha", images.pixart_alpha), **changes)
+
+
+def test_a_video_pipeline_makes_images_when_told_to(make: Make) -> None:
+    adapter = make("wan2.1_1.3b", videos.wan21, "model.num_frames=5")
+    with pytest.raises(UserError, match=r"model\.call\.num_frames=6 and model\.num_frames=5"):
+        replace(adapter, call={"num_frames": 6})
+    with pytest.raises(UserError, match=r"WanPipeline makes videos.*\+model\.call\.num_frames=1"):
+        replace(adapter, modality="image", num_frames=1)
+    single = replace(adapter, modality="image", num_frames=1, call={"num_frames": 1})
+    pipeline = single.load_complete()
+    embeds = [encode_prompt(single, pipeline, "a red circle")]
+    assert generate(single, pipeline, embeds, [0], 0).shape == (1, 1, 3, 32, 32)
+
+
+def test_a_class_label_is_not_encoded(make: Make) -> None:
+    with pytest.raises(UserError, match=r"model\.encode\.foo: .* those to set are none"):
+        replace(make("dit_xl2_256", images.dit_xl2_256), encode={"foo": 1})
 
 
 # Guesses --------------------------------------------------------------------------------------------------------------
@@ -154,7 +194,7 @@ def test_guesses() -> None:
     wan = guess_settings({"_class_name": "WanPipeline", "transformer": part, "transformer_2": part, "vae": part})
     assert wan["denoisers"] == ["transformer", "transformer_2"] and wan["modality"] == "video"
     flux = guess_settings({"_class_name": "FluxPipeline", "transformer": part, "transformer_2": [None, None]})
-    assert flux["denoisers"] == ["transformer"] and flux["timestep_scale"] == 1.0 and flux["modality"] == "image"
+    assert flux["denoisers"] == ["transformer"] and flux["modality"] == "image"
     assert flux["encode_outputs"] == ["prompt_embeds", "pooled_prompt_embeds", None] and flux["encode"] == {}
     sd3 = guess_settings({"_class_name": "StableDiffusion3Pipeline", "transformer": part})
     assert sd3["encode"] == {"prompt_2": None, "prompt_3": None}  # encode_prompt has no defaults for them

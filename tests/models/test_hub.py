@@ -11,10 +11,11 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hydra.utils import instantiate
 
-from viditq.assets import SHIPPED
+from viditq.assets import SHIPPED, is_hub_id
 from viditq.errors import UserError
 from viditq.models import hub
 from viditq.models.adapter import ModelAdapter
+from viditq.models.contents import check_contents
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "somebody/tiny-image"
@@ -44,6 +45,15 @@ def test_cached_model_loads_without_network(cache: Path, adapter: ModelAdapter) 
     assert of_hub.folder == cache and of_hub.weights_fingerprint() == COMMIT[:16]
     assert type(of_hub.load().transformer).__name__ == "PixArtTransformer2DModel"
     assert replace(of_hub, revision=COMMIT).folder == cache
+
+
+def test_weights_that_are_not_downloaded_yet(cache: Path, adapter: ModelAdapter) -> None:
+    for file in cache.rglob("*.safetensors"):
+        file.unlink()
+    of_hub = replace(adapter, path=ID)
+    check_contents(of_hub, lenient=True)
+    with pytest.raises(UserError, match="holds no weights"):
+        of_hub.load_text_part()
 
 
 def test_denoiser_of_another_place(cache: Path, adapter: ModelAdapter, tmp_path: Path) -> None:
@@ -87,4 +97,4 @@ def test_what_a_hub_id_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "a" / "folder").mkdir(parents=True)
     ids = ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "a/b"]
     folders = ["a/folder", "/a/b", "./a/b", "../b", "a", "a/b/c", "shipped:x", "~/model"]
-    assert [path for path in ids + folders if hub.is_hub_id(path)] == ids
+    assert [path for path in ids + folders if is_hub_id(path)] == ids

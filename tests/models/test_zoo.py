@@ -15,11 +15,12 @@ from torch import nn
 from zoo import images, videos
 from zoo.saving import save
 
+from viditq.assets import is_hub_id
 from viditq.data.samples import load_sample, sample_path
 from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.loading import load_quantized
-from viditq.models import generate, hub, roles
+from viditq.models import generate, roles
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import noise_generator, with_settings
 from viditq.models.text import encode_prompt
@@ -129,7 +130,7 @@ def test_every_model_of_the_hub_is_here() -> None:
         return str(yaml.safe_load(file.read_text()).get("path", "a/model"))  # one that builds on another has its source
 
     files = {file.stem: path(file) for file in (ROOT / "conf" / "model").glob("*.yaml")}
-    assert {name for name, path in files.items() if hub.is_hub_id(path)} == MODELS.keys()
+    assert {name for name, path in files.items() if is_hub_id(path)} == MODELS.keys()
 
 
 def test_a_search_measures_each_of_two_denoisers_where_it_runs(shrink: Callable[..., Any], tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_damaged_artifacts_are_refused_by_name(saved, make_denoiser, name, damag
 
 def test_other_refusals(saved, make_denoiser, tmp_path):
     folder, denoiser, plan = saved()
-    with pytest.raises(UserError, match=r"nowhere is no quantized model: meta.json is missing"):
+    with pytest.raises(UserError, match=r"nowhere is no folder: give the folder"):
         load_denoiser(tmp_path / "nowhere", make_denoiser)
     with pytest.raises(UserError, match="unknown backend 'tpu'"):
         load_denoiser(folder, make_denoiser, backend="tpu")

@@ -50,6 +50,8 @@ def made_up_stats(denoiser: nn.Module, names: list[str]) -> CalibrationStats:
         observer.maximum.copy_(torch.rand_like(observer.maximum) + 0.5)
         observer.amax_sum.copy_(observer.maximum)
         observer.count.fill_(1)
+        for levels in (observer.lowest_level, observer.highest_level):
+            levels.copy_((torch.arange(4) + 0.5) / 4)
         layers[name] = observer
     return CalibrationStats(layers)
 

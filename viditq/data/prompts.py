@@ -1,4 +1,4 @@
-"""Where prompts come from: our own captions, a text file with one prompt a line, or COCO's captions."""
+"""Where prompts come from: our own captions, a file of prompts, COCO's captions, or the classes of a model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from viditq.assets import resolve
 from viditq.data.moving_shapes import SCENES, Scene, render
+from viditq.data.prompt_files import has_ink, read_prompts
 from viditq.data.text_embeds import digest, read_text_embeds
 from viditq.errors import UserError
 
@@ -75,10 +75,10 @@ class MovingShapes:
 
 @dataclass
 class PromptFile:
-    """One prompt a line, empty lines ignored; calibration takes another file, or the last prompts of this one.
+    """The prompts of a file (`read_prompts`); calibration takes another file, or the last prompts of this one.
 
-    path: a text file, or shipped:prompts/NAME. embeds: Open-Sora's text_embeds.pth of all prompts of the file, in its
-    order, which saves the text encoder.
+    path: a text file, a table, or shipped:prompts/NAME; column: of a table, and of that of calibration_path. embeds:
+    Open-Sora's text_embeds.pth of all prompts of the file, in its order, which saves the text encoder.
     """
 
     path: str
@@ -86,11 +86,12 @@ class PromptFile:
     num_calibration_prompts: int
     calibration_path: str | None = None
     embeds: str | None = None
+    column: str | None = None
 
     def __post_init__(self) -> None:
         _check_counts(self.num_prompts, self.num_calibration_prompts)
-        prompts = read_prompts(self.path)
-        rest = read_prompts(self.calibration_path) if self.calibration_path else prompts[self.num_prompts :] or prompts
+        prompts, other = read_prompts(self.path, self.column), self.calibration_path
+        rest = read_prompts(other, self.column) if other else prompts[self.num_prompts :] or prompts
         self.prompts = prompts[: self.num_prompts]
         self.calibration_prompts = rest[: self.num_calibration_prompts]
         self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
@@ -141,7 +142,7 @@ def read_coco(path: str) -> list[str]:
             f"Caption file {path!r} does not exist. Give COCO's captions_val2014.json or captions_val2017.json."
         )
     try:
-        annotations = json.loads(file.read_text(encoding="utf-8"))["annotations"]
+        annotations = json.loads(file.read_text(encoding="utf-8-sig"))["annotations"]
         first = {a["image_id"]: a["caption"] for a in sorted(annotations, key=lambda a: a["id"], reverse=True)}
         captions = [" ".join(first[image].split()) for image in sorted(first)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -149,22 +150,7 @@ def read_coco(path: str) -> list[str]:
             f"{path} is no COCO caption file ({type(error).__name__}: {error}); it must hold annotations "
             "with image_id, id and caption."
         ) from error
-    return [caption for caption in captions if caption]
-
-
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a text file; raises UserError if it is missing, not UTF-8 text or holds none."""
-    shipped = path.startswith("shipped:")
-    file = resolve(path.rpartition("/")[0]) / path.rpartition("/")[2] if shipped else Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"Prompt file {path!r} does not exist. Give a text file with one prompt a line.")
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"Prompt file {path!r} is not UTF-8 text: {error}.") from error
-    if not prompts:
-        raise UserError(f"Prompt file {path!r} holds no prompt. Write one prompt a line.")
-    return prompts
+    return [caption for caption in captions if has_ink(caption)]
 
 
 @dataclass

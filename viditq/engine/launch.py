@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -36,7 +37,7 @@ def launch(config: str, folder: Path, count: int) -> None:
     """Run the stages of `config` (yaml, resolved) in `folder` with `count` processes; returns when all are done.
 
     When one process ends early the others are stopped. Raises AlreadyReported if it said why, UserError if it could
-    not (a signal).
+    not (a signal). A signal to this process itself ends all and then goes to the handler it had.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says it in its own way, at length
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
@@ -51,11 +52,14 @@ def launch(config: str, folder: Path, count: int) -> None:
         max_restarts=0,
         shutdown_timeout=10,
     )
+    ended_by: signal.Signals | None = None
     with kept_signals(), tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "config.yaml"
         file.write_text(config)
         try:
             elastic_launch(setting, sys.executable)("-m", "viditq.worker", str(file), str(folder), str(os.getpid()))
+        except SignalException as error:
+            ended_by = error.sigval
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode >= 0:
@@ -66,3 +70,5 @@ def launch(config: str, folder: Path, count: int) -> None:
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+    if ended_by is not None:
+        signal.raise_signal(ended_by)

@@ -1,19 +1,24 @@
 """The processes of one run: who they are, how they share work, wait for each other, and end together."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch import distributed
 
 from viditq.errors import AlreadyReported
 
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments import ClusterEnvironment
+
 T = TypeVar("T")
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS")  # set in what torchrun and srun start
 # A process that dies closes its connections, which ends the others at once; only a silent network waits this long.
 # Encoding prompts or calibrating in another run may keep a process waiting for hours.
 TIMEOUT = timedelta(days=7)
@@ -63,6 +68,10 @@ def _broadcast(message: list[Any]) -> None:
 
 def environment() -> ClusterEnvironment | None:
     """What launched several processes (torchrun, srun, or `launch`), None if nothing did."""
+    if not any(name in os.environ for name in LAUNCHED):
+        return None
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # takes seconds
+
     for kind in (TorchElasticEnvironment, SLURMEnvironment):
         if kind.detect():
             found = kind()

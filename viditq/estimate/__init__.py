@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from viditq.engine.offload import offload_pipeline
-from viditq.errors import UserError
 from viditq.estimate import parts
 from viditq.estimate.memory import Peak, Pieces, larger, peaks
 from viditq.estimate.mock import made_up_quantized, seconds_to_quantize
@@ -61,15 +60,6 @@ class Estimate:
     peaks: Mapping[str, Peak]
     disk: Mapping[str, int]
     remarks: tuple[str, ...]
-
-
-def check_mode(mode: Any) -> None:
-    """Raises UserError for a value of the key `estimate` that means nothing."""
-    if mode not in (False, True, "meta"):
-        raise UserError(
-            f"estimate={mode!r} is unknown: true loads the model and times a step, meta takes its configuration alone "
-            "(no durations), false runs."
-        )
 
 
 def estimate(job: Job, mode: Any) -> Estimate:

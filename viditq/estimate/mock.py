@@ -71,6 +71,8 @@ def _made_up_observer(in_features: int) -> Observer:
     observer.maximum.fill_(1.0)
     observer.amax_sum.fill_(1.0)
     observer.count.fill_(1)
+    for levels in (observer.lowest_level, observer.highest_level):
+        levels.copy_((torch.arange(NUM_BUCKETS) + 0.5) / NUM_BUCKETS)
     observer.rows.normal_(generator=torch.Generator().manual_seed(0))
     observer.keys.zero_()
     return observer

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from safetensors import safe_open
@@ -17,14 +16,14 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.estimate.hollow import hollowed, on_meta, shallow
 from viditq.files import read_json
-from viditq.models.adapter import COPY_AGAIN, ModelAdapter
+from viditq.models.adapter import ModelAdapter
 from viditq.models.checks import DTYPES
 from viditq.models.generate import group_by_shape
+from viditq.models.parts import TEXT, models_of
 from viditq.models.registry import find_class
 from viditq.models.text import PromptEmbeds, encode_prompt
+from viditq.models.weight_files import COPY_AGAIN
 from viditq.quant.sizes import module_bytes
-
-TEXT = ("text_", "tokenizer")
 
 
 def dtype_of(adapter: ModelAdapter, part: str) -> torch.dtype:
@@ -32,24 +31,9 @@ def dtype_of(adapter: ModelAdapter, part: str) -> torch.dtype:
     return DTYPES[adapter.component_dtypes.get(part, adapter.dtype)]
 
 
-def classes(adapter: ModelAdapter) -> dict[str, Any]:
-    """Part -> class, of the parts of the pipeline that are models."""
-    found = {}
-    for part, value in adapter.index().items():
-        if isinstance(value, list) and value[0] is not None:
-            library = transformers if value[0] == "transformers" else diffusers
-            cls = getattr(library, value[1], None) or find_class(value[1])
-            if isinstance(cls, type) and issubclass(cls, nn.Module):
-                found[part] = cls
-    return found
-
-
 def on_meta_part(adapter: ModelAdapter, part: str, cls: Any, few_layers: bool = False) -> nn.Module:
     """One part of the pipeline from its config.json, on the meta device."""
-    if part in adapter.denoiser_names:
-        folder = adapter.denoiser_source.part(part, weights=False)
-    else:
-        folder = adapter.folder / part
+    folder = adapter.part_folder(part, weights=False)
     if issubclass(cls, transformers.PreTrainedModel):
         config = cls.config_class.from_pretrained(folder)
         return on_meta(lambda: cls(shallow(config) if few_layers else config), dtype_of(adapter, part))
@@ -60,7 +44,7 @@ def on_meta_part(adapter: ModelAdapter, part: str, cls: Any, few_layers: bool = 
 def sizes(adapter: ModelAdapter) -> dict[str, tuple[int, int]]:
     """Part -> its number of parameters and bytes as it is loaded, in the order of the pipeline."""
     found = {}
-    for part, cls in classes(adapter).items():
+    for part, cls in models_of(adapter.index()).items():
         module = on_meta_part(adapter, part, cls)
         found[part] = (sum(p.numel() for p in module.parameters()), module_bytes(module))
     return found
@@ -70,7 +54,7 @@ def hollow_pipeline(adapter: ModelAdapter) -> Any:
     """The pipeline without its text part and without weights."""
     parts: dict[str, Any] = {}
     for part in (name for name, value in adapter.index().items() if isinstance(value, list)):
-        cls = classes(adapter).get(part)
+        cls = models_of(adapter.index()).get(part)
         if part.startswith(TEXT):
             parts[part] = None
         elif cls is not None:
@@ -89,7 +73,7 @@ class TextShapes:
     def _pipeline(self) -> Any:
         parts: dict[str, Any] = {}
         for part in (name for name, value in self.adapter.index().items() if isinstance(value, list)):
-            cls = classes(self.adapter).get(part)
+            cls = models_of(self.adapter.index()).get(part)
             if part.startswith("text_") and cls is not None:
                 parts[part] = hollowed(on_meta_part(self.adapter, part, cls, few_layers=True))
             elif not part.startswith(TEXT):

@@ -10,7 +10,7 @@ from viditq.job import Job
 from viditq.models.schedule import noise_levels
 from viditq.quant.convert import shapes_of
 from viditq.quant.search.allocate import Search
-from viditq.quant.search.candidates import Candidate, candidates_of
+from viditq.quant.search.candidates import candidates_of
 from viditq.quant.search.costs import to_measure
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.stages.search_table import PROXY_PROMPTS, known_errors, table_entry
@@ -34,7 +34,8 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
     prompts = e.data.calibration_prompts[: policy.num_prompts]
     batches = batches_of(len(prompts), e.batch_size)
     one = counter.work(quantized, prompts, batches)
-    share = sum(_share(job, c) for c in missing) + len(policy.curve)
+    levels = noise_levels(e.adapter) if missing else None
+    share = sum(_share(levels, e.plan.edges[c.segment + 1]) for c in missing) + len(policy.curve)
     exact = counter.work(seen, prompts, batches if missing or policy.curve else [])
     forwards, seconds = exact.forwards + round(one.forwards * share), None
     if one.seconds is not None and exact.seconds is not None:
@@ -54,7 +55,6 @@ def _space(job: Job, policy: SensitivitySearch) -> Search:
     return policy.search(e.plan, e.roles, shapes_of(e.adapter.build_denoiser()), dict.fromkeys(e.plan.layers, equal))
 
 
-def _share(job: Job, candidate: Candidate) -> float:
-    """Of the steps: those before the candidate's segment are replayed."""
-    levels, top = noise_levels(job.experiment.adapter), job.experiment.plan.edges[candidate.segment + 1]
+def _share(levels: list[float] | None, top: float) -> float:
+    """Of the steps: those before a candidate's segment, which reaches up to `top`, are replayed."""
     return 1.0 if not levels else sum(level <= top for level in levels) / len(levels)

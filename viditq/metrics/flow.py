@@ -30,7 +30,16 @@ OFFLINE = "flow.method=farneback and flow.method=dis need no file."
 
 
 def resized_flow(clips_BFCHW: Tensor, min_side: int, multiple: int, estimate: Callable[[Tensor], Tensor]) -> Tensor:
-    """`estimate` on frames of at least `min_side` px and sides divisible by `multiple`, in pixels of the input."""
+    """`estimate` on frames of at least `min_side` px and sides divisible by `multiple`, in pixels of the input.
+
+    0 between frames that are equal: estimators find up to half a pixel of motion there.
+    """
+    flow_BF2HW = _resized(clips_BFCHW, min_side, multiple, estimate)
+    changed_BF = (clips_BFCHW[:, 1:] != clips_BFCHW[:, :-1]).flatten(2).any(2)
+    return flow_BF2HW.where(changed_BF[:, :, None, None, None], 0)
+
+
+def _resized(clips_BFCHW: Tensor, min_side: int, multiple: int, estimate: Callable[[Tensor], Tensor]) -> Tensor:
     height, width = clips_BFCHW.shape[-2:]
     factor = max(1, ceil(min_side / min(height, width)))
     size = [ceil(factor * side / multiple) * multiple for side in (height, width)]

@@ -78,6 +78,7 @@ class FeatureDistance(StreamingMetric):
             raise UserError(f"against is {against!r}. Use one of: {', '.join(SETS)}.")
         self.sides = ("samples", "references") if against == "reference" else ("samples", "references", "data")
         super().__init__(name, unit, index=torch.int64, **dict.fromkeys(self.sides, torch.float32))
+        self.has_float_value = against == "data"
         self.features: Any = features.eval().requires_grad_(False)
 
     def update(self, batch: EvalBatch) -> None:

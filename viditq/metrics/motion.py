@@ -43,7 +43,8 @@ def sample_at(frames_NCHW: Tensor, flow_N2HW: Tensor) -> tuple[Tensor, Tensor]:
     inside = (x_NHW >= -0.5) & (x_NHW <= width - 0.5) & (y_NHW >= -0.5) & (y_NHW <= height - 0.5)
     grid = torch.stack([2 * x_NHW / max(width - 1, 1) - 1, 2 * y_NHW / max(height - 1, 1) - 1], dim=-1)
     sampled = F.grid_sample(frames_NCHW, grid.to(frames_NCHW.dtype), padding_mode="border", align_corners=True)
-    return sampled, inside
+    still_N1HW = (flow_N2HW == 0).all(1, keepdim=True)  # where rounding of the grid must not mix neighbours in
+    return frames_NCHW.where(still_N1HW, sampled), inside
 
 
 def visible(forward_N2HW: Tensor, backward_N2HW: Tensor) -> Tensor:

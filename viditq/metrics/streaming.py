@@ -18,6 +18,7 @@ class StreamingMetric(Metric):
     """
 
     full_state_update = False
+    has_float_value = False  # whether `compute` adds reference_value, the float model's own
 
     def __init__(self, name: str, unit: str, **states: torch.dtype) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class PerSampleMetric(StreamingMetric):
     def __init__(self, name: str, unit: str, scores_references: bool = False, shares: tuple[str, ...] = ()) -> None:
         columns = ["per_sample", "per_sample_reference"] if scores_references else ["per_sample"]
         super().__init__(name, unit, index=torch.int64, **dict.fromkeys([*columns, *shares], torch.float64))
-        self.columns, self.shares = columns, shares
+        self.columns, self.shares, self.has_float_value = columns, shares, scores_references
 
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Return [B] scores for each of `self.columns` and `self.shares`."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
@@ -17,16 +16,16 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.files import read_json
-from viditq.models import roles
+from viditq.models import contents, parts, roles
 from viditq.models.attention import check_attention, check_dispatches, set_attention
-from viditq.models.checks import DTYPES, check_values
+from viditq.models.checks import DTYPES, check_arguments, check_values
 from viditq.models.guess import guess_settings
 from viditq.models.registry import find_class
 from viditq.models.samplers import make_sampler
 from viditq.models.schedulers import build_scheduler, check_samples, check_seeded
 from viditq.models.source import Source
-
-COPY_AGAIN = "Copy the model's folder again."
+from viditq.models.timestep_scale import measured_scale
+from viditq.models.weight_files import COPY_AGAIN, variant_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,9 @@ class ModelAdapter:
 
     timestep_scale: the timestep that means pure noise, or {at_noise, at_clean, argument} of the denoiser's forward.
     scheduler: another scheduler class of diffusers than the stored one; scheduler_settings: what replaces its settings.
+
+    variant: the weights' files are those marked with it (fp16: *.fp16.safetensors), of the parts that have such files.
+    float_denoisers: other denoisers of the pipeline, left in float on purpose; they count in bits and bytes.
 
     dtype: of all parts but component_dtypes (part -> dtype). attention: native (ours, on a CPU) or a backend of
     diffusers' dispatch, None = the model's own. roles: role -> patterns of Linear names, for reports and mixed
@@ -85,20 +87,23 @@ class ModelAdapter:
     roles: Mapping[str, Sequence[str]] = field(default_factory=dict)
     keep_float: Sequence[str] = ()
     guess: bool = False
+    variant: str | None = None
+    float_denoisers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_values(self)
         check_attention(self.attention, self.dtype)
         if self.guess:
             self._fill_in(guess_settings(self.index()))
-        if find_class(self.pipeline) is None:
-            raise UserError(f"model.pipeline={self.pipeline!r} is no class of diffusers {diffusers.__version__}.")
-        for name in self.denoiser_names:
-            if self.index().get(name, [None])[0] is None:
-                parts = ", ".join(self._components())
-                raise UserError(f"model.denoisers has {name!r}, which is no part of the pipeline; it has {parts}.")
+        parts.check_pipeline(self.pipeline, self.index())
+        parts.check_denoisers(self.denoiser_names, list(self.float_denoisers), self.index())
+        encoded = [name for name in self.encode_outputs or ["class_labels"] if name is not None]
+        parts.check_call(self.pipeline, {*encoded, *self.call})
+        check_arguments(self, find_class(self.pipeline))
         if self._chooses_scheduler:
             self._check_scheduler()
+        if self.timestep_scale is None:
+            object.__setattr__(self, "timestep_scale", measured_scale(self))
 
     def _fill_in(self, guessed: Mapping[str, Any]) -> None:
         """Guessed values in place of None; arguments of encode_prompt and __call__ that are given stay."""
@@ -126,7 +131,7 @@ class ModelAdapter:
     @property
     def source(self) -> Source:
         """Where the pipeline is."""
-        return Source(self.path, self.revision)
+        return Source(self.path, self.revision, self.variant)
 
     @property
     def denoiser_source(self) -> Source:
@@ -137,6 +142,12 @@ class ModelAdapter:
     def folder(self) -> Path:
         """The pipeline's folder (of a hub model's descriptions); raises UserError if there is none."""
         return self.source.pipeline(weights=False)
+
+    def part_folder(self, name: str, weights: bool) -> Path:
+        """The folder of one part, of the hub without `weights` its descriptions alone."""
+        if self.denoiser_path is not None and name in self.denoiser_names:
+            return self.denoiser_source.part(name, weights)
+        return self.source.pipeline(weights) / name
 
     def weights_fingerprint(self) -> str:
         """Hash of the pipeline's files, and of its denoisers' where they lie elsewhere."""
@@ -154,6 +165,11 @@ class ModelAdapter:
     def _components(self) -> list[str]:
         return [name for name, value in self.index().items() if isinstance(value, list)]
 
+    @property
+    def text_parts(self) -> list[str]:
+        """The parts that only encode prompts: tokenizers and text encoders."""
+        return [name for name in self._components() if name.startswith(parts.TEXT)]
+
     # Pipelines --------------------------------------------------------------------------------------------------------
 
     @property
@@ -162,12 +178,12 @@ class ModelAdapter:
 
     def load_text_part(self) -> Any:
         """The pipeline with its tokenizers and text encoders only."""
-        return self._load({name: None for name in self._components() if not name.startswith(("text_", "tokenizer"))})
+        contents.check_contents(self)  # also of what is loaded later: before anything is encoded
+        return self._load({name: None for name in self._components() if name not in self.text_parts})
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
         """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""
-        absent: dict[str, Any] = {n: None for n in self._components() if n.startswith(("text_", "tokenizer"))}
-        return self._load(absent | self._as_parts(denoiser))
+        return self._load(dict.fromkeys(self.text_parts) | self._as_parts(denoiser))
 
     def load_complete(self, denoiser: nn.Module | None = None) -> Any:
         """The whole pipeline, ready for `pipeline(prompt)`; `denoiser` replaces the stored one."""
@@ -175,6 +191,7 @@ class ModelAdapter:
 
     def _load(self, components: dict[str, Any]) -> Any:
         folder = self.source.pipeline(weights=True)
+        contents.check_contents(self, without=components)
         dtypes = {"default": self.torch_dtype} | {name: DTYPES[dtype] for name, dtype in self.component_dtypes.items()}
         dtype = dtypes if self.component_dtypes else self.torch_dtype
         try:
@@ -182,13 +199,15 @@ class ModelAdapter:
             components = self._denoisers_elsewhere(components) | components
             if self._chooses_scheduler or self.call.get("sampler") is not None:
                 components["scheduler"] = self.make_scheduler()
-            pipeline = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, **components)
+            marked = any(variant_of(folder / name, self.variant) for name in self._components())
+            variant = self.variant if marked else None  # diffusers refuses one that only denoisers elsewhere have
+            pipeline = cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True, **components)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"The pipeline in {folder} cannot be loaded: {error}. {COPY_AGAIN}") from error
         pipeline.set_progress_bar_config(disable=True)
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
-                self._check_finite(name, component.eval().requires_grad_(False))
+                contents.check_finite(name, folder, component.eval().requires_grad_(False))
             if name in self.denoiser_names and component is not None:
                 set_attention(self.attention, component)
         gc.collect()
@@ -200,19 +219,11 @@ class ModelAdapter:
             return {}
         return {
             name: find_class(self.index()[name][1]).from_pretrained(
-                self.denoiser_source.part(name, weights=True), dtype=self.torch_dtype, local_files_only=True
+                folder, dtype=self.torch_dtype, variant=variant_of(folder, self.variant), local_files_only=True
             )
-            for name in self.denoiser_names
+            for name, folder in ((name, self.part_folder(name, weights=True)) for name in self.denoiser_names)
             if name not in components
         }
-
-    def _check_finite(self, component: str, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise UserError(
-                    f"{component}.{name} of {self.folder} contains NaN or inf as {self.dtype}. Check the checkpoint, "
-                    f"or load it in a wider type: model.dtype={' or '.join(d for d in DTYPES if d != self.dtype)}."
-                )
 
     # Scheduler --------------------------------------------------------------------------------------------------------
 
@@ -226,8 +237,9 @@ class ModelAdapter:
                 f"model.scheduler: model.call.sampler={self.call['sampler']} chooses the scheduler already. "
                 "Leave out model.scheduler, or set model.call.sampler=null."
             )
-        check_samples(self.make_scheduler(), self.num_steps)
-        check_seeded(find_class(self.pipeline), self.make_scheduler(), self.call)
+        scheduler = self.make_scheduler()
+        check_samples(self, self.index()["scheduler"][1])
+        check_seeded(find_class(self.pipeline), scheduler, self.call)
 
     def make_scheduler(self) -> Any:
         """The scheduler that samples; raises UserError if the pipeline has none of its own."""
@@ -258,14 +270,19 @@ class ModelAdapter:
         """The denoiser of a pipeline; where it has several, an nn.ModuleDict of them: Linears are `<part>.<name>`."""
         return self._joined({name: getattr(pipeline, name) for name in self.denoiser_names})
 
+    def float_denoisers_of(self, pipeline: Any) -> nn.ModuleDict:
+        """The other denoisers of a pipeline, which are left in float on purpose."""
+        return nn.ModuleDict({name: getattr(pipeline, name) for name in self.float_denoisers})
+
     def build_denoiser(self) -> nn.Module:
         """The structure of `denoiser_of` from its config.json: parameters on the meta device, buffers real."""
         return self._joined({name: self._build(name) for name in self.denoiser_names})
 
     def _build(self, name: str) -> nn.Module:
-        config = read_json(self.denoiser_source.part(name, weights=False) / "config.json", COPY_AGAIN)
+        config = read_json(self.part_folder(name, weights=False) / "config.json", COPY_AGAIN)
         with init_empty_weights(include_buffers=False):
             denoiser: nn.Module = find_class(self.index()[name][1]).from_config(config)
+        parts.check_denoiser_class(self.pipeline, name, denoiser)
         check_dispatches(self.attention, denoiser)
         return denoiser
 

@@ -1,5 +1,7 @@
 """Checks of a model's description that need none of its files."""
 
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,12 @@ from viditq.errors import UserError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
 COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps")
+MAPPINGS = ("encode", "call", "roles", "component_dtypes", "scheduler_settings")
 OPTIONAL = ("num_frames", "height", "width", "max_tokens", "guidance_scale")
+FRAMES = ("num_frames", "video_length")
+"""The two names that pipelines use for how long a clip is."""
+OURS = ("generator", "output_type", "return_dict", "prompt")
+"""What every call is given here."""
 GUESSED = ("pipeline", "modality", "encode_outputs", "denoisers", "timestep_scale")
 
 
@@ -26,6 +33,12 @@ def check_values(model: Any) -> None:
         value = getattr(model, key)
         if value not in allowed and not (value is None and model.guess):
             raise UserError(f"model.{key}={value!r} is unknown; choose {' or '.join(allowed)}.")
+    for key in MAPPINGS:
+        if not isinstance(getattr(model, key), Mapping):
+            raise UserError(f"model.{key}={getattr(model, key)!r} must be a mapping, such as {{}}.")
+    for key, patterns in {"keep_float": model.keep_float, **{f"roles.{k}": v for k, v in model.roles.items()}}.items():
+        if not isinstance(patterns, Sequence) or isinstance(patterns, str) or not all(map(_is_text, patterns)):
+            raise UserError(f"model.{key}={patterns!r} must be a list of patterns of Linears, such as ['proj_out'].")
     for key in COUNTS:
         _check_number(key, getattr(model, key), whole=True, lowest=1)
     _check_number("guidance_scale", model.guidance_scale, whole=False, lowest=0)
@@ -33,6 +46,72 @@ def check_values(model: Any) -> None:
         _check_number("timestep_scale", model.timestep_scale, whole=False, lowest=None)
     if model.denoisers is not None and (isinstance(model.denoisers, str) or not model.denoisers):
         raise UserError(f"model.denoisers={model.denoisers!r} must be a list of parts, such as [transformer].")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def makes_clips(pipeline: Any) -> bool:
+    """Whether a pipeline class samples videos."""
+    return any(name in inspect.signature(pipeline.__call__).parameters for name in FRAMES)
+
+
+def check_arguments(model: Any, pipeline: Any) -> None:
+    """Raises UserError for settings that the class `pipeline` would pass over (it may take **kwargs) or refuse."""
+    of_call = _named(pipeline.__call__)
+    of_text = _named(pipeline.encode_prompt) if model.conditioning == "text" else {}
+    for node, function, known in (("encode", "encode_prompt", of_text), ("call", "__call__", of_call)):
+        for key in getattr(model, node):
+            if key not in known or key in OURS:
+                why = "is given it by every run" if key in known else "has no such argument"
+                names = ", ".join(name for name in known if name not in OURS) or "none"
+                raise UserError(
+                    f"model.{node}.{key}: {pipeline.__name__}.{function} {why}. Leave it out; those to set are {names}."
+                )
+    _check_given_once(model, of_call)
+    _check_modality(model, pipeline)
+
+
+def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
+    """What has a field of its own goes through that field alone."""
+    fields = {"num_inference_steps": "num_steps", model.guidance_argument: "guidance_scale"}
+    for argument, field in fields.items():
+        if argument not in of_call and getattr(model, field) is not None:
+            raise UserError(
+                f"model.{field}={getattr(model, field)}: {model.pipeline} takes no {argument}. Set model.{field}=null"
+                + (", or name the argument: model.guidance_argument=..." if field == "guidance_scale" else "")
+            )
+    fields |= {"height": "height", "width": "width"}
+    fields |= dict.fromkeys(FRAMES, "num_frames") if model.modality == "video" else {}
+    for argument, field in fields.items():
+        mine = getattr(model, field)
+        if mine is not None and model.call.get(argument, mine) != mine:
+            raise UserError(
+                f"model.call.{argument}={model.call[argument]} and model.{field}={mine} are the same setting. Give "
+                f"model.{field} alone."
+            )
+
+
+def _check_modality(model: Any, pipeline: Any) -> None:
+    if model.modality == "video" and not makes_clips(pipeline):
+        raise UserError(f"model.modality=video: {pipeline.__name__} makes images. Set model.modality=image.")
+    if model.modality == "image" and model.num_frames not in (None, 1):
+        raise UserError(
+            f"model.num_frames={model.num_frames}: an image has one. Leave it out, or choose a video model."
+        )
+    if model.modality == "image" and makes_clips(pipeline) and 1 not in [model.call.get(name) for name in FRAMES]:
+        raise UserError(
+            f"model.modality=image: {pipeline.__name__} makes videos. Set model.modality=video, or let it make single "
+            "frames: +model.call.num_frames=1."
+        )
+
+
+def _named(function: Any) -> dict[str, inspect.Parameter]:
+    """The arguments of a pipeline's method that have a name."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.items()
+    return {name: p for name, p in parameters if name != "self" and p.kind not in kinds}
 
 
 def _dtypes(model: Any) -> list[tuple[str, str]]:

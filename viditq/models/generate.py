@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
+from viditq.hooks import add_hook
 from viditq.models.adapter import ModelAdapter
+from viditq.models.settings import call_settings
 from viditq.models.text import PromptEmbeds
 
 SIZES = ("num_frames", "height", "width")
@@ -69,7 +71,7 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
     cls = type(pipeline)
     of_call = inspect.signature(pipeline.__call__).parameters
     of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
-    defaults = {k: v for k, v in _settings(adapter, pipeline).items() if k not in of_text}
+    defaults = {k: v for k, v in call_settings(adapter, pipeline).items() if k not in of_text}
     defaults |= {k: v for k, v in adapter.encode.items() if k in of_call}
     if adapter.negative_prompt is not None:
         defaults["negative_prompt"] = adapter.negative_prompt
@@ -80,19 +82,6 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
 
     pipeline.__class__ = type(cls.__name__, (cls,), {"__call__": call})
     return pipeline
-
-
-def _settings(adapter: ModelAdapter, pipeline: Any) -> dict[str, Any]:
-    """Arguments of the pipeline's call that do not depend on the prompt."""
-    given: dict[str, Any] = {
-        "num_inference_steps": adapter.num_steps,
-        adapter.guidance_argument: adapter.guidance_scale,
-    }
-    given |= {"height": adapter.height, "width": adapter.width}
-    if adapter.modality == "video":
-        given |= dict.fromkeys(("num_frames", "video_length"), adapter.num_frames)  # the two names that pipelines use
-    known = inspect.signature(pipeline.__call__).parameters  # a size that is not among them is the model's own
-    return {**adapter.call, **{k: v for k, v in given.items() if v is not None and k in known}}
 
 
 def _call(
@@ -110,7 +99,7 @@ def _call(
     try:
         out = pipeline(
             **arguments,
-            **_settings(adapter, pipeline),
+            **call_settings(adapter, pipeline),
             generator=[noise_generator(seed, i) for i in indices],
             output_type=output,
             return_dict=False,
@@ -175,11 +164,12 @@ class DtypeBoundary:
     def __init__(self, denoiser: nn.Module, inner: torch.dtype, outer: torch.dtype, timestep: str = "timestep") -> None:
         self.inner, self.outer = inner, outer
         for part in denoiser.values() if isinstance(denoiser, nn.ModuleDict) else [denoiser]:
-            cls, arguments = type(part), list(inspect.signature(part.forward).parameters)
-            part.__class__ = type(cls.__name__, (cls,), {"dtype": property(lambda _: outer)})
+            arguments = list(inspect.signature(part.forward).parameters)
+            cls: Any = type(part)
+            part.__class__ = _saying(cls, outer)
             enter = functools.partial(self._enter, arguments, timestep)
-            part.register_forward_pre_hook(enter, with_kwargs=True)
-            part.register_forward_hook(self._leave)
+            add_hook(part.register_forward_pre_hook, enter, with_kwargs=True)
+            add_hook(part.register_forward_hook, self._leave)
 
     def _enter(
         self, names: list[str], timestep: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -194,6 +184,21 @@ class DtypeBoundary:
         if isinstance(getattr(output, "sample", None), Tensor):
             output.sample = _cast(output.sample, self.outer)
         return output
+
+
+@functools.cache
+def _saying(cls: Any, dtype: torch.dtype) -> Any:
+    """A class like `cls` but for its `dtype`; made again, and not looked up, where one of its objects is unpickled."""
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _new_saying, (cls, dtype), object.__reduce_ex__(self, protocol)[2]
+
+    return type(cls.__name__, (cls,), {"dtype": property(lambda _: dtype), "__reduce_ex__": reduce})
+
+
+def _new_saying(cls: Any, dtype: torch.dtype) -> Any:
+    made = _saying(cls, dtype)
+    return made.__new__(made)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

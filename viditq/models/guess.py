@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from viditq.errors import UserError
+from viditq.models.checks import makes_clips
 from viditq.models.registry import find_class
 
 REQUIRED = {"do_classifier_free_guidance": True, "num_images_per_prompt": 1, "num_videos_per_prompt": 1}
@@ -26,14 +27,12 @@ def guess_settings(index: Mapping[str, Any]) -> dict[str, Any]:
     if not hasattr(cls, "encode_prompt"):
         raise UserError(f"{name} has no encode_prompt; model=diffusers cannot drive it. Write a yaml for it.")
     of_call, of_text = (inspect.signature(f).parameters for f in (cls.__call__, cls.encode_prompt))
-    video = bool({"num_frames", "video_length"} & of_call.keys())
     encode = {k: REQUIRED.get(k) for k, p in of_text.items() if k not in ("self", "prompt") and _required(p)}
     return {
         "pipeline": name,
-        "modality": "video" if video else "image",
+        "modality": "video" if makes_clips(cls) else "image",
         "denoisers": _denoisers(index),
         "encode_outputs": _encode_outputs(cls, set(of_call)),
-        "timestep_scale": 1.0 if re.search(r"timestep=timestep / 1000", inspect.getsource(cls.__call__)) else 1000.0,
         "encode": encode | {k: v for k, v in PLAIN.items() if k in of_text},
         "call": {k: v for k, v in PLAIN.items() if k in of_call}
         | ({"mask_feature": False} if "mask_feature" in of_call else {}),

@@ -1,6 +1,5 @@
 """Models named by their id on the Hugging Face hub: taken from the local cache, or downloaded when online."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,20 +15,15 @@ DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.jinja"]  # what all checks befo
 NETWORK_ERRORS = (OSError, HfHubHTTPError, LocalEntryNotFoundError)
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether `path` is written like `organisation/model` and is no folder here."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
-
-
 @cache
-def fetch(hub_id: str, revision: str, weights: bool) -> Path:
-    """The folder of a model in the hub's cache, with its weights or only its descriptions.
+def fetch(hub_id: str, revision: str, weights: bool, variant: str | None = None) -> Path:
+    """The folder of a model in the hub's cache, with its weights (of `variant`) or only its descriptions.
 
     In offline mode (HF_HUB_OFFLINE=1) nothing is downloaded. Raises UserError that says how to get the model.
     """
     if weights and not constants.HF_HUB_OFFLINE:  # diffusers knows which of a repository's files the pipeline needs
         with _explained(hub_id, revision):
-            return Path(DiffusionPipeline.download(hub_id, revision=revision))
+            return Path(DiffusionPipeline.download(hub_id, revision=revision, variant=variant))
     return _snapshot(hub_id, revision, *DESCRIPTIONS)
 
 
@@ -57,6 +51,8 @@ def _explained(hub_id: str, revision: str) -> Iterator[None]:
         ) from error
     except NETWORK_ERRORS as error:
         raise UserError(_remedy(hub_id, revision)) from error
+    except ValueError as error:  # a variant that the repository lacks
+        raise UserError(f"{hub_id} (revision {revision}) cannot be downloaded: {error}") from error
 
 
 def fetch_part(hub_id: str, revision: str, part: str, weights: bool) -> Path:

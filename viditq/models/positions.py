@@ -3,13 +3,17 @@
 Legend: T frames, S patches of a frame, C channels.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+MAX_PERIOD = 10_000.0
 
-def frequencies(num: int, max_period: float = 10_000.0) -> Tensor:
-    """Angular frequencies max_period^(-i / num), float64 [num]."""
-    return max_period ** (-torch.arange(num, dtype=torch.float64) / num)
+
+def frequencies(num: int) -> Tensor:
+    """Angular frequencies MAX_PERIOD^(-i / num), float64 [num]."""
+    return MAX_PERIOD ** (-torch.arange(num, dtype=torch.float64) / num)
 
 
 def sine_cosine(positions: Tensor, channels: int) -> Tensor:
@@ -35,6 +39,12 @@ def temporal_table(frames: int, channels: int, scale: float) -> Tensor:
 
 
 def timestep_features(timestep: Tensor, channels: int) -> Tensor:
-    """Timesteps [B] -> float32 [B, channels]: the cosines of all frequencies, then their sines."""
-    angles = timestep.float()[:, None] * frequencies(channels // 2).to(timestep.device, torch.float32)
+    """Timesteps [B] -> float32 [B, channels]: the cosines of all frequencies, then their sines.
+
+    The frequencies are rounded as the original rounds them, step by step in float32: at t = 950 that moves an angle by
+    5e-5.
+    """
+    half = channels // 2
+    order = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angles = timestep.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * order / half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 
 from viditq.errors import UserError
+from viditq.models.trial import TrialError, try_out
 
 SETTING = "model.scheduler_settings"
 DETERMINISTIC = {
@@ -39,16 +39,21 @@ def build_scheduler(folder: Path, stored: str, name: str | None, settings: Mappi
         raise UserError(f"{cls.__name__} refuses its settings ({SETTING}): {error}") from error
 
 
-def check_samples(scheduler: Any, num_steps: int) -> None:
-    """Raises UserError if a scheduler that the user chose cannot take a step with what the model predicts."""
-    x = torch.zeros(1, 4, 2, 2)
+def check_samples(adapter: Any, stored: str) -> None:
+    """Raises UserError if the pipeline cannot sample with a scheduler that the user chose (a try-out says so).
+
+    stored: class of its own one. A pipeline that cannot be tried out with that either is left to say so itself.
+    """
+    scheduler = adapter.make_scheduler()
     try:
-        scheduler.set_timesteps(num_steps)
-        first = scheduler.timesteps[0]
-        scheduler.step(x, first, scheduler.scale_model_input(x, first))
-    except (ValueError, TypeError, NotImplementedError, IndexError, AttributeError) as error:
+        try_out(adapter, scheduler)
+    except TrialError as error:
+        try:
+            try_out(adapter, build_scheduler(adapter.folder, stored, None, {}))
+        except TrialError:
+            return
         raise UserError(
-            f"{type(scheduler).__name__} cannot sample this model: {error} Choose another model.scheduler, or other "
+            f"{type(scheduler).__name__} cannot sample this model: {error}. Choose another model.scheduler, or other "
             f"{SETTING}."
         ) from error
 

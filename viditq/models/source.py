@@ -4,28 +4,28 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from viditq.assets import resolve
+from viditq.assets import check_pipeline, is_hub_id, resolve
 from viditq.errors import UserError
 from viditq.models import hub
 
 
 @dataclass(frozen=True)
 class Source:
-    """path: a folder in the diffusers layout, shipped:NAME, or a hub id, there of `revision`."""
+    """path: a folder in the diffusers layout, shipped:NAME, or a hub id, there of `revision` (weights of `variant`)."""
 
     path: str
     revision: str
+    variant: str | None = None
 
     @property
     def of_hub(self) -> bool:
         """Whether it is named by its id on the hub."""
-        return hub.is_hub_id(self.path)
+        return is_hub_id(self.path)
 
     def pipeline(self, weights: bool) -> Path:
         """The pipeline's folder, of the hub without `weights` its descriptions alone; UserError if there is none."""
-        folder = hub.fetch(self.path, self.revision, weights) if self.of_hub else resolve(self.path)
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"{folder} holds no diffusers pipeline: model_index.json is missing there.")
+        folder = hub.fetch(self.path, self.revision, weights, self.variant) if self.of_hub else resolve(self.path)
+        check_pipeline(folder)
         return folder
 
     def part(self, name: str, weights: bool) -> Path:

@@ -14,13 +14,19 @@ PromptEmbeds = dict[str, Tensor]
 """Argument name of the pipeline's `__call__` -> tensor with a leading axis of 1."""
 
 
+def check_encodes(adapter: ModelAdapter, prompts: list[str]) -> None:
+    """Raises UserError where prompts are to be encoded and the pipeline has no text encoder, or no tokenizer."""
+    absent = [part for part in ("tokenizer", "text_encoder") if adapter.index().get(part, [None])[0] is None]
+    if adapter.conditioning == "text" and absent:
+        raise UserError(
+            f"The pipeline in {adapter.folder} holds no {' and no '.join(absent)}, and {len(prompts)} prompts have no "
+            f"embeddings, first {prompts[0][:60]!r}. Add tokenizer and text_encoder to the folder, or give data.embeds."
+        )
+
+
 def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> None:
     """Raises UserError for too long a prompt, one that names no class, or where there is no text encoder."""
-    if adapter.conditioning == "text" and (pipeline.tokenizer is None or pipeline.text_encoder is None):
-        raise UserError(
-            f"The pipeline in {adapter.folder} holds no text encoder, and {len(prompts)} prompts have no embeddings, "
-            f"first {prompts[0][:60]!r}. Add tokenizer and text_encoder to the folder, or give data.embeds."
-        )
+    check_encodes(adapter, prompts)
     for prompt in prompts:
         assert prompt.strip(), "PromptData gives no empty prompts"
         if adapter.conditioning == "class":

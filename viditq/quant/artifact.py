@@ -98,9 +98,12 @@ def load_denoiser(
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """meta.json, after checking that every file is there and unaltered."""
     folder = Path(folder)
-    for name in (META, PLAN, MODEL):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is no quantized model: {name} is missing; {AGAIN}")
+    absent = [name for name in (META, PLAN, MODEL) if not (folder / name).is_file()]
+    if len(absent) == 3:
+        what = "holds no quantized model" if folder.is_dir() else "is no folder"
+        raise UserError(f"{folder} {what}: give the folder `quantized` of a run whose stage quantize is done")
+    if absent:
+        raise UserError(f"{folder} is no whole quantized model: {absent[0]} is missing; {AGAIN}")
     try:
         meta = json.loads((folder / META).read_text())
         version, digests = meta["format_version"], dict(meta["sha256"])

@@ -17,6 +17,7 @@ from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.registry import close_names
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends import Backend, check_supported, get_backend
+from viditq.quant.execution.denoiser import settle
 from viditq.quant.execution.linear import QuantLinear
 from viditq.quant.execution.variant import Variant, empty_variant
 from viditq.quant.methods.quantizer import Grid
@@ -57,7 +58,8 @@ def quantize_denoiser(
     """Quantizes in place and attaches the returned StepContext; everything is checked before anything is
     changed.
 
-    denoiser: one, or an nn.ModuleDict of those of one pipeline (the plan's layers are `<denoiser>.<layer>`).
+    denoiser: one, or an nn.ModuleDict of those of one pipeline (the plan's layers are `<denoiser>.<layer>`); any
+    nn.Module where the plan has a single segment, otherwise one whose forward takes a timestep.
     reconstruct: the inputs of blocks, for a plan that learns its roundings block by block.
 
     Raises UserError for: layers the model or the statistics lack, missing statistics or inputs of blocks, NaN or inf
@@ -67,7 +69,9 @@ def quantize_denoiser(
         raise UserError(
             "this plan needs calibration statistics (for static activations, smoothing or rounding); calibrate first"
         )
-    chosen = get_backend(backend)
+    chosen, context, places = get_backend(backend), StepContext(plan.edges, timestep_scale), _places(denoiser)
+    if plan.num_segments > 1:
+        context.check(denoiser)
     linears, segments = _checked_linears(denoiser, plan, chosen), segment_sources(denoiser, plan, stats)
     learned = plan.learned_blocks
     if learned and reconstruct is None:
@@ -85,7 +89,6 @@ def quantize_denoiser(
 
         return make
 
-    context, places = StepContext(plan.edges, timestep_scale), _places(denoiser)
     for block, names in _in_turn(plan):
         layers = {name: quant_linear(name, linears[name], plan, fit(name), context, chosen) for name in names}
         if block in learned and reconstruct is not None:
@@ -93,7 +96,7 @@ def quantize_denoiser(
         for name, quantized in layers.items():
             quantized.prepare()
             _replace(places[linears[name]], quantized)
-    context.attach(denoiser)
+    settle(denoiser, context)
     return context
 
 
@@ -120,7 +123,7 @@ def build_quantized(
 
     for name in plan.layers:
         _replace(places[linears[name]], quant_linear(name, linears[name], plan, empty, context, chosen))
-    context.attach(denoiser)
+    settle(denoiser, context)
     return context
 
 
@@ -169,7 +172,7 @@ def _check_stats(plan: QuantPlan, stats: CalibrationStats | None, name: str, seg
     if scheme is not None and scheme.needs_stats:
         assert stats is not None
         if scheme.moments_for(name):
-            stats.moments.check(name)
+            stats.moments.check(name, float(stats.segment(name, 0.0, 1.0).amax("max").max()))
         stats.segment(name, plan.edges[stand_in], plan.edges[stand_in + 1])
 
 

@@ -25,6 +25,7 @@ from viditq.quant.execution.variant import Variant
 from viditq.quant.numerics.stored_dtypes import NAMES
 
 KINDS = {"qweight": "codes", "weight_scale": "scales", "weight_zero_point": "zero_points"}
+FLOATS_LAST = {torch.float64: 1}  # the format's order of types of one size, as far as both are stored
 Entry = tuple[torch.dtype, Sequence[int]]
 
 
@@ -131,7 +132,9 @@ def _in_common(path: str, layer: QuantLinear) -> list[str]:
 def safetensors_bytes(entries: Mapping[str, Entry]) -> int:
     """Size of a safetensors file, its header included."""
     header, end = {}, 0
-    for name, (dtype, shape) in sorted(entries.items(), key=lambda e: (-e[1][0].itemsize, e[0])):
+    for name, (dtype, shape) in sorted(
+        entries.items(), key=lambda e: (-e[1][0].itemsize, FLOATS_LAST.get(e[1][0], 0), e[0])
+    ):
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = len(json.dumps(header, separators=(",", ":")).encode())

@@ -39,7 +39,7 @@ def _diagnose(job: Job, partials: Partials, count: int) -> str:
     done = processes.first_does(partials.compact)
     batches = [b for b in enumerate(batches_of(count, e.batch_size)) if b[0] not in done]
     pipeline = e.adapter.load()
-    quantized: Any = load_artifact(job.run_dir.artifact, backend=e.backend, complete=False)
+    quantized: Any = load_artifact(job.artifact, backend=e.backend, complete=False)
     denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
     weights = quantized_weights(job, denoiser)  # held on to: offloading replaces those of the layers
     diagnosis = Diagnosis(denoiser, other, job.plan, e.adapter.timestep_scale, e.num_buckets)

@@ -102,7 +102,7 @@ def _write(
             "seed": e.seed,
             "average_weight_bits": meta["average_weight_bits"],
             "average_activation_bits": meta["average_activation_bits"],
-            "size_bytes": size_bytes(run_dir.artifact),
+            "size_bytes": size_bytes(run_dir.artifact) + meta.get("left_in_float_bytes", 0),
             "float_size_bytes": meta["float_size_bytes"],
             "prompts": job.num_prompts,
             "seconds": seconds,

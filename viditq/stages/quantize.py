@@ -60,14 +60,18 @@ def _reconstruction(job: Job, plan: QuantPlan) -> BlockReconstruction:
 def _quantize(job: Job, folder: Path) -> str:
     e, plan = job.experiment, job.plan
     stats = CalibrationStats.load(job.stats_file) if job.needs_stats else None
-    denoiser = e.adapter.denoiser_of(e.adapter.load())
+    pipeline = e.adapter.load()
+    denoiser, floats = e.adapter.denoiser_of(pipeline), e.adapter.float_denoisers_of(pipeline)
+    del pipeline
     if e.quant.float_dtype is not None:
         denoiser.to(getattr(torch, e.quant.float_dtype))
     if stats is not None:
         calibrated_incoherence(job, quantized_weights(job, denoiser), stats)
     linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
-    numel = {name: m.weight.numel() for name, m in linears.items()}
-    in_features = {name: m.in_features for name, m in linears.items()}
+    all_that_run = linears | {name: m for name, m in floats.named_modules() if isinstance(m, nn.Linear)}
+    numel = {name: m.weight.numel() for name, m in all_that_run.items()}
+    in_features = {name: m.in_features for name, m in all_that_run.items()}
+    left_in_float = _bytes_in_half(floats)
     shares = step_shares(stats, plan.edges) if stats is not None else None
     meta = {
         "model": e.adapter.to_dict(),
@@ -75,7 +79,8 @@ def _quantize(job: Job, folder: Path) -> str:
         "float_dtype": e.quant.float_dtype,
         "average_weight_bits": plan.average_weight_bits(numel, in_features, shares),
         "average_activation_bits": plan.average_activation_bits(in_features, shares),
-        "float_size_bytes": sum(2 * p.numel() for p in denoiser.parameters()),
+        "float_size_bytes": _bytes_in_half(denoiser) + left_in_float,
+        "left_in_float_bytes": left_in_float,
         "stats": job.stats.path.name if stats else None,
     }
     reconstruct = _reconstruction(job, plan) if plan.learned_blocks else None
@@ -83,3 +88,7 @@ def _quantize(job: Job, folder: Path) -> str:
     save_denoiser(folder, denoiser, plan, meta)
     shutil.rmtree(job.run_dir.learned_blocks, ignore_errors=True)
     return f"{len(plan.layers)} of {len(linears)} Linears, {size_bytes(folder) / 1e6:.2f} MB ({folder})"
+
+
+def _bytes_in_half(module: nn.Module) -> int:
+    return sum(2 * p.numel() for p in module.parameters())

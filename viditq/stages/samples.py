@@ -39,7 +39,7 @@ def generate(job: Job) -> str:
     folder, e = job.run_dir.samples, job.experiment
 
     def load() -> Any:
-        return load_artifact(job.run_dir.artifact, backend=e.backend, complete=False)
+        return load_artifact(job.artifact, backend=e.backend, complete=False)
 
     timed = job.timed(job.run_dir.path, "generate")
     return _generate(job, folder, job.num_prompts, "quantized", load, e.seed, timed)

@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from viditq.config import shorten
+from viditq.config import first_process, shorten
 from viditq.files import read_json, write_json
 from viditq.run_dir import fingerprint
 
@@ -33,7 +33,7 @@ class JobRecord:
 
     def write(self) -> None:
         """Write or replace the record; of several processes of one job only the first does."""
-        if not records_here():
+        if not first_process():
             return
         write_json(Path(os.environ[SWEEP_VARIABLE]) / f"{self.num:04d}.json", asdict(self))
 
@@ -61,14 +61,6 @@ def sweep_folder(hydra: DictConfig) -> Path:
     overrides = [text for text in hydra.overrides.task if not text.startswith("launcher=")]
     key = {"overrides": overrides, "sweeper": what}
     return Path(hydra.sweep.dir).resolve() / "_sweeps" / fingerprint(key)
-
-
-def records_here() -> bool:
-    """Whether this process speaks for its job: torchrun and srun start several that do the same."""
-    from viditq.engine.processes import environment
-
-    found = environment()
-    return found is None or found.global_rank() == 0
 
 
 def current_job(folder: Path) -> JobRecord | None:

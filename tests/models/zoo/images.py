@@ -172,3 +172,28 @@ def z_image() -> Any:
         tokenizer=tokenizer,
         transformer=transformer,
     )
+
+
+def aura_flow() -> Any:
+    """Told sigma, in a way of its own: no model of conf/model."""
+    tokenizer, encoder = text.t5()
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=text.WIDTH,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    return diffusers.AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vaes.image_vae(),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )

@@ -3,7 +3,16 @@ import torch
 from torch import nn
 
 from viditq.errors import UserError
-from viditq.quant import CalibrationStats, Calibrator, linear_names
+from viditq.quant import (
+    CalibrationStats,
+    Calibrator,
+    Gptq,
+    QuantSpec,
+    Recipe,
+    SmoothSpec,
+    linear_names,
+    quantize_denoiser,
+)
 from viditq.quant.calibration import calibrator as calibrator_module
 from viditq.quant.calibration.moments import Moments
 from viditq.quant.calibration.row_sample import num_moment_rows, row_keys, stratified
@@ -278,3 +287,26 @@ def test_the_bytes_stated_up_front_hold(denoiser, calibrated):
             denoiser(torch.randn(2, 5, 8), torch.zeros(2))
         state = {key: value for key, value in calibrator.state().items() if "/leader/" not in key}
         assert sum(value.nbytes for value in state.values()) == stated == calibrator.max_bytes
+
+
+STATIC = Recipe(QuantSpec(8, granularity="channel"), QuantSpec(8), SmoothSpec())
+ROUNDED = Recipe(QuantSpec(8, granularity="channel"), None, rounding=Gptq())
+
+
+@pytest.mark.parametrize("recipe", [STATIC, ROUNDED], ids=["static and smoothed", "gptq"])
+def test_a_float64_model_is_calibrated_and_quantized(make_denoiser, calibrated, recipe):
+    """Statistics are those of float32, which holds their rounding."""
+    outputs, stats = [], []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        denoiser = make_denoiser().to(dtype)
+        stats.append(calibrated(denoiser, [0, 1], [100, 900]))
+        quantize_denoiser(denoiser, recipe.resolve(linear_names(denoiser)), stats[-1])
+        with torch.no_grad():
+            outputs.append(denoiser(torch.linspace(-2, 2, 40, dtype=dtype).view(1, 5, 8), torch.tensor([100])))
+    for name, tensor in stats[0].to_tensors().items():
+        other = stats[1].to_tensors()[name]
+        assert other.dtype == tensor.dtype
+        torch.testing.assert_close(other, tensor, rtol=1e-5, atol=1e-5, msg=name)
+    assert outputs[1].dtype == torch.float64
+    torch.testing.assert_close(outputs[1].float(), outputs[0], rtol=0.1, atol=0.1)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.quant import CalibrationStats
-from viditq.quant.calibration.noise_level import bucket_edges, interval_of, overlapping
+from viditq.quant.calibration.noise_level import bucket_edges, interval_of
 from viditq.quant.calibration.observer_bank import ObserverBank
 from viditq.quant.calibration.observers import summary_of
 
@@ -12,7 +12,7 @@ from viditq.quant.calibration.observers import summary_of
 def update(bank: ObserverBank, bucket: int, x_LNC: Tensor, seed: int) -> None:
     num_rows = x_LNC.shape[0] * x_LNC.shape[1]
     keys = torch.randint(2**60, (num_rows,), generator=torch.Generator().manual_seed(seed))
-    assert bank.update({("layer", bucket): summary_of(x_LNC, torch.arange(num_rows), keys)})
+    assert bank.update({("layer", bucket): summary_of(x_LNC, torch.arange(num_rows), keys, (bucket + 0.5) / 4)})
 
 
 def observe(parts: list[int], data: list[Tensor], device: str = "cpu") -> CalibrationStats:
@@ -85,7 +85,7 @@ def test_layers_added_at_once_are_as_if_added_one_by_one(data: list[Tensor]) -> 
     together, alone = ObserverBank(names, 4, 6, 5), {name: ObserverBank([name], 4, 6, 5) for name in names}
     for step, of_step in enumerate((["a", "b", "c"], ["c"], ["b", "a"], ["c", "a", "b"])):
         keys = torch.randint(2**60, (21,), generator=torch.Generator().manual_seed(step))
-        of = {name: summary_of(data[3 * step + i], torch.arange(21), keys) for i, name in enumerate(of_step)}
+        of = {name: summary_of(data[3 * step + i], torch.arange(21), keys, step / 4) for i, name in enumerate(of_step)}
         seen = {(name, step % 2): summary for name, summary in of.items()}
         together.update(seen)
         for (name, bucket), summary in seen.items():
@@ -101,7 +101,7 @@ def test_a_bad_input_adds_nothing(bad: float) -> None:
     bank, good = ObserverBank(["a", "b"], 1, 4, 3), torch.ones(2, 3, 4)
     spoilt = good.clone()
     spoilt[1, 2, 3] = bad
-    seen = {(n, 0): summary_of(x, torch.arange(3), torch.arange(3)) for n, x in (("a", good), ("b", spoilt))}
+    seen = {(n, 0): summary_of(x, torch.arange(3), torch.arange(3), 0.0) for n, x in (("a", good), ("b", spoilt))}
     assert not bank.update(seen)
     assert bank.observers["a"].count.tolist() == [0]
 
@@ -136,7 +136,48 @@ def test_intervals_hold_their_upper_edge():
     assert [interval_of(edges, i / 20) for i in range(1, 21)] == list(range(20))
 
 
-def test_only_buckets_that_overlap_the_interior_count():
-    assert overlapping(4, 0.25, 0.5) == [1]
-    assert overlapping(4, 0.2, 0.6) == [0, 1, 2]
-    assert overlapping(20, 0, 1) == list(range(20))
+def seen_at(*levels: float, num_buckets: int = 4) -> CalibrationStats:
+    bank, edges = ObserverBank(["layer"], num_buckets, 2, 3), bucket_edges(num_buckets)
+    for level in levels:
+        x = torch.full((1, 3, 2), level)
+        bank.update({("layer", interval_of(edges, level)): summary_of(x, torch.arange(1), torch.arange(1), level)})
+    return CalibrationStats(bank.observers)
+
+
+@pytest.mark.parametrize("edge", [0.25, 0.3, 0.4, 0.4999])
+def test_a_bucket_belongs_to_the_segment_of_its_steps(edge: float) -> None:
+    stats = seen_at(0.0, 0.1, 0.25, 0.5, 0.9)
+    low, high = stats.segment("layer", 0, edge), stats.segment("layer", edge, 1)
+    assert float(low.maximum[0]) == 0.25 and float(low.minimum[0]) == 0.0
+    assert float(high.minimum[0]) == 0.5 and float(high.maximum[0]) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("levels", "segment", "message"),
+    [
+        (
+            (0.3, 0.45),
+            (0.4, 1),
+            r"parts sampling steps \(0\.3 to 0\.45\) .*move it to 0\.25 or 0\.5.*num_buckets, now 4",
+        ),
+        ((0.3, 0.45), (0, 0.4), "parts sampling steps"),
+        ((0.8, 1.0), (0.999999, 1), r"move it to 0\.75 or 1,"),
+        ((0.26, 0.5), (0.3, 0.4), "parts sampling steps"),  # perhaps none of them lies in it
+    ],
+)
+def test_a_bucket_with_steps_of_two_segments_is_refused(
+    levels: tuple[float, ...], segment: tuple[float, float], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        seen_at(*levels).segment("layer", *segment)
+    assert seen_at(*levels, num_buckets=40).layers["layer"].within(0, 1)
+
+
+def test_a_segment_beside_the_steps_of_its_bucket_is_empty() -> None:
+    with pytest.raises(UserError, match=r"no calibration data for layer at noise levels 0\.999999 to 1"):
+        seen_at(0.3, 0.999).segment("layer", 0.999999, 1)
+    stats = seen_at(0.3)
+    stats.merge(seen_at(0.45))
+    assert stats.layers["layer"].within(0.25, 0.5) == [1]
+    with pytest.raises(UserError, match="parts sampling steps"):
+        stats.segment("layer", 0, 0.4)

@@ -94,3 +94,15 @@ def test_a_plan_file_that_is_no_text(tmp_path):
     path.write_bytes(b"\x93\xff\x00")
     with pytest.raises(UserError, match=r"plan\.json cannot be read as a plan\.json"):
         PlanFile(str(path)).plan(Recipe(QuantSpec(4)), ["a"], [])
+
+
+def test_a_plan_file_leaves_in_float_what_the_model_keeps(tmp_path):
+    scheme = LayerScheme(QuantSpec(8, granularity="channel"), None)
+    path = tmp_path / "plan.json"
+    path.write_text(QuantPlan((0, 0.5, 1), {"w8": scheme}, {"a": ("w8", "w8"), "b": ("w8", None)}).to_json())
+    setting = (Recipe(QuantSpec(4)), ["a", "b", "c"])
+    assert PlanFile(str(path)).plan(*setting, ["c"]).layers["a"] == ("w8", "w8")
+    with pytest.raises(UserError, match=r"quantizes 'b', which this model keeps in float .*out of model\.keep_float"):
+        PlanFile(str(path)).plan(*setting, ["c", "b*"])
+    path.write_text(QuantPlan((0, 1), {"w8": scheme}, {"a": (None,)}).to_json())
+    assert PlanFile(str(path)).plan(*setting, ["a"]).layers == {"a": (None,)}

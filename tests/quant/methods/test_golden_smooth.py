@@ -1,8 +1,8 @@
 """Timestep-aware smoothing of one Linear against numbers of the original public code.
 
-It ran its calibration from t = 0 up and averaged in that order; we average from high noise down, so t is fed
-as noise level 1 - t / 1000. Its token scales are shared over the batch; `shared_tokens` emulates that with
-our own tensors, laying the batch out along the features.
+It ran its calibration from t = 0 up and averaged in that order, as `ema_from="clean"` does. By default we average
+from high noise down: most tests feed t as noise level 1 - t / 1000. Its token scales are shared over the batch;
+`shared_tokens` emulates that with our own tensors, laying the batch out along the features.
 """
 
 from pathlib import Path
@@ -89,6 +89,53 @@ def test_the_statistic_after_each_batch(golden_smooth):
         for index in range(2 if upto > 6 else 1):
             lo, hi = TWO[1 - index], TWO[2 - index]
             torch.testing.assert_close(stats.segment("linear", lo, hi).amax(), trace[index], rtol=1e-6, atol=0)
+
+
+UP = (0, 0.5005, 1)  # t = 0 .. 500, t = 501 .. 1000
+
+
+def calibrate_as_it_is(golden: dict[str, Tensor], num_buckets: int) -> CalibrationStats:
+    """t as noise level t / 1000."""
+    model = One(golden)
+    with Calibrator(model, ["linear"], num_buckets=num_buckets) as calibrator:
+        calibrator.set_sample_seeds([0, 1])
+        for x, t in zip(golden["calib_x"], golden["calib_t"], strict=True):
+            model(x, t)
+    return calibrator.stats
+
+
+@pytest.mark.parametrize("bits", [bits for bits in BITS if ("alpha0.11_0.3/two", bits) in GIVEN])
+def test_in_the_order_of_the_original(golden_smooth, bits):
+    golden, prefix = golden_smooth, f"alpha0.11_0.3/two/{bits}"
+    stats = calibrate_as_it_is(golden, 2000)
+    other_way = [stats.segment("linear", *UP[i : i + 2]).amax() for i in range(2)]
+    spec = SmoothSpec((0.11, 0.3), per_segment=True, ema_from="clean")
+    model = One(golden)
+    recipe = Recipe(QuantSpec(BITS[bits][0], granularity="channel"), None, spec, segments=UP)
+    quantize_denoiser(model, recipe.resolve(["linear"]), stats)
+    for index, variant in enumerate(model.linear.variants):
+        amax_C = stats.segment("linear", *UP[index : index + 2]).amax(ema_from="clean")
+        wanted = golden[f"{prefix}/act_scale"][index, 0]
+        torch.testing.assert_close(amax_C, wanted, rtol=1e-6, atol=0)
+        assert ((other_way[index] - wanted).abs() / wanted).max() > 0.01
+        torch.testing.assert_close(
+            variant.chain[0].scale, golden[f"{prefix}/channel_wise_scale"][index, 0], rtol=2e-6, atol=0
+        )
+
+
+def test_steps_that_share_a_bucket_count_as_one(golden_smooth):
+    """12 steps in 4 buckets: a running mean over four means."""
+    golden, stats = golden_smooth, calibrate_as_it_is(golden_smooth, 4)
+    each = golden["calib_x"].abs().amax(2).mean(1)
+    level = golden["calib_t"] / 1000
+    means = [
+        each[(level > lo) & (level <= lo + 0.25) | ((level == 0) & (lo == 0))].mean(0) for lo in (0, 0.25, 0.5, 0.75)
+    ]
+    for ema_from, order in (("clean", means), ("noise", means[::-1])):
+        wanted = order[0]
+        for mean in order[1:]:
+            wanted = 0.95 * wanted + 0.05 * mean
+        torch.testing.assert_close(stats.segment("linear", 0, 1).amax(ema_from=ema_from), wanted, rtol=1e-5, atol=0)
 
 
 def test_the_statistic_does_not_depend_on_the_order_of_batches(golden_smooth):

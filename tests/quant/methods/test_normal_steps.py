@@ -20,7 +20,7 @@ def stats() -> SegmentStats:
     bank = ObserverBank(["layer"], 10, 3, 16)
     for bucket in range(10):
         rows = torch.full((1, 16, 3), bucket + 1.0)
-        bank.update({("layer", bucket): summary_of(rows, torch.arange(16), torch.arange(16))})
+        bank.update({("layer", bucket): summary_of(rows, torch.arange(16), torch.arange(16), bucket / 10)})
     return SegmentStats(bank.observers["layer"], list(range(10)))
 
 

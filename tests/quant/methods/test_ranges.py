@@ -122,7 +122,7 @@ def test_long_rows_are_searched_in_parts():
 def stats_of(x: torch.Tensor, num_rows: int = 64) -> SegmentStats:
     bank = ObserverBank(["layer"], 1, x.shape[-1], num_rows)
     count = x.shape[0] * x.shape[1]
-    bank.update({("layer", 0): summary_of(x, torch.arange(count), torch.arange(count))})
+    bank.update({("layer", 0): summary_of(x, torch.arange(count), torch.arange(count), 0.5)})
     return SegmentStats(bank.observers["layer"], [0])
 
 

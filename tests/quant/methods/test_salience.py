@@ -21,7 +21,7 @@ def stats() -> SegmentStats:
     bank = ObserverBank(["layer"], 5, 12, 4)
     for bucket in (0, 2, 4):
         x_LNC = torch.randn(2, 6, 12) * torch.linspace(0.1, 3, 12).roll(bucket * 2)
-        bank.update({("layer", bucket): summary_of(x_LNC, torch.arange(2), torch.arange(2))})
+        bank.update({("layer", bucket): summary_of(x_LNC, torch.arange(2), torch.arange(2), bucket / 5)})
     return SegmentStats(bank.observers["layer"], [0, 2, 4])
 
 

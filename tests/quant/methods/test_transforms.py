@@ -17,7 +17,7 @@ STATIC = LayerScheme(QuantSpec(4, granularity="channel"), QuantSpec(8))
 def stats_of(x_LNC: torch.Tensor, num_rows: int = 64) -> SegmentStats:
     bank = ObserverBank(["layer"], 1, x_LNC.shape[-1], num_rows)
     count = x_LNC.shape[0] * x_LNC.shape[1]
-    bank.update({("layer", 0): summary_of(x_LNC, torch.arange(count), torch.arange(count))})
+    bank.update({("layer", 0): summary_of(x_LNC, torch.arange(count), torch.arange(count), 0.5)})
     return SegmentStats(bank.observers["layer"], [0])
 
 

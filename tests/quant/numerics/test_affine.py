@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from viditq.quant.numerics.affine import (
-    SCALE_FLOOR,
+    EMPTY_SCALE,
     code_range,
     compute_qparams,
     dequantize,
@@ -68,7 +68,7 @@ def test_not_inplace_leaves_the_input_alone():
 def test_zero_group_keeps_its_neighbours_scale():
     x = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
     scale, _ = compute_qparams(x.amin(-1, True), x.amax(-1, True), 4, False)
-    assert scale.flatten().tolist() == pytest.approx([SCALE_FLOOR, 3 / 15])
+    assert scale.flatten().tolist() == pytest.approx([EMPTY_SCALE, 3 / 15])
     assert torch.isfinite(fake_quantize_own_range(x, x.amin(-1, True), x.amax(-1, True), 4, False)).all()
 
 

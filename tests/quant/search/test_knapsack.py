@@ -55,6 +55,43 @@ def test_exact_is_the_best_of_all_and_greedy_fits(seed: int, shared: bool) -> No
     assert problem.fits(greedy) and problem.cost(greedy) >= best - 1e-9
 
 
+def many_decades(seed: int) -> Problem:
+    """Costs over nine decades, drawn evenly from their logarithms or from powers of ten, of which many are equal."""
+    draw = random.Random(seed)
+    cells, sizes, powers = [], {}, draw.random() < 0.5
+    for c in range(draw.randint(2, 6)):
+        widths = sorted(draw.sample((2, 3, 4, 6, 8), draw.randint(2, 3)))
+        costs = sorted((10.0 ** -(draw.randint(0, 9) if powers else draw.uniform(0, 9)) for _ in widths), reverse=True)
+        sizes |= {(c // 2, width): width * (1.0 + c // 2) for width in widths}
+        cells.append([Option(cost, {"bits": w}, (c // 2, w)) for cost, w in zip(costs, widths, strict=True)])
+    low, high = (sum(cell[end].uses["bits"] for cell in cells) for end in (0, -1))
+    size_limit = draw.uniform(0.4, 0.9) * sum(sizes.values()) if draw.random() < 0.3 else None
+    return Problem(cells, {"bits": draw.randint(int(low), int(high))}, sizes, size_limit)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_exact_is_exact_over_nine_decades_of_costs(seed: int) -> None:
+    problem = many_decades(seed)
+    best = best_cost(problem)
+    if best is None:
+        with pytest.raises(UserError):
+            solve_exact(problem)
+    else:
+        assert problem.cost(solve_exact(problem)) == pytest.approx(best, rel=1e-12, abs=0)
+
+
+def test_small_costs_count_beside_large_ones() -> None:
+    def cell(low: float, high: float) -> list[Option]:
+        return [Option(low, {"bits": 2.0}), Option(high, {"bits": 4.0})]
+
+    cells = [cell(1, 0), cell(3e-8, 1e-8), cell(5e-8, 1e-8)]
+    assert solve_exact(Problem(cells, {"bits": 10.0})) == (1, 0, 1)
+    forced = [[Option(1e9, {"bits": 4.0})], *cells]
+    assert solve_exact(Problem(forced, {"bits": 14.0})) == (0, 1, 0, 1)
+    tiny = [[Option(o.cost * 1e-290, o.uses) for o in cell] for cell in cells]
+    assert solve_exact(Problem(tiny, {"bits": 10.0})) == (1, 0, 1)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_on_a_large_problem_fits_and_comes_close(seed: int) -> None:
     draw = random.Random(seed)
@@ -70,6 +107,21 @@ def test_what_several_options_keep_is_counted_once() -> None:
     problem = Problem([[wide, narrow]] * 3, {}, {"wide": 8.0, "narrow": 4.0}, size_limit=8.0)
     assert problem.size((0, 0, 0)) == 8 and problem.size((0, 1, 0)) == 12
     assert solve_exact(problem) == (0, 0, 0)  # greedy would have to pass through 12
+
+
+def test_a_larger_thing_that_cells_share_can_be_the_leanest() -> None:
+    """Each cell's own smallest take 4 + 4, the shared one 5; three cells with a chain of shared things take 5 + 4."""
+    sizes = {"a": 4.0, "b": 4.0, "both": 5.0}
+    cells = [[Option(0.0, {}, "a"), Option(1.0, {}, "both")], [Option(0.0, {}, "b"), Option(1.0, {}, "both")]]
+    for limit in (5.0, 7.9):
+        assert solve_exact(Problem(cells, {}, sizes, limit)) == (1, 1)
+        with pytest.raises(UserError, match="solver=exact"):
+            solve_greedy(Problem(cells, {}, sizes, limit))
+    with pytest.raises(UserError, match=r"size_bytes=4\.9 is not possible: .* 5\."):
+        solve_exact(Problem(cells, {}, sizes, 4.9))
+    longer = [*cells, [Option(0.0, {}, "a"), Option(1.0, {}, "c"), Option(2.0, {})]]
+    assert solve_exact(Problem(longer, {}, sizes | {"c": 3.0}, 8.0)) == (0, 0, 0)
+    assert solve_exact(Problem(longer, {}, sizes | {"c": 3.0}, 5.0)) == (1, 1, 2)
 
 
 def test_limits_too_low_say_what_is_possible() -> None:

@@ -209,8 +209,10 @@ def test_impossible_choices_are_refused(choices: object) -> None:
 
 def test_step_shares_count_what_calibration_saw(denoiser: nn.Module, calibrated: Callable) -> None:
     stats = calibrated(denoiser, [1, 2], [999, 950, 900, 300])
-    shares = {edges: step_shares(stats, edges) for edges in [(0, 0.5, 1), (0, 0.5, 0.95, 1), (0, 0.275, 1)]}
+    cuts = [(0, 0.5, 1), (0, 0.5, 0.95, 1), (0, 0.275, 1), (0, 0.92, 1)]
+    shares = {edges: step_shares(stats, edges) for edges in cuts}
     assert all(list(found) == linear_names(denoiser) for found in shares.values())
     assert set(shares[0, 0.5, 1].values()) == {(0.25, 0.75)}
     assert shares[0, 0.5, 0.95, 1]["time"] == pytest.approx((0.25, 0.5, 0.25))
-    assert shares[0, 0.275, 1]["time"] == pytest.approx((0.125, 0.875))  # cuts the bucket 0.25 to 0.3 in half
+    assert shares[0, 0.275, 1]["time"] == (0, 1)  # cuts the bucket 0.25 to 0.3, whose step lies above
+    assert shares[0, 0.92, 1]["time"] == (0.5, 0.5)

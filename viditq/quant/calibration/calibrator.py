@@ -82,6 +82,7 @@ class Calibrator:
         self._denoiser, self._moment_layers = denoiser, frozenset(moment_layers)
         self._linears = {name: _linear(denoiser, name) for name in layer_names}
         self._context = StepContext((0, 1), timestep_scale)
+        self._context.check(denoiser)
         self._edges, self._rows_per_bucket = bucket_edges(num_buckets), rows_per_bucket
         self._sample_seeds: list[int] = []
         self._num_elements = 0
@@ -204,7 +205,9 @@ class Calibrator:
     def _read(self, x: Tensor, name: str) -> Reading:
         x_LNC = x if x.ndim == 3 else x.flatten(1, -2) if x.ndim > 3 else x.unsqueeze(1)
         candidates = self._candidates_of(x_LNC)
-        return Reading(weakref.ref(x), name, candidates, summary_of(x_LNC, candidates.rows, candidates.keys))
+        assert self._context.noise_level is not None
+        summary = summary_of(x_LNC, candidates.rows, candidates.keys, self._context.noise_level)
+        return Reading(weakref.ref(x), name, candidates, summary)
 
     def _candidates_of(self, x_LNC: Tensor) -> Candidates:
         """The rows of this step to choose from; shared by all Linears of the same shape."""

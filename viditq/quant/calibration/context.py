@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
+from viditq.hooks import add_hook
 from viditq.quant.calibration.noise_level import interval_of
 from viditq.quant.description.fields import checked_fields
 from viditq.quant.description.plan import check_edges
@@ -43,7 +45,7 @@ class TimestepScale:
             raise UserError(f"timestep_scale: at_noise and at_clean are both {self.at_noise:g}; they must differ")
 
     @classmethod
-    def of(cls, value: TimestepScaleLike) -> TimestepScale:
+    def of(cls, value: float | Mapping[str, Any]) -> TimestepScale:
         """A number is the timestep at pure noise; a mapping holds the fields."""
         if isinstance(value, Mapping):
             return cls(**checked_fields(cls, value, "timestep_scale"))
@@ -59,8 +61,8 @@ class TimestepScale:
         return (timestep - self.at_clean) / (self.at_noise - self.at_clean)
 
 
-TimestepScaleLike = float | Mapping[str, Any]
-"""The timestep at pure noise, or the fields of a TimestepScale."""
+TimestepScaleLike = float | Mapping[str, Any] | None
+"""The timestep at pure noise, or the fields of a TimestepScale; None: the model has no timestep."""
 
 
 def denoisers_of(denoiser: nn.Module) -> dict[str, nn.Module]:
@@ -74,44 +76,68 @@ class StepContext:
     """noise_level in [0, 1] (1 = pure noise) and segment of `edges`, both None outside a forward of the
     denoiser.
 
-    timestep_scale: the `timestep` argument at pure noise, or a TimestepScale's fields. Several denoisers of one
-    pipeline run one after another and share the context.
+    timestep_scale: the `timestep` argument at pure noise, or a TimestepScale's fields; None for a model without a
+    timestep, whose noise level is always 0: UserError unless there is a single segment. Several denoisers of one
+    pipeline run one after another and share the context. A copy of a denoiser has a context of its own.
     """
 
     def __init__(self, edges: Sequence[float], timestep_scale: TimestepScaleLike = 1000.0) -> None:
         self.edges = check_edges(edges, "edges")
         self.timestep_scale = timestep_scale
-        self._scale = TimestepScale.of(timestep_scale)
+        if timestep_scale is None and len(self.edges) > 2:
+            raise UserError(
+                f"timestep_scale=None stands for a model without a timestep, which has no {len(self.edges) - 1} "
+                "segments of noise levels; use segments=(0, 1)"
+            )
+        self._scale = None if timestep_scale is None else TimestepScale.of(timestep_scale)
         self.noise_level: float | None = None
         self.segment: int | None = None
 
     def attach(self, denoiser: nn.Module) -> Attachment:
         """Reads each denoiser's own timestep argument before its forwards; UserError if it has none."""
+        self.check(denoiser)
         handles = [handle for part in denoisers_of(denoiser).values() for handle in self._attach(part)]
         return Attachment(handles)
 
+    def check(self, denoiser: nn.Module) -> None:
+        """Raises UserError unless `reads` says yes."""
+        for part in denoisers_of(denoiser).values():
+            if self._scale is not None and not self.reads(part):
+                names = ", ".join(inspect.signature(part.forward).parameters)
+                raise UserError(
+                    f"{type(part).__name__}.forward takes no argument {self._scale.argument!r} (it takes: {names}); "
+                    "name the one that holds the timestep in timestep_scale, wrap the model, or give "
+                    "timestep_scale=None where it has no timestep"
+                )
+
+    def reads(self, denoiser: nn.Module) -> bool:
+        """Whether a denoiser's forward has the argument that holds the timestep, or need not have it."""
+        scale, parts = self._scale, denoisers_of(denoiser).values()
+        return scale is None or all(scale.argument in inspect.signature(part.forward).parameters for part in parts)
+
     def _attach(self, denoiser: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        signature, argument = inspect.signature(denoiser.forward), self._scale.argument
-        if argument not in signature.parameters:
-            names = ", ".join(signature.parameters)
-            raise UserError(
-                f"{type(denoiser).__name__}.forward takes no argument {argument!r} (it takes: {names}); name the one "
-                "that holds the timestep in timestep_scale, or wrap it"
-            )
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.set_timestep(signature.bind_partial(*args, **kwargs).arguments.get(argument))
-
-        def leave(*_: Any) -> None:
-            self.noise_level = self.segment = None
-
+        named = inspect.signature(denoiser.forward).parameters.values()
+        positional = [one.name for one in named if one.kind is not inspect.Parameter.KEYWORD_ONLY]
         return [
-            denoiser.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-            denoiser.register_forward_hook(leave, always_call=True),
+            add_hook(
+                denoiser.register_forward_pre_hook, partial(self._enter, positional), with_kwargs=True, prepend=True
+            ),
+            add_hook(denoiser.register_forward_hook, self._leave, always_call=True),
         ]
+
+    def _enter(self, positional: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._scale is None:
+            self.noise_level, self.segment = 0.0, 0
+        else:
+            given = dict(zip(positional, args, strict=False)) | kwargs
+            self.set_timestep(given.get(self._scale.argument))
+
+    def _leave(self, *_: Any) -> None:
+        self.noise_level = self.segment = None
 
     def set_timestep(self, timestep: Tensor | float | None) -> None:
         """Raises UserError unless all entries are equal and lie on the scale."""
+        assert self._scale is not None
         if timestep is None:
             raise UserError(f"the denoiser was called without a timestep; pass {self._scale.argument}=...")
         self.noise_level = self._scale.noise_level(_single_value(timestep))

@@ -18,6 +18,7 @@ from viditq.errors import UserError
 from viditq.quant.description.registry import close_names
 
 PREFIX = "@moments"  # no module has such a name
+SQUARED = (1e-16, 1e16)  # magnitudes whose squares can be summed up in float32
 STRIP = 128  # rows of the matrix that are added at once, from the diagonal on: nearly half of the work is spared
 
 
@@ -61,12 +62,20 @@ class Moments:
         upper_CC = self.sums[self.leader[layer]].triu()
         return upper_CC + upper_CC.triu(1).T
 
-    def check(self, layer: str) -> None:
-        """Raises UserError when they were not collected for `layer`."""
+    def check(self, layer: str, largest: float = 1.0) -> None:
+        """Raises UserError when they were not collected for `layer`, or are not to be had.
+
+        largest: magnitude of its inputs.
+        """
         if layer not in self.leader:
             raise UserError(
                 f"the statistics lack the second moments of {layer} ({close_names(layer, self.leader)}), which GPTQ "
                 "and AdaRound need; calibrate with moment_layers for this plan"
+            )
+        if largest and not SQUARED[0] < largest < SQUARED[1]:
+            raise UserError(
+                f"the inputs of {layer} reach {largest:.3g}, whose squares float32 does not hold; GPTQ and AdaRound "
+                "cannot weigh them: leave this layer in float, or use rounding=nearest"
             )
 
     def merge(self, other: Moments) -> None:

@@ -1,7 +1,7 @@
 """Intervals of noise level: number i of `edges` is (edges[i], edges[i + 1]]; the first also holds 0."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def interval_of(edges: Sequence[float], noise_level: float) -> int:
@@ -15,7 +15,8 @@ def bucket_edges(num_buckets: int) -> tuple[float, ...]:
     return tuple(i / num_buckets for i in range(num_buckets + 1))
 
 
-def overlapping(num_buckets: int, lo: float, hi: float) -> list[int]:
-    """Buckets whose interior meets that of [lo, hi], ascending."""
-    edges = bucket_edges(num_buckets)
-    return [i for i in range(num_buckets) if edges[i] < hi and edges[i + 1] > lo]
+def mixed_bucket(segments: Mapping[float, int], num_buckets: int) -> int | None:
+    """The first of so many buckets with steps of two segments, None if none has. segments: noise level -> its own."""
+    edges, found = bucket_edges(num_buckets), dict[int, int]()
+    mixed = [bucket for level, i in segments.items() if found.setdefault(bucket := interval_of(edges, level), i) != i]
+    return min(mixed, default=None)

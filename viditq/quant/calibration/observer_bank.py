@@ -13,6 +13,8 @@ from torch import Tensor
 
 from viditq.quant.calibration.observers import NO_KEY, REDUCTIONS, Observer, Summary, blank_state
 
+ADDED = [field for field in REDUCTIONS if field not in ("rows", "keys")]
+
 
 class ObserverBank:
     """observers: those of the Linears `names`, by name; their states are slices of this bank's."""
@@ -58,15 +60,19 @@ class ObserverBank:
             for name in ("minimum", "maximum")
         )
         counts = torch.tensor([summary.num_samples for summary in seen.values()], device=total_uC.device)
-        old = {name: state[name].index_select(0, at_m) for name in ("minimum", "maximum", "amax_sum", "count")}
+        levels = [summary.noise_level for summary in seen.values()]
+        level_m = torch.tensor(levels, dtype=torch.float64, device=total_uC.device)
+        old = {name: values.index_select(0, at_m) for name, values in state.items() if name in ADDED}
         new = {
             "minimum": torch.minimum(old["minimum"], low_mC),
             "maximum": torch.maximum(old["maximum"], high_mC),
             "amax_sum": old["amax_sum"] + total_uC.index_select(0, which_m),
             "count": old["count"] + counts,
+            "lowest_level": torch.minimum(old["lowest_level"], level_m),
+            "highest_level": torch.maximum(old["highest_level"], level_m),
         }
         for name, values in new.items():
-            state[name].index_copy_(0, at_m, values)
+            state[name].index_copy_(0, at_m, values.to(state[name].dtype))
         return True
 
     @staticmethod

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.quant.calibration.moments import Moments, of_moments
-from viditq.quant.calibration.noise_level import overlapping
 from viditq.quant.description.registry import close_names
 
+STATS_LAYOUT = 2  # of the file; 1 did not say where in a bucket the steps lie
 NUM_BUCKETS = 20
 ROWS_PER_BUCKET = 16
 EMA_DECAY = 0.95
@@ -28,18 +28,21 @@ REDUCTIONS = {
     "maximum": "max",
     "amax_sum": "sum",
     "count": "sum",
+    "lowest_level": "min",
+    "highest_level": "max",
     "rows": "lowest",
     "keys": "lowest",
 }
 MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
 AGGREGATES = ("ema", "max", "percentile")
+EMA_STARTS = ("noise", "clean")
 
 
 class Summary(NamedTuple):
     """What one input adds to the state of every Linear that reads it.
 
     minimum, maximum [C]: over everything. amax_sum [C], float32 at least: over samples, of a sample's amax over its
-    tokens. num_samples: L. rows [n, C]: candidates of the reservoir; keys [n]: theirs.
+    tokens. num_samples: L. rows [n, C]: candidates of the reservoir; keys [n]: theirs. noise_level: of the step.
     """
 
     minimum: Tensor
@@ -48,6 +51,7 @@ class Summary(NamedTuple):
     num_samples: int
     rows: Tensor
     keys: Tensor
+    noise_level: float
 
     @property
     def finite(self) -> bool:
@@ -60,7 +64,7 @@ class Summary(NamedTuple):
         return sum(part.nbytes for part in (self.minimum, self.maximum, self.amax_sum, self.rows))
 
 
-def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor) -> Summary:
+def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor, noise_level: float) -> Summary:
     """candidates: indices into the L N rows of an input; keys: theirs."""
     rows_nC = x_LNC.flatten(0, 1).index_select(0, candidates)
     num_samples, parts = len(x_LNC), [x_LNC]
@@ -68,9 +72,9 @@ def summary_of(x_LNC: Tensor, candidates: Tensor, keys: Tensor) -> Summary:
         parts = [*x_LNC.split(max(CACHE_BYTES // x_LNC[0].nbytes, 1))]
     low, high, total = zip(*map(_extremes, parts), strict=True)
     if len(parts) == 1:
-        return Summary(low[0], high[0], total[0], num_samples, rows_nC, keys)
+        return Summary(low[0], high[0], total[0], num_samples, rows_nC, keys, noise_level)
     minimum_C, maximum_C, total_C = torch.stack(low).amin(0), torch.stack(high).amax(0), torch.stack(total).sum(0)
-    return Summary(minimum_C, maximum_C, total_C, num_samples, rows_nC, keys)
+    return Summary(minimum_C, maximum_C, total_C, num_samples, rows_nC, keys, noise_level)
 
 
 def _extremes(x_LNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,6 +97,8 @@ def blank_state(
         "maximum": torch.full(channels, -torch.inf, device=device),
         "amax_sum": torch.zeros(channels, dtype=torch.float64, device=device),
         "count": torch.zeros(buckets, dtype=torch.int64, device=device),
+        "lowest_level": torch.full(buckets, torch.inf, dtype=torch.float64, device=device),
+        "highest_level": torch.full(buckets, -torch.inf, dtype=torch.float64, device=device),
         "rows": torch.zeros(*rows, in_features, device=device),
         "keys": torch.full(rows, NO_KEY, device=device),
     }
@@ -102,13 +108,16 @@ class Observer:
     """State of one Linear; `ObserverBank` adds to it.
 
     minimum, maximum [K, C]: over everything. amax_sum [K, C] float64 and count [K]: sum over samples of a
-    sample's amax over its tokens. rows [K, R, C] with keys [K, R]: the input rows of the lowest keys.
+    sample's amax over its tokens. lowest_level, highest_level [K] float64: of the steps. rows [K, R, C] with keys
+    [K, R]: the input rows of the lowest keys.
     """
 
     minimum: Tensor
     maximum: Tensor
     amax_sum: Tensor
     count: Tensor
+    lowest_level: Tensor
+    highest_level: Tensor
     rows: Tensor
     keys: Tensor
 
@@ -119,6 +128,24 @@ class Observer:
         """Takes these very tensors, one per field."""
         for field in REDUCTIONS:
             setattr(self, field, state[field])
+
+    def reached(self, lo: float, hi: float) -> list[int]:
+        """Buckets with steps in the segment (lo, hi], to which 0 belongs as well where it is the first; ascending."""
+        levels = zip(self.lowest_level.tolist(), self.highest_level.tolist(), strict=True)
+        return [i for i, (low, high) in enumerate(levels) if low <= hi and (high > lo or lo == high == 0)]
+
+    def within(self, lo: float, hi: float) -> list[int]:
+        """The same; raises UserError where such a bucket has steps of another segment as well."""
+        buckets, num_all = self.reached(lo, hi), len(self.count)
+        for i in buckets:
+            low, high = float(self.lowest_level[i]), float(self.highest_level[i])
+            if high > hi or (low <= lo and lo > 0):
+                raise UserError(
+                    f"an edge of the segment of noise levels {lo:g} to {hi:g} parts sampling steps ({low:.4g} to "
+                    f"{high:.4g}) that share a bucket of the statistics; move it to {i / num_all:g} or "
+                    f"{(i + 1) / num_all:g}, or calibrate with more buckets (calibration.num_buckets, now {num_all})"
+                )
+        return buckets
 
     def merge(self, other: "Observer") -> None:
         """Adds what `other` saw (another rank, another part of the prompts); into new tensors, field by field."""
@@ -172,11 +199,12 @@ class SegmentStats:
             kept.append(rows[: max(round(len(rows) * weight / max(weights)), 1)])
         return torch.cat(kept)
 
-    def amax(self, aggregate: str = "ema", percentile: float = 99.9) -> Tensor:
+    def amax(self, aggregate: str = "ema", percentile: float = 99.9, ema_from: str = "noise") -> Tensor:
         """Magnitude of each channel.
 
-        ema: mean over samples in each bucket, then 0.95 old + 0.05 new from high noise to low, the first sets
-        it.
+        ema: mean over samples in each bucket, then 0.95 old + 0.05 new from bucket to bucket, the first sets it: from
+        the highest noise level down, as a sampler steps, or up from the lowest (ema_from="clean"). Steps that share a
+        bucket count as one, by their mean.
         max: over everything. percentile: of |x| over the reservoir rows, 0 to 100.
         """
         if aggregate == "max":
@@ -184,8 +212,9 @@ class SegmentStats:
         if aggregate == "percentile":
             return self.rows.abs().quantile(percentile / 100, dim=0)
         assert aggregate == "ema"
-        value_C = self._mean_KC[-1]
-        for mean_C in self._mean_KC.flip(0)[1:]:
+        in_turn_KC = self._mean_KC if ema_from == "clean" else self._mean_KC.flip(0)
+        value_C = in_turn_KC[0]
+        for mean_C in in_turn_KC[1:]:
             value_C = EMA_DECAY * value_C + (1 - EMA_DECAY) * mean_C
         return value_C.float()
 
@@ -199,13 +228,13 @@ class CalibrationStats:
     def segment(self, layer: str, lo: float, hi: float) -> SegmentStats:
         """Statistics of `layer` over the noise levels [lo, hi].
 
-        Raises UserError when the layer was not observed, or never in this range.
+        Raises UserError when the layer was not observed, never in this range, or together with steps outside of it.
         """
         if layer not in self.layers:
             hint = close_names(layer, self.layers)
             raise UserError(f"the statistics lack the layer {layer} ({hint}); calibrate this model again")
         observer = self.layers[layer]
-        buckets = [i for i in overlapping(len(observer.count), lo, hi) if observer.count[i] > 0]
+        buckets = observer.within(lo, hi)
         if not buckets:
             raise UserError(
                 f"no calibration data for {layer} at noise levels {lo:g} to {hi:g}: no sampling step "

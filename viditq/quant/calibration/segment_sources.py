@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from torch import nn
 
 from viditq.quant.calibration.context import denoisers_of
-from viditq.quant.calibration.noise_level import overlapping
 from viditq.quant.calibration.observers import CalibrationStats
 from viditq.quant.description.plan import QuantPlan
 
@@ -33,6 +32,4 @@ def segment_sources(denoiser: nn.Module, plan: QuantPlan, stats: CalibrationStat
 
 
 def _seen(stats: CalibrationStats, name: str, plan: QuantPlan, segment: int) -> bool:
-    count = stats.layers[name].count
-    buckets = overlapping(len(count), plan.edges[segment], plan.edges[segment + 1])
-    return bool(count[buckets].any())
+    return bool(stats.layers[name].reached(plan.edges[segment], plan.edges[segment + 1]))

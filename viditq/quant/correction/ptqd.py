@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
+from viditq.hooks import add_hook
 from viditq.quant.calibration.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of
 from viditq.quant.calibration.observers import NUM_BUCKETS
@@ -55,15 +56,14 @@ class Correction(nn.Module):
 
     def attach(self, denoiser: nn.Module, context: StepContext) -> None:
         """Becomes a part of the denoiser, whose outputs it corrects from now on; `context` is the denoiser's own."""
-        edges = bucket_edges(len(self.slope))
-
-        def correct(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            assert context.noise_level is not None
-            self.latest = interval_of(edges, context.noise_level)
-            return _replaced(output, partial(self.correct, self.latest))
-
         denoiser.add_module(NAME, self)
-        denoiser.register_forward_hook(correct, prepend=True)  # before the context forgets the noise level
+        # before the context forgets the noise level
+        add_hook(denoiser.register_forward_hook, partial(self._correct, context), prepend=True)
+
+    def _correct(self, context: StepContext, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        assert context.noise_level is not None
+        self.latest = interval_of(bucket_edges(len(self.slope)), context.noise_level)
+        return _replaced(output, partial(self.correct, self.latest))
 
     def correct(self, bucket: int, output: Tensor) -> Tensor:
         """(eps_q - bias) / (1 + k) of the first C channels; a learned variance behind them stays."""
@@ -160,6 +160,7 @@ class CorrectionFit:
     ) -> None:
         self._denoiser, self._quantized, self._scheduler = float_denoiser, quantized_denoiser, scheduler
         self._context, self._edges = StepContext((0, 1), timestep_scale), bucket_edges(num_buckets)
+        self._context.check(float_denoiser)
         self._sums: dict[str, Tensor] = {}
         self._outputs: list[_Outputs] = []  # since the scheduler's last step
 

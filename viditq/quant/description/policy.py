@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 from viditq.assets import resolve_plan
@@ -37,7 +38,8 @@ class PlanFile:
         resolve_plan(self.path)
 
     def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
-        """The file's plan; the recipe is not consulted. Raises UserError if it names Linears the model lacks."""
+        """The file's plan; the recipe is not consulted. Raises UserError if it names Linears that the model lacks or
+        keeps in float."""
         try:
             text = resolve_plan(self.path).read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -46,4 +48,10 @@ class PlanFile:
         unknown = sorted(set(plan.layers) - set(linear_names))
         if unknown:
             raise UserError(f"{self.path} quantizes {unknown[0]!r}, which is no Linear of this model.")
+        for layer, schemes in plan.layers.items():
+            if any(schemes) and any(fnmatchcase(layer, pattern) for pattern in keep_float):
+                raise UserError(
+                    f"{self.path} quantizes {layer!r}, which this model keeps in float (model.keep_float). Take it out "
+                    "of the plan; or if it is meant, out of model.keep_float, and give it a role (model.roles)."
+                )
         return plan

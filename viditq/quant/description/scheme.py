@@ -63,7 +63,10 @@ class LayerScheme:
         if self.low_rank is None:
             return
         if not is_int(self.low_rank) or self.low_rank < 1:
-            raise UserError(f"low_rank={self.low_rank!r} is not possible: give a whole number from 1, or null")
+            raise UserError(
+                f"low_rank={self.low_rank!r} is not possible: give the rank of the branch in 16 bits, a whole number "
+                "from 1 to the narrower side of the weights, such as 32; or null, for no branch"
+            )
         if self.weight is None:
             raise UserError("low_rank needs a quantized weight: what it leaves over is what gets quantized")
 

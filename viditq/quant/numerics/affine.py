@@ -3,13 +3,18 @@
 Asymmetric: codes 0 .. 2^b - 1, scale = (hi - lo) / (2^b - 1) with lo <= 0 <= hi, zero_point = round(-lo /
 scale).
 Symmetric:  codes -2^(b-1) .. 2^(b-1) - 1, scale = max(|lo|, |hi|) / (2^(b-1) - 1), zero_point = 0.
-Rounding is half to even. Parameters broadcast against the tensor they belong to.
+A scale is as small as its range asks for. Where that is not above 0 (a range of zeros, or one so small that the
+quotient underflows) it is EMPTY_SCALE, and all of the group becomes 0. hi - lo is formed as hi / 2 - lo / 2 over half
+as many steps: the same bits, but it does not overflow. NaN and inf in a range stay what they are.
+Codes are x / scale, a true division, rounded half to even, plus zero_point, then clamped. Parameters broadcast against
+the tensor they belong to.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-SCALE_FLOOR = 1e-6  # of a group whose range is zero; its neighbours keep their own scale
+EMPTY_SCALE = 1e-6
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -20,11 +25,16 @@ def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
 def compute_qparams(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point of ranges [lo, hi], in their shape and type."""
     if symmetric:
-        scale = torch.maximum(-lo, hi).div_(2 ** (bits - 1) - 1).clamp_(min=SCALE_FLOOR)
+        scale = usable_scale(torch.maximum(-lo, hi).div_(2 ** (bits - 1) - 1))
         return scale, torch.zeros_like(scale)
-    lo = lo.clamp(max=0)
-    scale = (hi.clamp(min=0) - lo).div_(2**bits - 1).clamp_(min=SCALE_FLOOR)
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    scale = usable_scale(hi.mul_(0.5).sub_(lo, alpha=0.5).div_((2**bits - 1) / 2))
     return scale, lo.neg_().div_(scale).round_()
+
+
+def usable_scale(scale: Tensor) -> Tensor:
+    """`scale` itself, overwritten with EMPTY_SCALE where it is not above 0."""
+    return F.threshold(scale, 0.0, EMPTY_SCALE, inplace=True)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Tensor:

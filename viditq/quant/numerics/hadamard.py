@@ -1,10 +1,11 @@
 """Randomised Hadamard rotations of any width, as a product of two small orthogonal factors.
 
 An order n = m 2^k (m odd) gets H = (A kron B) / sqrt(n), with A, B of entries +-1, A A^T = a I, B B^T = b I, a b = n.
-A is a matrix of Paley of the smallest order m 2^i that has one (12, 20, 28, 36, 60, 76, 108, 140, ...), doubled until A
-and B are about equal in size; B is Sylvester's. Where there is none for m 2^i (widths such as 6 or 10; none is known
-among diffusion transformers), H is block-diagonal, of Hadamard blocks of the largest power of two that divides n:
-channels of different blocks do not mix, and an odd width only gets its signs.
+The order of A is the smallest m 2^i of which there is a matrix of Paley (12, 20, 28, 36, 60, 76, 108, 140, ...),
+doubled until A and B are about equal in size; A is Paley's of that order where there is one (4608 = 72 x 64, and 72 =
+71 + 1), else a smaller one of Paley doubled; B is Sylvester's. Where there is none for m 2^i (widths such as 6 or 10;
+none is known among diffusion transformers), H is block-diagonal, of Hadamard blocks of the largest power of two that
+divides n: channels of different blocks do not mix, and an odd width only gets its signs.
 
 Construction: Paley, J. Math. Phys. 12 (1933) 311; use in quantization: QuaRot (arXiv 2404.00456).
 

@@ -43,7 +43,8 @@ def truncated(weight_OC: Tensor, rank: int, start_Or: Tensor | None = None) -> t
 def _balanced(basis_Or: Tensor, weight_OC: Tensor) -> tuple[Tensor, Tensor]:
     """The projection of the weight on an orthonormal basis as two factors of equal size."""
     rest_rC = basis_Or.T @ weight_OC
-    root_r = rest_rC.norm(dim=1).clamp(min=1e-30).sqrt()
+    norm_r = rest_rC.norm(dim=1)
+    root_r = norm_r.where(norm_r > 0, 1).sqrt()
     return basis_Or * root_r, rest_rC / root_r[:, None]
 
 

@@ -51,6 +51,7 @@ class BlockInputs:
         self.store, self.budget, self.blocks = BlockStore(folder, writer), budget, list(blocks)
         self._denoiser, self._num_buckets = denoiser, num_buckets
         self._context = StepContext((0, 1), timestep_scale)
+        self._context.check(denoiser)
         self._share = budget // max(len(self.blocks), 1)
         self._kept = {block: self.store.present(block) for block in self.blocks}
         self._largest = dict.fromkeys(self.blocks, 0)

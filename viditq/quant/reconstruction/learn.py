@@ -260,7 +260,7 @@ class _Learning:
 
     def _error(self, rounding: str) -> float:
         """Mean squared error of the block's output on inputs held out, relative to the output; mean over segments."""
-        errors = [self._mean_error(p, rounding) / max(_mean_square(p), 1e-30) for p in self.problems]
+        errors = [self._mean_error(p, rounding) / (_mean_square(p) or 1.0) for p in self.problems]
         return sum(errors) / len(errors)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq.quant.methods.rounding.adaround import SHIFT, STRETCH, learned, row_errors, soft_inverse
+from viditq.quant.numerics.size import power_of_two
 from viditq.quant.reconstruction.soft import SoftWeight
 
 LEARNING_RATE = 0.1
@@ -45,10 +46,12 @@ def observed(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 @torch.no_grad()
 def round_alone(weight: SoftWeight, moments_CC: Tensor, iterations: int, strength: float) -> None:
     """Moves `soft` to where AdaRound of the weight by itself leads, a little back from the ends."""
-    error_O = row_errors(weight.exact - weight.nearest, moments_CC)
+    size = power_of_two(weight.exact.abs().amax())
+    exact, scale = weight.exact / size, weight.scale / size
+    error_O = row_errors(exact - weight.nearest / size, moments_CC)
     if not error_O.sum() > 0:
         return
     weighed_CC = moments_CC * (weight.exact.numel() / error_O.sum())
     how = (weight.limits, iterations, LEARNING_RATE, strength)
-    h = (STRETCH * learned(weight.exact, weight.scale, weight.zero, weighed_CC, *how).sigmoid() - SHIFT).clamp_(0, 1)
+    h = (STRETCH * learned(exact, scale, weight.zero, weighed_CC, *how).sigmoid() - SHIFT).clamp_(0, 1)
     weight.soft.copy_(soft_inverse(h, MARGIN))

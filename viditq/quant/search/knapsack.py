@@ -5,12 +5,13 @@ size: that of all things which the chosen options keep, each counted once howeve
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from viditq.errors import UserError
 
 TOLERANCE = 1e-6  # relative: by how much rounding may exceed a limit (HiGHS works to 1e-7 itself)
+LARGEST_COST = 1e6  # of an option, as HiGHS sees it: it takes sums that differ by 1e-6 for equal
 Choice = tuple[int, ...]
 """Index of the option taken in each cell."""
 
@@ -59,9 +60,11 @@ def check_possible(problem: Problem) -> None:
         least = sum(min(option.uses[name] for option in cell) for cell in problem.cells)
         if least > limit * (1 + TOLERANCE):
             raise UserError(f"{name}={limit:g} is not possible: the least that the choices allow is {least:.6g}.")
-    leanest = _least(problem, lambda option: _size_of(problem, option))
-    if problem.size_limit is not None and not _fits_size(problem, leanest):
-        least = problem.size(leanest)
+    if _fits_size(problem, _least(problem, lambda option: _size_of(problem, option))):
+        return
+    smallest = _smallest(problem)  # cells that share a larger thing may take less than cells with the smallest each
+    if not _fits_size(problem, smallest):
+        least = problem.size(smallest)
         raise UserError(
             f"size_bytes={problem.size_limit:g} is not possible: the least that the choices allow is {least:.0f}."
         )
@@ -119,28 +122,58 @@ def _best_change(problem: Problem, choice: list[int], load: Callable[[Option], f
 def solve_exact(problem: Problem) -> Choice:
     """The cheapest choice within the limits; raises UserError where there is none.
 
+    Costs may span many decades: options that alone cost more than a choice already found are left out, and those that
+    remain are solved again on a scale of their own.
+    """
+    check_possible(problem)
+    cheapest = (min(option.cost for option in cell) for cell in problem.cells)
+    extras = [[option.cost - least for option in cell] for cell, least in zip(problem.cells, cheapest, strict=True)]
+    every = [extra for cell in extras for extra in cell]
+    most, of_things = inf, [0.0] * len(problem.sizes)
+    while True:
+        choice = _minimize(problem, [extra if extra <= most else inf for extra in every], of_things)
+        if choice is None:
+            raise UserError("No choice lies within all limits together; give more room to one of them.")
+        largest = max(extra for extra in every if extra <= most)
+        most = sum(cell[i] for cell, i in zip(extras, choice, strict=True))
+        if most == 0 or most > largest / 2:
+            return choice
+
+
+def _smallest(problem: Problem) -> Choice:
+    """That of the least size, whatever else it uses."""
+    unlimited = replace(problem, limits={}, size_limit=inf)
+    choice = _minimize(unlimited, [0.0] * sum(map(len, problem.cells)), list(problem.sizes.values()))
+    assert choice is not None
+    return choice
+
+
+def _minimize(problem: Problem, of_options: Sequence[float], of_things: Sequence[float]) -> Choice | None:
+    """The choice of the least summed costs of its options (inf: not to be taken) and of what it keeps, if there is one.
+
     Columns: one per option (0 or 1), then, with a size limit, one per thing: at least every option that keeps it.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
-    check_possible(problem)
-    num_options, (rows, low, high) = sum(map(len, problem.cells)), _rows(problem)
+    rows, low, high = _rows(problem)
     num_things = len(problem.sizes) if problem.size_limit is not None else 0
     entries = [(r, column, value) for r, row in enumerate(rows) for column, value in row.items()]
     r, columns, values = (list(of) for of in zip(*entries, strict=True))
-    matrix = coo_array((values, (r, columns)), shape=(len(rows), num_options + num_things)).tocsr()
-    costs = np.array([option.cost for cell in problem.cells for option in cell] + [0.0] * num_things)
+    costs = np.array([*of_options, *of_things[:num_things]])
+    allowed = np.isfinite(costs)
+    costs[~allowed] = 0.0
+    matrix = coo_array((values, (r, columns)), shape=(len(rows), len(costs))).tocsr()
     result = milp(
-        costs / (abs(costs).max() or 1.0),
-        integrality=np.array([1] * num_options + [0] * num_things),
-        bounds=Bounds(0, 1),
+        costs / (costs.max() or 1.0) * LARGEST_COST,
+        integrality=np.array([1] * len(of_options) + [0] * num_things),
+        bounds=Bounds(0, allowed.astype(float)),
         constraints=LinearConstraint(matrix, low, high),
         options={"mip_rel_gap": 0.0},
     )
     if result.x is None:
-        raise UserError("No choice lies within all limits together; give more room to one of them.")
+        return None
     choice, start = [], 0
     for cell in problem.cells:
         choice.append(int(result.x[start : start + len(cell)].argmax()))

@@ -70,6 +70,8 @@ class SensitivitySearch:
             raise UserError(f"quant.policy.prune={self.prune!r} must be a number from 0 to below 1.")
         if any(not isinstance(share, int | float) or not 0 <= share <= 1 for share in self.curve):
             raise UserError(f"quant.policy.curve={list(self.curve)!r} must list numbers from 0 to 1.")
+        if nulls := [name for name, metric in self.metrics.items() if metric is None]:
+            raise UserError(f"quant.policy.metrics.{nulls[0]}=null: take it out with ~quant.policy.metrics.{nulls[0]}.")
         if DEFAULT not in self.metrics:
             raise UserError("quant.policy.metrics needs the entry 'default', for roles that it does not name.")
 

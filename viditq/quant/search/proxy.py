@@ -28,7 +28,7 @@ from viditq.quant.search.candidates import Candidate, Group, candidate_plan
 from viditq.quant.search.costs import anchors_of, completed
 from viditq.quant.search.sensitivity import Swapper
 
-TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float64).tiny
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -124,9 +124,9 @@ class OnRows:
                 self._variants[key] = self._fit(layer, linear, scheme, lo, hi)
             variant = self._variants[key]
         rows_nC = self._rows[layer, segment]
-        exact_nO = rows_nC.float() @ linear.weight.float().T
+        exact_nO = (rows_nC.float() @ linear.weight.float().T).double()
         # one row = one token; a leading axis of 1 makes dynamic "tensor" take all rows together
-        error_nO = self._backend.linear(variant, rows_nC[None], None)[0].float() - exact_nO
+        error_nO = self._backend.linear(variant, rows_nC[None], None)[0] - exact_nO
         return float(error_nO.square().sum() / exact_nO.square().sum().clamp(min=TINY))
 
     def _fit(self, layer: str, linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:

@@ -15,7 +15,8 @@ from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.registry import RANGES
 from viditq.quant.description.specs import RangeSpec
 from viditq.quant.methods.ranges.search import best_shrunk, error_sums
-from viditq.quant.numerics.affine import SCALE_FLOOR, code_range, quantize
+from viditq.quant.numerics.affine import code_range, quantize, usable_scale
+from viditq.quant.numerics.size import at_unit_size
 
 # Shrunk ranges: one that holds the extremes is a poor start, its codes never clip.
 STARTS = [1 - i / 25 for i in range(20)]
@@ -36,6 +37,7 @@ class GridFit(RangeSpec):
             raise UserError(f"iterations={self.iterations!r} is not possible: give a whole number from 1")
 
     def fit(self, values_SE: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        values_SE, size_S1 = at_unit_size(values_SE)
         scale, zero_point = best_shrunk(values_SE, spec, STARTS, 2.0)
         error = error_sums(values_SE, scale, zero_point, spec)
         for _ in range(self.iterations):
@@ -47,20 +49,21 @@ class GridFit(RangeSpec):
                 break
             scale, zero_point = (torch.where(better, t, old) for t, old in zip(trial, (scale, zero_point), strict=True))
             error = torch.where(better, trial_error, error)
-        return scale, zero_point
+        return usable_scale(scale * size_S1), zero_point
 
 
 def least_squares_grid(values_SE: Tensor, codes_SE: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The scale and zero point [S, 1] under which fixed codes come closest to the values.
 
-    The zero point of the joint solution is rounded (it is stored as a code), then the scale is solved once more.
+    The zero point of the joint solution is rounded (it is stored as a code), then the scale is solved once more; NaN
+    where that is not above 0.
     """
     zero_point = torch.zeros_like(values_SE[:, :1])
     if not spec.symmetric:
         mean_x, mean_q = values_SE.mean(1, True), codes_SE.mean(1, True)
         centred = codes_SE - mean_q
-        slope = ((values_SE * centred).sum(1, True) / centred.square().sum(1, True)).clamp(min=SCALE_FLOOR)
+        slope = (values_SE * centred).sum(1, True) / centred.square().sum(1, True)
         zero_point = (mean_q - mean_x / slope).nan_to_num().round().clamp(*code_range(spec.bits, False))
     levels = codes_SE - zero_point
-    scale = ((values_SE * levels).sum(1, True) / levels.square().sum(1, True)).nan_to_num()
-    return scale.clamp(min=SCALE_FLOOR), zero_point
+    scale = (values_SE * levels).sum(1, True) / levels.square().sum(1, True)
+    return scale.where(scale > 0, torch.nan), zero_point

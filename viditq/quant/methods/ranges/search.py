@@ -15,7 +15,8 @@ from viditq.quant.description.fields import is_int
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.registry import RANGES
 from viditq.quant.description.specs import RangeSpec
-from viditq.quant.numerics.affine import compute_qparams, fake_quantize
+from viditq.quant.numerics.affine import compute_qparams, fake_quantize, usable_scale
+from viditq.quant.numerics.size import at_unit_size
 
 CHUNK = 2**17  # elements searched at once, so that what a try writes stays in the cache
 
@@ -38,7 +39,9 @@ class LpSearch(RangeSpec):
             raise UserError(f"num_shrinks={self.num_shrinks!r} is not possible: give a whole number from 1 to 99")
 
     def fit(self, values_SE: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        return best_shrunk(values_SE, spec, [1 - i / 100 for i in range(self.num_shrinks)], self.p)
+        values_SE, size_S1 = at_unit_size(values_SE)
+        scale, zero_point = best_shrunk(values_SE, spec, [1 - i / 100 for i in range(self.num_shrinks)], self.p)
+        return usable_scale(scale * size_S1), zero_point
 
 
 def best_shrunk(values_SE: Tensor, spec: QuantSpec, factors: Sequence[float], p: float) -> tuple[Tensor, Tensor]:

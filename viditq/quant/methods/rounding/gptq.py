@@ -63,7 +63,9 @@ class Gptq(RoundingSpec):
 
 
 def damped(moments_CC: Tensor, damping: float) -> Tensor:
-    """A positive definite copy: 1 for inputs that are always 0, then damping x mean(diag) on the diagonal."""
+    """A positive definite copy: inputs that are always 0 get mean(diag) on the diagonal (1 where all are), then all get
+    damping x mean(diag) more.
+    """
     out, diagonal = moments_CC.clone(), moments_CC.diagonal()
     dead = diagonal <= 0
     out.diagonal()[dead] = diagonal.mean() if not dead.all() else 1.0

@@ -1,0 +1,175 @@
+"""What of a configuration can be refused before diffusers and Lightning are imported, which takes many seconds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from viditq.assets import check_pipeline, is_hub_id, resolve
+from viditq.config import (
+    ALL_KEYS,
+    STAGES,
+    CalibrationConfig,
+    DiagnosisConfig,
+    NoiseFloorConfig,
+    RootConfig,
+    check_name,
+    check_overrides,
+)
+from viditq.engine.wandb_settings import check_wandb
+from viditq.errors import UserError
+from viditq.nulls import check_nulls
+from viditq.run_dir import check_folder
+from viditq.signatures import REQUIRED, arguments_of, unknown_key
+
+if TYPE_CHECKING:
+    from viditq.data.prompts import PromptData
+    from viditq.gate import Gate
+    from viditq.quant.setting import QuantSetting
+
+# Key -> lowest and highest value. The noise of sample i is seeded by 1,000,003 seed + i, which has to fit 64 bits; more
+# buckets than a sampler has steps, or rows than a prompt has tokens, only cost memory.
+NUMBERS: Mapping[str, tuple[int, int | None]] = {
+    "seed": (0, 10**12),
+    "batch_size": (1, None),
+    "calibration.num_buckets": (1, 1000),
+    "calibration.rows_per_bucket": (1, 10_000),
+    "calibration.block_input_bytes": (1, None),
+    "noise_floor.num_prompts": (0, None),
+    "diagnosis.num_prompts": (0, None),
+}
+OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logger; the rest are settings
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks have made of parts of the configuration, so that nothing is made twice."""
+
+    stages: tuple[str, ...]
+    gate: "Gate"
+    quant: "QuantSetting"
+    data: "PromptData"
+
+
+def check(cfg: DictConfig) -> Checked:
+    """Raises UserError (or Hydra's own message) for every value that is wrong whatever the model's files hold."""
+    check_values_alone(cfg)
+    # From here on torch is needed, which takes a second.
+    from viditq.gate import Gate
+    from viditq.quant.execution.backends import get_backend
+
+    get_backend(cfg.backend)
+    conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
+    gate = Gate.parse(conditions, [str(name) for name in cfg.metric])
+    check_model(cfg.model)
+    check_nulls(cfg.quant, "quant")
+    quant = instantiate(cfg.quant, _convert_="all")
+    return Checked(_stages(cfg.stages), gate, quant, instantiate(cfg.data, _convert_="all"))
+
+
+def check_values_alone(cfg: DictConfig) -> None:
+    """Keys, numbers, names and places; nothing is imported for them."""
+    _check_keys(cfg)
+    check_mode(cfg.estimate)
+    if HydraConfig.initialized():
+        check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
+    _stages(cfg.stages)
+    for key, (lowest, highest) in NUMBERS.items():
+        _check_number(key, OmegaConf.select(cfg, key), lowest, highest)
+    if cfg.noise_floor.num_prompts == 1:
+        raise UserError("noise_floor.num_prompts=1: one prompt has no spread. Give 0 (no noise floor), or 2 or more.")
+    check_name("name", cfg.name)
+    check_name("model.name", cfg.model.name)
+    check_folder(cfg.cache_dir, "cache_dir=FOLDER")
+    _check_devices(cfg.trainer)
+    _check_metrics(cfg.metric)
+    if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not cfg.estimate:
+        check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    """`+key=value` passes Hydra's check of the root; what lies below it is held against the constructors."""
+    for prefix, given, schema in (
+        ("", cfg, RootConfig),
+        ("calibration.", cfg.calibration, CalibrationConfig),
+        ("noise_floor.", cfg.noise_floor, NoiseFloorConfig),
+        ("diagnosis.", cfg.diagnosis, DiagnosisConfig),
+    ):
+        allowed = [field.name for field in fields(schema)]
+        for key in given:
+            if key not in allowed:
+                raise UserError(f"Unknown key {prefix}{key!s}. Known here are {', '.join(allowed)}.")
+    if found := unknown_key(OmegaConf.to_container(cfg)):
+        key, known = found
+        settings = [name for name in known if not (key.startswith("logger.") and name in OF_LOGGERS)]
+        raise UserError(f"Unknown key {key}. Known here are {', '.join(settings) or 'none'}. {ALL_KEYS}")
+
+
+def _check_number(name: str, value: int, lowest: int, highest: int | None) -> None:
+    if value < lowest or (highest is not None and value > highest):
+        most = "" if highest is None else f" and at most {highest}"
+        raise UserError(f"{name}={value} must be a whole number of at least {lowest}{most}.")
+
+
+def check_mode(mode: Any) -> None:
+    """Raises UserError for a value of the key `estimate` that means nothing."""
+    if mode not in (False, True, "meta"):
+        raise UserError(
+            f"estimate={mode!r} is unknown: true loads the model and times a step, meta takes its configuration alone "
+            "(no durations), false runs."
+        )
+
+
+def _stages(wanted: Any) -> tuple[str, ...]:
+    if not wanted:
+        raise UserError(f"stages=[] does nothing. Stages are {', '.join(STAGES)}.")
+    for stage in wanted:
+        if stage not in STAGES:
+            raise UserError(f"Unknown stage {stage!r}. Stages are {', '.join(STAGES)}.")
+    return tuple(stage for stage in STAGES if stage in wanted)
+
+
+def _check_metrics(metrics: Any) -> None:
+    if not OmegaConf.is_dict(metrics):
+        raise UserError(f"metric={metrics} measures nothing. Name the metrics that you want: metric=[psnr,ssim].")
+    for name, metric in metrics.items():
+        if not OmegaConf.is_dict(metric):
+            others = ",".join(str(other) for other in metrics if other != name)
+            given = "null" if metric is None else metric
+            raise UserError(
+                f"metric.{name}={given} measures nothing. Name the metrics that you want: metric=[{others}]."
+            )
+
+
+def _check_devices(trainer: Any) -> None:
+    for key in ("devices", "num_nodes"):
+        value = trainer.get(key)
+        all_gpus = key == "devices" and value == -1 and trainer.get("accelerator") != "cpu"
+        if isinstance(value, int) and value < 1 and not all_gpus:
+            raise UserError(
+                f"trainer.{key}={value} must be a whole number > 0. Use trainer=cpu or trainer=gpu with "
+                f"trainer.{key}=1."
+            )
+
+
+def check_model(node: DictConfig) -> None:
+    """Values and folder of a ModelAdapter; another class checks its own."""
+    from viditq.models.checks import check_values
+
+    given = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(given, dict)
+    values = arguments_of(str(given["_target_"])) if str(given["_target_"]).endswith(".ModelAdapter") else None
+    if values is None:
+        return
+    values |= {str(key): value for key, value in given.items()}
+    for key, value in values.items():
+        if value is REQUIRED:
+            raise UserError(f"model.{key} has no value. Give one: model.{key}=...")
+    check_values(SimpleNamespace(**values))
+    path = values["path"]
+    if isinstance(path, str) and not is_hub_id(path):
+        check_pipeline(resolve(path))

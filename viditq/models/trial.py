@@ -1,0 +1,206 @@
+"""One call of a model's pipeline without weights, text or decoding: which steps it takes, and what it tells denoisers.
+
+Everything but the scheduler and the pipeline's own code is a stand-in, so that it takes a second, whatever the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from viditq.models.registry import find_class
+from viditq.models.settings import call_settings
+
+NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
+NUM_TOKENS = 8
+TIMESTEPS = ("timestep", "t", "timesteps", "time")
+"""What denoisers call the argument that tells them the noise level."""
+CPU = torch.device("cpu")
+
+
+class _AllSteps(Exception):
+    """The last step is done; decoding comes next."""
+
+
+class TrialError(Exception):
+    """The pipeline fails, and how."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """told: what a denoiser was given as `argument`. level: the scheduler's timestep, as a share of those trained on;
+    where it rises from step to step (a model that counts backwards), 1 less that."""
+
+    argument: str
+    told: float
+    level: float
+
+
+def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[Step]:
+    """One step for each call of a denoiser, in order. Raises TrialError where the pipeline cannot sample so.
+
+    num_steps: None = the model's own.
+    """
+    try:
+        with torch.no_grad():
+            steps = _steps(adapter, scheduler, {"num_inference_steps": num_steps or adapter.num_steps})
+        if not steps:
+            raise ValueError("it calls no denoiser before a step of its scheduler")
+        return _in_order(steps)
+    except Exception as error:  # whatever a pipeline's own code raises says that it does not sample so
+        raise TrialError(f"{type(error).__name__}: {error}") from error
+
+
+def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]:
+    recorder = _Recorder(adapter, scheduler)
+    joined = adapter.build_denoiser()
+    denoisers = dict(joined) if isinstance(joined, nn.ModuleDict) else {adapter.denoiser_names[0]: joined}
+    for denoiser in denoisers.values():
+        denoiser.forward = recorder.around(denoiser)
+    scheduler.step = recorder.step(scheduler.step)
+    pipeline = _assembled(adapter, {**denoisers, "scheduler": scheduler})
+    if adapter.conditioning == "class":
+        prompt: dict[str, Any] = {"class_labels": [0]}
+    else:
+        prompt = {"prompt": "a"}
+        pipeline.encode_prompt = lambda *args, **kwargs: _embeddings(adapter)
+    settings = call_settings(adapter, pipeline) | settings
+    with suppress(_AllSteps):
+        pipeline(**prompt, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
+    return recorder.steps
+
+
+def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
+    """The pipeline of these parts; other models are empty, or absent where transformers has their class."""
+    for name, value in adapter.index().items():
+        if name in parts or not isinstance(value, list) or value[0] is None:
+            continue
+        if value[0] == "transformers" or name.startswith("tokenizer"):
+            parts[name] = None
+            continue
+        cls = find_class(value[1])
+        if _is_model(cls):
+            with init_empty_weights(include_buffers=False):
+                parts[name] = cls.from_config(cls.load_config(adapter.folder / name))
+    cls = find_class(adapter.pipeline)
+    pipeline = cls.from_pretrained(adapter.folder, local_files_only=True, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    on_cpu = property(lambda _: CPU)  # where the stand-ins' parameters are, nothing can be computed
+    pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": on_cpu, "device": on_cpu})
+    return pipeline
+
+
+def _is_model(cls: Any) -> bool:
+    return inspect.isclass(cls) and issubclass(cls, ModelMixin)
+
+
+def _embeddings(adapter: Any) -> tuple[Any, ...]:
+    """What `encode_prompt` would return, of any size: only stand-ins see it."""
+    embeds: Any = torch.zeros(1, NUM_TOKENS, NUM_TOKENS)
+    pooled, mask = torch.zeros(1, NUM_TOKENS), torch.ones(1, NUM_TOKENS, dtype=torch.long)
+    if adapter.list_embeds:
+        embeds = [embeds[0]]
+    kinds = {"mask": mask, "pooled": pooled}
+    return tuple(
+        next((value for kind, value in kinds.items() if kind in (name or "")), embeds)
+        for name in adapter.encode_outputs
+    )
+
+
+class _Recorder:
+    """What denoisers are told between the scheduler's steps."""
+
+    def __init__(self, adapter: Any, scheduler: Any) -> None:
+        self.adapter, self.scheduler = adapter, scheduler
+        self.num_train = float(scheduler.config.get("num_train_timesteps", 1000))
+        self.told: list[tuple[str, float]] = []
+        self.steps: list[Step] = []
+        self.count = 0
+
+    def around(self, denoiser: Any) -> Any:
+        """In place of its forward: takes note, and predicts nothing."""
+        forward = denoiser.forward
+        signature = inspect.signature(forward)
+        argument = _argument(self.adapter, signature)
+
+        @functools.wraps(forward)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            self.told.append((argument, _single(given[argument])))
+            out = _prediction(next(iter(given.values())), denoiser.config)
+            return (out,) if given.get("return_dict") is False else Transformer2DModelOutput(sample=out)
+
+        return recorded
+
+    def step(self, plain: Any) -> Any:
+        """In place of the scheduler's step."""
+        signature = inspect.signature(plain)
+
+        @functools.wraps(plain)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            level = float(given["timestep"]) / self.num_train
+            self.steps += [Step(argument, told, level) for argument, told in self.told]
+            self.told = []
+            self.count += 1
+            sample, out = given["sample"], given["model_output"]
+            if self.count <= NUM_REAL:
+                if out.ndim == 3:  # tokens: of a denoiser that sees more of them than it predicts
+                    given["model_output"] = torch.zeros_like(sample)
+                stepped = plain(**given)
+            else:
+                stepped = (sample,) if given.get("return_dict") is False else _Stepped(sample)
+            if self.count == len(self.scheduler.timesteps):
+                raise _AllSteps
+            return stepped
+
+        return recorded
+
+
+@dataclass
+class _Stepped:
+    """What schedulers return with return_dict=True."""
+
+    prev_sample: Any
+
+
+def _argument(adapter: Any, signature: inspect.Signature) -> str:
+    names = [adapter.timestep_argument, *TIMESTEPS]
+    found = next((name for name in names if name in signature.parameters), None)
+    if found is None:
+        raise ValueError(f"its denoiser takes none of {', '.join(names)}")
+    return found
+
+
+def _single(value: Any) -> float:
+    values = torch.as_tensor(value, dtype=torch.float64).flatten()
+    if bool((values != values[0]).any()):
+        raise ValueError("its denoiser is told several timesteps at once")
+    return float(values[0])
+
+
+def _prediction(x: Any, config: Any) -> Any:
+    """Zeros as large as the denoiser's output: its input, of latents with `out_channels` for `in_channels`."""
+    if isinstance(x, (list, tuple)):
+        return [_prediction(one, config) for one in x]
+    shape, (before, after) = list(x.shape), (config.get("in_channels"), config.get("out_channels"))
+    if len(shape) > 3 and isinstance(after, int) and before in shape[1:]:
+        shape[shape.index(before, 1)] = after
+    out: Tensor = x.new_zeros(shape)
+    return out
+
+
+def _in_order(steps: list[Step]) -> list[Step]:
+    """Sampling goes from noise to none: where the scheduler counts up, it counts what is clean."""
+    if steps and steps[0].level < steps[-1].level:
+        return [Step(step.argument, step.told, 1 - step.level) for step in steps]
+    return steps
