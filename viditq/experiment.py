@@ -13,11 +13,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 
-from viditq.config import STAGES, CalibrationConfig, DiagnosisConfig, NoiseFloorConfig, RootConfig
+from viditq.config import (
+    STAGES,
+    BenchmarkConfig,
+    CalibrationConfig,
+    DiagnosisConfig,
+    NoiseFloorConfig,
+    RootConfig,
+)
 from viditq.data.prompts import PromptData
+from viditq.engine.timing import MIN_ROUNDS
 from viditq.errors import UserError
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
+from viditq.models.compiling import check_compiler
 from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
@@ -30,7 +39,7 @@ from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
-UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "cache_dir", "batch_size", "gate")
+UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "cache_dir", "batch_size", "gate", "benchmark")
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Experiment:
     block_input_bytes: int
     floor_prompts: int
     diagnosis_prompts: int
+    benchmark_rounds: int
+    benchmark_seconds: float | None
     gate: Gate
     backend: str
     stages: tuple[str, ...]
@@ -89,6 +100,9 @@ def build(cfg: DictConfig) -> Experiment:
     if cfg.noise_floor.num_prompts == 1:
         raise UserError("noise_floor.num_prompts=1: one prompt has no spread. Give 0 (no noise floor), or 2 or more.")
     _check_number("diagnosis.num_prompts", cfg.diagnosis.num_prompts, 0)
+    _check_number("benchmark.rounds", cfg.benchmark.rounds, MIN_ROUNDS)
+    if cfg.benchmark.max_seconds is not None and not cfg.benchmark.max_seconds >= 0:
+        raise UserError(f"benchmark.max_seconds={cfg.benchmark.max_seconds} must be null or a number of at least 0.")
     get_backend(cfg.backend)
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
@@ -102,6 +116,8 @@ def build(cfg: DictConfig) -> Experiment:
     _check_segments(adapter, plan, cfg.calibration.num_buckets)
     if quant.shrinks_noise:
         check_shrinkable(adapter.make_scheduler(), adapter.call)
+    if not adapter.compile:  # younger than what folders of runs hold
+        tracked["model"].pop("compile", None)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     experiment = Experiment(
@@ -113,6 +129,8 @@ def build(cfg: DictConfig) -> Experiment:
         block_input_bytes=cfg.calibration.block_input_bytes,
         floor_prompts=cfg.noise_floor.num_prompts,
         diagnosis_prompts=cfg.diagnosis.num_prompts,
+        benchmark_rounds=cfg.benchmark.rounds,
+        benchmark_seconds=cfg.benchmark.max_seconds,
         gate=gate,
         backend=cfg.backend,
         stages=stages,
@@ -129,7 +147,9 @@ def build(cfg: DictConfig) -> Experiment:
         logger_name=str(cfg.logger["_target_"]) if cfg.logger else "none",
         tracked={str(k): v for k, v in tracked.items() if k not in UNTRACKED} | {"inputs": inputs},
     )
-    experiment.make_trainer()
+    trainer = experiment.make_trainer()
+    if adapter.compile:
+        check_compiler(trainer.strategy.root_device, getattr(trainer, "offload", None))
     return experiment
 
 
@@ -140,6 +160,7 @@ def _check_keys(cfg: DictConfig) -> None:
         ("calibration.", cfg.calibration, CalibrationConfig),
         ("noise_floor.", cfg.noise_floor, NoiseFloorConfig),
         ("diagnosis.", cfg.diagnosis, DiagnosisConfig),
+        ("benchmark.", cfg.benchmark, BenchmarkConfig),
     ):
         allowed = [field.name for field in fields(schema)]
         for key in given:

@@ -48,7 +48,7 @@ class ModelAdapter:
     scheduler: another scheduler class of diffusers than the stored one; scheduler_settings: what replaces its settings.
 
     dtype: of all parts but component_dtypes (part -> dtype). attention: backend of diffusers' dispatch, None = the
-    model's own. roles: role -> patterns of Linear names, for reports and mixed precision; keep_float: patterns of
+    model's own. compile: torch.compile while samples are generated. roles: role -> patterns of Linear names, for reports and mixed precision; keep_float: patterns of
     Linears never quantized. guess: the roles are guessed, and every field that is None but has to have a value.
     Raises UserError on values outside these.
     """
@@ -78,6 +78,7 @@ class ModelAdapter:
     negative_prompt: str | None = None
     list_embeds: bool = False
     attention: str | None = None
+    compile: bool = False
     scheduler: str | None = None
     scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
     encode: Mapping[str, Any] = field(default_factory=dict)
@@ -118,8 +119,8 @@ class ModelAdapter:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values from which `ModelAdapter.from_dict` builds it again."""
-        return dataclasses.asdict(self)
+        """Plain values from which `ModelAdapter.from_dict` builds it again; whether it is compiled is the run's."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "compile"}
 
     # Files ------------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ def check_values(model: Any) -> None:
         value = getattr(model, key)
         if value not in allowed and not (value is None and model.guess):
             raise UserError(f"model.{key}={value!r} is unknown; choose {' or '.join(allowed)}.")
+    if not isinstance(model.compile, bool):
+        raise UserError(f"model.compile={model.compile!r} must be true or false.")
     for key in COUNTS:
         _check_number(key, getattr(model, key), whole=True, lowest=1)
     _check_number("guidance_scale", model.guidance_scale, whole=False, lowest=0)

@@ -5,6 +5,7 @@ Legend: O out_features, C in_features.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import cast
 
 import torch
@@ -73,3 +74,8 @@ class QuantLinear(nn.Module):
 def quant_linears(denoiser: nn.Module) -> dict[str, QuantLinear]:
     """All QuantLinears by name."""
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, QuantLinear)}
+
+
+def backend_counts(denoiser: nn.Module) -> dict[str, int]:
+    """Name of a backend -> how many QuantLinears it computes; empty where nothing is quantized."""
+    return dict(sorted(Counter(layer.backend.name for layer in quant_linears(denoiser).values()).items()))
