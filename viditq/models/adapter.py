@@ -48,8 +48,9 @@ class ModelAdapter:
     scheduler: another scheduler class of diffusers than the stored one; scheduler_settings: what replaces its settings.
 
     dtype: of all parts but component_dtypes (part -> dtype). attention: backend of diffusers' dispatch, None = the
-    model's own. compile: torch.compile while samples are generated. roles: role -> patterns of Linear names, for reports and mixed precision; keep_float: patterns of
-    Linears never quantized. guess: the roles are guessed, and every field that is None but has to have a value.
+    model's own. compile: torch.compile while samples are generated. roles: role -> patterns of Linear names, for
+    reports and mixed precision; keep_float: patterns of Linears never quantized. guess: the roles are guessed, and
+    every field that is None but has to have a value.
     Raises UserError on values outside these.
     """
 

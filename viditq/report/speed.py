@@ -7,7 +7,6 @@ from typing import Any
 from viditq.report.wording import num_bytes, three_digits
 
 EMULATION = "fake"  # the backend that computes in floating point what integers would give
-SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 COMPILED = "_compiled"
 
 
@@ -26,7 +25,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class SpeedView:
-    """The bars, fastest last, and what to know of them."""
+    """The bars, slowest first, and what the times depend on."""
 
     bars: tuple[Bar, ...]
     where: str
@@ -49,27 +48,25 @@ def emulated(backend: Mapping[str, Any] | None) -> str:
     return f"Emulated in part: {count} of {total} quantized Linears ran in floating point." if count else ""
 
 
-def measured(speed: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], dict[str, Mapping[str, Any]]]:
-    """The quantized candidate as the run computes it: its name, what it took; and those that it is set against."""
+def measured(speed: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Mapping[str, Any]]]:
+    """The quantized candidate as the run computes it, compiled or not, and what it is set against, float first."""
     candidates = speed["candidates"]
     end = COMPILED if f"quantized{COMPILED}" in candidates else ""
     others = {name: c for name, c in candidates.items() if name.endswith(COMPILED) == bool(end)}
-    name = f"quantized{end}"
-    return name, others.pop(name), others
+    return others.pop(f"quantized{end}"), others
 
 
 def speed_line(backend: Mapping[str, Any] | None, speed: Mapping[str, Any] | None) -> str:
     """The line of the headline: emulated or not, the step's time against float's, the weights' memory."""
     told = [emulated(backend)]
     if speed is not None:
-        _, mine, others = measured(speed)
-        against = " and ".join(
-            f"{three_digits(other['seconds']['median'] / mine['seconds']['median'])} times the speed of {other['dtype']}"
-            for other in others.values()
-        )
+        mine, others = measured(speed)
+        median = mine["seconds"]["median"]
+        ratios = [(other["seconds"]["median"] / median, other["dtype"]) for other in others.values()]
+        against = " and ".join(f"{three_digits(ratio)} times the speed of {dtype}" for ratio, dtype in ratios)
         float_bytes = next(iter(others.values()))["weights_bytes"]
         told.append(
-            f"A step of the denoiser takes {milliseconds(mine['seconds']['median'])}, {against}; its weights hold "
+            f"A step of the denoiser takes {milliseconds(median)}, {against}; its weights hold "
             f"{num_bytes(mine['weights_bytes'])} of memory, those of float {num_bytes(float_bytes)}."
         )
     return " ".join(filter(None, told))
@@ -93,7 +90,7 @@ def speed_view(speed: Mapping[str, Any]) -> SpeedView:
                 quantized=name.startswith("quantized"),
             )
         )
-    return SpeedView(tuple(bars), where(speed))
+    return SpeedView(tuple(bars), f"{speed['rounds']} rounds in random order, {conditions(speed)}")
 
 
 def label_of(name: str, candidate: Mapping[str, Any], speed: Mapping[str, Any]) -> str:
@@ -104,16 +101,15 @@ def label_of(name: str, candidate: Mapping[str, Any], speed: Mapping[str, Any]) 
     return f"{label}, compiled" if candidate["compiled"] else label
 
 
-def where(speed: Mapping[str, Any]) -> str:
-    """What the times depend on: `8 prompts at once, 10 rounds, 1 thread of 2 cores, AMD EPYC (avx2, ...), torch 2`."""
+def conditions(speed: Mapping[str, Any]) -> str:
+    """What times depend on: `8 prompts at once, 1 thread on 2 cores of AMD EPYC (avx2, ...), torch 2.13`."""
     machine = speed["machine"]
     count, threads, cores = speed["batch_size"], machine["threads"], machine["cores"]
     on = machine["gpu"] or (
         f"{threads} {'thread' if threads == 1 else 'threads'} on {cores} {'core' if cores == 1 else 'cores'} of "
         f"{machine['cpu']} ({', '.join(machine['isa'])})"
     )
-    at_once = f"{count} {'prompt' if count == 1 else 'prompts'} at once"
-    return f"{at_once}, {speed['rounds']} rounds in random order, {on}, torch {machine['torch']}"
+    return f"{count} {'prompt' if count == 1 else 'prompts'} at once, {on}, torch {machine['torch']}"
 
 
 def milliseconds(seconds: float) -> str:

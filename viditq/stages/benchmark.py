@@ -3,7 +3,6 @@
 import gc
 import random
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -82,6 +81,7 @@ def _benchmark(job: Job) -> str:
     e, device = job.experiment, job.experiment.make_trainer().strategy.root_device
     call, denoisers = _denoisers(job, device)
     counts = backend_counts(denoisers[QUANTIZED])
+    gc.collect()  # the rest of the pipelines
     work = {name: partial(_computed, call, denoiser, device) for name, denoiser in denoisers.items()}
     steps, peaks = {}, {}
     for name, step in work.items():
@@ -112,7 +112,7 @@ def _benchmark(job: Job) -> str:
     }
     job.run_dir.forget_report()
     write_json(job.run_dir.speed, speed)
-    told = ", ".join(f"{name} {1e3 * c['seconds']['median']:.3g} ms" for name, c in candidates.items())
+    told = ", ".join(f"{name} {1e3 * spread(times)['median']:.3g} ms" for name, times in seconds.items())
     return f"a step of {call.num_prompts} prompts: {told} ({job.run_dir.speed})"
 
 
@@ -131,15 +131,13 @@ def _denoisers(job: Job, device: torch.device) -> tuple[Call, dict[str, nn.Modul
         if isinstance(part, nn.Module):
             part.to(device)
     call = first_call(adapter, pipeline, list(map(job.load_embeds(e.data.prompts), batch)), batch, e.seed)
-    loaders: dict[str, Callable[[], Any]] = {FLOAT: lambda: pipeline}
+    found = {FLOAT: adapter.denoiser_of(pipeline)}
     if adapter.dtype != HALF:
-        loaders[HALF] = lambda: in_dtype(adapter, adapter.load(), HALF)
-    loaders[QUANTIZED] = lambda: load_artifact(job.run_dir.artifact, backend=e.backend, complete=False)
-    found = {name: adapter.denoiser_of(load()).to(device) for name, load in loaders.items()}
+        found[HALF] = adapter.denoiser_of(in_dtype(adapter, adapter.load(), HALF)).to(device)
+    quantized = load_artifact(job.run_dir.artifact, backend=e.backend, complete=False)
+    found[QUANTIZED] = adapter.denoiser_of(quantized).to(device)
     if adapter.compile:
         found |= {f"{name}{COMPILED}": compiled_twin(denoiser) for name, denoiser in found.items()}
-    del pipeline
-    gc.collect()
     return call, found
 
 
