@@ -39,7 +39,6 @@ def launch(config: str, folder: Path, count: int) -> None:
     not (a signal).
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says it in its own way, at length
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     setting = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

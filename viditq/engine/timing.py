@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 MIN_ROUNDS = 5  # fewer say nothing about a median
+MEMORY = Path("/proc/meminfo")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): the peak of the resident set starts again from what is resident now
 
@@ -41,9 +42,11 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "low": tenths[0], "high": tenths[-1]}
 
 
-def rounds_within(seconds: float, each: float, most: int) -> int:
-    """How many rounds of `each` seconds fit; at least MIN_ROUNDS and at most `most`."""
-    return max(MIN_ROUNDS, min(most, int(seconds / each) if each > 0 else most))
+def rounds_within(seconds: float | None, each: float, most: int) -> int:
+    """How many rounds of `each` seconds fit; at least MIN_ROUNDS and at most `most`, which it is for None."""
+    if seconds is None or seconds >= most * each:
+        return most
+    return max(MIN_ROUNDS, int(seconds / each))
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
@@ -60,15 +63,24 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier work has freed would hide what this needs
     try:
         CLEAR.write_text(RESET_PEAK)
-        before = _resident("VmRSS")
+        before = _bytes_of(STATUS, "VmRSS")
         work()
-        return max(0, _resident("VmHWM") - before)
+        return max(0, _bytes_of(STATUS, "VmHWM") - before)
     except OSError:  # no such files, or not for this process
         return None
 
 
-def _resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError):
+        return _bytes_of(MEMORY, "MemAvailable")
+    return None
+
+
+def _bytes_of(file: Path, field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+) kB", file.read_text(), re.MULTILINE)
     if found is None:
-        raise OSError(f"{STATUS} has no {field}")
+        raise OSError(f"{file} has no {field}")
     return 1024 * int(found[1])

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from viditq.estimate import Estimate
-from viditq.estimate.work import DONE
+from viditq.estimate.work import DONE, LEFT_OUT
 
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -86,7 +86,7 @@ def stages_table(estimate: Estimate) -> Table:
     table = _table("Stages", "stage", "samples", "forwards", "time", *memory, "")
     total = 0.0
     for stage, work in estimate.works.items():
-        peak = estimate.peaks.get(stage) if work.note != DONE else None
+        peak = estimate.peaks.get(stage) if work.note not in (DONE, LEFT_OUT) else None
         seconds = None if work.seconds is None else work.seconds / estimate.processes
         total += seconds or 0.0
         cells = [size(peak.vram)] if gpu and peak else ["-"] if gpu else []

@@ -12,10 +12,11 @@ from torch import nn
 from viditq import provenance
 from viditq.engine.capture import Call, first_call
 from viditq.engine.sampling import batches_of
-from viditq.engine.timing import MIN_ROUNDS, interleaved, peak_bytes, rounds_within, spread
+from viditq.engine.timing import MIN_ROUNDS, free_bytes, interleaved, peak_bytes, rounds_within, spread
 from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.loading import in_dtype, load_artifact
+from viditq.models.checks import DTYPES
 from viditq.models.compiling import compiled_twin
 from viditq.models.generate import group_by_shape
 from viditq.quant.execution.linear import backend_counts
@@ -40,8 +41,8 @@ def benchmark(job: Job) -> str:
 
 def why_not(job: Job) -> str | None:
     """Why nothing is measured; None where it is."""
-    e = job.experiment
-    if getattr(e.make_trainer(), "offload", None) is not None:
+    e, trainer = job.experiment, job.experiment.make_trainer()
+    if getattr(trainer, "offload", None) is not None:
         return "with trainer.offload a step takes as long as its weights take to move"
     most, expected = e.benchmark_seconds, expected_seconds(job)
     if most is not None and expected is not None and expected > most:
@@ -49,6 +50,11 @@ def why_not(job: Job) -> str | None:
             f"it would take about {expected:.0f} s by the time of a step in reference and generate, more than "
             f"benchmark.max_seconds={most:g}; benchmark.max_seconds=null measures however long it takes"
         )
+    count = sum(p.numel() for p in e.adapter.build_denoiser().parameters())
+    needed = count * (2 * e.adapter.torch_dtype.itemsize + DTYPES[HALF].itemsize + 1)  # float, half; codes and dense
+    free = free_bytes(trainer.strategy.root_device)
+    if free is not None and needed > free:
+        return f"float, {HALF} and quantized weights together take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
     return None
 
 
@@ -90,8 +96,8 @@ def _benchmark(job: Job) -> str:
         start = time.perf_counter()
         peaks[name] = peak_bytes(step, device)
         steps[name] = time.perf_counter() - start
-    left = float("inf") if e.benchmark_seconds is None else e.benchmark_seconds - WARM_UPS * sum(steps.values())
-    rounds = rounds_within(left, sum(steps.values()), e.benchmark_rounds)
+    each, limit = sum(steps.values()), e.benchmark_seconds
+    rounds = rounds_within(None if limit is None else limit - WARM_UPS * each, each, e.benchmark_rounds)
     seconds = interleaved(work, rounds, random.Random(e.seed))
     candidates = {
         name: {
