@@ -27,7 +27,7 @@ _SHARE: ContextVar["CoreShare | None"] = ContextVar("share", default=None)  # to
 
 @dataclass(frozen=True)
 class Claim:
-    """What a process that computes says of itself: the cores it may run on; threads: fixed by hand, None = its share."""
+    """What a process that computes says of itself: the cores that are its own; threads: fixed by hand, or its share."""
 
     cores: frozenset[int]
     threads: int | None = None
