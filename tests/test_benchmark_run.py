@@ -62,7 +62,7 @@ def test_the_report_and_the_console_tell_that_it_was_emulated(
     words = "Emulated: the quantized Linears ran in floating point (backend fake)"
     assert words in capsys.readouterr().out
     page = (finished_run / "report.html").read_text()
-    assert words in page and 'id="speed"' in page and "quantized (fake)" in page
+    assert words in page and 'id="step"' in page and "quantized (fake)" in page
 
 
 def test_it_is_measured_again_where_it_is_gone_and_the_page_follows(
@@ -162,4 +162,4 @@ def test_samples_of_an_earlier_version_have_no_count(run: Run, run_copy: Path, s
     metrics = run(run_copy, shared_cache, "stages=[evaluate,report]") or {}
     assert metrics["backend"] == {"requested": "fake", "layers": None}
     page = (run_copy / "report.html").read_text()
-    assert "Emulated: the quantized Linears" in page and 'id="speed"' not in page
+    assert "Emulated: the quantized Linears" in page and 'id="step"' not in page

@@ -70,7 +70,9 @@ def tell(experiment: Experiment, run_dir: RunDir, mode: Any) -> None:
     """Print what the run would need."""
     if sweep_name() is not None:
         raise UserError("estimate tells of one run: leave out -m, and choose no experiment that is a sweep (bench).")
-    show(terminal(), experiment.name, experiment.adapter.name, estimate(Job(experiment, run_dir), mode))
+    with sharing_cores() as cores:
+        cores.follow()
+        show(terminal(), experiment.name, experiment.adapter.name, estimate(Job(experiment, run_dir), mode))
 
 
 def processes_to_launch(experiment: Experiment) -> int:

@@ -39,6 +39,7 @@ def show(console: Console, name: str, model: str, estimate: Estimate) -> None:
     )
     console.print(parts_table(estimate))
     console.print(weights_table(estimate))
+    console.print(backends_table(estimate))
     console.print(stages_table(estimate))
     console.print(disk_table(estimate))
     for remark in estimate.remarks:
@@ -73,9 +74,20 @@ def weights_table(estimate: Estimate) -> Table:
         ("zero points", w.zero_points),
         ("transforms, static ranges", w.transforms),
         ("left in float, in memory", w.rest),
-        ("dense weights that emulation adds, in memory", w.dense),
+        ("what the backend adds to the codes, in memory", w.dense),
     ):
         table.add_row(f"  {label}", size(nbytes), "")
+    return table
+
+
+def backends_table(estimate: Estimate) -> Table:
+    """The denoiser in memory and a step of it, in float and by each backend."""
+    table = _table("Denoiser in memory, by backend", "backend", "bytes", "against 16 bits", "a step", "")
+    for name, held in estimate.held.items():
+        if held.why:
+            table.add_row(name, "-", "-", "-", held.why)
+            continue
+        table.add_row(name, size(held.nbytes), f"{held.nbytes / estimate.float16:.2f}x", duration(held.seconds), "")
     return table
 
 

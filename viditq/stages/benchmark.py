@@ -20,7 +20,7 @@ from viditq.models.checks import DTYPES
 from viditq.models.compiling import compiled_twin
 from viditq.models.generate import group_by_shape
 from viditq.quant.execution.linear import backend_counts
-from viditq.quant.sizes import module_bytes
+from viditq.quant.sizes import held_bytes
 from viditq.run_dir import Entry, read_seconds
 
 WARM_UPS = 2  # of each candidate; in the second its memory is seen
@@ -104,7 +104,7 @@ def _benchmark(job: Job) -> str:
             "dtype": _dtype(job, name),
             "compiled": name.endswith(COMPILED),
             "seconds": spread(seconds[name]),
-            "weights_bytes": module_bytes(denoiser),
+            "weights_bytes": held_bytes(denoiser),
             "step_bytes": peaks[name],
         }
         for name, denoiser in denoisers.items()

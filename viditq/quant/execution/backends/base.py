@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.variant import Variant
+from viditq.quant.numerics.packing import packed_size
 
 
 class Backend(ABC):
@@ -24,6 +26,14 @@ class Backend(ABC):
     def supports(self, scheme: LayerScheme) -> bool:
         """Whether every field of `scheme` is honoured exactly."""
         return self.unsupported_field(scheme) is None
+
+    def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Memory of one variant's weight once it is prepared, without scales, transforms and the low-rank branch; here
+        that of the codes as they are stored. dtype: of a weight that stays in float.
+        """
+        if scheme.weight is None:
+            return out_features * in_features * dtype.itemsize
+        return out_features * packed_size(in_features, scheme.weight.bits)
 
     @abstractmethod
     def prepare(self, variant: Variant) -> None:
