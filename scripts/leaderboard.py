@@ -13,6 +13,7 @@ run are left out and named.
 import argparse
 import base64
 import glob
+import math
 import os
 import sys
 from collections import defaultdict
@@ -42,13 +43,15 @@ FILES = {  # of a finished run, with the keys that have to be there
     ),
     "per_prompt.json": ("prompts", "metrics", "reference"),
 }
-Runs = dict[Path, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
+SPEED, SPEED_KEYS = "speed.json", ("backend", "batch_size", "rounds", "machine", "candidates")
+Runs = dict[Path, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any] | None]]
 WIDTHS = ("quant.weight.bits", "quant.activation.bits")
 COSTS = {  # name -> axis, attribute of a row
     "bits": ("weight bits", "weight_bits"),
     "bytes": ("denoiser, MB", "megabytes"),
-    "seconds": ("sampling, s", "seconds"),
+    "step": ("measured step, ms", "step_milliseconds"),
 }
+NOT_MEASURED = "no run has a step that was measured without emulation (the stage benchmark measures)"
 PARETO_ALT = "Quality of {} against {}, with the Pareto front"
 WIDTHS_ALT = "Quality of each method on {} at each pair of bit widths, with error bars"
 BOLD = "Bold: the best of its width, and all whose paired 95 % interval to it includes 0."
@@ -67,7 +70,9 @@ def find(arguments: list[str]) -> list[Path]:
 
 
 def read(folders: list[Path]) -> Runs:
-    """metrics.json, configuration and per_prompt.json of every finished run; names the others on stderr."""
+    """metrics.json, configuration, per_prompt.json and speed.json (None without) of every finished run; names the
+    others on stderr.
+    """
     runs: Runs = {}
     for folder in folders:
         absent = [name for name in FILES if not (folder / name).is_file()]
@@ -76,7 +81,8 @@ def read(folders: list[Path]) -> Runs:
             continue
         try:
             config, metrics, per_prompt = (read_mapping(folder / name, keys) for name, keys in FILES.items())
-            runs[folder] = metrics, flatten(config), per_prompt
+            speed = read_mapping(folder / SPEED, SPEED_KEYS) if (folder / SPEED).is_file() else None
+            runs[folder] = metrics, flatten(config), per_prompt, speed
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
@@ -105,17 +111,18 @@ def unrepeated(runs: Runs) -> Runs:
 def rows(runs: Runs, beside: Path) -> list[Row]:
     """Each a configuration with its seeds."""
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
-    for folder, (metrics, config, _) in runs.items():
+    for folder, (metrics, config, _, _) in runs.items():
         groups[configuration(config)][metrics["seed"]] = folder
     found, firsts = [], [seeds[min(seeds)] for seeds in groups.values()]
     for seeds in groups.values():
         ordered = [runs[seeds[seed]] for seed in sorted(seeds)]
-        first, (metrics, config, _) = seeds[min(seeds)], ordered[0]
+        first, (metrics, config, _, _) = seeds[min(seeds)], ordered[0]
         name = metrics["experiment"]
         name += difference(config, [runs[f][1] for f in firsts if runs[f][0]["experiment"] == name])
         report = first / "report.html"
         link = quote(Path(os.path.relpath(report, beside)).as_posix()) if report.is_file() else ""
-        found.append(Row(name, [m for m, _, _ in ordered], [values for _, _, values in ordered], link))
+        all_metrics, _, per_prompt, speeds = zip(*ordered, strict=True)
+        found.append(Row(name, all_metrics, per_prompt, link, speeds))
     return found
 
 
@@ -144,13 +151,24 @@ def of_widths(runs: Runs) -> dict[str, Runs]:
     return dict(sorted(found.items()))
 
 
-def plot(board: Board, path: Path, costs: Sequence[str]) -> list[Path]:
-    """Pareto plots of a model's first metric against some of COSTS."""
+def panels_of(board: Board, costs: Sequence[str]) -> list[Panel]:
+    """Plots of a model's first metric against some of COSTS; without those that no run has, which are named."""
     panels = []
+    scored = [(row, score) for row in board.rows if (score := row.score(board.first))]
     for cost, attribute in (COSTS[name] for name in costs):
-        scored = [(row, row.score(board.first)) for row in board.rows]
-        points = [Point(r.name, getattr(r, attribute), s.value, *s.bounds) for r, s in scored if s is not None]
-        panels.append(Panel(cost, [point for point in points if point.cost == point.cost]))
+        points = [Point(row.name, getattr(row, attribute), s.value, *s.bounds) for row, s in scored]
+        known = [point for point in points if not math.isnan(point.cost)]
+        if known or not points:
+            panels.append(Panel(cost, known))
+        else:
+            print(f"{board.title} is not plotted against {cost}: {NOT_MEASURED}", file=sys.stderr)
+    if not panels:
+        raise UserError(f"--costs {' '.join(costs)}, {board.title}: {NOT_MEASURED}. Choose {' or '.join(COSTS)}.")
+    return panels
+
+
+def plot(board: Board, panels: Sequence[Panel], path: Path) -> list[Path]:
+    """Pareto plots of a model's first metric."""
     label = board.metrics[board.first]
     title = f"{board.model}: {label['label']} against cost"
     return pareto_picture(panels, heading(label), bool(label["higher_is_better"]), board.bars, title, path)
@@ -195,19 +213,20 @@ def make_boards(model: str, runs: Runs, beside: Path, metric: str | None, by_wid
 def leaderboard(arguments: list[str], out: Path, metric: str | None, by_width: bool, costs: Sequence[str]) -> None:
     """Write <out>.html, .md, .csv and the pictures of each model as .png and .svg; print the tables."""
     runs = unrepeated(read(find(arguments)))
-    measured = sorted({name for metrics, _, _ in runs.values() for name in metrics["metrics"]})
+    measured = sorted({name for metrics, *_ in runs.values() for name in metrics["metrics"]})
     if metric is not None and metric not in measured:
         raise UserError(f"--metric {metric} was not measured. Choose one of {', '.join(measured)}.")
     boards: list[Board] = []
     files: list[Path] = []
     pictures: dict[str, list[tuple[str, str]]] = {}
     summary = []
-    for model in sorted({metrics["model"] for metrics, _, _ in runs.values()}):
+    for model in sorted({metrics["model"] for metrics, *_ in runs.values()}):
         of_model = {folder: run for folder, run in runs.items() if run[0]["model"] == model}
         found = make_boards(model, of_model, out.parent, metric, by_width)
         whole = make_boards(model, of_model, out.parent, metric, False)[0] if by_width else found[0]
-        alt = PARETO_ALT.format(model, ", ".join(COSTS[cost][0] for cost in costs))
-        drawn = [(alt, plot(whole, out.with_name(f"{out.name}_{model}"), costs))]
+        panels = panels_of(whole, costs)
+        alt = PARETO_ALT.format(model, ", ".join(panel.cost for panel in panels))
+        drawn = [(alt, plot(whole, panels, out.with_name(f"{out.name}_{model}")))]
         if by_width:
             mine = [board for board in found if board.inputs == 1]
             drawn.append((WIDTHS_ALT.format(model), widths_picture(mine, out.with_name(f"{out.name}_{model}_widths"))))

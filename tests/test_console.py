@@ -52,6 +52,7 @@ def printed(metrics: dict[str, Any], folder: Path, width: int = 100) -> str:
     """As the runner prints it."""
     console = Console(file=io.StringIO(), width=width, highlight=False, soft_wrap=True)
     paths = {name: folder / name for name in ("page", "picture", "metrics", "artifact")}
+    paths["speed"] = folder / "speed.json"
     (folder / "metrics").touch()
     print_summary(console, metrics, SimpleNamespace(**paths))  # type: ignore[arg-type]
     return console.file.getvalue()

@@ -24,7 +24,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.stages import calibrate, samples
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("prompts", "samples", "calibrate", "quantize", "diagnose", "evaluate", "report")
+MODULES = ("prompts", "samples", "calibrate", "quantize", "diagnose", "benchmark", "evaluate", "report")
 STABLE_KEYS = {
     "metrics": dict,
     "model": str,
@@ -90,7 +90,7 @@ def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -
 
 def test_every_file_is_there(finished_run: Path, shared_cache: Path) -> None:
     files = {".lock", "run.json", "metrics.json", "per_prompt.json", "seconds.json", "comparison.png"}
-    files |= {"errors.json", "incoherence.json", "incoherence.png", "report.html"}
+    files |= {"errors.json", "incoherence.json", "incoherence.png", "report.html", "executed.json", "speed.json"}
     files |= {f"quantized/{name}" for name in ("plan.json", "meta.json", "model.safetensors")}
     files |= {"samples/000000.png", "samples/000001.png"}
     assert set(contents(finished_run)) == files
@@ -105,8 +105,9 @@ def test_metrics_json(finished_run: Path) -> None:
         assert isinstance(metrics[key], kind), key
     assert set(metrics["metrics"]) == {"psnr", "ssim", "relative_l2", "fid", "fid_data", "clipsim"}
     assert all(math.isfinite(value) for value in metrics["metrics"].values())
-    timed = {"prompts", "reference", "noise_floor", "calibrate", "quantize", "generate", "diagnose", "evaluate"}
-    assert set(metrics["seconds"]) == timed
+    timed = {"prompts", "reference", "noise_floor", "calibrate", "quantize", "generate", "diagnose", "benchmark"}
+    assert set(metrics["seconds"]) == {*timed, "evaluate"}
+    assert metrics["backend"] == {"requested": "fake", "layers": {"fake": 40}}
     assert set(metrics["verdict"]) == set(metrics["metrics"])
     assert metrics["noise_floor"] == {"num_prompts": 2, "seed": 1, "dtype": "bfloat16"}
     assert all(value >= 0 for value in metrics["seconds"].values())
@@ -145,7 +146,7 @@ def test_second_run_only_prints(
     assert run(finished_run, shared_cache) == strict_json(finished_run / "metrics.json")
     assert (contents(finished_run), contents(shared_cache)) == before
     out = capsys.readouterr().out
-    assert out.count("already") == 10 and "PSNR" in out and str(finished_run / "comparison.png") in out
+    assert out.count("already") == 11 and "PSNR" in out and str(finished_run / "comparison.png") in out
 
 
 def test_settings_that_change_no_result_continue_a_run(

@@ -13,6 +13,7 @@ from viditq.assets import check_pipeline, is_hub_id, resolve
 from viditq.config import (
     ALL_KEYS,
     STAGES,
+    BenchmarkConfig,
     CalibrationConfig,
     DiagnosisConfig,
     NoiseFloorConfig,
@@ -41,6 +42,7 @@ NUMBERS: Mapping[str, tuple[int, int | None]] = {
     "calibration.block_input_bytes": (1, None),
     "noise_floor.num_prompts": (0, None),
     "diagnosis.num_prompts": (0, None),
+    "benchmark.rounds": (5, None),  # engine.timing.MIN_ROUNDS
 }
 OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logger; the rest are settings
 
@@ -82,6 +84,8 @@ def check_values_alone(cfg: DictConfig) -> None:
         _check_number(key, OmegaConf.select(cfg, key), lowest, highest)
     if cfg.noise_floor.num_prompts == 1:
         raise UserError("noise_floor.num_prompts=1: one prompt has no spread. Give 0 (no noise floor), or 2 or more.")
+    if cfg.benchmark.max_seconds is not None and not cfg.benchmark.max_seconds >= 0:
+        raise UserError(f"benchmark.max_seconds={cfg.benchmark.max_seconds} must be null or a number of at least 0.")
     check_name("name", cfg.name)
     check_name("model.name", cfg.model.name)
     check_folder(cfg.cache_dir, "cache_dir=FOLDER")
@@ -98,6 +102,7 @@ def _check_keys(cfg: DictConfig) -> None:
         ("calibration.", cfg.calibration, CalibrationConfig),
         ("noise_floor.", cfg.noise_floor, NoiseFloorConfig),
         ("diagnosis.", cfg.diagnosis, DiagnosisConfig),
+        ("benchmark.", cfg.benchmark, BenchmarkConfig),
     ):
         allowed = [field.name for field in fields(schema)]
         for key in given:

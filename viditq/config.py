@@ -22,6 +22,7 @@ STAGES = (
     "quantize",
     "generate",
     "diagnose",
+    "benchmark",
     "evaluate",
     "report",
 )
@@ -53,6 +54,14 @@ class DiagnosisConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """Rounds that each candidate is timed in; seconds that they may take together, null = as many as it needs."""
+
+    rounds: int = 10
+    max_seconds: float | None = 20.0
+
+
+@dataclass
 class RootConfig:
     """Everything one run needs; below the nodes typed Any, every object's constructor refuses unknown keys."""
 
@@ -66,6 +75,7 @@ class RootConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     noise_floor: NoiseFloorConfig = field(default_factory=NoiseFloorConfig)
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     gate: Any = None
     model: Any = MISSING
     quant: Any = MISSING

@@ -20,6 +20,7 @@ from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
 from viditq.models.attention import check_device
 from viditq.models.checks import GUESSED
+from viditq.models.compiling import check_compiler
 from viditq.models.contents import check_contents
 from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
@@ -34,7 +35,7 @@ from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
-UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "cache_dir", "batch_size", "gate")
+UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "cache_dir", "batch_size", "gate", "benchmark")
 MOST_BUCKETS = 1000  # as many as there are timesteps
 
 
@@ -54,6 +55,8 @@ class Experiment:
     block_input_bytes: int
     floor_prompts: int
     diagnosis_prompts: int
+    benchmark_rounds: int
+    benchmark_seconds: float | None
     gate: Gate
     backend: str
     stages: tuple[str, ...]
@@ -104,6 +107,8 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     _check_segments(adapter, plan, cfg.calibration.num_buckets)
     if quant.shrinks_noise:
         check_shrinkable(adapter.make_scheduler(), adapter.call)
+    if not adapter.compile:  # younger than what folders of runs hold
+        tracked["model"].pop("compile", None)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     experiment = Experiment(
@@ -115,6 +120,8 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         block_input_bytes=cfg.calibration.block_input_bytes,
         floor_prompts=cfg.noise_floor.num_prompts,
         diagnosis_prompts=cfg.diagnosis.num_prompts,
+        benchmark_rounds=cfg.benchmark.rounds,
+        benchmark_seconds=cfg.benchmark.max_seconds,
         gate=checked.gate,
         backend=cfg.backend,
         stages=checked.stages,
@@ -131,7 +138,11 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         logger_name=str(cfg.logger["_target_"]) if cfg.logger else "none",
         tracked={str(k): v for k, v in tracked.items() if k not in UNTRACKED} | {"inputs": inputs},
     )
-    check_device(adapter.attention, experiment.make_trainer().strategy.root_device.type)
+    trainer = experiment.make_trainer()
+    device = trainer.strategy.root_device
+    check_device(adapter.attention, device.type)
+    if adapter.compile:
+        check_compiler(device, getattr(trainer, "offload", None))
     return experiment
 
 

@@ -75,7 +75,8 @@ class Job:
     def float_samples(self, seed: int, denoiser_dtype: str | None) -> Entry:
         """The same from another seed, or with the denoiser in another dtype (None = the model's own)."""
         key = {**self._base_key, "seed": seed, "prompts": self.experiment.data.prompts}
-        return self._entry("reference", key | ({"denoiser_dtype": denoiser_dtype} if denoiser_dtype else {}))
+        key |= {"denoiser_dtype": denoiser_dtype} if denoiser_dtype else {}
+        return self._entry("reference", key | ({"compile": True} if self.experiment.adapter.compile else {}))
 
     @cached_property
     def stats(self) -> Entry:

@@ -5,6 +5,7 @@ import platform
 import shlex
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -12,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from viditq.report.content import Machine
 
 PACKAGES = ("viditq", "torch", "diffusers", "transformers", "torchmetrics", "lightning", "hydra-core")
+INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 COMMAND_OF_RUN = "VIDITQ_COMMAND_OF_RUN"  # for the processes of a run, which have an argv of their own
 
 
@@ -33,6 +35,19 @@ def machine() -> Machine:
     """The processor, its cores that this process may use, and the GPU."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return Machine(_processor(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, gpu)
+
+
+def compute(device: torch.device) -> dict[str, Any]:
+    """What a measured time depends on: processor, its cores and instructions, threads, GPU, torch."""
+    here, known = machine(), torch.cpu.get_capabilities()
+    return {
+        "cpu": here.cpu,
+        "cores": here.cores,
+        "threads": torch.get_num_threads(),
+        "isa": [name for name in INSTRUCTIONS if known.get(name)],
+        "gpu": here.gpu if device.type == "cuda" else None,
+        "torch": torch.__version__,
+    }
 
 
 def _processor() -> str:

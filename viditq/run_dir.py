@@ -167,6 +167,16 @@ class RunDir:
         return self.incoherence.with_suffix(".png")
 
     @property
+    def executed(self) -> Path:
+        """Which backend computed how many of the quantized Linears while samples were generated."""
+        return self.path / "executed.json"
+
+    @property
+    def speed(self) -> Path:
+        """Time and memory of a step of the denoiser, in float and quantized."""
+        return self.path / "speed.json"
+
+    @property
     def reconstruction(self) -> Path:
         """What learning by block did for each block."""
         return self.path / "reconstruction.json"
@@ -204,8 +214,13 @@ class RunDir:
 
     def forget_evaluation(self) -> None:
         """Remove what was computed from samples that have changed."""
-        pictures = (self.picture, self.picture.with_suffix(".gif"), self.page)
-        for path in (self.metrics, self.per_prompt, self.logged, *pictures):
+        for path in (self.metrics, self.per_prompt, self.picture, self.picture.with_suffix(".gif")):
+            path.unlink(missing_ok=True)
+        self.forget_report()
+
+    def forget_report(self) -> None:
+        """Remove what tells of files that have changed."""
+        for path in (self.page, self.logged):
             path.unlink(missing_ok=True)
 
 

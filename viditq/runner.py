@@ -19,6 +19,7 @@ from viditq.console import print_summary
 from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
 from viditq.engine.processes import Processes, environment, joined
+from viditq.engine.threads import sharing_cores
 from viditq.errors import GateFailed, UserError
 from viditq.estimate import estimate
 from viditq.estimate.table import show
@@ -69,7 +70,9 @@ def tell(experiment: Experiment, run_dir: RunDir, mode: Any) -> None:
     """Print what the run would need."""
     if sweep_name() is not None:
         raise UserError("estimate tells of one run: leave out -m, and choose no experiment that is a sweep (bench).")
-    show(terminal(), experiment.name, experiment.adapter.name, estimate(Job(experiment, run_dir), mode))
+    with sharing_cores() as cores:
+        cores.follow()
+        show(terminal(), experiment.name, experiment.adapter.name, estimate(Job(experiment, run_dir), mode))
 
 
 def processes_to_launch(experiment: Experiment) -> int:
@@ -86,16 +89,25 @@ def processes_to_launch(experiment: Experiment) -> int:
 
 
 def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) -> None:
-    """All stages in order; called by every process of a run whose folder is held."""
+    """All stages in order; called by every process of a run whose folder is held.
+
+    The threads of each process are its share of the cores that are free, looked up at each stage and batch.
+    """
     console = terminal(quiet=not processes.first)
     job = Job(experiment, run_dir, processes, say=lambda line: console.print(line, markup=False))
     with_others = f" in {processes.count} processes" if processes.count > 1 else ""
     path = escape(str(run_dir.path))
     console.print(f"[bold]{experiment.name}[/bold] on {experiment.adapter.name}{with_others} -> {path}")
     console.print(described(experiment), markup=False)
-    processes.first_does(job.tidy_run)
-    for number, stage in enumerate(experiment.stages, 1):
-        console.print(f"[{number}/{len(experiment.stages)}] {stage}: {FUNCTIONS[stage](job)}", markup=False)
+    with sharing_cores() as cores:
+        processes.first_does(job.tidy_run)  # all of them are counted by now
+        threads = cores.follow()
+        console.print(str(threads), markup=False)
+        for number, stage in enumerate(experiment.stages, 1):
+            before, threads = threads, cores.follow()
+            if threads != before:
+                console.print(f"      {threads}", markup=False)
+            console.print(f"[{number}/{len(experiment.stages)}] {stage}: {FUNCTIONS[stage](job)}", markup=False)
 
 
 def described(experiment: Experiment) -> str:

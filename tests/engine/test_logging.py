@@ -176,6 +176,16 @@ def test_csv(configure: Callable, run_dir: RunDir) -> None:
     assert "interval/clipsim/low" not in row and "noise/clipsim" not in row
 
 
+def test_the_measured_step_and_the_backends_are_logged(configure: Callable, run_dir: RunDir) -> None:
+    took = {"seconds": {"median": 0.03, "low": 0.02, "high": 0.04}, "weights_bytes": 1000, "step_bytes": None}
+    write_json(run_dir.speed, {"candidates": {"quantized": took}})
+    ran = {"backend": {"requested": "auto", "layers": {"native": 36, "fake": 4}}}
+    run = logged(configure, run_dir, METRICS | ran)
+    assert (run.summary["speed/quantized/median"], run.summary["speed/quantized/weights_bytes"]) == (0.03, 1000)
+    assert "speed/quantized/step_bytes" not in run.summary
+    assert (run.summary["backend/native"], run.summary["backend/fake"]) == (36, 4)
+
+
 def test_none(configure: Callable, run_dir: RunDir) -> None:
     before = set(run_dir.path.iterdir())
     log_run(make_logger(configure, "none", run_dir), CONFIG, run_dir, METRICS)

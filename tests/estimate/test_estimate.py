@@ -1,6 +1,7 @@
 """Estimates against what a run does: bytes of its files, forwards of its denoisers, batches of its stages."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from viditq.estimate.table import duration, show, size
 from viditq.experiment import build
 from viditq.job import Job
 from viditq.quant.artifact import size_bytes
+from viditq.quant.description.registry import BACKENDS
+from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.backends import FakeBackend
 from viditq.run_dir import RunDir
 from viditq.stages import FUNCTIONS
 
@@ -172,6 +176,45 @@ def test_peaks_grow_with_what_they_hold(configure: Callable[..., Any], shrunk: l
     assert many.stats == pytest.approx(8 * few.stats, rel=0.05)
     assert many.peaks["calibrate"].ram > few.peaks["calibrate"].ram
     assert many.peaks["reference"].ram == few.peaks["reference"].ram
+
+
+def test_every_backend_is_told(
+    counted_run: Any, configure: Callable[..., Any], shrunk: list[str], tmp_path: Path
+) -> None:
+    """In bytes those that the run's own benchmark found; timed where the model is loaded."""
+    measured = json.loads((counted_run[0] / "run" / "speed.json").read_text())["candidates"]
+    for mode in (True, "meta"):
+        held = told(configure, shrunk, tmp_path, mode, *VIDEO).held
+        assert {*held} == {"float", *BACKENDS.names()}
+        assert held["float"].nbytes == pytest.approx(measured["float"]["weights_bytes"], rel=0.01)
+        assert held["fake"].nbytes == pytest.approx(measured["quantized"]["weights_bytes"], rel=0.01)
+        assert (held["fake"].seconds is not None) == (mode is True)
+
+
+def test_a_backend_that_cannot_honour_a_scheme_is_told_with_the_layer_and_field(
+    configure: Callable[..., Any], shrunk: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bytes(FakeBackend):
+        name = "bytes"
+
+        def unsupported_field(self, scheme: LayerScheme) -> str | None:
+            return "weight.bits" if scheme.weight and scheme.weight.bits != 8 else None
+
+    monkeypatch.setitem(BACKENDS._entries, "bytes", Bytes)
+    held = told(configure, shrunk, tmp_path, "meta").held["bytes"]
+    assert held.why.startswith("backend bytes cannot run transformer_blocks.") and "weight.bits=4" in held.why
+    console = Console(width=200, record=True)
+    show(console, "smoke", "tiny_image", told(configure, shrunk, tmp_path, "meta"))
+    text = console.export_text()
+    assert "Denoiser in memory, by backend" in text and "does not support weight.bits=4" in text
+
+
+def test_a_benchmark_that_would_be_left_out_is_not_counted(
+    configure: Callable[..., Any], shrunk: list[str], tmp_path: Path
+) -> None:
+    whole, none = (told(configure, shrunk, tmp_path, True, f"benchmark.max_seconds={n}") for n in ("null", "0"))
+    assert whole.works["benchmark"].forwards == 3 * (2 + 10) and whole.works["benchmark"].seconds
+    assert none.works["benchmark"].forwards == 0 and "left out" in none.works["benchmark"].note
 
 
 def test_unquantized_and_unknown_stages(configure: Callable[..., Any], shrunk: list[str], tmp_path: Path) -> None:

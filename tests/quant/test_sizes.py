@@ -17,9 +17,13 @@ from viditq.quant.artifact import MODEL, save_denoiser, size_bytes
 from viditq.quant.calibration.observers import CalibrationStats, Observer, blank_state
 from viditq.quant.convert import linear_names, quantize_denoiser
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.quant_spec import QuantSpec
+from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.backends import Backend, FakeBackend
 from viditq.quant.execution.linear import quant_linears
 from viditq.quant.sizes import (
     artifact_bytes,
+    held_bytes,
     laid_out,
     module_bytes,
     safetensors_bytes,
@@ -118,3 +122,23 @@ def test_statistics_are_counted_to_the_byte(tmp_path: Path) -> None:
 def test_a_module_counts_parameters_and_buffers() -> None:
     module = nn.BatchNorm1d(6)  # weight, bias, running mean and variance in float32, one int64
     assert module_bytes(module) == 4 * 6 * 4 + 8
+
+
+@pytest.mark.parametrize(("bits", "codes"), [(8, 5 * 12), (4, 5 * 6), (6, 5 * 9), (3, 5 * 5)])
+def test_a_backend_holds_codes_and_emulation_the_weight_too(bits: int, codes: int) -> None:
+    scheme = LayerScheme(QuantSpec(bits, granularity="channel"), None)
+    assert Backend.weight_bytes(FakeBackend(), scheme, 5, 12, torch.bfloat16) == codes
+    assert FakeBackend().weight_bytes(scheme, 5, 12, torch.bfloat16) == codes + 5 * 12 * 2
+    assert FakeBackend().weight_bytes(LayerScheme(None, None), 5, 12, torch.float32) == 5 * 12 * 4
+
+
+def test_all_that_a_denoiser_holds_is_counted_once() -> None:
+    """Also tensors that a backend keeps in an attribute, alone or in a tuple; shared memory counts once."""
+    module = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 4, bias=False))
+    own = 4 * (32 + 4 + 32)
+    assert held_bytes(module) == own
+    module[1].weight = module[0].weight
+    assert held_bytes(module) == 4 * (32 + 4)
+    module[0].held = (torch.zeros(100, dtype=torch.uint8), 3)
+    module[1].scale = torch.zeros(10)[:5]
+    assert held_bytes(module) == 4 * (32 + 4) + 100 + 40

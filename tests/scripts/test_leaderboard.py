@@ -28,6 +28,7 @@ def write_run(folder: Path, experiment: str, seed: int, psnr: float | None, **ch
     """A finished run with what the leaderboard reads of one; `config` goes into run.json, `reference` names samples."""
     config = {"name": experiment, "seed": seed, "inputs": {"prompts": "p"}, **changes.pop("config", {})}
     reference = f"/cache/{changes.pop('reference', config['inputs']['prompts'])}-{seed}"
+    speed = changes.pop("speed", None)
     prompts = [f"{config['inputs']['prompts']} {i}" for i in range(4)]
     metrics = {"model": "m", "experiment": experiment, "seed": seed, "prompts": 4, "labels": LABELS}
     metrics |= {"metrics": {"psnr": psnr, "flicker": 0.25}, "standard_errors": {"psnr": 0.5, "flicker": None}}
@@ -36,9 +37,24 @@ def write_run(folder: Path, experiment: str, seed: int, psnr: float | None, **ch
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "run.json").write_text(json.dumps(config))
+    if speed is not None:
+        (folder / "speed.json").write_text(json.dumps(speed))
     values = {"prompts": prompts, "metrics": {}, "reference": reference}
     (folder / "per_prompt.json").write_text(json.dumps(values))
     return folder
+
+
+def speed(milliseconds: float, backend: str = "native", threads: int = 1, float_milliseconds: float = 60.0) -> Any:
+    """speed.json of a run whose backend computed everything."""
+
+    def took(median: float, dtype: str) -> dict[str, Any]:
+        spread = {"median": median / 1e3, "low": median / 2e3, "high": median / 1e3}
+        return {"dtype": dtype, "compiled": False, "seconds": spread, "weights_bytes": 1000, "step_bytes": None}
+
+    machine = {"cpu": "c", "cores": 2, "threads": threads, "isa": ["avx2"], "gpu": None, "torch": "2"}
+    candidates = {"float": took(float_milliseconds, "float32"), "quantized": took(milliseconds, "float32")}
+    ran = {"requested": backend, "layers": {backend: 4}}
+    return {"backend": ran, "batch_size": 8, "rounds": 5, "machine": machine, "candidates": candidates}
 
 
 def verdict(word: str, interval: list[float] | None = None) -> dict[str, Any]:
@@ -77,7 +93,7 @@ def test_rows_and_their_order(leaderboard: Leaderboard, tmp_path: Path, capsys: 
         write_run(tmp_path / f"runs/good{seed}", "good", seed, 40.0 + seed, verdict=verdict(word))
     write_run(tmp_path / "runs/judged", "judged", 0, 30.0, verdict=verdict("worse", [28.0, 33.0]))
     write_run(tmp_path / "runs/old", "old", 0, 20.0)
-    write_run(tmp_path / "runs/undefined", "undefined", 0, None, seconds={})
+    write_run(tmp_path / "runs/undefined", "undefined", 0, None)
     (tmp_path / "runs/unfinished").mkdir()
     board = leaderboard(f"{tmp_path}/runs/*")
     rows = table(board)
@@ -89,14 +105,14 @@ def test_rows_and_their_order(leaderboard: Leaderboard, tmp_path: Path, capsys: 
         "4.50",
         "8.50",
         "2.00",
-        "3.0",
+        "not measured",
         *rows["good"][7:],
     ]
     assert rows["good"][7] == "41.00 ± 0.58"  # stdev 1 of three seeds
     assert rows["judged"][7] == "30.0 [28.0, 33.0]" and rows["judged"][0] == "worse: PSNR; 1 cannot be told"
     assert rows["old"][7] == "20.00 [19.02, 20.98]" and rows["old"][0] == "-"  # 1.96 standard errors
     assert rows["old"][8] == "0.2500" and rows["judged"][8] == "0.2500*"
-    assert rows["undefined"][6:8] == ["-", "-"]
+    assert rows["undefined"][6:8] == ["not measured", "-"]
     captured = capsys.readouterr()
     assert "* flicker (8 frames): nothing can be told" in captured.out
     assert captured.out.startswith("### m (4 pairs a seed)") and "Float model: flicker (8 frames) 0.2" in captured.out
@@ -176,7 +192,8 @@ def test_a_real_run(leaderboard: Leaderboard, finished_run: Path) -> None:
     (name, cells), *others = table(leaderboard(finished_run)).items()
     assert name == "smoke" and not others
     assert cells[2:6] == ["2", "5.61", "8.81", f"{metrics['size_bytes'] / 1e6:.2f}"]
-    assert cells[7].startswith(f"{metrics['metrics']['psnr']:.1f}")
+    assert float(cells[7].rstrip("*")) == pytest.approx(metrics["metrics"]["psnr"], abs=0.01)
+    assert cells[6].endswith("x float, emulated")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
@@ -349,3 +366,45 @@ def test_a_file_that_is_no_run_s_is_left_out(
     (runs[1] / name).write_text(content)
     assert list(table(leaderboard(*runs))) == ["whole"]
     assert f"left out: {runs[1] / name} is" in capsys.readouterr().err
+
+
+def test_steps_are_measured_never_those_of_an_emulation(
+    leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plot and the order of the column know measured integers alone; sampling seconds count for nothing."""
+    write_run(tmp_path / "slow", "slow", 0, 40.0, seconds={"generate": 1.0}, speed=speed(40.0))
+    write_run(tmp_path / "quick", "quick", 0, 30.0, seconds={"generate": 9.0}, speed=speed(20.0))
+    write_run(tmp_path / "fake", "fake", 0, 20.0, speed=speed(10.0, "fake"))
+    write_run(tmp_path / "none", "none", 0, 10.0)
+    board = leaderboard(*(tmp_path / name for name in ("slow", "quick", "fake", "none")))
+    steps = [cells[6] for cells in table(board).values()]
+    assert steps == ["40 ms, 1.50x float", "20 ms, 3.00x float", "10 ms, 6.00x float, emulated", "not measured"]
+    html = Path(f"{board}.html").read_text()
+    cells = re.findall(r'data-key="([^"]*)">\s*([^<]*(?:float|measured)[^<]*)<', html)
+    assert [key for key, _ in cells] == ["40.0", "20.0", "nan", "nan"]
+    assert "measured step, ms" in html and "different conditions" not in html
+    with open(f"{board}.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["step_seconds"] for line in lines] == ["0.04", "0.02", "0.01", ""]
+    assert [line["step_emulated"] for line in lines] == ["0", "0", "1", ""]
+    assert "not plotted" not in capsys.readouterr().err
+
+
+def test_a_row_of_seeds_has_one_step_and_other_threads_are_told(leaderboard: Leaderboard, tmp_path: Path) -> None:
+    for seed, milliseconds in enumerate((10.0, 20.0, 90.0)):
+        write_run(tmp_path / f"a{seed}", "a", seed, 40.0, speed=speed(milliseconds) if seed else None)
+        write_run(tmp_path / f"b{seed}", "b", seed, 30.0, speed=speed(30.0, threads=2))
+    board = leaderboard(f"{tmp_path}/a*", f"{tmp_path}/b*")
+    assert [cells[6] for cells in table(board).values()] == ["55 ms, 1.83x float", "30 ms, 2.00x float"]
+    text = Path(f"{board}.md").read_text()
+    assert "different conditions" in text and "1 thread on" in text and "2 threads on" in text
+
+
+def test_a_plot_that_no_run_has_is_named(
+    leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "a", "a", 0, 40.0, speed=speed(10.0, "fake"))
+    leaderboard(tmp_path / "a")
+    assert "not plotted against measured step, ms: no run has a step" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no run has a step that was measured without emulation"):
+        leaderboard(tmp_path / "a", "--costs", "step")

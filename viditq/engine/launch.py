@@ -40,7 +40,6 @@ def launch(config: str, folder: Path, count: int) -> None:
     not (a signal). A signal to this process itself ends all and then goes to the handler it had.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says it in its own way, at length
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     setting = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from viditq.engine.wandb_objects import artifact_reference, run_objects
+from viditq.files import is_whole, read_json
+from viditq.report.speed import speed_numbers
 from viditq.run_dir import RunDir, flatten
 
 VERDICTS = {"worse": -1, "equal within noise": 0, "better": 1}  # as a number, to sort and plot by
@@ -59,7 +61,7 @@ def log_run(logger: Logger | None, config: Mapping[str, Any], run_dir: RunDir, m
     run = logger.experiment if isinstance(logger, WandbLogger) else nullcontext()
     with run:  # finishes it, as failed after an error
         logger.log_hyperparams(flatten(config))
-        logger.log_metrics(numbers(metrics))
+        logger.log_metrics(numbers(metrics) | speeds(run_dir))
         if isinstance(logger, WandbLogger):
             log_objects(run, run_dir, metrics)
     logger.save()
@@ -68,6 +70,8 @@ def log_run(logger: Logger | None, config: Mapping[str, Any], run_dir: RunDir, m
 
 def log_objects(run: Any, run_dir: RunDir, metrics: Mapping[str, Any]) -> None:
     """What only W&B can show."""
+    if backend := metrics.get("backend"):
+        run.summary.update({f"backend/{name}": count for name, count in (backend["layers"] or {}).items()})
     run.summary.update({f"verdict_text/{name}": v["verdict"] for name, v in metrics.get("verdict", {}).items()})
     with tempfile.TemporaryDirectory() as scratch, _staged_in(run_dir.path / "wandb" / "data"):
         if found := run_objects(run_dir, metrics, Path(scratch)):
@@ -88,6 +92,12 @@ def _staged_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
+
+
+def speeds(run_dir: RunDir) -> dict[str, float]:
+    """The numbers of speed.json, where there is one."""
+    found = speed_numbers(read_json(run_dir.speed)) if is_whole(run_dir.speed) else {}
+    return {f"speed/{name}": value for name, value in found.items()}
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

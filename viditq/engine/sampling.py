@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from viditq.engine.offload import offload_layers, offload_pipeline
 from viditq.engine.partials import Partial, Partials
+from viditq.engine.threads import follow_cores
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate, group_by_shape
@@ -48,7 +49,8 @@ class PipelineModule(L.LightningModule):
         offload_pipeline(self.pipeline, offload, device)
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Stop at SIGTERM: Lightning only takes note of it, and heeds it in training alone."""
+        """Stop at SIGTERM: Lightning only takes note of it, and heeds it in training alone. Share the cores anew."""
+        follow_cores()
         if self.trainer.received_sigterm:
             raise SystemExit(128 + signal.SIGTERM)
 

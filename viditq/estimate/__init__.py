@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from viditq.engine.offload import offload_pipeline
 from viditq.estimate import parts
+from viditq.estimate.backends import Held, refusals
 from viditq.estimate.memory import Peak, Pieces, larger, peaks
 from viditq.estimate.mock import made_up_quantized, seconds_to_quantize
 from viditq.estimate.probe import Probe, probe, probe_on_meta
@@ -26,6 +27,7 @@ from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
 from viditq.quant.convert import linear_names
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.backends import Unavailable
 from viditq.quant.sizes import (
     WeightBytes,
     artifact_bytes,
@@ -41,7 +43,8 @@ from viditq.quant.sizes import (
 class Estimate:
     """All bytes. parts: part -> (parameters, bytes as loaded). float16: the denoisers' parameters in two bytes each.
 
-    base: what the process held before. probes of the float and of the quantized model; works: stage -> what it does.
+    weights: of the run's backend. held: by "float" and every backend. base: what the process held before. probes of the
+    float and of the quantized model; works: stage -> what it does.
     """
 
     durations: bool
@@ -51,6 +54,7 @@ class Estimate:
     denoisers: tuple[str, ...]
     float16: int
     weights: WeightBytes
+    held: Mapping[str, Held]
     artifact: int
     stats: int
     base: int
@@ -75,12 +79,13 @@ def estimate(job: Job, mode: Any) -> Estimate:
     linears: dict[str, Any] = {name: skeleton.get_submodule(name) for name in linear_names(skeleton)}
     in_features = {name: linear.in_features for name, linear in linears.items()}
     dtype = DTYPES[e.quant.float_dtype or e.adapter.dtype]
-    quantized = laid_out(e.adapter.build_denoiser().to(dtype), plan, e.adapter.timestep_scale)
+    quantized = laid_out(e.adapter.build_denoiser().to(dtype), plan, e.adapter.timestep_scale, e.backend)
     texts = parts.TextShapes(e.adapter)
     embeds = texts.embeds(e.data.prompts[0])
     batch = min(e.batch_size, job.num_prompts)
     if mode == "meta":
-        seen = _Seen(probe_on_meta(e.adapter, parts.hollow_pipeline(e.adapter), embeds, batch))
+        on_meta = probe_on_meta(e.adapter, parts.hollow_pipeline(e.adapter), embeds, batch)
+        seen = _Seen(on_meta, backends=refusals(plan) if plan.layers else {})
     else:
         seen = _measured(job, trainer, embeds, batch, dtype)
     sizes = parts.sizes(e.adapter)
@@ -98,7 +103,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         step=seen.float_model.forward_bytes or 0,
         decode=seen.float_model.decode_bytes or 0,
         stats=stats,
-        weights=weight_bytes(quantized),
+        weights=weight_bytes(quantized, e.backend),
         largest_layer=max((numel[name] for name in plan.layers), default=0),
         observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
@@ -115,6 +120,8 @@ def estimate(job: Job, mode: Any) -> Estimate:
     most = peaks(pieces, gpu, getattr(trainer, "offload", None), layer_bytes)
     if e.quant.correction is not None:  # its fit holds what the diagnosis holds
         most["quantize"] = larger(most["quantize"], most["diagnose"])
+    held = {"float": Held(denoiser_bytes, seen.float_model.forward_seconds)}
+    held |= {name: one.with_bytes(weight_bytes(quantized, name).resident) for name, one in seen.backends.items()}
     return Estimate(
         durations=mode is True,
         batch_size=batch,
@@ -123,6 +130,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         denoisers=tuple(e.adapter.denoiser_names),
         float16=sum(2 * p.numel() for p in skeleton.parameters()),
         weights=pieces.weights,
+        held=held,
         artifact=artifact,
         stats=stats,
         base=base,
@@ -144,6 +152,7 @@ class _Seen:
     load_seconds: float = 0.0
     quantize_seconds: float | None = None
     in_half: frozenset[str] | None = None
+    backends: Mapping[str, Held] = field(default_factory=dict)
 
 
 def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: torch.dtype) -> _Seen:
@@ -167,10 +176,22 @@ def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: t
     kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
     del pipeline, denoiser  # the two need not fit side by side
     gc.collect()
-    quantized = made_up_quantized(e.adapter, plan, kept, dtype)
-    if e.quant.float_dtype not in (None, e.adapter.dtype):
-        DtypeBoundary(quantized, dtype, e.adapter.torch_dtype, e.adapter.timestep_argument)
-    return _Seen(float_model, probed(e.adapter.load(quantized)), loading, seconds, in_half)
+
+    def quantized_probe(backend: str) -> Probe:
+        quantized = made_up_quantized(e.adapter, plan, kept, dtype, backend)
+        if e.quant.float_dtype not in (None, e.adapter.dtype):
+            DtypeBoundary(quantized, dtype, e.adapter.torch_dtype, e.adapter.timestep_argument)
+        return probed(e.adapter.load(quantized))
+
+    mine = quantized_probe(e.backend)
+    backends = refusals(plan)
+    for name in [name for name, one in backends.items() if not one.why]:
+        try:
+            seen = mine if name == e.backend else quantized_probe(name)
+            backends[name] = Held(0, seen.forward_seconds)
+        except Unavailable as error:
+            backends[name] = Held(0, why=error.reason)
+    return _Seen(float_model, mine, loading, seconds, in_half, backends)
 
 
 def _plan(job: Job) -> QuantPlan:

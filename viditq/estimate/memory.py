@@ -77,6 +77,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         + round(HOLES_QUANTIZING * p.weights.dense)
         + max(p.stats, TEMPORARY_PER_WEIGHT * p.largest_layer, p.weights.rest // 2),
         "generate": quantized + holes,
+        "benchmark": both + p.denoiser // 2 + holes,  # float, the same in bfloat16, and quantized
         # the observers, and the file read back, or those of two processes
         "diagnose": both + holes + (2 if p.processes == 1 else 3) * p.observed,
     }
@@ -88,6 +89,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "quantize": LEARNING_PER_WEIGHT * p.learned_block,
         "generate": activations,
         "diagnose": 2 * step,
+        "benchmark": step,
     }
     if not gpu:
         return {stage: Peak(max(size + computing[stage], loading.get(stage, 0))) for stage, size in on_cpu.items()}
@@ -99,6 +101,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "quantize": 0,
         "generate": quantized,
         "diagnose": both,
+        "benchmark": both + p.denoiser // 2,
     }
     if offload == "model":
         resident = {stage: max(size - p.rest, p.rest) if size else 0 for stage, size in resident.items()}

@@ -20,10 +20,13 @@ NUM_BUCKETS = 20  # enough that every segment has one
 
 
 def made_up_quantized(
-    adapter: ModelAdapter, plan: QuantPlan, kept: Mapping[str, Tensor], dtype: torch.dtype
+    adapter: ModelAdapter, plan: QuantPlan, kept: Mapping[str, Tensor], dtype: torch.dtype, backend: str
 ) -> nn.Module:
-    """The quantized denoiser with codes 0 and scales 1; kept: the float denoiser's tensors that are not quantized."""
-    quantized = laid_out(adapter.build_denoiser().to(dtype), plan, adapter.timestep_scale)
+    """The quantized denoiser with codes 0 and scales 1; kept: the float denoiser's tensors that are not quantized.
+
+    Raises UserError where the backend cannot run it, or not here.
+    """
+    quantized = laid_out(adapter.build_denoiser().to(dtype), plan, adapter.timestep_scale, backend)
     tensors = {name: kept[name] if name in kept else _made_up(t) for name, t in quantized.state_dict().items()}
     quantized.load_state_dict(tensors, assign=True)
     for layer in quant_linears(quantized).values():

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from viditq.estimate import Estimate
-from viditq.estimate.work import DONE
+from viditq.estimate.work import DONE, LEFT_OUT
 
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -39,6 +39,7 @@ def show(console: Console, name: str, model: str, estimate: Estimate) -> None:
     )
     console.print(parts_table(estimate))
     console.print(weights_table(estimate))
+    console.print(backends_table(estimate))
     console.print(stages_table(estimate))
     console.print(disk_table(estimate))
     for remark in estimate.remarks:
@@ -73,9 +74,20 @@ def weights_table(estimate: Estimate) -> Table:
         ("zero points", w.zero_points),
         ("transforms, static ranges", w.transforms),
         ("left in float, in memory", w.rest),
-        ("dense weights that emulation adds, in memory", w.dense),
+        ("what the backend adds to the codes, in memory", w.dense),
     ):
         table.add_row(f"  {label}", size(nbytes), "")
+    return table
+
+
+def backends_table(estimate: Estimate) -> Table:
+    """The denoiser in memory and a step of it, in float and by each backend."""
+    table = _table("Denoiser in memory, by backend", "backend", "bytes", "against 16 bits", "a step", "")
+    for name, held in estimate.held.items():
+        if held.why:
+            table.add_row(name, "-", "-", "-", held.why)
+            continue
+        table.add_row(name, size(held.nbytes), f"{held.nbytes / estimate.float16:.2f}x", duration(held.seconds), "")
     return table
 
 
@@ -86,7 +98,7 @@ def stages_table(estimate: Estimate) -> Table:
     table = _table("Stages", "stage", "samples", "forwards", "time", *memory, "")
     total = 0.0
     for stage, work in estimate.works.items():
-        peak = estimate.peaks.get(stage) if work.note != DONE else None
+        peak = estimate.peaks.get(stage) if work.note not in (DONE, LEFT_OUT) else None
         seconds = None if work.seconds is None else work.seconds / estimate.processes
         total += seconds or 0.0
         cells = [size(peak.vram)] if gpu and peak else ["-"] if gpu else []

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from viditq.data.samples import missing_samples
 from viditq.engine.sampling import batches_of
+from viditq.engine.timing import MIN_ROUNDS, rounds_within
 from viditq.estimate.parts import TextShapes
 from viditq.estimate.probe import Probe
 from viditq.files import is_whole
 from viditq.job import Job
 from viditq.quant.reconstruction.store import BlockStore
+from viditq.stages.benchmark import HALF, WARM_UPS
 
 DONE = "nothing left to do"
+LEFT_OUT = "left out: too slow for benchmark.max_seconds"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def work_of(
         "diagnose": _both(
             counter.work(seen, prompts, batches, decode=False), counter.work(later, prompts, batches, decode=False)
         ),
+        "benchmark": _timing(job, counter, seen, later),
     }
     return {stage: works.get(stage, Work(note="not estimated")) for stage in e.stages}
 
@@ -106,6 +110,22 @@ def _quantizing(job: Job, counter: Counter, seen: Probe, quantized: Probe, once:
     if alone is not None and exact.seconds is not None and other.seconds is not None:
         seconds = alone + exact.seconds + other.seconds
     return Work(exact.samples, 0, exact.forwards + other.forwards, seconds, "and its correction")
+
+
+def _timing(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work:
+    """At most: fewer rounds where they are slow, none where they would take too long."""
+    e = job.experiment
+    if is_whole(job.run_dir.speed):
+        return Work(note=DONE)
+    floats = 1 + (e.adapter.dtype != HALF)
+    rounds, seconds = WARM_UPS + e.benchmark_rounds, None
+    if seen.forward_seconds is not None and quantized.forward_seconds is not None:
+        each, limit = floats * seen.forward_seconds + quantized.forward_seconds, e.benchmark_seconds
+        if limit is not None and (WARM_UPS + MIN_ROUNDS) * each > limit:
+            return Work(note=LEFT_OUT)
+        rounds = WARM_UPS + rounds_within(None if limit is None else limit - WARM_UPS * each, each, e.benchmark_rounds)
+        seconds = rounds * each + (floats + 1) * counter.load_seconds
+    return Work(forwards=rounds * (floats + 1), seconds=seconds, note="at most" if seconds is None else "")
 
 
 def _both(exact: Work, quantized: Work) -> Work:

@@ -50,9 +50,10 @@ class ModelAdapter:
     float_denoisers: other denoisers of the pipeline, left in float on purpose; they count in bits and bytes.
 
     dtype: of all parts but component_dtypes (part -> dtype). attention: native (ours, on a CPU) or a backend of
-    diffusers' dispatch, None = the model's own. roles: role -> patterns of Linear names, for reports and mixed
-    precision; keep_float: patterns of Linears never quantized. guess: the roles are guessed, and every field that is
-    None but has to have a value. Raises UserError on values outside these.
+    diffusers' dispatch, None = the model's own. compile: torch.compile while samples are generated. roles: role ->
+    patterns of Linear names, for reports and mixed precision; keep_float: patterns of Linears never quantized. guess:
+    the roles are guessed, and every field that is None but has to have a value. Raises UserError on values outside
+    these.
     """
 
     name: str
@@ -80,6 +81,7 @@ class ModelAdapter:
     negative_prompt: str | None = None
     list_embeds: bool = False
     attention: str | None = None
+    compile: bool = False
     scheduler: str | None = None
     scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
     encode: Mapping[str, Any] = field(default_factory=dict)
@@ -123,8 +125,8 @@ class ModelAdapter:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values from which `ModelAdapter.from_dict` builds it again."""
-        return dataclasses.asdict(self)
+        """Plain values from which `ModelAdapter.from_dict` builds it again; whether it is compiled is the run's."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "compile"}
 
     # Files ------------------------------------------------------------------------------------------------------------
 

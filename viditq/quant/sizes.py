@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from viditq.quant.artifact import FORMAT_VERSION, META, MODEL, PLAN
 from viditq.quant.calibration.observers import blank_state
 from viditq.quant.convert import build_quantized
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.backends import get_backend
 from viditq.quant.execution.linear import QuantLinear, quant_linears
 from viditq.quant.execution.variant import Variant
 from viditq.quant.numerics.stored_dtypes import NAMES
@@ -33,8 +35,8 @@ Entry = tuple[torch.dtype, Sequence[int]]
 class WeightBytes:
     """Bytes of a quantized denoiser's tensors as they lie in memory, by kind.
 
-    transforms: of the chains, static activation ranges and low-rank branches. rest: what stays in float. dense: the
-    dequantized weights that the fake backend adds (not stored).
+    transforms: of the chains, static activation ranges and low-rank branches. rest: what stays in float. dense: what
+    the backend adds to the codes (not stored): dequantized weights of fake, nothing or its own layout of another.
     """
 
     codes: int
@@ -51,13 +53,23 @@ class WeightBytes:
 
     @property
     def resident(self) -> int:
-        """What a process holds once the fake backend has prepared it."""
+        """What a process holds once the backend has prepared it."""
         return self.stored + self.dense
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, on whatever device."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of all tensors that a module's parts hold: parameters, buffers, and what a backend keeps in attributes;
+    tensors that share memory count once.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    for part in module.modules():
+        tensors += [leaf for leaf in tree_leaves([*vars(part).values()]) if isinstance(leaf, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -67,17 +79,22 @@ def module_bytes(module: nn.Module) -> int:
     return tensor_bytes([*module.parameters(), *module.buffers(), *held])
 
 
-def laid_out(denoiser: nn.Module, plan: QuantPlan, timestep_scale: float | Mapping[str, Any] = 1000.0) -> nn.Module:
+def laid_out(
+    denoiser: nn.Module,
+    plan: QuantPlan,
+    timestep_scale: float | Mapping[str, Any] = 1000.0,
+    backend: str = "fake",
+) -> nn.Module:
     """`denoiser`, whose parameters are on meta, with the QuantLinears of `plan` swapped in (in place)."""
-    build_quantized(denoiser, plan, "fake", timestep_scale)
+    build_quantized(denoiser, plan, backend, timestep_scale)
     return denoiser
 
 
-def weight_bytes(quantized: nn.Module) -> WeightBytes:
-    """By kind, of a denoiser that `laid_out` gave or of a real one."""
+def weight_bytes(quantized: nn.Module, backend: str = "fake") -> WeightBytes:
+    """By kind, of a denoiser that `laid_out` gave or of a real one, as `backend` would hold it."""
     counts = dict.fromkeys(("codes", "scales", "zero_points", "transforms", "rest"), 0)
-    dense = 0
-    variants = {
+    dense, chosen = 0, get_backend(backend)
+    variants: dict[str, Any] = {
         f"{name}.variants.{i}.": v for name, q in quant_linears(quantized).items() for i, v in enumerate(q.variants)
     }
     for name, tensor in quantized.state_dict().items():
@@ -86,9 +103,11 @@ def weight_bytes(quantized: nn.Module) -> WeightBytes:
         kind = "rest" if inside is None or field == "weight" else KINDS.get(field, "transforms")
         counts[kind] += tensor_bytes([tensor])
     for layer in quant_linears(quantized).values():
-        for variant in layer.variants:
+        each: Any = layer.variants
+        for variant in each:
             if variant.qweight is not None:  # a weight in float is used as it is
-                dense += layer.in_features * layer.out_features * layer.dtype.itemsize
+                shape = (layer.out_features, layer.in_features)
+                dense += chosen.weight_bytes(variant.scheme, *shape, layer.dtype) - tensor_bytes([variant.qweight])
     return WeightBytes(**counts, dense=dense)
 
 

@@ -40,7 +40,7 @@ class PageContent:
     that stage has not run). `segments` are noise levels from 0 to 1. `pairs` come worst first and already limited (to
     MAX_PAIRS, if the caller has no other wish); `sorted_by` names the metric that ordered them. `search`,
     `heat_map` and `budget_curve` are the content of search.json and its pictures, where a plan was searched;
-    `incoherence` is the content of incoherence.json, where there is one.
+    `incoherence` and `speed` are the content of incoherence.json and speed.json, where there is one.
     """
 
     title: str
@@ -63,6 +63,7 @@ class PageContent:
     heat_map: Path | None = None
     budget_curve: Path | None = None
     incoherence: Mapping[str, Any] | None = None
+    speed: Mapping[str, Any] | None = None
 
     @property
     def scored(self) -> list[str]:

@@ -23,8 +23,11 @@ from viditq.report.table import value_and_error
 NOTE = (
     "± is the standard error over seeds; [ ] the 95 % interval over the prompts of a single seed. "
     "A verdict weighs a metric against noise (metrics.json says how); equal is equal within noise. "
-    "Bits and bytes count the denoiser; seconds are the quantized sampling, the least over seeds (other work adds)."
+    "Bits and bytes count the denoiser; step is the time of one of its steps and float's divided by it, as the stage "
+    "benchmark has measured them. What emulates integers in floating point is not sorted or plotted by time."
 )
+STEP = ("step_seconds", "step_against_float", "step_emulated")  # columns of the csv
+CONDITIONS = "Steps were measured under different conditions, so compare the ratios to float: {}."
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ class Board:
         if self.float_scores:
             values = ", ".join(f"{label} {value}" for label, value in self.float_scores.items())
             notes.append(f"Float model{f', inputs {self.inputs}' if self.apart else ''}: {values}.")
+        steps = [row.step for row in self.rows]
+        where = list(dict.fromkeys(step.conditions for step in steps if step and not step.emulated))
+        notes += [CONDITIONS.format("; ".join(where))] if len(where) > 1 else []
         scores = [(label["label"], row.score(name)) for name, label in self.metrics.items() for row in self.rows]
         for warning in dict.fromkeys(score.warning for _, score in scores if score and score.warning):
             names = dict.fromkeys(label for label, score in scores if score and score.warning == warning)
@@ -91,7 +97,7 @@ class Board:
 
     @property
     def headings(self) -> list[str]:
-        fixed = ["experiment", "verdict", "seeds", "pairs", "W bits", "A bits", "MB", "seconds"]
+        fixed = ["experiment", "verdict", "seeds", "pairs", "W bits", "A bits", "MB", "step"]
         paired = [f"{heading(self.metrics[self.first])} to the row above"] if self.above else []
         return [*fixed, *paired, *(heading(label) for label in self.metrics.values())]
 
@@ -107,7 +113,7 @@ class Board:
             (str(len(row.seeds)), len(row.seeds)),
             (str(row.pairs), row.pairs),
             *((f"{value:.2f}", value) for value in (row.weight_bits, row.activation_bits, row.megabytes)),
-            ("-" if math.isnan(row.seconds) else f"{row.seconds:.1f}", row.seconds),
+            (row.step.text if row.step else "not measured", row.step_milliseconds),
             *above,
             *((score.text, score.value) if score else ("-", math.nan) for score in scores),
         ]
@@ -171,8 +177,9 @@ def table_line(cells: Sequence[str]) -> str:
 def comma_separated(boards: Sequence[Board]) -> str:
     """One line per row; a metric has its value, standard error over seeds, 95 % interval of a single seed, verdict.
 
-    inputs: a number; a model's rows of different ones do not compare. above: the paired difference of the board's first
-    metric to the line above, with its 95 % interval.
+    step_seconds, step_against_float, step_emulated (0 or 1): of the measured step, empty where none was. inputs: a
+    number; a model's rows of different ones do not compare. above: the paired difference of the board's first metric to
+    the line above, with its 95 % interval.
     """
     names = list(dict.fromkeys(name for board in boards for name in board.metrics))
     fixed = [
@@ -185,7 +192,7 @@ def comma_separated(boards: Sequence[Board]) -> str:
         "weight_bits",
         "activation_bits",
         "bytes",
-        "seconds",
+        *STEP,
     ]
     fixed += ["above", "above_low", "above_high"]
     measured = [f"{name}{end}" for name in names for end in ("", "_error", "_low", "_high", "_verdict")]
@@ -197,8 +204,9 @@ def comma_separated(boards: Sequence[Board]) -> str:
             line: dict[str, Any] = {"model": board.model, "experiment": row.name, "pairs": row.pairs}
             line |= {"seeds": " ".join(map(str, row.seeds)), "weight_bits": row.weight_bits}
             line |= {"activation_bits": row.activation_bits, "bytes": round(row.megabytes * 1e6)}
-            line |= {"seconds": "" if math.isnan(row.seconds) else row.seconds, "width": board.width}
-            line["inputs"] = board.inputs
+            line |= {"width": board.width, "inputs": board.inputs}
+            if step := row.step:
+                line |= dict(zip(STEP, (step.seconds, step.against_float, int(step.emulated)), strict=True))
             if paired := board.above.get(row.name):
                 low, high = paired[1] or ("", "")
                 line |= {"above": paired[0], "above_low": low, "above_high": high}

@@ -22,6 +22,7 @@ from viditq.report.incoherence import incoherence_view
 from viditq.report.media import MAX_MEDIA_BYTES, encode_pairs
 from viditq.report.plan_view import segment_words
 from viditq.report.search_view import SearchView, search_view
+from viditq.report.speed import speed_line, speed_view
 from viditq.report.verdicts import headline, judge_all
 from viditq.report.wording import digits_for, finite, plain
 
@@ -37,6 +38,7 @@ STAGES = {
     "quantize": "quantize",
     "generate": "generate quantized",
     "diagnose": "diagnose layers",
+    "benchmark": "time a step",
     "evaluate": "evaluate",
 }
 
@@ -73,6 +75,8 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
             clip_data=clip_data(content, media.sheets),
             diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
             incoherence=incoherence_view(content.incoherence) if content.incoherence else None,
+            speed=speed_view(content.speed) if content.speed else None,
+            speed_line=speed_line(content.metrics.get("backend"), content.speed),
             search=_search_view(content),
             segment_words=segment_words(content.segments),
             stage_seconds=_stage_seconds(content.metrics),

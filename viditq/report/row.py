@@ -9,6 +9,7 @@ from typing import Any
 
 from viditq.errors import UserError
 from viditq.report.paired import Z95, Interval, IntervalOf, Paired, Prompt, paired_difference
+from viditq.report.speed import conditions, emulated, measured, milliseconds
 from viditq.report.table import decimals, number, value_and_error
 
 DIFFERS, UNTOLD = "differ by seed", "cannot be told"
@@ -45,13 +46,31 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Step:
+    """The measured time of a step of the denoiser; conditions: batch, threads and machine, on which it hangs."""
+
+    seconds: float
+    against_float: float
+    emulated: bool
+    conditions: str
+
+    @property
+    def text(self) -> str:
+        """`31.4 ms, 1.80x float`, and whether it was emulated."""
+        return f"{milliseconds(self.seconds)}, {self.against_float:.2f}x float" + ", emulated" * self.emulated
+
+
+@dataclass(frozen=True)
 class Row:
-    """One configuration; `metrics` and `per_prompt` are those files of each seed, `link` a page about its first run."""
+    """One configuration; `metrics`, `per_prompt` and `speeds` are those files of each seed (speed.json: None where it
+    was not measured), `link` a page about its first run.
+    """
 
     name: str
     metrics: Sequence[Mapping[str, Any]]
     per_prompt: Sequence[Mapping[str, Any]]
     link: str = ""
+    speeds: Sequence[Mapping[str, Any] | None] = ()
 
     @property
     def weight_bits(self) -> float:
@@ -70,8 +89,21 @@ class Row:
         return statistics.fmean(m[name] for m in self.metrics)
 
     @property
-    def seconds(self) -> float:
-        return min(m["seconds"].get("generate", math.nan) for m in self.metrics)
+    def step(self) -> Step | None:
+        """The median over the seeds that measured it; None if none has."""
+        known = [speed for speed in self.speeds if speed is not None]
+        if not known:
+            return None
+        seconds, ratios = zip(*map(_against_float, known), strict=True)
+        hidden = any(emulated(speed["backend"]) for speed in known)
+        where = "; ".join(sorted({conditions(speed) for speed in known}))
+        return Step(statistics.median(seconds), statistics.median(ratios), hidden, where)
+
+    @property
+    def step_milliseconds(self) -> float:
+        """What ranks and is plotted: nan where nothing was measured, or an emulation."""
+        step = self.step
+        return math.nan if step is None or step.emulated else 1e3 * step.seconds
 
     @property
     def seeds(self) -> list[int]:
@@ -129,6 +161,13 @@ class Row:
         words = {DIFFERS: DIFFERS, UNTOLD: UNTOLD, "equal within noise": "equal"}
         counted = [f"{len(groups[verdict])} {shown}" for verdict, shown in words.items()]
         return "; ".join([*named, *(text for text in counted if not text.startswith("0 "))])
+
+
+def _against_float(speed: Mapping[str, Any]) -> tuple[float, float]:
+    """Seconds of the quantized step, and the float one's divided by it."""
+    mine, others = measured(speed)
+    median = float(mine["seconds"]["median"])
+    return median, next(iter(others.values()))["seconds"]["median"] / median
 
 
 def labels_of(rows: Sequence[Row]) -> dict[str, Mapping[str, Any]]:

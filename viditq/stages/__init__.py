@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from viditq.config import STAGES
 from viditq.job import Job
-from viditq.stages import calibrate, diagnose, evaluate, prompts, quantize, report, samples, search
+from viditq.stages import benchmark, calibrate, diagnose, evaluate, prompts, quantize, report, samples, search
 
 FUNCTIONS: Mapping[str, Callable[[Job], str]] = {
     "prompts": prompts.prompts,
@@ -15,6 +15,7 @@ FUNCTIONS: Mapping[str, Callable[[Job], str]] = {
     "quantize": quantize.quantize,
     "generate": samples.generate,
     "diagnose": diagnose.diagnose,
+    "benchmark": benchmark.benchmark,
     "evaluate": evaluate.evaluate,
     "report": report.report,
 }

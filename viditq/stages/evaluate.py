@@ -100,6 +100,7 @@ def _write(
             "model": e.adapter.name,
             "experiment": e.name,
             "seed": e.seed,
+            "backend": _executed(job),
             "average_weight_bits": meta["average_weight_bits"],
             "average_activation_bits": meta["average_activation_bits"],
             "size_bytes": size_bytes(run_dir.artifact) + meta.get("left_in_float_bytes", 0),
@@ -109,3 +110,10 @@ def _write(
             "fingerprint": run_dir.fingerprint,
         },
     )
+
+
+def _executed(job: Job) -> dict[str, Any]:
+    """The backend that was asked for and which computed how many Linears (None: samples of an earlier version)."""
+    path = job.run_dir.executed
+    found: dict[str, Any] = read_json(path) if is_whole(path) else {"requested": job.experiment.backend, "layers": None}
+    return found

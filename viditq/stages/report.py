@@ -112,5 +112,6 @@ def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt:
         search=read_json(run_dir.search) if is_whole(run_dir.search) else None,
         heat_map=run_dir.heat_map if is_whole(run_dir.heat_map) else None,
         incoherence=read_json(run_dir.incoherence) if is_whole(run_dir.incoherence) else None,
+        speed=read_json(run_dir.speed) if is_whole(run_dir.speed) else None,
         budget_curve=run_dir.budget_curve if is_whole(run_dir.budget_curve) else None,
     )

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from viditq.data.samples import missing_samples, sample_path, save_sample
 from viditq.engine.sampling import Generation, batches_of, run_batches
+from viditq.files import write_json
 from viditq.job import Job
 from viditq.loading import in_dtype, load_artifact
+from viditq.models.compiling import compile_forward
+from viditq.quant.execution.linear import backend_counts
 from viditq.run_dir import Entry
 
 
@@ -39,7 +42,11 @@ def generate(job: Job) -> str:
     folder, e = job.run_dir.samples, job.experiment
 
     def load() -> Any:
-        return load_artifact(job.artifact, backend=e.backend, complete=False)
+        pipeline = load_artifact(job.artifact, backend=e.backend, complete=False)
+        if job.processes.first:
+            layers = backend_counts(e.adapter.denoiser_of(pipeline))
+            write_json(job.run_dir.executed, {"requested": e.backend, "layers": layers})
+        return pipeline
 
     timed = job.timed(job.run_dir.path, "generate")
     return _generate(job, folder, job.num_prompts, "quantized", load, e.seed, timed)
@@ -82,7 +89,10 @@ def _generate(
     with timed:
         # Batches are cut from all prompts, whatever is missing, so that a resumed run repeats them to the bit.
         batches = [b for b in batches_of(job.num_prompts, e.batch_size) if missing & set(b)]
-        module = Generation(e.adapter, load(), job.load_embeds(e.data.prompts), seed, sink=sink)
+        pipeline = load()
+        if e.adapter.compile:
+            compile_forward(e.adapter.denoiser_of(pipeline))
+        module = Generation(e.adapter, pipeline, job.load_embeds(e.data.prompts), seed, sink=sink)
         run_batches(e.make_trainer(), module, job.processes.share(batches))
         job.processes.wait()
     return f"{len(missing)} of {count} {what} samples generated ({folder})"

@@ -5,6 +5,7 @@ Legend: O out_features, C in_features.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -108,3 +109,8 @@ def products(
         return backends[0].products(variants, x, biases, before, after)
     one_by_one = zip(backends, variants, biases, strict=True)
     return [backend.products([variant], x, [bias], before, after)[0] for backend, variant, bias in one_by_one]
+
+
+def backend_counts(denoiser: nn.Module) -> dict[str, int]:
+    """Name of a backend -> how many QuantLinears it computes; empty where nothing is quantized."""
+    return dict(sorted(Counter(layer.backend_names for layer in quant_linears(denoiser).values()).items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from viditq.quant.description.registry import BACKENDS
@@ -27,6 +28,9 @@ class AutoBackend(Backend):
 
     def resolve(self, scheme: LayerScheme) -> Backend:
         return _chosen(scheme) if scheme.quantizes else _backend("fake")
+
+    def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        return self.resolve(scheme).weight_bytes(scheme, out_features, in_features, dtype)
 
     def prepare(self, variant: Variant) -> None:
         self.resolve(variant.scheme).prepare(variant)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from viditq.errors import UserError
@@ -13,6 +14,7 @@ from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
+from viditq.quant.numerics.packing import packed_size
 
 
 class Unavailable(UserError):
@@ -44,6 +46,14 @@ class Backend(ABC):
 
     def check_available(self) -> None:  # noqa: B027 - most have nothing to check
         """Raises Unavailable where this machine cannot run it, before any slow work; builds what has to be built."""
+
+    def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Memory of one variant's weight once it is prepared, without scales, transforms and the low-rank branch; here
+        that of the codes as they are stored. dtype: of a weight that stays in float.
+        """
+        if scheme.weight is None:
+            return out_features * in_features * dtype.itemsize
+        return out_features * packed_size(in_features, scheme.weight.bits)
 
     @abstractmethod
     def prepare(self, variant: Variant) -> None:

@@ -22,6 +22,11 @@ class FakeBackend(Backend):
     def unsupported_field(self, scheme: LayerScheme) -> str | None:
         return None
 
+    def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Codes, and the weight that they stand for."""
+        held = super().weight_bytes(scheme, out_features, in_features, dtype)
+        return held if scheme.weight is None else held + out_features * in_features * dtype.itemsize
+
     def prepare(self, variant: Variant) -> None:
         variant.register_buffer("dense_weight", variant.dequantized_weight(), persistent=False)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from viditq.quant.description.registry import BACKENDS
-from viditq.quant.description.scheme import QuantSpec
+from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends.base import Unavailable
 from viditq.quant.execution.backends.integer import IntegerBackend
 from viditq.quant.execution.variant import Variant
@@ -54,6 +54,9 @@ class PortableBackend(IntegerBackend):
     def check_available(self, device: str = "cpu") -> None:
         if not exact_product(device):
             raise Unavailable("portable", "torch._int_mm is not exact on this machine (a CPU without VNNI)")
+
+    def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        return out_features * in_features * (dtype.itemsize if scheme.weight is None else 1)
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
         codes_OC, scale, zero_point = quantized

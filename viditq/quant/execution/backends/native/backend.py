@@ -10,7 +10,7 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.quant.description.registry import BACKENDS
-from viditq.quant.description.scheme import QuantSpec
+from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends.integer import IntegerBackend
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import PackedWeight, joined, pack_weight
@@ -31,6 +31,11 @@ class NativeBackend(IntegerBackend):
 
     def check_available(self) -> None:
         ops.load()
+
+    def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        if scheme.weight is None or scheme.weight.bits > 4:  # wider codes take a byte each
+            return out_features * in_features * (dtype.itemsize if scheme.weight is None else 1)
+        return out_features * in_features // 2
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> PackedWeight:
         self.check_available()
