@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from viditq import cli
 from viditq.cli import quoting
+from viditq.config import RANKS
 
 ROOT = Path(__file__).parents[1]
 FIRST = "viditq: reading the configuration\n"
@@ -73,12 +74,16 @@ def test_a_first_line_and_none_where_others_read_the_output() -> None:
 
 
 def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value, first in (("RANK", "0", True), ("RANK", "1", False), ("SLURM_PROCID", "2", False)):
-        with monkeypatch.context() as patch:
-            patch.delenv("RANK", raising=False)
-            patch.delenv("SLURM_PROCID", raising=False)
-            patch.setenv(name, value)
-            assert cli.first_process() is first
+    for launched, name in RANKS.items():
+        monkeypatch.delenv(launched, raising=False)
+        monkeypatch.setenv(name, "1")
+    assert cli.first_process(), "a rank of nobody's"
+    for launched, name in RANKS.items():
+        for rank, first in (("0", True), ("1", False)):
+            with monkeypatch.context() as patch:
+                patch.setenv(launched, "4")
+                patch.setenv(name, rank)
+                assert cli.first_process() is first
 
 
 # Ctrl-C ---------------------------------------------------------------------------------------------------------------
