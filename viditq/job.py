@@ -23,16 +23,8 @@ from viditq.run_dir import Entry, RunDir, fingerprint, timed
 
 # What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
 NOT_SAMPLING = (
-    "name",
-    "path",
-    "revision",
-    "denoiser_path",
-    "denoiser_revision",
-    "fps",
-    "roles",
-    "keep_float",
-    "guess",
-    "float_denoisers",
+    *("name", "path", "revision", "denoiser_path", "denoiser_revision", "fps"),
+    *("roles", "keep_float", "guess", "float_denoisers"),
 )
 UNLESS_GIVEN = ("scheduler", "scheduler_settings", "variant")  # younger than what caches hold
 OF_TEXT = (

@@ -208,7 +208,7 @@ class ModelAdapter:
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 contents.check_finite(name, folder, component.eval().requires_grad_(False))
-            if name in self.denoiser_names and component is not None:
+            if name in (*self.denoisers, *self.float_denoisers) and component is not None:
                 set_attention(self.attention, component)
         gc.collect()
         return pipeline
