@@ -48,6 +48,9 @@ class ModelAdapter:
     timestep_scale: the timestep that means pure noise, or {at_noise, at_clean, argument} of the denoiser's forward.
     scheduler: another scheduler class of diffusers than the stored one; scheduler_settings: what replaces its settings.
 
+    calibration_batch_size: prompts that are sampled together while something is measured on them (calibration, search,
+    correction, diagnosis), whatever batch_size is: the last bits of matrix products depend on how many there are.
+
     dtype: of all parts but component_dtypes (part -> dtype). attention: backend of diffusers' dispatch, None = the
     model's own. roles: role -> patterns of Linear names, for reports and mixed precision; keep_float: patterns of
     Linears never quantized. guess: the roles are guessed, and every field that is None but has to have a value.
@@ -69,6 +72,7 @@ class ModelAdapter:
     revision: str = "main"
     denoiser_path: str | None = None
     denoiser_revision: str = "main"
+    calibration_batch_size: int = 1
     dtype: str = "float32"
     component_dtypes: Mapping[str, str] = field(default_factory=dict)
     timestep_scale: float | Mapping[str, Any] = 1000.0

@@ -10,7 +10,7 @@ from viditq.errors import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
-COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps")
+COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps", "calibration_batch_size")
 OPTIONAL = ("num_frames", "height", "width", "max_tokens", "guidance_scale")
 FRAMES = ("num_frames", "video_length")
 """The two names that pipelines use for how long a clip is."""
