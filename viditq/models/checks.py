@@ -48,6 +48,9 @@ def makes_clips(pipeline: Any) -> bool:
 
 def check_arguments(model: Any, pipeline: Any) -> None:
     """Raises UserError for settings that the class `pipeline` would pass over (it may take **kwargs) or refuse."""
+    needed = ("from_pretrained", "__call__", *["encode_prompt"] * (model.conditioning == "text"))
+    if lacking := [name for name in needed if not hasattr(pipeline, name)]:
+        raise UserError(f"model.pipeline={model.pipeline} is no pipeline to drive: it has no {lacking[0]}.")
     of_call = _named(pipeline.__call__)
     of_text = _named(pipeline.encode_prompt) if model.conditioning == "text" else {}
     for node, function, known in (("encode", "encode_prompt", of_text), ("call", "__call__", of_call)):
