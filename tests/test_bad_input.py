@@ -63,7 +63,11 @@ WITHOUT_SLOW_WORK = {
     "segment between the steps": (["quant.segments=[0,0.9,0.99,1]"], ["noise levels 0.9 to 0.99"]),
     "edge within a bucket": (
         ["model.num_steps=50", "quant.segments=[0,0.53,1]"],
-        ["parts the sampling steps", "Move the edge between them to 0.5 or 0.55", "calibration.num_buckets="],
+        [
+            "quant.segments (or a plan file) parts the sampling steps",
+            "Move the edge between them to 0.5 or 0.55",
+            "calibration.num_buckets=",
+        ],
     ),
     "steps at one level": (["model.timestep_scale=1e6"], ["model.timestep_scale=1000000.0", "at one noise level"]),
     "steps beyond noise": (["model.timestep_scale=500"], ["model.timestep_scale=500", "outside of [0, 1]"]),
