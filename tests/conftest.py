@@ -24,6 +24,7 @@ SHRUNK = [
     "data.num_prompts=2",
     "quant.segments=[0.0,0.8,1.0]",
     "batch_size=1",
+    "++model.calibration_batch_size=1",
     "logger=none",
 ]
 

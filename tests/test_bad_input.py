@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from viditq.cli import guarded_run, user_message
 from viditq.errors import UserError
 from viditq.experiment import _check_model
+from viditq.loading import load_quantized
 from viditq.models.adapter import ModelAdapter
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,11 @@ WITHOUT_SLOW_WORK = {
     "segment between the steps": (["quant.segments=[0,0.9,0.99,1]"], ["noise levels 0.9 to 0.99"]),
     "edge within a bucket": (
         ["model.num_steps=50", "quant.segments=[0,0.53,1]"],
-        ["parts the sampling steps", "Move the edge between them to 0.5 or 0.55", "calibration.num_buckets="],
+        [
+            "quant.segments (or a plan file) parts the sampling steps",
+            "Move the edge between them to 0.5 or 0.55",
+            "calibration.num_buckets=",
+        ],
     ),
     "steps at one level": (["model.timestep_scale=1e6"], ["model.timestep_scale=1000000.0", "at one noise level"]),
     "steps beyond noise": (["model.timestep_scale=500"], ["model.timestep_scale=500", "outside of [0, 1]"]),
@@ -100,11 +105,69 @@ WITHOUT_SLOW_WORK = {
     "negative noise floor": (["noise_floor.num_prompts=-1"], ["noise_floor.num_prompts=-1", "at least 0"]),
     "noise floor of one prompt": (["noise_floor.num_prompts=1"], ["noise_floor.num_prompts=1", "2 or more"]),
     "no buckets": (["calibration.num_buckets=0"], ["calibration.num_buckets=0", "at least 1"]),
+    "a million buckets": (["calibration.num_buckets=1000000"], ["num_buckets=1000000", "at most 1000"]),
+    "a billion rows": (["calibration.rows_per_bucket=1000000000"], ["rows_per_bucket=1000000000", "at most"]),
+    "a billion prompts": (["data.num_prompts=1000000000"], ["data.num_prompts=1000000000", "at most 1000000"]),
+    "a billion calibration prompts": (
+        ["data.num_calibration_prompts=1000000000"],
+        ["data.num_calibration_prompts=1000000000", "at most 1000000"],
+    ),
+    "a seed beyond 64 bits": (["seed=100000000000000000000"], ["seed=100000000000000000000", "at most"]),
+    "metric that is null": (["metric.psnr=null"], ["metric.psnr=null", "metric=[ssim,"]),
+    "metric that is a number": (["metric.ssim=3"], ["metric.ssim=3", "metric=[psnr,"]),
+    "metric in bad range": (["metric.psnr.metric.data_range=-1"], ["metric.psnr", "nan", "ceiling"]),
+    "metric with a word for a number": (
+        ["metric.ssim.metric.data_range=abc"],
+        ["metric.ssim cannot score", "1 x 3 x 3"],
+    ),
+    "metric with an even window": (["+metric.ssim.metric.kernel_size=4"], ["metric.ssim", "kernel_size", "odd"]),
+    "metric against nothing": (["metric.fid.against=nope"], ["'nope'", "reference, data"]),
+    "video metrics on images": (["metric=video"], ["got images", "metric=image", "model.num_frames"]),
+    "video metrics on one frame": (
+        ["model=tiny_video", "model.num_frames=1", "metric=[flow_score]"],
+        ["metric.flow_score", "metric=image"],
+    ),
+    "real clips that there are not": (
+        ["data=ucf101", "data.num_prompts=2", "metric=[fid_data]"],
+        ["metric.fid_data", "real clips"],
+    ),
+    "fewer prompts than a distance takes": (["data.num_prompts=1", "metric=[fid]"], ["metric.fid", "at least 2"]),
+    "drop of a metric without a float value": (
+        ["gate={psnr_drop: '<= 0.1'}"],
+        ["gate.psnr_drop", "no value of the float"],
+    ),
+    "verdict of two prompts": (["gate={clipsim_verdict: equal}"], ["gate.clipsim_verdict", "5 prompts", "is 2"]),
+    "verdict without a noise floor": (
+        ["gate={ssim_verdict: equal}", "data.num_prompts=8", "noise_floor.num_prompts=0"],
+        ["gate.ssim_verdict", "noise_floor.num_prompts", "is 0"],
+    ),
+    "interval of two prompts": (["gate={psnr_low: '>= 1'}"], ["gate.psnr_low", "5 prompts", "data.num_prompts is 2"]),
+    "name that leads upwards": (["name=.."], ["name='..'", "name=my_run"]),
+    "name with a way upwards in it": (["name=a/../../b"], ["name='a/../../b'", "name=my_run"]),
+    "model name that leads upwards": (["model.name=../x"], ["model.name='../x'", "no name of a folder"]),
+    "no name": (["name=''"], ["name=''", "name=my_run"]),
+    "no cache folder": (["cache_dir=''"], ["''", "cache_dir=FOLDER"]),
+    "cache in the root": (["cache_dir=/"], ["'/'", "cache_dir=FOLDER"]),
+    "cache in a file": (["cache_dir='{tmp}/empty.txt/cache'"], ["empty.txt", "cache_dir=FOLDER"]),
+    "project that W&B refuses": (["logger=wandb", "logger.project=a/b"], ["logger.project=a/b", "no / "]),
+    "project without a name": (["logger=wandb", "logger.project=''"], ["logger.project=''", "1 to 128"]),
+    "low rank below 0": (["quant.low_rank=-1"], ["low_rank=-1", "rank of the branch", "null"]),
 }
 AT_COMPOSITION = {
     "experiment": (["experiment=w3a3"], ["experiment/w3a3", "w4a8_ts_smooth"]),
     "model": (["model=opensora"], ["model/opensora", "tiny_video"]),
+    "metric": (["metric=[nope]"], ["metric/nope", "Known are", "psnr", "warping_error"]),
+    "data": (["data=nope"], ["data/nope", "moving_shapes"]),
+    "logger": (["logger=nope"], ["logger/nope", "wandb"]),
     "key": (["foo=1"], ["'foo'", "--cfg job"]),
+    "path with spaces, a comma and parentheses": (
+        ["data=prompt_file", "data.path=/a b/c, (1).txt"],
+        ["""'data.path="/a b/c, (1).txt"'"""],
+    ),
+    "path at home": (["model.path=~/model"], ["""'model.path="~/model"'"""]),
+    "path beyond a to z": (["cache_dir=/tmp/über"], ["""'cache_dir="/tmp/über"'"""]),
+    "path with a comma": (["data=prompt_file", "data.path=/a,b.txt"], ["""'data.path="/a,b.txt"'"""]),
+    "path with quotes": (["model.path=/it's"], ["""model.path="/it"""]),
     "key of a group": (["model.num_stepz=4"], ["model.num_stepz", "--cfg job"]),
     "devices at the root": (["devices=-3"], ["'devices'", "--cfg job"]),
     "type": (["batch_size=many"], ["batch_size=many", "Integer"]),
@@ -314,6 +377,20 @@ def test_damaged_run_json(refuse: Refuse, run_copy: Path, shared_cache: Path) ->
     (run_copy / "run.json").write_text("{")
     message = refuse(folder=run_copy, cache=shared_cache)
     assert str(run_copy / "run.json") in message and "damaged" in message and "elete" in message
+
+
+@pytest.mark.parametrize("stage", ["generate", "diagnose"])
+def test_stage_without_a_quantized_model(stage: str, refuse: Refuse, shared_cache: Path, finished_run: Path) -> None:
+    message = refuse(f"stages=[{stage}]", cache=shared_cache)
+    assert "Run the stage quantize before" in message and "elete" not in message
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "~/no/such folder", "."])
+def test_loading_what_is_no_quantized_model(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="give the folder `quantized` of a run") as error:
+        load_quantized(path)
+    assert "elete" not in str(error.value) and "~" not in str(error.value)
 
 
 def test_stage_without_the_stages_before_it(refuse: Refuse) -> None:

@@ -75,7 +75,7 @@ def test_same_command_twice_at_once(configure: Callable, tmp_path: Path) -> None
 def test_run_waits_for_another_at_the_shared_cache(run: Run, tmp_path: Path, finished_run: Path) -> None:
     """Two experiments at once: the reference and the statistics are made once, the second finds them."""
     shrunk = ["experiment=smoke", "model.num_steps=2", "data.num_prompts=2", "quant.segments=[0.0,0.8,1.0]"]
-    shrunk += ["batch_size=1", "logger=none", f"cache_dir={tmp_path}/cache"]
+    shrunk += ["batch_size=1", "++model.calibration_batch_size=1", "logger=none", f"cache_dir={tmp_path}/cache"]
     runs = {"a": [], "b": ["quant.weight.bits=8"]}
     processes = [
         subprocess.Popen(

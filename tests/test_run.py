@@ -93,6 +93,7 @@ def test_every_file_is_there(finished_run: Path, shared_cache: Path) -> None:
     files |= {"errors.json", "incoherence.json", "incoherence.png", "report.html", "executed.json", "speed.json"}
     files |= {f"quantized/{name}" for name in ("plan.json", "meta.json", "model.safetensors")}
     files |= {"samples/000000.png", "samples/000001.png"}
+    files |= {"samples/.000000.png.sha256", "samples/.000001.png.sha256"}
     assert set(contents(finished_run)) == files
     for kind in ("prompts", "stats"):
         for entry in (shared_cache / kind).iterdir():
@@ -170,6 +171,35 @@ def test_deleted_samples_are_made_again(
     assert after["samples/000001.png"][1] == before["samples/000001.png"][1]
     assert after["comparison.png"][1] == before["comparison.png"][1]
     assert without_seconds(metrics or {}) == without_seconds(json.loads(before["metrics.json"][1]))
+
+
+def test_exchanged_and_altered_samples_are_made_again(
+    run: Run, run_copy: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another prompt's sample, and a reference of another size."""
+    before, cache = contents(run_copy), Path(shutil.copytree(shared_cache, tmp_path / "cache"))
+    shutil.copy2(run_copy / "samples" / "000000.png", run_copy / "samples" / "000001.png")
+    reference = cache / "reference" / Path(strict_json(run_copy / "per_prompt.json")["reference"]).name
+    Image.new("RGB", (8, 8)).save(reference / "000000.png")
+    written = count_samples(monkeypatch)
+    metrics = run(run_copy, cache)
+    assert sorted(path.relative_to(tmp_path) for path in written) == sorted(
+        [(reference / "000000.png").relative_to(tmp_path), Path("run/samples/000001.png")]
+    )
+    assert contents(run_copy)["samples/000001.png"][1] == before["samples/000001.png"][1]
+    assert without_seconds(metrics or {}) == without_seconds(json.loads(before["metrics.json"][1]))
+
+
+def test_samples_without_checksums_are_adopted(
+    run: Run, run_copy: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an earlier version has left them: taken, and said so, once."""
+    for file in (run_copy / "samples").glob(".*.sha256"):
+        file.unlink()
+    refuse_work(monkeypatch)
+    for said in (1, 0):
+        run(run_copy, shared_cache)
+        assert capsys.readouterr().out.count("2 samples without checksums are taken as they are") == said
 
 
 def test_killed_and_repeated_run_equals_an_undisturbed_one(
@@ -362,6 +392,6 @@ def test_sigterm_stops_between_batches_and_the_same_command_resumes(
         with pytest.raises(SystemExit) as stopped:
             run(folder, shared_cache)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert [p.name for p in (folder / "samples").iterdir()] == ["000000.png"]
+    assert [p.name for p in (folder / "samples").glob("*.png")] == ["000000.png"]
     metrics = run(folder, shared_cache)
     assert without_seconds(metrics or {}) == without_seconds(strict_json(finished_run / "metrics.json"))

@@ -1,4 +1,4 @@
-"""The folder of a run: which configuration it belongs to."""
+"""The folder of a run: which configuration it belongs to, and which folders a run may take."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from viditq.errors import UserError
-from viditq.run_dir import RunDir
+from viditq.files import lock, write_json
+from viditq.run_dir import RunDir, check_place
 
 
 def config(module: str, name: str = "SmoothSpec", alpha: float = 0.5) -> dict[str, Any]:
@@ -23,3 +24,34 @@ def test_another_class_or_value_is_not(other: dict[str, Any], tmp_path: Path) ->
     RunDir(tmp_path, config("viditq.quant.transforms.smooth")).claim()
     with pytest.raises(UserError, match="made by another configuration"):
         RunDir(tmp_path, config("viditq.quant.methods.transforms.smooth", **other)).claim()
+
+
+@pytest.mark.parametrize("left", [[], ["hydra/config.yaml"], ["viditq.log"], [".lock", ".run.json.7.tmp"]])
+def test_new_empty_or_just_begun(left: list[str], tmp_path: Path) -> None:
+    """What a run that was killed at its start has left is no hindrance."""
+    for name in left:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("")
+    assert check_place(tmp_path / "run") == tmp_path / "run"
+    with RunDir(tmp_path / "run", {"seed": 0}).held():
+        pass
+
+
+def test_a_run_may_hold_what_it_likes(tmp_path: Path) -> None:
+    write_json(tmp_path / "run.json", {"seed": 0})
+    (tmp_path / "notes.txt").write_text("mine")
+    check_place(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "samples/000000.png", ".git/config", "quantized/model.safetensors"])
+def test_files_of_others(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"such as {name.split('/')[0]}.*hydra.run.dir=FOLDER"):
+        RunDir(tmp_path, {}).held().__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == [name.split("/")[0]], "nothing is written"
+
+
+def test_the_lock_alone_is_of_a_run(tmp_path: Path) -> None:
+    with lock(tmp_path, lambda: None):
+        check_place(tmp_path)

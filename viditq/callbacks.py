@@ -34,5 +34,5 @@ class RunFolder(Callback):
             print_error(message)
             sys.exit(2)
         if place.startswith("~"):
-            with read_write(config):
+            with read_write(config.hydra):
                 OmegaConf.update(config, key, str(folder))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class Checked:
     """What the checks have made of parts of the configuration, so that nothing is made twice."""
 
     stages: tuple[str, ...]
+    cache_dir: Path
     gate: "Gate"
     quant: "QuantSetting"
     data: "PromptData"
@@ -59,7 +61,7 @@ class Checked:
 
 def check(cfg: DictConfig) -> Checked:
     """Raises UserError (or Hydra's own message) for every value that is wrong whatever the model's files hold."""
-    check_values_alone(cfg)
+    stages, cache_dir = check_values_alone(cfg)
     # From here on torch is needed, which takes a second.
     from viditq.gate import Gate
     from viditq.quant.execution.backends import get_backend
@@ -70,16 +72,16 @@ def check(cfg: DictConfig) -> Checked:
     check_model(cfg.model)
     check_nulls(cfg.quant, "quant")
     quant = instantiate(cfg.quant, _convert_="all")
-    return Checked(_stages(cfg.stages), gate, quant, instantiate(cfg.data, _convert_="all"))
+    return Checked(stages, cache_dir, gate, quant, instantiate(cfg.data, _convert_="all"))
 
 
-def check_values_alone(cfg: DictConfig) -> None:
-    """Keys, numbers, names and places; nothing is imported for them."""
+def check_values_alone(cfg: DictConfig) -> tuple[tuple[str, ...], Path]:
+    """Keys, numbers, names and places; nothing is imported for them. Returns the stages and the cache's folder."""
     _check_keys(cfg)
     check_mode(cfg.estimate)
     if HydraConfig.initialized():
         check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
-    _stages(cfg.stages)
+    stages = _stages(cfg.stages)
     for key, (lowest, highest) in NUMBERS.items():
         _check_number(key, OmegaConf.select(cfg, key), lowest, highest)
     if cfg.noise_floor.num_prompts == 1:
@@ -88,11 +90,12 @@ def check_values_alone(cfg: DictConfig) -> None:
         raise UserError(f"benchmark.max_seconds={cfg.benchmark.max_seconds} must be null or a number of at least 0.")
     check_name("name", cfg.name)
     check_name("model.name", cfg.model.name)
-    check_folder(cfg.cache_dir, "cache_dir=FOLDER")
+    cache_dir = check_folder(cfg.cache_dir, "cache_dir=FOLDER")
     _check_devices(cfg.trainer)
     _check_metrics(cfg.metric)
     if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not cfg.estimate:
         check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
+    return stages, cache_dir
 
 
 def _check_keys(cfg: DictConfig) -> None:

@@ -236,7 +236,8 @@ def quoting(override: str) -> str:
     """How `key=value` is written on the command line where the value holds what Hydra's grammar reserves."""
     key, _, value = override.partition("=")
     bare = re.sub(r"^([\"'])(.*)\1$", r"\2", value)
-    escaped = bare.replace("\\", "\\\\").replace('"', '\\"')
+    # In Hydra's quotes a backslash stands for itself, but before a quote.
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), bare)
     word = shlex.quote(f'{key}="{escaped}"')
     return (
         "A path or text with spaces, commas, brackets, quotes, ~ or letters beyond a to z goes into quotes of its own, "

@@ -27,6 +27,7 @@ STAGES = (
     "report",
 )
 ALL_KEYS = "`python run.py --cfg job` (with the same choices) shows every key, `--help` the choices of each group."
+RANKS = {"TORCHELASTIC_RUN_ID": "RANK", "SLURM_NTASKS": "SLURM_PROCID"}  # variable of a launcher -> where its rank is
 COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to processes with an argv of their own
 
 
@@ -139,7 +140,7 @@ def local_processes(default: int | str) -> int | str:
 
 def first_process() -> bool:
     """Whether this is the only process of a run, or the first of those that torchrun or srun has started."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID"))
+    return all(os.environ.get(rank, "0") == "0" for launched, rank in RANKS.items() if launched in os.environ)
 
 
 def nodes() -> int:

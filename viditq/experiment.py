@@ -125,7 +125,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         gate=checked.gate,
         backend=cfg.backend,
         stages=checked.stages,
-        cache_dir=Path(cfg.cache_dir).expanduser(),
+        cache_dir=checked.cache_dir,
         adapter=adapter,
         quant=quant,
         plan=plan,
@@ -193,11 +193,11 @@ def _check_buckets(segments: Mapping[float, int], num_buckets: int) -> None:
     if mixed is None:
         return
     steps = ", ".join(f"{level:.4g}" for level in segments if interval_of(bucket_edges(num_buckets), level) == mixed)
-    enough = (n for n in range(num_buckets + 1, MOST_BUCKETS + 1) if mixed_bucket(segments, n) is None)
+    enough = [n for n in range(num_buckets + 1, MOST_BUCKETS + 1) if mixed_bucket(segments, n) is None]
     raise UserError(
-        f"quant.segments parts the sampling steps {steps}, which share one of the {num_buckets} buckets of noise level "
-        f"that statistics are kept in. Move the edge between them to {mixed / num_buckets:g} or "
-        f"{(mixed + 1) / num_buckets:g}, or give calibration.num_buckets={next(enough, MOST_BUCKETS)}."
+        f"quant.segments (or a plan file) parts the sampling steps {steps}, which share one of {num_buckets} buckets "
+        f"of noise level that statistics are kept in. Move the edge between them to {mixed / num_buckets:g} or "
+        f"{(mixed + 1) / num_buckets:g}" + (f", or give calibration.num_buckets={enough[0]}." if enough else ".")
     )
 
 

@@ -100,15 +100,26 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _holds_all_tensors(path: Path) -> bool:
-    """A safetensors file is 8 bytes of length, that many of header, and the data up to the largest end offset."""
+def stored_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor -> its dtype and shape as a safetensors file has them; raises ValueError if the file was cut off.
+
+    A file is 8 bytes of length, that many of header, and the data up to the largest end offset. The library would map
+    all of it, which a system with less memory than that refuses.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        if 8 + length > path.stat().st_size:
-            return False
-        header = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return path.stat().st_size == 8 + length + max(ends, default=0)
+        entries: dict[str, dict[str, Any]] = json.loads(file.read(length)) if 8 + length <= size else {}
+    entries.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size != end:
+        raise ValueError(f"{size} bytes of {end} are there")
+    return entries
+
+
+def _holds_all_tensors(path: Path) -> bool:
+    stored_entries(path)
+    return True
 
 
 ENDS: dict[str, Callable[[Path], bool]] = {  # by the ending of the file's name

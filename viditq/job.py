@@ -23,16 +23,9 @@ from viditq.run_dir import Entry, RunDir, fingerprint, timed
 
 # What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
 NOT_SAMPLING = (
-    "name",
-    "path",
-    "revision",
-    "denoiser_path",
-    "denoiser_revision",
-    "fps",
-    "roles",
-    "keep_float",
-    "guess",
-    "float_denoisers",
+    *("name", "path", "revision", "denoiser_path", "denoiser_revision", "fps"),
+    *("roles", "keep_float", "guess", "float_denoisers"),
+    "calibration_batch_size",  # a key of its own, where it counts
 )
 UNLESS_GIVEN = ("scheduler", "scheduler_settings", "variant")  # younger than what caches hold
 OF_TEXT = (
@@ -97,7 +90,7 @@ class Job:
     @property
     def _calibration_key(self) -> dict[str, Any]:
         e = self.experiment
-        prompts = {"calibration_prompts": e.data.calibration_prompts, "batch_size": e.batch_size}
+        prompts = {"calibration_prompts": e.data.calibration_prompts, "batch_size": e.adapter.calibration_batch_size}
         return {**self._base_key, "seed": e.seed, **prompts, "num_buckets": e.num_buckets}
 
     @property

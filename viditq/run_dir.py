@@ -43,7 +43,7 @@ def check_place(place: str | Path, choice: str = CHOICE) -> Path:
 
 def check_folder(place: str, choice: str) -> Path:
     """The folder that `place` names, `~` expanded; raises UserError for none, the root, or one where a file is."""
-    folder = Path(place).expanduser()
+    folder = Path(os.path.expanduser(place))  # which leaves an unknown ~user as it is
     if not place.strip() or folder.resolve() == Path(folder.resolve().anchor):
         raise UserError(f"{place!r} is no folder to write to. Choose one with {choice}.")
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())

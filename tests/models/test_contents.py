@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -17,10 +18,14 @@ from zoo import images, text, videos
 from zoo.saving import save
 
 from viditq.errors import UserError
+from viditq.experiment import build
+from viditq.job import Job
 from viditq.models.adapter import ModelAdapter
 from viditq.models.contents import check_contents, check_finite, check_part, parts_by_variant
 from viditq.models.mismatch import Mismatch
 from viditq.models.text import encode_prompt
+from viditq.run_dir import RunDir
+from viditq.runner import described
 
 Tensors = dict[str, Tensor]
 SAFE = {"text_encoder": "model.safetensors"}
@@ -246,6 +251,13 @@ def test_old_names_of_attention_in_a_decoder(tmp_path: Path) -> None:
     check_part(type(pipeline.vae), tmp_path / "model" / "vae", None, lenient=False)
 
 
+def test_a_table_that_is_computed_anew(tmp_path: Path) -> None:
+    """As files of earlier versions hold it; the model has it as a buffer that is not stored."""
+    save(images.pixart_alpha, tmp_path / "model")
+    change(tmp_path / "model", "transformer", added(pos_embed__pos_embed=torch.ones(1, 4, 16)))
+    check_part(diffusers.PixArtTransformer2DModel, tmp_path / "model" / "transformer", None, lenient=False)
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +347,21 @@ def test_variants(wan: Path, original: Path, adapter_of: Callable[..., ModelAdap
         check_contents(plain)
     with pytest.raises(UserError, match=r"model\.variant='bf16': .* has no file of it.*Leave it out"):
         check_contents(adapter_of(original, "+model.variant=bf16"))
+
+
+def test_a_run_says_and_keeps_apart_what_is_of_the_variant(
+    wan: Path, configure: Callable[..., Any], tmp_path: Path
+) -> None:
+    half = {name: value.half() for name, value in load_file(wan / "transformer" / DENOISER).items()}
+    save_file(half, wan / "transformer" / "diffusion_pytorch_model.fp16.safetensors", metadata={"format": "pt"})
+    small = ["model=wan2.1_1.3b", "name=t", "logger=none", "data.num_prompts=2", f"cache_dir='{tmp_path}/cache'"]
+    plain, marked = (build(configure(*small, f"model.path='{wan}'", *more)) for more in ([], ["+model.variant=fp16"]))
+    assert "variant fp16: transformer; of no variant: text_encoder, vae" in described(marked)
+    assert "variant" not in described(plain)
+    keys = [Job(e, RunDir(tmp_path / "run", e.tracked)) for e in (plain, marked)]
+    for kind in ("embeds", "reference", "stats"):
+        without_mark, with_mark = (getattr(job, kind).key["model"] for job in keys)
+        assert with_mark == {**without_mark, "variant": "fp16"}  # what caches of earlier versions hold stays valid
 
 
 def test_a_file_that_diffusers_trips_over_when_it_looks_for_a_variant(

@@ -47,6 +47,18 @@ def test_cached_model_loads_without_network(cache: Path, adapter: ModelAdapter) 
     assert replace(of_hub, revision=COMMIT).folder == cache
 
 
+def test_a_variant_that_the_repository_lacks(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, variant: str, **__: Any) -> str:
+        raise ValueError(f"no such modeling files ({variant})")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.DiffusionPipeline, "download", refuse)
+    with pytest.raises(
+        UserError, match=rf"{ID} \(revision main\) cannot be downloaded: no such modeling files \(fp16\)"
+    ):
+        hub.fetch(ID, "main", True, "fp16")
+
+
 def test_weights_that_are_not_downloaded_yet(cache: Path, adapter: ModelAdapter) -> None:
     for file in cache.rglob("*.safetensors"):
         file.unlink()

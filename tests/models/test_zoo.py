@@ -168,7 +168,7 @@ QUICK = ("latte", "wan2.2", "flux_dev", "z_image")
 def test_blocks_can_be_reconstructed(model: str, shrink: Callable[..., Any], tmp_path: Path) -> None:
     """Whatever a model hands its blocks is kept, and gives what it gave in its batch (BlockInputs checks it)."""
     few = [f"quant.rounding.{name}=2" for name in ("iterations", "layer_iterations", "tokens")]
-    stages = ["stages=[prompts,calibrate,quantize]", "batch_size=2", "quant/smoothing=static"]
+    stages = ["stages=[prompts,calibrate,quantize]", "++model.calibration_batch_size=2", "quant/smoothing=static"]
     stages += ["model.dtype=bfloat16"] * model.startswith("wan")  # some parameters stay float32
     cfg = shrink(model, *stages, "quant/rounding=block_adaround", *few)
     run(cfg, tmp_path / "run")

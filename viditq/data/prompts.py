@@ -30,10 +30,13 @@ class PromptData(Protocol):
         """Clips of the training distribution, uint8 [B, F, C, H, W], one per index; None where there are none."""
 
 
+MOST = 1_000_000  # the noise of calibration is drawn by indices from here on (engine/sampling.py)
+
+
 def _check_counts(num_prompts: int, num_calibration_prompts: int) -> None:
     for name, count in (("num_prompts", num_prompts), ("num_calibration_prompts", num_calibration_prompts)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise UserError(f"data.{name}={count!r} must be a whole number of at least 1.")
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST:
+            raise UserError(f"data.{name}={count!r} must be a whole number of at least 1 and at most {MOST}.")
 
 
 @dataclass

@@ -1,5 +1,11 @@
-"""Samples on disk, lossless: PNG for an image, uint8 safetensors for a video. Legend: F frames, C = 3, H, W pixels."""
+"""Samples on disk, lossless: PNG for an image, uint8 safetensors for a video. Legend: F frames, C = 3, H, W pixels.
 
+Beside each lies its checksum, so that one that was exchanged or altered is made again instead of used.
+"""
+
+import hashlib
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +25,49 @@ def sample_path(folder: Path, index: int, modality: str) -> Path:
 
 
 def save_sample(path: Path, clip_FCHW: Tensor) -> None:
-    """Write one uint8 sample."""
+    """Write one uint8 sample and its checksum."""
     if path.suffix == ".png":
         with atomic(path) as temporary:
             Image.fromarray(clip_FCHW[0].permute(1, 2, 0).numpy()).save(temporary, format="PNG")
     else:
         write_tensors(path, {"frames": clip_FCHW})
+    record(path)
+
+
+def checksum_path(path: Path) -> Path:
+    """Where a sample's checksum is kept."""
+    return path.with_name(f".{path.name}.sha256")
+
+
+def record(path: Path) -> None:
+    """Write down what a sample holds: its sha256, its size and when it last changed."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    status = path.stat()
+    with atomic(checksum_path(path)) as temporary:
+        temporary.write_text(f"{digest} {status.st_size} {status.st_ctime_ns}\n")
+
+
+def is_intact(path: Path, renew: bool) -> bool:
+    """Whether a sample is there and is the one that was recorded.
+
+    It is read only where the system says that it has changed since (st_ctime, which no copying or touching sets back),
+    and with `renew` recorded again, so as not to be read the next time.
+    """
+    try:
+        digest, size, changed = checksum_path(path).read_text().split()
+        status = path.stat()
+        if status.st_size != int(size) or status.st_ctime_ns == int(changed):
+            return status.st_size == int(size)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return False
+    except (OSError, ValueError):
+        return False
+    if renew:
+        with suppress(OSError):  # a cache may be read-only
+            record(path)
+    return True
 
 
 def load_sample(path: Path) -> Tensor:
@@ -39,6 +82,24 @@ def load_sample(path: Path) -> Tensor:
         ) from error
 
 
-def missing_samples(folder: Path, count: int, modality: str) -> list[int]:
-    """Indices of the prompts whose sample is not on disk, or cut off there."""
-    return [i for i in range(count) if not is_whole(sample_path(folder, i, modality))]
+def missing_samples(folder: Path, count: int, modality: str, renew: bool = True) -> list[int]:
+    """Indices of the prompts whose sample is not on disk, or not as it was written. renew: as in `is_intact`.
+
+    Where there are no checksums at all (`adopt_samples`) a sample only has to be whole.
+    """
+    there = partial(is_intact, renew=renew) if _has_checksums(folder) else is_whole
+    return [i for i in range(count) if not there(sample_path(folder, i, modality))]
+
+
+def _has_checksums(folder: Path) -> bool:
+    return next(folder.glob(".*.sha256"), None) is not None
+
+
+def adopt_samples(folder: Path, count: int, modality: str) -> int:
+    """Record the samples of a folder that has no checksums, made before there were any; returns how many."""
+    if _has_checksums(folder):
+        return 0
+    found = [path for i in range(count) if is_whole(path := sample_path(folder, i, modality))]
+    for path in found:
+        record(path)
+    return len(found)

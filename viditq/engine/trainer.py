@@ -5,15 +5,34 @@ from typing import Any
 import lightning as L
 
 from viditq.engine.offload import check_offload
+from viditq.errors import UserError
+
+PRECISION = "what models compute in is model.dtype, model.component_dtypes and quant.float_dtype, which results go by."
+PART = "it would leave out batches, or count them twice. data.num_prompts says how many prompts there are."
+# Setting -> what it may be, and why nothing else.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "precision": ("32-true", "32", 32, None),
+    "plugins": (None,),
+    "use_distributed_sampler": (False,),
+    "fast_dev_run": (False, 0),
+    **dict.fromkeys(("limit_predict_batches", "limit_test_batches"), (None, 1.0)),
+    "overfit_batches": (0.0,),
+}
+WHY = dict.fromkeys(FIXED, PART) | {"precision": PRECISION, "plugins": PRECISION}
 
 
 class Trainer(L.Trainer):
     """offload: null, or which models lie on the CPU while they do not compute (model | sequential), for small GPUs.
 
-    Everything else is Lightning's own. Raises UserError where `offload` cannot be had.
+    Everything else is Lightning's own, but for what would change samples or leave some out without being part of any
+    result's key. Raises UserError for that, and where `offload` cannot be had.
     """
 
     def __init__(self, *, offload: str | None = None, **kwargs: Any) -> None:
+        for key, value in kwargs.items():
+            kinds = [(type(allowed), allowed) for allowed in FIXED.get(key, (value,))]  # 1 batch is not 1.0 of all
+            if (type(value), value) not in kinds:
+                raise UserError(f"trainer.{key}={value}: {WHY[key]} Leave it out, or give {FIXED[key][0]}.")
         super().__init__(**kwargs)
         check_offload(offload, self.strategy.root_device)
         self.offload = offload

@@ -108,6 +108,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
         processes=trainer.num_devices * trainer.num_nodes,
+        measuring=min(e.adapter.calibration_batch_size, len(e.data.calibration_prompts)) / batch,
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"

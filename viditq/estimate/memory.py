@@ -24,7 +24,8 @@ class Pieces:
 
     stats: calibration statistics. observed: those gathered while diagnosing, where nothing is calibrated. weights: the
     quantized denoiser. largest_layer: weights of the largest Linear. learned_block: of the largest block whose
-    roundings are learned together. processes: how many share the work.
+    roundings are learned together. processes: how many share the work. measuring: the batch of calibration and
+    diagnosis, in batches of generation.
     """
 
     denoiser: int
@@ -39,6 +40,7 @@ class Pieces:
     observed: int = 0
     learned_block: int = 0
     processes: int = 1
+    measuring: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def larger(one: Peak, other: Peak) -> Peak:
 
 def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -> dict[str, Peak]:
     """Stage -> its peak."""
-    activations, step = max(p.step, p.decode), p.step
+    activations, measured = max(p.step, p.decode), round(p.step * max(p.measuring, 1.0))
     models = p.denoiser + p.rest
     quantized = p.weights.resident + p.rest
     both = models + quantized
@@ -85,10 +87,10 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "prompts": 0,
         "reference": activations,
         "noise_floor": activations,
-        "calibrate": step,
+        "calibrate": measured,
         "quantize": LEARNING_PER_WEIGHT * p.learned_block,
         "generate": activations,
-        "diagnose": 2 * step,
+        "diagnose": 2 * measured,
         "benchmark": step,
     }
     if not gpu:

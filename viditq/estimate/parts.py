@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from viditq.errors import UserError
-from viditq.estimate.hollow import hollowed, on_meta, shallow
+from viditq.estimate.hollow import answer_from_meta, hollowed, on_meta, shallow
 from viditq.files import read_json
 from viditq.models.adapter import ModelAdapter
 from viditq.models.checks import DTYPES
@@ -76,6 +76,7 @@ class TextShapes:
             cls = models_of(self.adapter.index()).get(part)
             if part.startswith("text_") and cls is not None:
                 parts[part] = hollowed(on_meta_part(self.adapter, part, cls, few_layers=True))
+                answer_from_meta(parts[part])
             elif not part.startswith(TEXT):
                 parts[part] = None
         return _assembled(self.adapter, parts)

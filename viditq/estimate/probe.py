@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from viditq.errors import UserError
 from viditq.estimate.hollow import as_meta, as_zeros, twin_on_meta
@@ -106,29 +107,43 @@ class _Watch:
 
 def probe_on_meta(adapter: ModelAdapter, pipeline: Any, embeds: PromptEmbeds, batch_size: int) -> Probe:
     """The same from configurations alone, for a hollow `pipeline`: no durations, and of each model one forward, whose
-    shapes come from the meta device (attention taken as fused)."""
-    meta = _OnMeta(pipeline)
+    shapes come from the meta device (attention taken as fused). Where one decoding gives all of a batch's pixels, it
+    ends there: made ready to be saved they would be dense."""
+    pixels = None if adapter.height is None or adapter.width is None else 3 * adapter.height * adapter.width
+    sample = None if pixels is None else pixels * (adapter.num_frames or 1)
+    meta = _OnMeta(pipeline, None if sample is None else sample * batch_size)
     for name in adapter.denoiser_names:
         denoiser = getattr(pipeline, name)
         denoiser.forward = meta.around(denoiser.forward, twin_on_meta(denoiser), "forward")
     vae: Any = getattr(pipeline, "vae", None)
     if vae is not None:
         vae.decode = meta.around(vae.decode, twin_on_meta(vae), "decode")
-    clips = generate(adapter, pipeline, [embeds] * batch_size, list(range(batch_size)), seed=0)
+    try:
+        clips = generate(adapter, pipeline, [embeds] * batch_size, list(range(batch_size)), seed=0)
+        sample = clips[0].numel()
+    except _AllDecoded:
+        assert sample is not None
     return Probe(
         batch_size=batch_size,
         forwards=meta.count,
-        sample_bytes=clips[0].numel(),
+        sample_bytes=sample,
         forward_bytes=meta.peaks.get("forward"),
         decode_bytes=meta.peaks.get("decode"),
     )
 
 
-class _OnMeta:
-    """Calls of a hollow pipeline's models, answered with zeros of the shapes that their twins on meta return."""
+class _AllDecoded(Exception):
+    """The pixels of a whole batch are known."""
 
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline = pipeline
+
+class _OnMeta:
+    """Calls of a hollow pipeline's models, answered with zeros of the shapes that their twins on meta return.
+
+    last: numbers in what is decoded after which nothing more need be known.
+    """
+
+    def __init__(self, pipeline: Any, last: int | None) -> None:
+        self.pipeline, self.last = pipeline, last
         self.count = 0
         self.peaks: dict[str, int] = {}
         self._answers: dict[str, Any] = {}
@@ -142,6 +157,8 @@ class _OnMeta:
             key = f"{method} {id(twin)} {_shapes(args, kwargs)}"
             if key not in self._answers:
                 self._answers[key] = self._ask(getattr(twin, method), method, args, kwargs)
+            if method == "decode" and _numbers(self._answers[key]) == self.last:
+                raise _AllDecoded
             return self._answers[key]
 
         return answered
@@ -159,6 +176,10 @@ class _OnMeta:
             ) from error
         self.peaks[method] = max(self.peaks.get(method, 0), live.peak)
         return as_zeros(out)
+
+
+def _numbers(value: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
     table = table_entry(job, policy).path
     missing = [c for c in wanted if not is_whole(table / f"{c.name}.json")]
     prompts = e.data.calibration_prompts[: policy.num_prompts]
-    batches = batches_of(len(prompts), e.batch_size)
+    batches = batches_of(len(prompts), e.adapter.calibration_batch_size)
     one = counter.work(quantized, prompts, batches)
     levels = noise_levels(e.adapter) if missing else None
     share = sum(_share(levels, e.plan.edges[c.segment + 1]) for c in missing) + len(policy.curve)

@@ -40,7 +40,7 @@ class Counter:
 
     def missing(self, folder: Path, count: int) -> list[list[int]]:
         """The batches that a stage will go through, as `stages.samples` cuts them."""
-        gone = set(missing_samples(folder, count, self.job.experiment.adapter.modality))
+        gone = set(missing_samples(folder, count, self.job.experiment.adapter.modality, renew=False))
         return [batch for batch in batches_of(self.count, self.size) if gone & set(batch)]
 
     def work(
@@ -71,13 +71,16 @@ def work_of(
         is_whole(job.stats_file) and (not job.needs_block_inputs or BlockStore(job.block_inputs.path).complete)
     )
     diagnosed = 0 if is_whole(job.run_dir.errors) or not e.plan.layers else min(e.diagnosis_prompts, count)
-    batches = batches_of(diagnosed, e.batch_size)
+    batches = batches_of(diagnosed, e.adapter.calibration_batch_size)
     works = {
         "prompts": _encoding(job),
         "reference": counter.work(seen, prompts, counter.missing(job.reference.path, count), count),
         "noise_floor": counter.work(seen, prompts, floors, len(job.floors) * job.floor_size),
         "calibrate": counter.work(
-            seen, calibration, [] if observed else batches_of(len(calibration), e.batch_size), decode=False
+            seen,
+            calibration,
+            [] if observed else batches_of(len(calibration), e.adapter.calibration_batch_size),
+            decode=False,
         ),
         "search": Work(note=DONE),
         "quantize": _quantizing(job, counter, seen, later, once),
@@ -104,7 +107,7 @@ def _quantizing(job: Job, counter: Counter, seen: Probe, quantized: Probe, once:
     if e.quant.correction is None:
         return Work(seconds=alone)
     prompts = e.data.calibration_prompts
-    batches = batches_of(len(prompts), e.batch_size)
+    batches = batches_of(len(prompts), e.adapter.calibration_batch_size)
     exact, other = (counter.work(probe, prompts, batches, decode=False) for probe in (seen, quantized))
     seconds = None
     if alone is not None and exact.seconds is not None and other.seconds is not None:

@@ -61,6 +61,9 @@ class ClipTemp(PerSampleMetric):
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Two values per pair, [B] each."""
         if batch.samples.shape[1] < 2:
-            raise UserError(f"{self.name} compares adjacent frames and got images. Use metric=image for image models.")
+            raise UserError(
+                f"{self.name} compares adjacent frames and got images. Use metric=image, or more frames "
+                "(model.num_frames)."
+            )
         clips = zip(self.columns, (batch.samples, batch.references), strict=True)
         return {column: temporal_consistency(embed(self.clip, c)) for column, c in clips}

@@ -80,7 +80,9 @@ class MotionMetric(PerSampleMetric):
     def update(self, batch: EvalBatch) -> None:
         """Score the pairs of `batch`."""
         if batch.samples.shape[1] < 2:
-            raise UserError(f"{self.name} looks at motion and got images. Use metric=image for image models.")
+            raise UserError(
+                f"{self.name} looks at motion and got images. Use metric=image, or more frames (model.num_frames)."
+            )
         super().update(batch)
 
 

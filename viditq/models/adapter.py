@@ -48,6 +48,8 @@ class ModelAdapter:
 
     variant: the weights' files are those marked with it (fp16: *.fp16.safetensors), of the parts that have such files.
     float_denoisers: other denoisers of the pipeline, left in float on purpose; they count in bits and bytes.
+    calibration_batch_size: prompts that are sampled together while something is measured on them (calibration, search,
+    correction, diagnosis), whatever batch_size is: the last bits of matrix products depend on how many there are.
 
     dtype: of all parts but component_dtypes (part -> dtype). attention: native (ours, on a CPU) or a backend of
     diffusers' dispatch, None = the model's own. compile: torch.compile while samples are generated. roles: role ->
@@ -71,6 +73,7 @@ class ModelAdapter:
     revision: str = "main"
     denoiser_path: str | None = None
     denoiser_revision: str = "main"
+    calibration_batch_size: int = 1
     dtype: str = "float32"
     component_dtypes: Mapping[str, str] = field(default_factory=dict)
     timestep_scale: float | Mapping[str, Any] = 1000.0
@@ -210,7 +213,7 @@ class ModelAdapter:
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 contents.check_finite(name, folder, component.eval().requires_grad_(False))
-            if name in self.denoiser_names and component is not None:
+            if name in (*self.denoisers, *self.float_denoisers) and component is not None:
                 set_attention(self.attention, component)
         gc.collect()
         return pipeline

@@ -10,7 +10,7 @@ from viditq.errors import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
-COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps")
+COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps", "calibration_batch_size")
 MAPPINGS = ("encode", "call", "roles", "component_dtypes", "scheduler_settings")
 OPTIONAL = ("num_frames", "height", "width", "max_tokens", "guidance_scale")
 FRAMES = ("num_frames", "video_length")
@@ -61,6 +61,9 @@ def makes_clips(pipeline: Any) -> bool:
 
 def check_arguments(model: Any, pipeline: Any) -> None:
     """Raises UserError for settings that the class `pipeline` would pass over (it may take **kwargs) or refuse."""
+    needed = ("from_pretrained", "__call__", *["encode_prompt"] * (model.conditioning == "text"))
+    if lacking := [name for name in needed if not hasattr(pipeline, name)]:
+        raise UserError(f"model.pipeline={model.pipeline} is no pipeline to drive: it has no {lacking[0]}.")
     of_call = _named(pipeline.__call__)
     of_text = _named(pipeline.encode_prompt) if model.conditioning == "text" else {}
     for node, function, known in (("encode", "encode_prompt", of_text), ("call", "__call__", of_call)):

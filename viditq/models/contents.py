@@ -24,7 +24,7 @@ from viditq.models.parts import models_of, part_class
 from viditq.models.weight_files import (
     COPY_AGAIN,
     DIFFUSERS,
-    EIGHT_BITS,
+    FLOAT8,
     TRANSFORMERS,
     other_variants,
     stored_tensors,
@@ -110,7 +110,8 @@ def check_part(cls: Any, folder: Path, variant: str | None, lenient: bool) -> No
     if issubclass(cls, transformers.PreTrainedTokenizerBase):
         _check_vocabulary(cls, folder)
     elif issubclass(cls, nn.Module):
-        stamp = tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir()))
+        stats = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
+        stamp = tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
         _check_model(cls, folder, variant_of(folder, variant), lenient, stamp)
     elif not [*folder.glob("*.json")]:
         raise UserError(f"{folder} holds no configuration (*.json). {COPY_AGAIN}")
@@ -172,9 +173,11 @@ def _held_by_diffusers(
         model._fix_state_dict_keys_on_load(tensors)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = model._keys_to_ignore_on_load_unexpected or []
+    computed = {name for name, _ in model.named_buffers()}  # those that are stored no more are made anew
+    odd = tensors.keys() - wanted.keys() - computed
     return Mismatch(
         missing=wanted.keys() - tensors.keys(),
-        left_over={n for n in tensors.keys() - wanted.keys() if not any(re.search(p, n) for p in ignored)},
+        left_over={name for name in odd if not any(re.search(pattern, name) for pattern in ignored)},
         shapes={n: (tuple(t.shape), wanted[n]) for n, t in tensors.items() if wanted.get(n, t.shape) != tuple(t.shape)},
         integers=_integers(tensors),
         known=wanted.keys(),
@@ -210,7 +213,7 @@ def _integers(tensors: Mapping[str, Tensor]) -> set[str]:
 
 def _check_scales(folder: Path, files: list[Path], tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError for 8-bit weights whose scales lie in a file of their own, which no library reads."""
-    eight = sorted(name for name, tensor in tensors.items() if tensor.dtype in EIGHT_BITS)
+    eight = sorted(name for name, tensor in tensors.items() if tensor.dtype in FLOAT8)
     others = [path for path in folder.glob("*.safetensors") if path not in files] if eight else []
     for path in others:
         if any("scale" in name.lower() for name in stored_tensors([path])):

@@ -51,12 +51,11 @@ class Mismatch:
         return f"{'; '.join(counts)}. {cause} {remedy[0].upper()}{remedy[1:]}."
 
     def _cause(self) -> tuple[str, str]:
-        odd = [*self.left_over, *self.integers]
         if any(re.search(r"(^|[._])lora[._]", name, re.IGNORECASE) for name in self.left_over):
             return "They hold an adapter (LoRA) beside the weights, which is not applied.", (
                 "fuse it (pipeline.fuse_lora(), then pipeline.unload_lora_weights()) and " + SAVE_AGAIN
             )
-        if self.integers or any(re.search(QUANTIZED, name, re.IGNORECASE) for name in odd):
+        if self.integers or any(re.search(QUANTIZED, name, re.IGNORECASE) for name in self.left_over):
             return "The weights are stored quantized, and their scales are not applied.", (
                 "take the float checkpoint (bfloat16, float16 or float32)"
             )
@@ -90,10 +89,11 @@ class Mismatch:
 
     def _layers(self) -> tuple[str, str] | None:
         """Where config.json counts other layers than the files hold."""
-        known = {_numberless(name) for name in self.known if name not in self.missing}
+        if self.shapes:
+            return None
+        known = {_numberless(name) for name in self.known if name not in self.missing and _numberless(name) != name}
         for names, word in ((self.left_over, "fewer"), (self.missing, "more")):
-            repeated = [name for name in names if re.search(r"\.\d+\.", name) and _numberless(name) in known]
-            if repeated and not self.shapes:
+            if any(_numberless(name) in known for name in names):
                 return (
                     f"config.json describes {word} layers than the files hold.",
                     "give the config.json that belongs to these weights, or copy the model's folder again",
@@ -111,7 +111,7 @@ def _prefixes(longer: Iterable[str], shorter: Collection[str]) -> Iterable[str]:
 
 
 def _numberless(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name)
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from viditq.errors import UserError
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
 
@@ -46,9 +47,9 @@ class Step:
 
 
 def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[Step]:
-    """One step for each call of a denoiser, in order. Raises TrialError where the pipeline cannot sample so.
+    """One step for each call of a denoiser, in order. num_steps: None = the model's own.
 
-    num_steps: None = the model's own.
+    Raises TrialError where the pipeline cannot sample so, UserError where files of the model are missing or damaged.
     """
     try:
         with torch.no_grad():
@@ -56,6 +57,8 @@ def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[
         if not steps:
             raise ValueError("it calls no denoiser before a step of its scheduler")
         return _in_order(steps)
+    except UserError:
+        raise
     except Exception as error:  # whatever a pipeline's own code raises says that it does not sample so
         raise TrialError(f"{type(error).__name__}: {error}") from error
 

@@ -1,15 +1,15 @@
 """Which files of a part's folder its library reads, and the tensors that they say they hold; no values are read."""
 
 import pickle
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.files import read_json
+from viditq.files import read_json, stored_entries
 
 COPY_AGAIN = "Copy the model's folder again."
 # In the order in which each library looks for them.
@@ -29,7 +29,8 @@ STORED = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
 }
-EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+DAMAGED = (OSError, ValueError, KeyError, RuntimeError, EOFError, struct.error, pickle.UnpicklingError)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def variant_of(folder: Path, variant: str | None) -> str | None:
@@ -74,18 +75,16 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     for path in files:
         try:
             tensors |= _of_safetensors(path) if path.suffix == ".safetensors" else _of_bin(path)
-        except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except DAMAGED as error:
             raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}). {COPY_AGAIN}") from error
     return tensors
 
 
 def _of_safetensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
-            name: torch.empty(part.get_shape(), dtype=STORED.get(part.get_dtype(), torch.uint8), device="meta")
-            for name, part in slices.items()
-        }
+    return {
+        name: torch.empty(entry["shape"], dtype=STORED.get(entry["dtype"], torch.uint8), device="meta")
+        for name, entry in stored_entries(path).items()
+    }
 
 
 def _of_bin(path: Path) -> dict[str, Tensor]:

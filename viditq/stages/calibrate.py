@@ -119,7 +119,7 @@ def _sample(job: Job, wanted: list[str], partials: Partials) -> None:
     e, processes = job.experiment, job.processes
     prompts = e.data.calibration_prompts
     done = processes.first_does(partials.compact)
-    batches = list(enumerate(batches_of(len(prompts), e.batch_size)))
+    batches = list(enumerate(batches_of(len(prompts), e.adapter.calibration_batch_size)))
     pipeline = e.adapter.load()
     accumulator = _accumulator(job, e.adapter.denoiser_of(pipeline), wanted)
     processes.wait()  # all have seen which inputs of blocks are there, before any of them goes on

@@ -26,7 +26,7 @@ def correct(job: Job, quantize: Callable[[Path], str]) -> str:
     partials = Partials(work, CorrectionFit.merge_states)
     done = processes.first_does(partials.compact)
     prompts = e.data.calibration_prompts
-    batches = [b for b in enumerate(batches_of(len(prompts), e.batch_size)) if b[0] not in done]
+    batches = [b for b in enumerate(batches_of(len(prompts), e.adapter.calibration_batch_size)) if b[0] not in done]
     pipeline, quantized = e.adapter.load(), load_artifact(work / "quantized", e.backend, complete=False)
     denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
     shrinks = e.quant.shrinks_noise and check_shrinkable(pipeline.scheduler, e.adapter.call)

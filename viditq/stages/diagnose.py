@@ -37,7 +37,7 @@ def diagnose(job: Job) -> str:
 def _diagnose(job: Job, partials: Partials, count: int) -> str:
     e, processes = job.experiment, job.processes
     done = processes.first_does(partials.compact)
-    batches = [b for b in enumerate(batches_of(count, e.batch_size)) if b[0] not in done]
+    batches = [b for b in enumerate(batches_of(count, e.adapter.calibration_batch_size)) if b[0] not in done]
     pipeline = e.adapter.load()
     quantized: Any = load_artifact(job.artifact, backend=e.backend, complete=False)
     denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))

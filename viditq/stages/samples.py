@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from viditq.data.samples import missing_samples, sample_path, save_sample
+from viditq.data.samples import adopt_samples, missing_samples, sample_path, save_sample
 from viditq.engine.sampling import Generation, batches_of, run_batches
 from viditq.files import write_json
 from viditq.job import Job
@@ -52,9 +52,17 @@ def generate(job: Job) -> str:
     return _generate(job, folder, job.num_prompts, "quantized", load, e.seed, timed)
 
 
+def missing(job: Job, folder: Path, count: int) -> list[int]:
+    """Indices of the prompts whose sample `folder` lacks, or holds otherwise than it was written."""
+    modality = job.experiment.adapter.modality
+    if adopted := adopt_samples(folder, count, modality):
+        job.say(f"      {adopted} samples without checksums are taken as they are ({folder})")
+    return missing_samples(folder, count, modality)
+
+
 def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, count: int, what: str) -> str:
     adapter = job.experiment.adapter
-    if not job.processes.first_does(lambda: missing_samples(entry.path, count, adapter.modality)):
+    if not job.processes.first_does(lambda: missing(job, entry.path, count)):
         job.sweep_up(entry)
         return f"all {count} {what} samples already there ({entry.path})"
 
@@ -76,23 +84,23 @@ def _generate(
 ) -> str:
     """Make the samples that `folder` lacks, each process its share of the batches."""
     e, modality = job.experiment, job.experiment.adapter.modality
-    missing = set(job.processes.first_does(lambda: missing_samples(folder, count, modality)))
-    if not missing:
+    wanted = set(job.processes.first_does(lambda: missing(job, folder, count)))
+    if not wanted:
         return f"all {count} {what} samples already there ({folder})"
     if job.processes.first:
         job.run_dir.forget_evaluation()
 
     def sink(index: int, clip: Tensor) -> None:
-        if index in missing:
+        if index in wanted:
             save_sample(sample_path(folder, index, modality), clip)
 
     with timed:
         # Batches are cut from all prompts, whatever is missing, so that a resumed run repeats them to the bit.
-        batches = [b for b in batches_of(job.num_prompts, e.batch_size) if missing & set(b)]
+        batches = [b for b in batches_of(job.num_prompts, e.batch_size) if wanted & set(b)]
         pipeline = load()
         if e.adapter.compile:
             compile_forward(e.adapter.denoiser_of(pipeline))
         module = Generation(e.adapter, pipeline, job.load_embeds(e.data.prompts), seed, sink=sink)
         run_batches(e.make_trainer(), module, job.processes.share(batches))
         job.processes.wait()
-    return f"{len(missing)} of {count} {what} samples generated ({folder})"
+    return f"{len(wanted)} of {count} {what} samples generated ({folder})"

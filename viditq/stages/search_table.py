@@ -119,7 +119,7 @@ class SearchTable:
             *(e.adapter, e.adapter.load(), job.load_embeds(self.prompts), e.seed),
             prompts=self.prompts,
             noise_indices=[CALIBRATION_OFFSET + i for i in range(len(self.prompts))],
-            batches=batches_of(len(self.prompts), e.batch_size),
+            batches=batches_of(len(self.prompts), e.adapter.calibration_batch_size),
             metrics=metrics,
             base=e.plan,
             stats=self.stats,
@@ -179,7 +179,8 @@ def known_errors(job: Job, candidates: Sequence[Candidate]) -> ProxyErrors:
 
 def table_entry(job: Job, policy: SensitivitySearch) -> Entry:
     """The scores of candidates."""
-    key = {**_key(job, policy.num_prompts), "batch_size": job.experiment.batch_size, "metrics": dict(policy.metrics)}
+    batch_size = job.experiment.adapter.calibration_batch_size
+    key = {**_key(job, policy.num_prompts), "batch_size": batch_size, "metrics": dict(policy.metrics)}
     return Entry(job.experiment.cache_dir / "sensitivity", key)
 
 

@@ -42,18 +42,19 @@ struct Format {
   int32_t middle() const { return 1 << (bits - 1); }
 };
 
-// affine.compute_qparams: the scale of an empty range.
-inline float floored(float scale) { return scale < 1e-6f ? 1e-6f : scale; }
+// affine.usable_scale: a range of zeros, or one so small that its scale underflows, becomes all zeros; NaN stays.
+inline float usable(float scale) { return scale <= 0.0f ? 1e-6f : scale; }
 
 // NaN in a range, or an infinite range, makes the scale NaN, and with it the whole row of the output, as in `fake`.
 inline Grid grid_of_range(float lo, float hi, const Format& format) {
   if (format.symmetric) {
     const float largest = -lo > hi ? -lo : hi;
-    return {floored(largest / static_cast<float>(format.middle() - 1)), format.middle()};
+    return {usable(largest / static_cast<float>(format.middle() - 1)), format.middle()};
   }
   lo = lo > 0 ? 0 : lo;
   hi = hi < 0 ? 0 : hi;
-  const float scale = floored((hi - lo) / format.levels());
+  // halves: hi - lo may overflow where the scale does not
+  const float scale = usable((0.5f * hi - 0.5f * lo) / (0.5f * format.levels()));
   const float zero_point = std::nearbyint(-lo / scale);
   return {scale, std::isfinite(zero_point) ? static_cast<int32_t>(zero_point) : 0};
 }

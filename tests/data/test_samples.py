@@ -1,0 +1,92 @@
+"""Samples are used only as they were written; what that costs is a look at each file's entry, not at its bytes."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from viditq.data import samples
+from viditq.data.samples import adopt_samples, checksum_path, missing_samples, sample_path, save_sample
+
+
+@pytest.fixture(params=["image", "video"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """Three samples, and their modality."""
+    for index in range(3):
+        clip_FCHW = torch.full((1 if request.param == "image" else 2, 3, 8, 8), 9 * index, dtype=torch.uint8)
+        save_sample(sample_path(tmp_path / "samples", index, request.param), clip_FCHW)
+    return tmp_path / "samples", request.param
+
+
+def exchange(path: Path) -> None:
+    shutil.copy2(path.with_name(path.name.replace("1", "2")), path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip_a_bit_and_set_the_time_back(path: Path) -> None:
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-30] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def lose_the_checksum(path: Path) -> None:
+    checksum_path(path).unlink()
+
+
+def damage_the_checksum(path: Path) -> None:
+    checksum_path(path).write_text("nonsense")
+
+
+CHANGES = [exchange, cut, flip_a_bit_and_set_the_time_back, grow, lose_the_checksum, damage_the_checksum, os.unlink]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_as_it_was_written_is_missing(change: Callable[[Path], None], folder: tuple[Path, str]) -> None:
+    where, modality = folder
+    assert missing_samples(where, 4, modality) == [3]
+    change(sample_path(where, 1, modality))
+    assert missing_samples(where, 4, modality) == [1, 3]
+
+
+def test_unchanged_samples_are_not_read(folder: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples.hashlib, "file_digest", lambda *_: pytest.fail("read a sample"))
+    assert missing_samples(*folder[:1], 3, folder[1]) == []
+
+
+@pytest.mark.parametrize("renew", [True, False])
+def test_copied_samples_are_read_once(renew: bool, folder: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    where, modality = Path(shutil.copytree(folder[0], folder[0].with_name("copy"))), folder[1]
+    before = [checksum_path(sample_path(where, i, modality)).read_text() for i in range(3)]
+    assert missing_samples(where, 3, modality, renew) == []
+    after = [checksum_path(sample_path(where, i, modality)).read_text() for i in range(3)]
+    assert (before == after) != renew and [line[:64] for line in before] == [line[:64] for line in after]
+
+
+def test_a_checksum_is_that_of_the_file(folder: tuple[Path, str]) -> None:
+    path = sample_path(*folder[:1], 0, folder[1])
+    assert checksum_path(path).read_text().startswith(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_samples_of_an_earlier_version(folder: tuple[Path, str]) -> None:
+    """Where no sample has a checksum, whole ones are taken and recorded; where some have, none is."""
+    where, modality = folder
+    assert adopt_samples(where, 3, modality) == 0
+    for index in range(3):
+        checksum_path(sample_path(where, index, modality)).unlink()
+    cut(sample_path(where, 2, modality))
+    assert missing_samples(where, 3, modality) == [2]
+    assert adopt_samples(where, 3, modality) == 2
+    exchange(sample_path(where, 1, modality))
+    assert missing_samples(where, 3, modality) == [1, 2]
