@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from viditq.errors import UserError
-from viditq.quant import CalibrationStats, Calibrator, calibration, linear_names
+from viditq.quant import CalibrationStats, Calibrator, linear_names
+from viditq.quant.calibration import calibrator as calibrator_module
 from viditq.quant.calibration.moments import Moments
 from viditq.quant.calibration.row_sample import num_moment_rows, row_keys, stratified
 
@@ -98,7 +99,7 @@ def test_nan_names_the_layer(denoiser):
 
 
 def test_nan_is_told_while_sampling(denoiser, monkeypatch):
-    monkeypatch.setattr(calibration, "PENDING_BYTES", 0)  # what a large model shows in one step exceeds it
+    monkeypatch.setattr(calibrator_module, "PENDING_BYTES", 0)  # what a large model shows in one step exceeds it
     with Calibrator(denoiser, linear_names(denoiser)) as calibrator:
         calibrator.set_sample_seeds([1])
         with pytest.raises(UserError, match=r"the input of proj_in contains NaN or inf"):
@@ -107,7 +108,7 @@ def test_nan_is_told_while_sampling(denoiser, monkeypatch):
 
 def test_statistics_do_not_depend_on_how_many_inputs_are_added_at_once(denoiser, calibrated, monkeypatch):
     at_once = calibrated(denoiser, [1, 2, 3], STEPS)
-    monkeypatch.setattr(calibration, "PENDING_BYTES", 0)
+    monkeypatch.setattr(calibrator_module, "PENDING_BYTES", 0)
     one_by_one = calibrated(denoiser, [1, 2, 3], STEPS)
     mine, theirs = at_once.to_tensors(), one_by_one.to_tensors()
     assert mine.keys() == theirs.keys()
