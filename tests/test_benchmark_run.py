@@ -59,7 +59,7 @@ def test_the_report_and_the_console_tell_that_it_was_emulated(
     run: Run, finished_run: Path, shared_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(finished_run, shared_cache)
-    words = "Emulated: the quantized Linears ran in floating point (backend fake)"
+    words = "Emulated: the quantized Linears ran in floating point"
     assert words in capsys.readouterr().out
     page = (finished_run / "report.html").read_text()
     assert words in page and 'id="step"' in page and "quantized (fake)" in page

@@ -1,5 +1,6 @@
 """Threads from given cores, quotas and neighbours, and a registry that forgets the dead."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_threads_follow_who_comes_and_goes(tmp_path: Path, monkeypatch: pytest.M
         with Registry(tmp_path).entered(Claim(ALL)):
             follow_cores()
             assert torch.get_num_threads() == 2
+        shutil.rmtree(tmp_path)  # as whatever tidies the folder for temporary files may do
         follow_cores()
         assert torch.get_num_threads() == 4
     assert torch.get_num_threads() == before

@@ -229,3 +229,15 @@ def test_no_half_a_page_is_left(tmp_path):
     with pytest.raises(OSError, match="disk"):
         write_page(replace(content, pairs=[replace(content.pairs[0], clips=broken)]), tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [({"fake": 40}, "emulated"), ({"fake": 4, "native": 36}, "emulated in part"), ({"native": 40}, "")],
+)
+def test_the_headline_says_emulated(layers, words):
+    content = make_content(count=1, num_frames=1)
+    backend = {"requested": "auto", "layers": layers}
+    html = render(replace(content, metrics={**content.metrics, "backend": backend}))
+    headline = re.search(r'<h2 id="verdict-title"[^>]*>(.*?)</h2>', html)[1]
+    assert headline == f"Worse than float on 1 of 3 metrics{f' <small>{words}</small>' if words else ''}"

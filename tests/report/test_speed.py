@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from page_examples import make_speed
 
-from viditq.report.speed import emulated, speed_line, speed_numbers, speed_view
+from viditq.report.speed import emulated, emulation, speed_line, speed_numbers, speed_view
 
-EMULATED = "Emulated: the quantized Linears ran in floating point (backend fake)"
+EMULATED = "Emulated: the quantized Linears ran in floating point "
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,9 @@ EMULATED = "Emulated: the quantized Linears ran in floating point (backend fake)
     ],
 )
 def test_emulation_is_told(backend: dict[str, Any] | None, words: str) -> None:
-    assert emulated(backend).startswith(words) and bool(emulated(backend)) == bool(words)
+    sentence = emulation(backend)
+    assert sentence.startswith(words) and bool(sentence) == bool(words)
+    assert sentence.lower().startswith(emulated(backend)) and bool(emulated(backend)) == bool(words)
 
 
 def test_the_line_of_the_headline() -> None:

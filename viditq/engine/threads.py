@@ -20,8 +20,6 @@ import torch
 
 VARIABLE = "OMP_NUM_THREADS"
 CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-
-
 _SHARE: ContextVar["CoreShare | None"] = ContextVar("share", default=None)  # torch's threads are the process's, too
 
 
@@ -35,7 +33,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Threads:
-    """A number of threads and the reason for it, as `threads: 1 (2 cores, shared with 1 other run)` prints it."""
+    """A number of threads and the reason for it, printed as `threads: 2 (2 cores)`."""
 
     count: int
     why: str
@@ -155,7 +153,9 @@ class CoreShare:
 
     def follow(self) -> Threads:
         """Look who computes now, and set the number of threads accordingly."""
-        others = self.registry.others(self.mine) if self.mine is not None else []
+        others: list[Claim] = []
+        with suppress(OSError):  # the folder for temporary files may be tidied up at any time
+            others = self.registry.others(self.mine) if self.mine is not None else []
         threads = share(*usable_cores(self.most), self.claim, others)
         if threads.count != torch.get_num_threads():
             torch.set_num_threads(threads.count)

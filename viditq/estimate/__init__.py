@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         step=seen.float_model.forward_bytes or 0,
         decode=seen.float_model.decode_bytes or 0,
         stats=stats,
-        weights=weight_bytes(quantized, e.backend),
+        weights=weight_bytes(quantized),
         largest_layer=max((numel[name] for name in plan.layers), default=0),
         observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
@@ -122,7 +122,10 @@ def estimate(job: Job, mode: Any) -> Estimate:
     if e.quant.correction is not None:  # its fit holds what the diagnosis holds
         most["quantize"] = larger(most["quantize"], most["diagnose"])
     held = {"float": Held(denoiser_bytes, seen.float_model.forward_seconds)}
-    held |= {name: one.with_bytes(weight_bytes(quantized, name).resident) for name, one in seen.backends.items()}
+    held |= {
+        name: one if one.why else replace(one, nbytes=weight_bytes(quantized, name).resident)
+        for name, one in seen.backends.items()
+    }
     return Estimate(
         durations=mode is True,
         batch_size=batch,

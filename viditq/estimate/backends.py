@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from viditq.errors import UserError
 from viditq.quant.description.plan import QuantPlan
@@ -17,10 +17,6 @@ class Held:
     nbytes: int
     seconds: float | None = None
     why: str = ""
-
-    def with_bytes(self, nbytes: int) -> Held:
-        """The same with its bytes, of a backend that runs it."""
-        return self if self.why else replace(self, nbytes=nbytes)
 
 
 def refusals(plan: QuantPlan) -> dict[str, Held]:

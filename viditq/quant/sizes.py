@@ -90,10 +90,10 @@ def laid_out(
     return denoiser
 
 
-def weight_bytes(quantized: nn.Module, backend: str = "fake") -> WeightBytes:
-    """By kind, of a denoiser that `laid_out` gave or of a real one, as `backend` would hold it."""
+def weight_bytes(quantized: nn.Module, backend: str | None = None) -> WeightBytes:
+    """By kind, of a denoiser that `laid_out` gave or of a real one, as `backend` would hold it; None = each layer's."""
     counts = dict.fromkeys(("codes", "scales", "zero_points", "transforms", "rest"), 0)
-    dense, chosen = 0, get_backend(backend)
+    dense, given = 0, None if backend is None else get_backend(backend)
     variants: dict[str, Any] = {
         f"{name}.variants.{i}.": v for name, q in quant_linears(quantized).items() for i, v in enumerate(q.variants)
     }
@@ -107,7 +107,8 @@ def weight_bytes(quantized: nn.Module, backend: str = "fake") -> WeightBytes:
         for variant in each:
             if variant.qweight is not None:  # a weight in float is used as it is
                 shape = (layer.out_features, layer.in_features)
-                dense += chosen.weight_bytes(variant.scheme, *shape, layer.dtype) - tensor_bytes([variant.qweight])
+                held = (given or layer.backend).weight_bytes(variant.scheme, *shape, layer.dtype)
+                dense += held - tensor_bytes([variant.qweight])
     return WeightBytes(**counts, dense=dense)
 
 

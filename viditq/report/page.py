@@ -22,7 +22,7 @@ from viditq.report.incoherence import incoherence_view
 from viditq.report.media import MAX_MEDIA_BYTES, encode_pairs
 from viditq.report.plan_view import segment_words
 from viditq.report.search_view import SearchView, search_view
-from viditq.report.speed import speed_line, speed_view
+from viditq.report.speed import emulated, speed_line, speed_view
 from viditq.report.verdicts import headline, judge_all
 from viditq.report.wording import digits_for, finite, plain
 
@@ -76,6 +76,7 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
             diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
             incoherence=incoherence_view(content.incoherence) if content.incoherence else None,
             speed=speed_view(content.speed) if content.speed else None,
+            emulation=emulated(content.metrics.get("backend")),
             speed_line=speed_line(content.metrics.get("backend"), content.speed),
             search=_search_view(content),
             segment_words=segment_words(content.segments),

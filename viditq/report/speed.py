@@ -32,20 +32,27 @@ class SpeedView:
 
 
 def emulated(backend: Mapping[str, Any] | None) -> str:
-    """How much ran in floating point instead of integers: a sentence, or nothing.
+    """`emulated`, `emulated in part`, or nothing: whether what should be integers ran in floating point.
 
     backend: metrics.json's or speed.json's: the one requested, and how many Linears each computed (None: not known).
     """
     if backend is None:
         return ""
     layers = backend["layers"]
-    count = layers.get(EMULATION, 0) if layers is not None else None
-    if count is None and backend["requested"] != EMULATION:
+    if layers is None:
+        return "emulated" if backend["requested"] == EMULATION else ""
+    if EMULATION not in layers:
         return ""
-    if count is None or (count and count == sum(layers.values())):
-        return "Emulated: the quantized Linears ran in floating point (backend fake), without a gain in time or memory."
-    total = sum(layers.values())
-    return f"Emulated in part: {count} of {total} quantized Linears ran in floating point." if count else ""
+    return "emulated" if len(layers) == 1 else "emulated in part"
+
+
+def emulation(backend: Mapping[str, Any] | None) -> str:
+    """The same as a sentence."""
+    word = emulated(backend)
+    if word != "emulated in part" or backend is None:
+        return word and "Emulated: the quantized Linears ran in floating point, without a gain in time or memory."
+    count, total = backend["layers"][EMULATION], sum(backend["layers"].values())
+    return f"Emulated in part: {count} of {total} quantized Linears ran in floating point."
 
 
 def measured(speed: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Mapping[str, Any]]]:
@@ -58,7 +65,7 @@ def measured(speed: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Map
 
 def speed_line(backend: Mapping[str, Any] | None, speed: Mapping[str, Any] | None) -> str:
     """The line of the headline: emulated or not, the step's time against float's, the weights' memory."""
-    told = [emulated(backend)]
+    told = [emulation(backend)]
     if speed is not None:
         mine, others = measured(speed)
         median = mine["seconds"]["median"]
