@@ -1,5 +1,6 @@
 """Configurations, runs and copies of the shipped models that the whole-program tests share."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,12 @@ SHRUNK = [
 ]
 
 config.register()
+
+
+@pytest.fixture(autouse=True)
+def logged_lines_can_be_caught() -> None:
+    """A run in this process prints what viditq logs itself, which keeps it from `caplog`."""
+    logging.getLogger("viditq").propagate = True
 
 
 def compose_config(*overrides: str) -> DictConfig:

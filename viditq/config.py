@@ -82,7 +82,7 @@ class RootConfig:
     quant: Any = MISSING
     data: Any = MISSING
     metric: Any = MISSING
-    backend: str = "fake"
+    backend: str = "auto"
     trainer: Any = MISSING
     logger: Any = None
 

@@ -1,5 +1,6 @@
 """What a run prints at its end."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,26 @@ from viditq.report.table import MetricRow, metrics_table, verdict_table
 from viditq.run_dir import RunDir
 
 MIN_WIDTH = 80
+
+
+class Lines(logging.Handler):
+    """What viditq itself logs, each record a line of the run's output."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(f"      {record.getMessage()}", markup=False)
+
+
+def show_lines(console: Console) -> None:
+    """From now on what viditq logs is printed there, such as which backend a layer gets; in place of an earlier one."""
+    logger = logging.getLogger("viditq")
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, Lines)]
+    logger.addHandler(Lines(console))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:

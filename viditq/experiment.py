@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from viditq.nulls import check_nulls
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixed_bucket
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.backends import check_supported, get_backend
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
@@ -143,7 +144,29 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     check_device(adapter.attention, device.type)
     if adapter.compile:
         check_compiler(device, getattr(trainer, "offload", None))
-    return experiment
+    return replace(experiment, backend=_backend(cfg.backend, device.type, plan))
+
+
+def _backend(name: str, device: str, plan: QuantPlan) -> str:
+    """The backend that runs on this kind of device; on a GPU, for which there is no integer one yet, auto is emulation.
+
+    Builds its kernels where that is still to be done, and says what each kind of layer gets. Raises UserError where it
+    cannot run here, or cannot take a layer.
+    """
+    if name == "native" and device != "cpu":
+        raise UserError(
+            f"backend=native multiplies on a CPU, and this run on {device}. Leave backend=auto, or choose trainer=cpu."
+        )
+    name = "fake" if name == "auto" and device != "cpu" else name
+    backend = get_backend(name)
+    if plan.layers:
+        backend.check_available()
+    for layer in plan.layers:
+        for segment in range(plan.num_segments):
+            if (scheme := plan.scheme(layer, segment)) is not None:
+                check_supported(backend, layer, scheme)
+                backend.resolve(scheme)
+    return name
 
 
 def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None:

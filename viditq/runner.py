@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from viditq.checks import Checked
 from viditq.config import COMMAND_VARIABLE, shorten
-from viditq.console import print_summary
+from viditq.console import print_summary, show_lines
 from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
 from viditq.engine.processes import Processes, environment, joined
@@ -169,7 +169,7 @@ def sweep_name() -> str | None:
 
 
 def quiet_libraries() -> None:
-    """Keep what the libraries say at start-up off the terminal; their warnings about errors stay."""
+    """Keep what the libraries say at start-up off the terminal; their warnings about errors stay. Ours is shown."""
     import diffusers
     import transformers
 
@@ -178,6 +178,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+    show_lines(terminal(quiet=os.environ.get("RANK", "0") != "0"))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")

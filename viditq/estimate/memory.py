@@ -91,7 +91,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "quantize": LEARNING_PER_WEIGHT * p.learned_block,
         "generate": activations,
         "diagnose": 2 * measured,
-        "benchmark": step,
+        "benchmark": p.step,
     }
     if not gpu:
         return {stage: Peak(max(size + computing[stage], loading.get(stage, 0))) for stage, size in on_cpu.items()}

@@ -104,10 +104,10 @@ def weight_bytes(quantized: nn.Module, backend: str | None = None) -> WeightByte
         counts[kind] += tensor_bytes([tensor])
     for layer in quant_linears(quantized).values():
         each: Any = layer.variants
-        for variant in each:
+        for own, variant in zip(layer.backends, each, strict=True):
             if variant.qweight is not None:  # a weight in float is used as it is
                 shape = (layer.out_features, layer.in_features)
-                held = (given or layer.backend).weight_bytes(variant.scheme, *shape, layer.dtype)
+                held = (given or own).weight_bytes(variant.scheme, *shape, layer.dtype)
                 dense += held - tensor_bytes([variant.qweight])
     return WeightBytes(**counts, dense=dense)
 
