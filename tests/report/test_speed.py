@@ -7,7 +7,7 @@ from page_examples import make_speed
 
 from viditq.report.speed import emulated, emulation, speed_line, speed_numbers, speed_view
 
-EMULATED = "Emulated: the quantized Linears ran in floating point "
+EMULATED = "Emulated: the quantized Linears ran in floating point"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from viditq.models.compiling import compiled_twin
 from viditq.models.generate import group_by_shape
 from viditq.quant.execution.linear import backend_counts
 from viditq.quant.sizes import held_bytes
+from viditq.report.speed import milliseconds
 from viditq.run_dir import Entry, read_seconds
 
 WARM_UPS = 2  # of each candidate; in the second its memory is seen
@@ -118,7 +119,7 @@ def _benchmark(job: Job) -> str:
     }
     job.run_dir.forget_report()
     write_json(job.run_dir.speed, speed)
-    told = ", ".join(f"{name} {1e3 * spread(times)['median']:.3g} ms" for name, times in seconds.items())
+    told = ", ".join(f"{name} {milliseconds(spread(times)['median'])}" for name, times in seconds.items())
     return f"a step of {call.num_prompts} prompts: {told} ({job.run_dir.speed})"
 
 
