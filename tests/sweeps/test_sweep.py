@@ -103,10 +103,10 @@ def test_failures_are_listed_and_a_rerun_does_only_what_is_missing(
     assert "3 jobs: 2 done, 1 failed" in capfd.readouterr().out
     for name in ("load", "load_text_part", "load_complete"):
         monkeypatch.setattr(ModelAdapter, name, lambda *_, **__: pytest.fail("work was done twice"))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("samples/*")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("samples/*.png")}
     assert sweep_here(*arguments) == 2
     assert "3 jobs: 2 done, 1 failed" in capfd.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("samples/*")} and len(before) == 4
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("samples/*.png")} and len(before) == 4
 
 
 def test_killed_job_is_shown_as_unfinished(
