@@ -13,7 +13,6 @@ otherwise.
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from transformers import T5Config, T5EncoderModel
 from viditq import config
 from viditq.assets import SHIPPED
 from viditq.engine.processes import Processes
-from viditq.estimate import estimate
+from viditq.estimate import estimate, resident_bytes
 from viditq.estimate.table import duration, size
 from viditq.experiment import Experiment, build
 from viditq.files import read_json, write_json
@@ -111,15 +110,22 @@ def experiment_of(name: str, folder: Path, overrides: Sequence[str]) -> tuple[Ex
 
 def child(task: str, name: str, folder: Path, overrides: Sequence[str]) -> None:
     """One stage, or the estimate as json."""
-    from viditq.runner import quiet_libraries, run_stages
+    from viditq.runner import quiet_libraries
 
     quiet_libraries()
+    _work(task, name, folder, overrides)
+    (folder / "peak").write_text(str(resident_bytes()))
+
+
+def _work(task: str, name: str, folder: Path, overrides: Sequence[str]) -> None:
     if task == "build":
         build_folder(name, folder / "model")
         return
     experiment, run_dir = experiment_of(name, folder, overrides)
     job = Job(experiment, run_dir)
     if task != "estimate":
+        from viditq.runner import run_stages
+
         run_stages(replace(experiment, stages=(task,)), run_dir, Processes())
         return
     told = estimate(job, True)
@@ -133,11 +139,9 @@ def measured(task: str, name: str, folder: Path, overrides: Sequence[str] = ()) 
     """Seconds and peak RAM in bytes of a task in a process of its own."""
     start = time.perf_counter()
     command = [sys.executable, __file__, name, "--folder", str(folder), "--task", task]
-    process = subprocess.Popen([*command, "--overrides", *overrides])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    if subprocess.run([*command, "--overrides", *overrides]).returncode:
         raise SystemExit(f"{task} failed")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, int((folder / "peak").read_text())
 
 
 def main() -> None:

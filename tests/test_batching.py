@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from safetensors.torch import load_file
 
@@ -97,5 +96,5 @@ def test_the_batch_of_calibration_is_part_of_what_is_cached(run: Run, tmp_path: 
         run(tmp_path / f"run{size}", tmp_path / "cache", *SHORT, f"++model.calibration_batch_size={size}")
     stats = [load_file(path / "stats.safetensors") for path in (tmp_path / "cache" / "stats").iterdir()]
     assert len(stats) == 2 and len([*(tmp_path / "cache" / "prompts").iterdir()]) == 1
-    with pytest.raises(HydraException, match=r"model\.calibration_batch_size=0"):
+    with pytest.raises(UserError, match=r"model\.calibration_batch_size=0"):
         run(tmp_path / "run", tmp_path / "cache", *SHORT, "++model.calibration_batch_size=0")

@@ -132,5 +132,5 @@ def test_neither_text_encoder_nor_embeddings(model_folder: Path, tmp_path: Path,
     (bare / "model_index.json").write_text(
         json.dumps(index | {"text_encoder": [None, None], "tokenizer": [None, None]})
     )
-    with pytest.raises(UserError, match=r"no text encoder.*data\.embeds"):
+    with pytest.raises(UserError, match=r"no text_encoder.*data\.embeds"):
         run(tmp_path / "run", tmp_path / "cache", *SMALL, f"model.path='{bare}'", "stages=[prompts]")

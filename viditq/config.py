@@ -111,8 +111,10 @@ def check_overrides(policy: str, overrides: Sequence[str]) -> None:
         )
 
 
-def check_name(key: str, name: str) -> str:
+def check_name(key: str, name: str | None) -> str:
     """`name`, which is part of a path; raises UserError for one that would lead out of its folder, or is empty."""
+    if name is None:
+        raise UserError(f"{key}=null: a value is needed. Give a word, such as {key}=my_run.")
     if not name.strip() or ".." in name.split("/") or name in (".", "/"):
         raise UserError(f"{key}={name!r} is no name of a folder. Give a word, such as {key}=my_run.")
     return name

@@ -1,6 +1,11 @@
 """Every model of conf/model, on a tiny random pipeline of its real classes: a whole run, and what it is made of."""
 
 import gc
+import json
+import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +33,12 @@ from viditq.quant.convert import linear_names
 from viditq.quant.description.plan import QuantPlan
 from viditq.runner import run
 
+ROOT = Path(__file__).parents[2]
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+print(1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 LOW = "quant.segments=[0.0,0.3,1.0]"  # the two steps lie at noise levels 0.001 and 0.501
 # model -> its builder, and overrides that shrink it
 MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
@@ -295,3 +306,22 @@ def test_a_pipeline_whose_own_sizes_are_not_those_of_its_weights(
     more = [f"model.path='{folder_of(videos.latte)}'", f"cache_dir='{tmp_path}/cache'"]
     with pytest.raises(UserError, match=r"LattePipeline fails .* differ from .*; give model\.num_frames"):
         run(configure("model=diffusers", *shrunk, *more), tmp_path / "run")
+
+
+def test_estimating_12_billion_parameters_takes_little_memory(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Flux's own width and depth; its T5 has the real one's width. Half a gigabyte is Python and its libraries."""
+    folder = Path(shutil.copytree(folder_of(images.flux_dev), tmp_path / "flux"))
+    sizes = {"num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24}
+    sizes |= {"joint_attention_dim": 4096, "axes_dims_rope": [16, 56, 56]}
+    widths = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "d_kv": 64, "num_layers": 24}
+    for part, values in (("transformer", sizes), ("text_encoder_2", widths)):
+        file = folder / part / "config.json"
+        file.write_text(json.dumps({**read_json(file), **values}))
+    command = [sys.executable, str(ROOT / "run.py"), "model=flux_dev", f"model.path='{folder}'", "model.revision=null"]
+    command += ["quant=w4a8", "name=x", "data.num_prompts=2", "batch_size=2", "logger=none", "estimate=meta"]
+    # a process counts what the one that starts it holds as its own most: a small one stands between
+    done = subprocess.run([sys.executable, "-c", PEAK, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"transformer \(denoiser\) +11,\d{3},\d{3},\d{3} ", done.stdout), (
+        done.stderr
+    )
+    assert int(done.stdout.split()[-1]) < 0.7e9

@@ -193,7 +193,7 @@ def test_a_real_run(leaderboard: Leaderboard, finished_run: Path) -> None:
     assert name == "smoke" and not others
     assert cells[2:6] == ["2", "5.61", "8.81", f"{metrics['size_bytes'] / 1e6:.2f}"]
     assert float(cells[7].rstrip("*")) == pytest.approx(metrics["metrics"]["psnr"], abs=0.01)
-    assert cells[6].endswith("x float, emulated")
+    assert "x float" in cells[6]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

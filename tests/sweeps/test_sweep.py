@@ -81,10 +81,10 @@ def test_failures_are_listed_and_a_rerun_does_only_what_is_missing(
     arguments = ["-m", *shrunk, *MEASURE_ONLY, "quant.weight.bits=four,4,8"]
     real = runner.run
 
-    def buggy(cfg: Any, folder: Path, checked: Any) -> Any:
+    def buggy(cfg: Any, folder: Path, **arguments: Any) -> Any:
         if cfg.quant.weight.bits == 8:
             raise ZeroDivisionError("a bug")
-        return real(cfg, folder)
+        return real(cfg, folder, **arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "run", buggy)
@@ -103,16 +103,16 @@ def test_failures_are_listed_and_a_rerun_does_only_what_is_missing(
     assert "3 jobs: 2 done, 1 failed" in capfd.readouterr().out
     for name in ("load", "load_text_part", "load_complete"):
         monkeypatch.setattr(ModelAdapter, name, lambda *_, **__: pytest.fail("work was done twice"))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("samples/*")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("samples/*.png")}
     assert sweep_here(*arguments) == 2
     assert "3 jobs: 2 done, 1 failed" in capfd.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("samples/*")} and len(before) == 4
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("samples/*.png")} and len(before) == 4
 
 
 def test_killed_job_is_shown_as_unfinished(
     sweep_here: Sweep, shrunk: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def kill(cfg: Any, folder: Path, checked: Any) -> None:
+    def kill(cfg: Any, folder: Path, **arguments: Any) -> None:
         if cfg.seed == 1:
             raise Killed
 
@@ -121,7 +121,7 @@ def test_killed_job_is_shown_as_unfinished(
         sweep_here("-m", *shrunk, "seed=0,1,2")
     out = capfd.readouterr().out
     assert "job 1, seed=1: unfinished" in out and "2 jobs: 1 done, 1 unfinished" in out
-    monkeypatch.setattr(runner, "run", lambda cfg, folder, checked: None)
+    monkeypatch.setattr(runner, "run", lambda cfg, folder, **_: None)
     assert sweep_here("-m", *shrunk, "seed=0,1,2") == 0
     assert "3 jobs: 3 done (" in capfd.readouterr().out
 
@@ -129,7 +129,7 @@ def test_killed_job_is_shown_as_unfinished(
 def test_options_that_do_not_exist_are_refused_before_any_job(
     sweep_here: Sweep, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "run", lambda cfg, folder, checked: pytest.fail("a job was started"))
+    monkeypatch.setattr(runner, "run", lambda cfg, folder, **_: pytest.fail("a job was started"))
     assert sweep_here("-m", "quant=w8a8,w3a3") == 2
     captured = capfd.readouterr()
     assert "w3a3" in captured.err and "w4a8_naive" in captured.err and "\nsweep" not in captured.out
@@ -166,7 +166,7 @@ def test_failed_gate_is_a_finished_job(
 ) -> None:
     """Exit status 3 if gates are all that went wrong; the numbers are there all the same."""
 
-    def fail_gate(cfg: Any, folder: Path, checked: Any) -> None:
+    def fail_gate(cfg: Any, folder: Path, **arguments: Any) -> None:
         numbers = {
             "metrics": {"psnr": 28.5},
             "standard_errors": {},
@@ -455,11 +455,11 @@ def test_tune_alpha_killed_after_one_trial_and_repeated(
     arguments.append("data.num_calibration_prompts=2")
     real, started = runner.run, list[str]()
 
-    def run(cfg: Any, folder: Path, checked: Any) -> Any:
+    def run(cfg: Any, folder: Path, **arguments: Any) -> Any:
         started.append(folder.name)
         if len(started) == 2:
             raise Killed
-        return real(cfg, folder)
+        return real(cfg, folder, **arguments)
 
     monkeypatch.setattr(runner, "run", run)
     with pytest.raises(Killed):
@@ -485,7 +485,7 @@ def test_settings_of_a_grid_on_the_command_line(
     sweep_here: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The jobs are composed without the grid, and were refused with the overrides meant for it."""
-    monkeypatch.setattr(runner, "run", lambda cfg, folder, checked: None)
+    monkeypatch.setattr(runner, "run", lambda cfg, folder, **_: None)
     settings = ["'naive,viditq'", "w8a8", "tiny_image"]
     pairs = zip(("experiment", "bits", "model"), settings, strict=True)
     arguments = [f"hydra.sweeper.params.{key}={value}" for key, value in pairs]
@@ -539,7 +539,7 @@ def test_bad_settings_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runner, "run", lambda cfg, folder, checked: pytest.fail("a job was started"))
+    monkeypatch.setattr(runner, "run", lambda cfg, folder, **_: pytest.fail("a job was started"))
     assert sweep_here(*arguments) == 2
     err = capfd.readouterr().err
     assert words in err and "Traceback" not in err
