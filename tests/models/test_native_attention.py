@@ -306,13 +306,21 @@ def test_machines_that_cannot_are_told_why(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match=r"computes on a CPU, and this run on cuda\. Leave model\.attention=null"):
         backends.check_device("native", "cuda")
     backends.check_device(None, "cuda")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(op.shutil, "which", lambda name: None if name == "ninja" else name)
-    with pytest.raises(UserError, match="native needs ninja to build it once: install"):
-        backends.check_attention("native", "float32")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    with pytest.raises(UserError, match=r"needs a CPU with AVX512-BF16.*Leave model\.attention=null"):
-        backends.check_attention("native", "float32")
+    for failing, reason in (("compiler", "there is no C++ compiler"), ("check_cpu", "this CPU has no avx512bf16")):
+        with monkeypatch.context() as patch:
+            for name in ("check_cpu", "compiler"):
+                patch.setattr(op.kernels, name, refusing(reason) if name == failing else lambda *_: None)
+            op.missing.cache_clear()
+            with pytest.raises(UserError, match=rf"cannot run here: {re.escape(reason)}\. Leave model\.attention=null"):
+                backends.check_attention("native", "float32")
+    op.missing.cache_clear()
+
+
+def refusing(reason: str) -> Callable[..., None]:
+    def refuse(*_: Any) -> None:
+        raise op.kernels.CannotBuild(reason)
+
+    return refuse
 
 
 @pytest.mark.parametrize(("given", "message"), [({"is_causal": True}, "causal"), ({"dropout_p": 0.1}, "dropout")])

@@ -3,49 +3,50 @@
 Legend: B batch, L queries, K keys, H heads, G heads of keys (H is a multiple), D channels of a head.
 """
 
-import platform
-import shutil
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils import cpp_extension
 
+from viditq import kernels
 from viditq.errors import UserError
 
 HEAD_DIMS = range(32, 129, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INSTEAD = "Leave model.attention=null (torch's attention)."
-FLAGS = ["-O3", "-fopenmp", "-mfma", "-mf16c", "-mamx-tile", "-mamx-bf16"]
-FLAGS += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")]
+SOURCES = ("attention.cpp", "amx.h", "avx512.h", "pack.h", "softmax.h")
+NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "f16c")
+COMPILED = (*NEEDED, "amx-tile", "amx-bf16")  # the last two are used where the CPU says that it has them
 
 
+@cache
 def missing() -> str | None:
     """What this machine lacks to build and run the kernel; None = nothing."""
-    if platform.system() != "Linux" or not torch.cpu._is_avx512_bf16_supported():
-        return "a CPU with AVX512-BF16 (Intel since Sapphire Rapids, AMD since Zen 4) under Linux"
-    programs = [name for name in (cpp_extension.get_cxx_compiler(), "ninja") if shutil.which(name) is None]
-    return f"{' and '.join(programs)} to build it once: install them (a compiler with C++20)" if programs else None
+    try:
+        kernels.check_cpu(NEEDED)
+        kernels.compiler()
+    except kernels.CannotBuild as reason:
+        return str(reason)
+    return None
 
 
 def check_machine() -> None:
     """Raises UserError where `missing` names something."""
     lacking = missing()
     if lacking is not None:
-        raise UserError(f"model.attention=native needs {lacking}. {INSTEAD}")
+        raise UserError(f"model.attention=native cannot run here: {lacking}. {INSTEAD}")
 
 
 @cache
 def load() -> None:
-    """Register the op, its kernel built on first use into torch's cache; raises UserError with the reason if not."""
+    """Register the op, its kernel built on first use into the user's cache; raises UserError with the reason if not."""
     check_machine()
-    source = Path(__file__).with_name("attention.cpp")
     try:
-        cpp_extension.load("viditq_attention", [str(source)], extra_cflags=FLAGS, is_python_module=False)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"model.attention=native: its kernel cannot be built: {error} {INSTEAD}") from error
+        kernels.load([Path(__file__).with_name(name) for name in SOURCES], COMPILED)
+    except kernels.CannotBuild as reason:
+        raise UserError(f"model.attention=native: {reason}. {INSTEAD}") from reason
     torch.library.register_fake("viditq::attention", _fake)
 
 

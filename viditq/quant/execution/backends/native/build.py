@@ -1,38 +1,16 @@
-"""Builds the C++ kernels on first use and loads them.
-
-A build lies in the user's cache under the hash of all it depends on: sources, flags, compiler, torch. It is made in a
-temporary folder and renamed, under a lock that the kernel frees when its holder dies, so neither a killed build nor two
-processes at once leave anything wrong behind.
-"""
+"""The kernels of this backend: what they are built of, and whether they are exact here."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from viditq import kernels
 from viditq.quant.execution.backends.base import Unavailable
 
-logger = logging.getLogger("viditq")
 SOURCES = ("linear.cpp", "activations.h", "amx.h", "epilogue.h", "multiply.h", "product.h", "quantize.h")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
-FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-DNDEBUG", "-w", "-fwrapv"),
-    *("-fno-math-errno", "-fno-trapping-math", "-mprefer-vector-width=512"),  # rounding and minimum become instructions
-    *(f"-m{name}" for name in INSTRUCTIONS),
-)
-LIBRARY = "kernels.so"
-
 
 _state: Unavailable | bool = False
 
@@ -50,126 +28,15 @@ def load() -> None:
         raise _state
 
 
-def _unavailable(reason: str) -> Unavailable:
-    return Unavailable("native", reason)
-
-
 def _load() -> None:
-    _check_cpu(Path("/proc/cpuinfo"))
-    folder = Path(__file__).parent
-    torch_folder = Path(torch.__file__).parent
-    include = torch_folder / "include"
-    flags = [
-        *(*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
-        *(f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"),
-        *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
-    ]
-    sources = [folder / name for name in SOURCES]
-    for last in (False, True):
-        path = ensure(sources, flags, torch.__version__)
-        try:
-            torch.ops.load_library(path)
-            break
-        except OSError as error:  # whole, but of a machine with other libraries: a home folder that is shared
-            shutil.rmtree(path.parent, ignore_errors=True)
-            if last:
-                raise _unavailable(f"the build does not load ({error})") from error
+    try:
+        kernels.check_cpu(INSTRUCTIONS)
+        kernels.load([Path(__file__).with_name(name) for name in SOURCES], INSTRUCTIONS)
+    except kernels.CannotBuild as reason:
+        raise Unavailable("native", str(reason)) from reason
     if not _how():
-        raise _unavailable("torch's brgemm does not multiply u8 by s8 exactly on this CPU")
+        raise Unavailable("native", "torch's brgemm does not multiply u8 by s8 exactly on this CPU")
 
 
 def _how() -> str:
     return torch.ops.viditq.native_prepare(True)
-
-
-def _check_cpu(cpuinfo: Path) -> None:
-    """Raises Unavailable unless the CPU has every instruction set that the kernels are compiled for."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        raise _unavailable("only Linux on x86-64 is supported") from None
-    found = set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
-    missing = [name for name in INSTRUCTIONS if name.replace("avx512vnni", "avx512_vnni") not in found]
-    if missing:
-        raise _unavailable(f"this CPU has no {missing[-1] if len(missing) == 1 else ', '.join(missing)}")
-
-
-def cache_folder() -> Path:
-    """Where builds lie: $XDG_CACHE_HOME/viditq/native, or ~/.cache/viditq/native."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "viditq" / "native"
-
-
-def compiler() -> tuple[list[str], str]:
-    """The command of the C++ compiler ($CXX or the first of g++, c++, clang++) and its version; raises Unavailable."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    command = named or next(([name] for name in ("g++", "c++", "clang++") if shutil.which(name)), [])
-    if not command or shutil.which(command[0]) is None:
-        raise _unavailable(f"there is no C++ compiler{f' {command[0]}' if command else ''}")
-    try:
-        run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise _unavailable(f"the C++ compiler {command[0]} does not run ({error})") from error
-    return command, run.stdout
-
-
-def ensure(sources: Sequence[Path], flags: Sequence[str], version: str) -> Path:
-    """The library built from `sources` (the first is compiled, the others are its headers); builds it if need be.
-
-    version: of what it is built against. Raises Unavailable: no compiler, an error of it, a cache that cannot be
-    written.
-    """
-    command, compiler_version = compiler()
-    digest = hashlib.sha256(repr((command, compiler_version, list(flags), version)).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    folder = cache_folder() / digest.hexdigest()[:20]
-    if _is_whole(folder):
-        return folder / LIBRARY
-    try:
-        with _locked(folder):
-            if not _is_whole(folder):
-                _build([*command, str(sources[0]), *flags], folder)
-    except OSError as error:
-        raise _unavailable(f"the cache {cache_folder()} cannot be written ({error.strerror})") from error
-    return folder / LIBRARY
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        return (folder / "sha256").read_text() == _sha256(folder / LIBRARY)
-    except (OSError, ValueError):
-        return False
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:
-        raise _unavailable("only Linux on x86-64 is supported") from None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _build(command: list[str], folder: Path) -> None:
-    """Under the lock: clears what killed builds left, compiles beside `folder` and renames."""
-    for left in (folder, *folder.parent.glob(f"{folder.name}-*")):
-        shutil.rmtree(left, ignore_errors=True)
-    logger.info("building the native kernels, once, into %s", folder)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as name:
-        made = Path(name) / "made"
-        made.mkdir()
-        run = subprocess.run([*command, "-o", str(made / LIBRARY)], capture_output=True, text=True)
-        if run.returncode:
-            errors = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines() or ["?"]
-            raise _unavailable(f"{command[0]} failed: {errors[0].strip()}")
-        (made / "sha256").write_text(_sha256(made / LIBRARY))
-        made.rename(folder)
-    logger.info("built the native kernels in %.0f s", time.perf_counter() - start)

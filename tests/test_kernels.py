@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from viditq import kernels
+from viditq.kernels import CannotBuild
 from viditq.quant.execution.backends import Unavailable
 from viditq.quant.execution.backends.native import build
 
@@ -23,8 +25,8 @@ def source(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     try:
-        build.compiler()
-    except Unavailable as reason:
+        kernels.compiler()
+    except CannotBuild as reason:
         pytest.skip(str(reason))
     path = tmp_path / "answer.cpp"
     path.write_text('extern "C" int answer() { return 42; }\n')
@@ -32,7 +34,7 @@ def source(tmp_path, monkeypatch) -> Path:
 
 
 def ensure(source: Path, version: str = "1") -> Path:
-    return build.ensure([source], FLAGS, version)
+    return kernels.ensure([source], FLAGS, version)
 
 
 def answer(path: Path) -> int:
@@ -61,7 +63,7 @@ def test_built_once_and_told_so(source, caplog):
 
 
 def test_another_source_flag_torch_or_compiler_is_another_build(source, tmp_path, monkeypatch):
-    paths = {ensure(source), ensure(source, "2"), build.ensure([source], (*FLAGS, "-O1"), "1")}
+    paths = {ensure(source), ensure(source, "2"), kernels.ensure([source], (*FLAGS, "-O1"), "1")}
     source.write_text('extern "C" int answer() { return 43; }\n')
     paths.add(ensure(source))
     counting_compiler(tmp_path, monkeypatch)
@@ -74,29 +76,29 @@ def test_another_source_flag_torch_or_compiler_is_another_build(source, tmp_path
 def test_no_compiler(source, monkeypatch, compiler):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(Unavailable, match=f"no C\\+\\+ compiler.*{compiler}"):
+    with pytest.raises(CannotBuild, match=f"no C\\+\\+ compiler.*{compiler}"):
         ensure(source)
 
 
 def test_a_compiler_that_fails_or_does_not_know_a_flag(source, tmp_path, monkeypatch):
-    with pytest.raises(Unavailable, match=r"failed: .*no-such-flag"):
-        build.ensure([source], (*FLAGS, "-mno-such-flag"), "1")
+    with pytest.raises(CannotBuild, match=r"failed: .*no-such-flag"):
+        kernels.ensure([source], (*FLAGS, "-mno-such-flag"), "1")
     monkeypatch.setenv("CXX", "/bin/false")
-    with pytest.raises(Unavailable, match="does not run"):
+    with pytest.raises(CannotBuild, match="does not run"):
         ensure(source)
-    assert not list(build.cache_folder().glob("*-*")), "nothing is left behind"
+    assert not list(kernels.cache_folder().glob("*-*")), "nothing is left behind"
 
 
 def test_a_cache_that_cannot_be_written(source, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self")
-    with pytest.raises(Unavailable, match="the cache /proc/self/viditq/native cannot be written"):
+    with pytest.raises(CannotBuild, match="the cache /proc/self/viditq/native cannot be written"):
         ensure(source)
 
 
 def test_a_cache_that_is_a_file(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(Unavailable, match="cannot be written"):
+    with pytest.raises(CannotBuild, match="cannot be written"):
         ensure(source)
 
 
@@ -118,7 +120,7 @@ def test_what_a_killed_build_left_is_cleared(source):
     path = ensure(source)
     left = path.parent.with_name(f"{path.parent.name}-abc") / "made"
     left.mkdir(parents=True)
-    (left / build.LIBRARY).write_bytes(b"half")
+    (left / kernels.LIBRARY).write_bytes(b"half")
     path.unlink()
     assert answer(ensure(source)) == 42
     assert not left.parent.exists()
@@ -156,25 +158,26 @@ def test_a_killed_build_holds_up_nobody(source, tmp_path, monkeypatch):
 
 def test_a_cpu_without_the_instructions(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor : 0\nflags : fpu sse2 avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
-    with pytest.raises(Unavailable, match="this CPU has no avx512vnni"):
-        build._check_cpu(cpuinfo)
+    cpuinfo.write_text("processor : 0\nflags : fpu sse2 avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n")
+    kernels.check_cpu(["avx512f", "avx512bf16", "fma"], cpuinfo)
+    with pytest.raises(CannotBuild, match="this CPU has no avx512vnni"):
+        kernels.check_cpu(build.INSTRUCTIONS, cpuinfo)
     cpuinfo.write_text("Features : asimd\n")
-    with pytest.raises(Unavailable, match="has no avx512f, "):
-        build._check_cpu(cpuinfo)
-    with pytest.raises(Unavailable, match="only Linux"):
-        build._check_cpu(tmp_path / "none")
+    with pytest.raises(CannotBuild, match="has no avx512f, "):
+        kernels.check_cpu(build.INSTRUCTIONS, cpuinfo)
+    with pytest.raises(CannotBuild, match="only Linux"):
+        kernels.check_cpu(build.INSTRUCTIONS, tmp_path / "none")
 
 
 def test_a_reason_is_found_once_and_told_every_time(monkeypatch):
     tries = []
 
-    def fail():
+    def fail(*_):
         tries.append(1)
-        raise Unavailable("native", "because")
+        raise CannotBuild("because")
 
     monkeypatch.setattr(build, "_state", False)
-    monkeypatch.setattr(build, "_load", fail)
+    monkeypatch.setattr(kernels, "check_cpu", fail)
     for _ in range(2):
         with pytest.raises(Unavailable, match="backend native cannot run here: because"):
             build.load()
@@ -190,21 +193,18 @@ def test_a_build_that_does_not_load_is_made_once_more(monkeypatch, source):
         if len(loads) == 1:
             raise OSError("GLIBC_2.99 not found")
 
-    monkeypatch.setattr(build, "_check_cpu", lambda _: None)
     monkeypatch.setattr(torch.ops, "load_library", load)
-    monkeypatch.setattr(build, "_how", lambda: "brgemm")
     built = ensure(source)
     made = built.stat().st_mtime_ns
-    plain = build.ensure
-    monkeypatch.setattr(build, "ensure", lambda *_: plain([source], FLAGS, "1"))
-    build._load()
+    plain = kernels.ensure
+    monkeypatch.setattr(kernels, "ensure", lambda *_: plain([source], FLAGS, "1"))
+    kernels.load([source], [])
     assert loads == [built, built] and built.stat().st_mtime_ns != made
 
 
-def test_a_product_that_is_not_exact_is_not_used(monkeypatch, source):
-    monkeypatch.setattr(build, "_check_cpu", lambda _: None)
-    monkeypatch.setattr(build, "ensure", lambda *_: source)
-    monkeypatch.setattr(torch.ops, "load_library", lambda _: None)
+def test_a_product_that_is_not_exact_is_not_used(monkeypatch):
+    monkeypatch.setattr(kernels, "check_cpu", lambda _: None)
+    monkeypatch.setattr(kernels, "load", lambda *_: None)
     monkeypatch.setattr(build, "_how", lambda: "")
     with pytest.raises(Unavailable, match="exactly"):
         build._load()
