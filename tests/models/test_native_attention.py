@@ -4,6 +4,7 @@ Legend: B batch, L queries, K keys, H heads, G heads of keys, D channels of a he
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
