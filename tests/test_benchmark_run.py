@@ -35,7 +35,7 @@ def job(configure: Callable[..., Any], shrunk: list[str], shared_cache: Path) ->
 
 def test_speed_json(finished_run: Path) -> None:
     speed = json.loads((finished_run / "speed.json").read_text())
-    assert speed["backend"] == {"requested": "fake", "layers": {"fake": 40}}
+    assert speed["backend"]["requested"] == "auto" and sum(speed["backend"]["layers"].values()) == 40
     assert speed["batch_size"] == 1 and 5 <= speed["rounds"] <= 10
     machine = speed["machine"]
     assert machine["threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
@@ -52,17 +52,28 @@ def test_speed_json(finished_run: Path) -> None:
         assert c["compiled"] is False
     weights = {name: c["weights_bytes"] for name, c in candidates.items()}
     assert weights["bfloat16"] == pytest.approx(weights["float"] / 2, rel=0.02)
-    assert weights["quantized"] > weights["float"]  # the dense weights of an emulation, and the codes
+
+
+@pytest.fixture(scope="module")
+def emulated_run(run: Run, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of backend=fake."""
+    folder = tmp_path_factory.mktemp("emulated") / "run"
+    run(folder, shared_cache, "backend=fake")
+    return folder
 
 
 def test_the_report_and_the_console_tell_that_it_was_emulated(
-    run: Run, finished_run: Path, shared_cache: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, emulated_run: Path, shared_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(finished_run, shared_cache)
+    run(emulated_run, shared_cache, "backend=fake")
     words = "Emulated: the quantized Linears ran in floating point"
     assert words in capsys.readouterr().out
-    page = (finished_run / "report.html").read_text()
+    page = (emulated_run / "report.html").read_text()
     assert words in page and 'id="step"' in page and "quantized (fake)" in page
+    speed = json.loads((emulated_run / "speed.json").read_text())
+    assert speed["backend"] == {"requested": "fake", "layers": {"fake": 40}}
+    weights = {name: one["weights_bytes"] for name, one in speed["candidates"].items()}
+    assert weights["quantized"] > weights["float"]  # the dense weights of an emulation, and the codes
 
 
 def test_it_is_measured_again_where_it_is_gone_and_the_page_follows(
@@ -155,11 +166,11 @@ def test_backends_are_counted(finished_run: Path) -> None:
     assert backend_counts(nn.Sequential(nn.Linear(2, 2))) == {}
 
 
-def test_samples_of_an_earlier_version_have_no_count(run: Run, run_copy: Path, shared_cache: Path) -> None:
+def test_samples_of_an_earlier_version_have_no_count(run: Run, emulated_run: Path, shared_cache: Path) -> None:
     """The backend was recorded in run.json alone; the report says emulated all the same."""
     for name in ("executed.json", "metrics.json", "report.html", "speed.json"):
-        (run_copy / name).unlink()
-    metrics = run(run_copy, shared_cache, "stages=[evaluate,report]") or {}
+        (emulated_run / name).unlink()
+    metrics = run(emulated_run, shared_cache, "stages=[evaluate,report]", "backend=fake") or {}
     assert metrics["backend"] == {"requested": "fake", "layers": None}
-    page = (run_copy / "report.html").read_text()
+    page = (emulated_run / "report.html").read_text()
     assert "Emulated: the quantized Linears" in page and 'id="step"' not in page

@@ -96,7 +96,7 @@ def test_tensors_of_the_current_variant_alone_go_to_the_device(adapter: ModelAda
         seen.append((current.dense_weight.device.type, other.dense_weight.device.type))
         return x
 
-    layer.backend = SimpleNamespace(linear=linear)
+    layer.backends = [SimpleNamespace(linear=linear)] * len(layer.variants)
     assert layer(torch.zeros(1, layer.in_features)).is_meta
     assert seen == [("meta", "cpu")]
     assert {v.dense_weight.device.type for v in layer.variants} == {"cpu"}

@@ -30,6 +30,7 @@ from viditq.quant import (
     linear_names,
     quantize_denoiser,
 )
+from viditq.quant.execution.backends import get_backend
 from viditq.quant.execution.linear import QuantLinear, quant_linears
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import fake_quantize_activation
@@ -171,7 +172,7 @@ def test_the_learned_step_follows_lsq() -> None:
     nn.init.ones_(linear.weight)
     spec = QuantSpec(3, symmetric=True)
     variant = Variant.fit(LayerScheme(None, spec), linear.weight, Chain(), (torch.tensor([0.5]), torch.tensor([0.0])))
-    layer = QuantLinear("fc", None, [variant], [0], 1, None, None)
+    layer = QuantLinear("fc", None, [variant], [0], 1, None, get_backend("fake"))
     soft = SoftLinear(layer, linear.weight, [False], Position(rounding=SOFT), True)
     x = torch.tensor([[0.6, -0.9, 9.0, -9.0]], requires_grad=True)
     soft(x).sum().backward()

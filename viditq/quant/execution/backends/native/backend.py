@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -13,12 +14,13 @@ from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends.integer import IntegerBackend
 from viditq.quant.execution.backends.native import ops
-from viditq.quant.execution.backends.native.layout import PackedWeight, joined, pack_weight
+from viditq.quant.execution.backends.native.layout import PADDED_TO, PANEL, PackedWeight, joined, pack_weight
 from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight
 from viditq.quant.methods.transforms import Smooth
 
+BYTES_PER_SEGMENT = 9  # of an output: scale, sum of codes, zero point
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,9 +35,14 @@ class NativeBackend(IntegerBackend):
         ops.load()
 
     def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        if scheme.weight is None or scheme.weight.bits > 4:  # wider codes take a byte each
-            return out_features * in_features * (dtype.itemsize if scheme.weight is None else 1)
-        return out_features * in_features // 2
+        """In whole panels: codes, up to 4 bits two in a byte, and for each output and segment a scale and two sums."""
+        if scheme.weight is None:
+            return super().weight_bytes(scheme, out_features, in_features, dtype)
+        groups = [spec.group_size or in_features for spec in (scheme.weight, scheme.activation) if spec is not None]
+        size = math.gcd(*groups)
+        rows, width = PANEL * -(-out_features // PANEL), PADDED_TO * -(-size // PADDED_TO)
+        codes = width // 2 if scheme.weight.bits <= 4 else width
+        return rows * (in_features // size) * (codes + BYTES_PER_SEGMENT)
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> PackedWeight:
         self.check_available()
