@@ -38,7 +38,7 @@ WITHOUT_SLOW_WORK = {
     "unknown key of data": (["+data.foo=1"], ["data.foo", "--cfg job"]),
     "unknown key of a metric": (["+metric.psnr.foo=1"], ["metric.psnr.foo", "--cfg job"]),
     "unknown key of the logger": (["+logger.foo=1"], ["logger.foo", "--cfg job"]),
-    "unknown key of the trainer": (["+trainer.foo=1"], ["foo", "trainer=cpu"]),
+    "unknown key of the trainer": (["+trainer.foo=1"], ["trainer.foo", "accelerator", "offload"]),
     "unknown stage": (["stages=[prompts,train]"], ["'train'", "prompts, reference, noise_floor"]),
     "no stage": (["stages=[]"], ["stages=[]", "prompts, reference, noise_floor"]),
     "unknown backend": (["backend=cuda"], ["'cuda'", "fake"]),

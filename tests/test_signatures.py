@@ -30,7 +30,10 @@ def default_of(name: str, parameter: inspect.Parameter, target: Any) -> Any:
     return REQUIRED if parameter.default is inspect.Parameter.empty else parameter.default
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if arguments_of(target) is not None])
+TRAINER = "viditq.engine.trainer.Trainer"
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != TRAINER and arguments_of(t) is not None])
 def test_as_python_sees_it(target: str) -> None:
     found, taken = arguments_of(target) or {}, inspect.signature(get_object(target)).parameters
     assert list(found) == list(taken)
@@ -39,14 +42,19 @@ def test_as_python_sees_it(target: str) -> None:
         assert found[name] is default or found[name] == default or isinstance(default, tuple) or callable(default)
 
 
+def test_the_trainer_takes_what_lightning_s_takes() -> None:
+    import lightning as L
+
+    assert list(arguments_of(TRAINER) or {}) == ["offload", *inspect.signature(L.Trainer).parameters]
+    assert (unknown_key({"trainer": {"_target_": TRAINER, "foo": 1}}) or ("",))[0] == "trainer.foo"
+
+
 def test_most_targets_can_be_read() -> None:
     readable = [target for target in TARGETS if arguments_of(target) is not None]
     assert "viditq.models.adapter.ModelAdapter" in readable and len(readable) > len(TARGETS) / 2
 
 
-@pytest.mark.parametrize(
-    "target", ["torchmetrics.image.PeakSignalNoiseRatio", "viditq.engine.trainer.Trainer", "viditq.no.Such", "print"]
-)
+@pytest.mark.parametrize("target", ["torchmetrics.image.PeakSignalNoiseRatio", "viditq.no.Such", "print"])
 def test_what_the_source_does_not_tell(target: str) -> None:
     assert arguments_of(target) is None
 

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ def arguments_of(target: str) -> dict[str, Any] | None:
 
 def _of_class(node: ast.ClassDef) -> dict[str, Any] | None:
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if init is not None and [ast.unparse(base) for base in node.bases] == ["L.Trainer"]:  # hands the rest to Lightning
+        own, inherited = _of_function(init.args.args[1:], init.args, named_alone=True), _of_lightning()
+        return None if own is None or inherited is None else own | inherited
     if init is not None:
         return _of_function(init.args.args[1:], init.args)
     if node.bases or not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
@@ -38,8 +42,21 @@ def _of_class(node: ast.ClassDef) -> dict[str, Any] | None:
     return {ast.unparse(field.target): _default(field.value) for field in given}
 
 
-def _of_function(positional: Sequence[ast.arg], arguments: ast.arguments) -> dict[str, Any] | None:
-    if arguments.kwarg is not None:
+def _of_lightning() -> dict[str, Any] | None:
+    """The arguments of Lightning's Trainer; None where its source lies in another place than it does today."""
+    found = find_spec("lightning")
+    places = (found and found.submodule_search_locations) or []
+    files = [file for place in places if (file := Path(place, "pytorch", "trainer", "trainer.py")).is_file()]
+    for node in ast.parse(files[0].read_text(encoding="utf-8")).body if files else ():
+        if isinstance(node, ast.ClassDef) and node.name == "Trainer":
+            return _of_class(node)
+    return None
+
+
+def _of_function(
+    positional: Sequence[ast.arg], arguments: ast.arguments, named_alone: bool = False
+) -> dict[str, Any] | None:
+    if arguments.kwarg is not None and not named_alone:
         return None
     defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
     pairs = [*zip(positional, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
