@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.errors import InstantiationException
 
 from viditq.errors import UserError
 from viditq.experiment import build
@@ -87,7 +86,7 @@ def test_no_compiler_is_told_before_any_work(run: Run, tmp_path: Path, monkeypat
 
 
 def test_what_cannot_be_compiled_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InstantiationException, match=r"model\.compile='yes' must be true or false"):
+    with pytest.raises(UserError, match=r"model\.compile='yes' must be true or false"):
         run(tmp_path / "run", tmp_path / "cache", "model.compile='yes'")
     with pytest.raises(UserError, match=r"trainer\.offload=model: .* Choose one of the two"):
         check_compiler(torch.device("cuda"), "model")

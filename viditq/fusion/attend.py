@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
+
+from viditq.models.native.op import attention
 
 
 def attend(processor: Any, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v as [B, N, H D]. mask: broadcasts with [B, H, N, L]."""
     if isinstance(processor, AttnProcessor2_0):
-        functional = type(processor).__call__.__globals__["F"]  # ours where model.attention=native
+        if getattr(processor, "is_native", False):  # model.attention=native
+            return attention(q_BNHD, k_BLHD, v_BLHD, mask).flatten(2)
         q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BLHD, v_BLHD))
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
     backend = processor._attention_backend
     return dispatch_attention_fn(q_BNHD, k_BLHD, v_BLHD, attn_mask=mask, backend=backend).flatten(2)
 

@@ -106,7 +106,7 @@ def _on_native(cls: type) -> type:
     del names["__name__"]  # torch.compile looks names up in the module of that name, and would find torch's again
     ours = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     ours.__kwdefaults__ = call.__kwdefaults__
-    return type(f"Native{cls.__name__}", (cls,), {"__call__": ours})
+    return type(f"Native{cls.__name__}", (cls,), {"__call__": ours, "is_native": True})
 
 
 @cache

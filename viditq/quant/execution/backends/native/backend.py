@@ -130,6 +130,8 @@ def _share_codes(variants: Sequence[Variant]) -> bool:
     known: tuple[Any, bool] | None = first.derived.get("shared")
     if known is not None and _same(known[0], variants):
         return known[1]
+    if torch.compiler.is_compiling():  # comparing tensors would break the graph; what was called before is known
+        return False
     answer = all(v.held is not None and _goes_into_the_quantizer(v) for v in variants) and all(
         v.scheme.activation == first.scheme.activation
         and _weight(v).joins(_weight(first))
