@@ -13,7 +13,7 @@ from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, read_tensors, remove_temporary, unfinished, write_json
 from viditq.models.text import PromptEmbeds
-from viditq.quant.artifact import META, MODEL, PLAN
+from viditq.quant.artifact import broken_file
 from viditq.quant.calibration.observers import STATS_LAYOUT
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
 from viditq.quant.description.plan import QuantPlan
@@ -230,9 +230,9 @@ class Job:
         run = self.run_dir
         self.tidy(run.path)
         self.tidy(run.samples)
-        broken = [run.artifact / name for name in (PLAN, META, MODEL) if not is_whole(run.artifact / name)]
-        if run.artifact.is_dir() and broken:
-            self.say(f"      {broken[0]} is damaged and will be made again")
+        broken = broken_file(run.artifact) if run.artifact.is_dir() else None
+        if broken is not None:
+            self.say(f"      {broken} is damaged and will be made again")
             shutil.rmtree(run.artifact)
 
 

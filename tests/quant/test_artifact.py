@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_old_artifact(saved, monkeypatch, tmp_path):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("viditq.quant.artifact.save_file", full)
+    monkeypatch.setattr("viditq.mapped.Writer.add", full)
     with pytest.raises(UserError, match="No space left on device"):
         save_denoiser(folder, denoiser, plan, {})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -82,16 +82,16 @@ def test_an_artifact_is_as_large_as_counted(
     adapter, denoiser = model
     plan = plan_of(configure, adapter, denoiser, SETTINGS[setting])
     counted = laid_out(adapter.build_denoiser(), plan)
-    in_half = [n for n, t in denoiser.state_dict().items() if torch.equal(t.half().float(), t)]
+    stored = {n: torch.float16 for n, t in denoiser.state_dict().items() if torch.equal(t.half().float(), t)}
     meta = {"model": adapter.to_dict()}
 
     quantized = copy.deepcopy(denoiser)
     quantize_denoiser(quantized, plan, made_up_stats(denoiser, list(plan.layers)))
     save_denoiser(tmp_path / "artifact", quantized, plan, meta)
 
-    assert artifact_bytes(counted, plan, in_half, meta) == pytest.approx(size_bytes(tmp_path / "artifact"), rel=0.01)
+    assert artifact_bytes(counted, plan, stored, meta) == pytest.approx(size_bytes(tmp_path / "artifact"), rel=0.01)
     file = tmp_path / "artifact" / MODEL
-    assert safetensors_bytes(stored_entries(counted, in_half)) == pytest.approx(
+    assert safetensors_bytes(stored_entries(counted, stored)) == pytest.approx(
         file.stat().st_size, rel=0.005
     )  # zero points of segments may coincide
     assert weight_bytes(counted) == weight_bytes(quantized)

@@ -113,8 +113,8 @@ def estimate(job: Job, mode: Any) -> Estimate:
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"
-    in_half = seen.in_half if seen.in_half is not None else parts.names_in_half(e.adapter)
-    artifact = artifact_bytes(quantized, plan, in_half, {"model": e.adapter.to_dict(), "weights": e.weights})
+    stored = parts.stored_dtypes(e.adapter)
+    artifact = artifact_bytes(quantized, plan, stored, {"model": e.adapter.to_dict(), "weights": e.weights})
     works = work_of(job, texts, seen.float_model, seen.quantized, (seen.load_seconds, seen.quantize_seconds))
     if job.searches and "search" in works:
         counter = Counter(job, texts, seen.load_seconds)
@@ -150,13 +150,12 @@ def estimate(job: Job, mode: Any) -> Estimate:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was found by running; in_half: parameters that float16 holds without loss, None = not looked at."""
+    """What was found by running."""
 
     float_model: Probe
     quantized: Probe | None = None
     load_seconds: float = 0.0
     quantize_seconds: float | None = None
-    in_half: frozenset[str] | None = None
     backends: Mapping[str, Held] = field(default_factory=dict)
 
 
@@ -172,11 +171,10 @@ def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: t
     pipeline = e.adapter.load()
     loading = time.perf_counter() - start
     denoiser = e.adapter.denoiser_of(pipeline)
-    in_half = frozenset(n for n, t in denoiser.state_dict().items() if t.dtype == torch.float32 and _fits_half(t))
     seconds = seconds_to_quantize(denoiser, plan) if plan.layers else None
     float_model = probed(pipeline)
     if not plan.layers:
-        return _Seen(float_model, None, loading, seconds, in_half)
+        return _Seen(float_model, None, loading, seconds)
     quantized_weights = {f"{name}.weight" for name in plan.layers}
     kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
     del pipeline, denoiser  # the two need not fit side by side
@@ -196,16 +194,12 @@ def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: t
             backends[name] = Held(0, seen.forward_seconds)
         except Unavailable as error:
             backends[name] = Held(0, why=error.reason)
-    return _Seen(float_model, mine, loading, seconds, in_half, backends)
+    return _Seen(float_model, mine, loading, seconds, backends)
 
 
 def _plan(job: Job) -> QuantPlan:
     """The plan of the run; while it has yet to be searched, the one that the search starts from."""
     return job.plan if not job.searches or job.run_dir.plan.is_file() else job.experiment.plan
-
-
-def _fits_half(tensor: torch.Tensor) -> bool:
-    return torch.equal(tensor.half().float(), tensor)
 
 
 def _place(pipeline: Any, trainer: Any) -> None:

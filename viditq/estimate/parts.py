@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.estimate.hollow import answer_from_meta, hollowed, on_meta, shallow
-from viditq.files import read_json
+from viditq.files import read_json, stored_entries
+from viditq.mapped import DTYPES as DTYPES_STORED
 from viditq.models.adapter import ModelAdapter
 from viditq.models.checks import DTYPES
 from viditq.models.generate import group_by_shape
@@ -123,13 +123,11 @@ def largest_file(adapter: ModelAdapter) -> int:
     return max((path.stat().st_size for path in files), default=0)
 
 
-def names_in_half(adapter: ModelAdapter) -> set[str]:
-    """Parameters of the denoisers that their safetensors files hold in float16, as far as they are here."""
-    found: set[str] = set()
+def stored_dtypes(adapter: ModelAdapter) -> dict[str, torch.dtype]:
+    """Parameters of the denoisers -> their types in the safetensors files, as far as those are here."""
+    found: dict[str, torch.dtype] = {}
     for part in adapter.denoiser_names:
         prefix = f"{part}." if len(adapter.denoiser_names) > 1 else ""
         for path in weight_files(adapter, part):
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())  # safe_open cannot be iterated over
-                found |= {prefix + name for name in names if file.get_slice(name).get_dtype() == "F16"}
+            found |= {prefix + name: DTYPES_STORED[entry["dtype"]] for name, entry in stored_entries(path).items()}
     return found

@@ -20,6 +20,7 @@ from viditq.models import contents, parts, roles
 from viditq.models.attention import check_attention, check_dispatches, set_attention
 from viditq.models.checks import DTYPES, check_arguments, check_values
 from viditq.models.guess import guess_settings
+from viditq.models.mapped_weights import mapped_denoiser
 from viditq.models.registry import find_class
 from viditq.models.samplers import make_sampler
 from viditq.models.schedulers import build_scheduler, check_samples, check_seeded
@@ -279,9 +280,21 @@ class ModelAdapter:
         """The other denoisers of a pipeline, which are left in float on purpose."""
         return nn.ModuleDict({name: getattr(pipeline, name) for name in self.float_denoisers})
 
+    def map_denoiser(self) -> tuple[nn.Module, dict[str, torch.dtype]]:
+        """`denoiser_of` the loaded pipeline, its tensors left in their files in the types that they have there; and,
+        by name, the types in which they run where those are others.
+        """
+        others = [name for name in self._components() if name not in self.denoiser_names]
+        contents.check_contents(self, without=others)
+        return mapped_denoiser(self, {name: DTYPES[dtype] for name, dtype in self.component_dtypes.items()})
+
     def build_denoiser(self) -> nn.Module:
         """The structure of `denoiser_of` from its config.json: parameters on the meta device, buffers real."""
         return self._joined({name: self._build(name) for name in self.denoiser_names})
+
+    def build_float_denoisers(self) -> nn.ModuleDict:
+        """The structure of `float_denoisers_of`, likewise."""
+        return nn.ModuleDict({name: self._build(name) for name in self.float_denoisers})
 
     def _build(self, name: str) -> nn.Module:
         config = read_json(self.part_folder(name, weights=False) / "config.json", COPY_AGAIN)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.files import read_json, stored_entries
+from viditq.mapped import DTYPES as STORED_DTYPES
 
 COPY_AGAIN = "Copy the model's folder again."
 # In the order in which each library looks for them.
@@ -24,11 +25,6 @@ TRANSFORMERS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-STORED = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-}
 DAMAGED = (OSError, ValueError, KeyError, RuntimeError, EOFError, struct.error, pickle.UnpicklingError)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -82,7 +78,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
 
 def _of_safetensors(path: Path) -> dict[str, Tensor]:
     return {
-        name: torch.empty(entry["shape"], dtype=STORED.get(entry["dtype"], torch.uint8), device="meta")
+        name: torch.empty(entry["shape"], dtype=STORED_DTYPES.get(entry["dtype"], torch.uint8), device="meta")
         for name, entry in stored_entries(path).items()
     }
 

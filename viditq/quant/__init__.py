@@ -1,6 +1,7 @@
 """Quantization of any nn.Module's Linears; needs torch and safetensors only."""
 
-from viditq.quant.artifact import load_denoiser, save_denoiser, size_bytes
+from viditq.quant.artifact import load_denoiser, size_bytes
+from viditq.quant.artifact_writer import save_denoiser
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.context import StepContext
 from viditq.quant.calibration.observers import CalibrationStats, SegmentStats

@@ -1,105 +1,158 @@
-"""A quantized denoiser on disk: plan.json, meta.json and model.safetensors in one folder; no pickle."""
+"""A quantized denoiser on disk: plan.json, meta.json and safetensors files in one folder; no pickle.
+
+Format 3: the tensors lie in model.safetensors, or in shards with an index in the form of Hugging Face
+(model.safetensors.index.json), and meta.json holds a digest of each, which is checked when that tensor is first read.
+Format 2 had one file and one digest of it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from viditq.errors import UserError
+from viditq.files import is_whole
+from viditq.mapped import in_pieces, mapped_tensors
 from viditq.quant.calibration.context import StepContext
 from viditq.quant.convert import build_quantized
 from viditq.quant.correction.ptqd import attach_empty
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.execution.linear import quant_linears
+from viditq.quant.execution.residency import Residency
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, READABLE = 3, (2, 3)
 AGAIN = "delete the folder and quantize again"
 META, PLAN, MODEL = "meta.json", "plan.json", "model.safetensors"
-OWN_KEYS = ("format_version", "timestep_scale", "dtypes", "widened", "equal", "sha256")
+INDEX = f"{MODEL}.index.json"
+OWN_KEYS = ("format_version", "timestep_scale", "dtypes", "widened", "equal", "digests", "sha256")
 
 
-def save_denoiser(folder: str | Path, denoiser: nn.Module, plan: QuantPlan, meta: Mapping[str, Any]) -> None:
-    """Writes the artifact under a temporary name and renames it to `folder`, replacing an older one.
+class StoredTensors:
+    """The tensors of an artifact, mapped from its files; none is read before it is looked at.
 
-    meta: JSON values about where the model comes from. Codes stay packed; what is left in float is stored in
-    float16 where that loses nothing (checkpoints in float16 run in float32 on a CPU) and widened again on load. What
-    variants of one Linear have in common (a weight whose activation alone changes with the segment) is stored once.
+    The names are those of the denoiser's state: a tensor that equals another is stored once.
     """
-    assert not set(meta) & set(OWN_KEYS), f"meta may not use {OWN_KEYS}"
-    folder = Path(folder)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        (temporary / PLAN).write_text(plan.to_json())
-        tensors = _unshared(denoiser.state_dict())
-        equal = _equal_variants(tensors, quant_linears(denoiser))
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in equal}
-        narrow = {name: t.half() for name, t in tensors.items() if _fits_half(t)}
-        save_file(tensors | narrow, temporary / MODEL)
-        own = {
-            "format_version": FORMAT_VERSION,
-            "timestep_scale": _context_of(denoiser).timestep_scale,
-            "dtypes": {name: _dtype_name(layer.dtype) for name, layer in quant_linears(denoiser).items()},
-            "widened": sorted(narrow),
-            "equal": equal,
-            "sha256": {name: _sha256(temporary / name) for name in (PLAN, MODEL)},
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        self._folder, self._digests, self._equal = folder, meta.get("digests"), meta["equal"]
+        self._stored: dict[str, Tensor] = {}
+        self._files: dict[str, str] = {}
+        for name in model_files(folder):
+            try:
+                found = mapped_tensors(folder / name)
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(f"{folder / name} is truncated or was altered ({error}); {AGAIN}") from error
+            self._stored |= found
+            self._files |= dict.fromkeys(found, name)
+        if self._digests is not None and self._stored.keys() != self._digests.keys():
+            raise UserError(f"{folder} does not hold the tensors that {META} names; {AGAIN}")
+        self._checked: set[str] = set()
+        widened = meta["widened"]
+        self.runs: dict[str, torch.dtype] = {
+            name: getattr(torch, widened[name]) if isinstance(widened, dict) else torch.float32 for name in widened
         }
-        full = json.loads(json.dumps({**meta, **own}))
-        full["sha256"][META] = _meta_sha256(full)
-        (temporary / META).write_text(json.dumps(full, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the artifact {folder}: {error}; free space or choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        """What runs in a wider type than it is stored in."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Name -> tensor in the type that it is stored in."""
+        return self._stored | {name: self._stored[other] for name, other in self._equal.items()}
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises UserError for a tensor whose bytes are not those that were written; each is read once."""
+        if self._digests is None:  # format 2: its file was checked as a whole
+            return
+        for name in (self._equal.get(name, name) for name in names):
+            if name in self._stored and name not in self._checked:
+                if tensor_digest(self._stored[name]) != self._digests[name]:
+                    path = self._folder / self._files[name]
+                    raise UserError(f"{path} was altered (the sha256 of {name} does not match); {AGAIN}")
+                self._checked.add(name)
+
+    def check_all(self) -> None:
+        """The same for all of them."""
+        self.check(self._stored)
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes as they are stored."""
+    digest = hashlib.sha256()
+    for piece in in_pieces(tensor):
+        digest.update(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_denoiser(
-    folder: str | Path, build: Callable[[], nn.Module], backend: str = "fake"
+    folder: str | Path,
+    build: Callable[[], nn.Module],
+    backend: str = "fake",
+    memory_budget: int | None = None,
 ) -> tuple[nn.Module, QuantPlan, dict[str, Any], StepContext]:
     """The quantized denoiser, its plan, its meta and its attached context.
 
     build: returns the float denoiser; its parameters may be on meta, its non-persistent buffers must be real.
-    Raises UserError for a missing, truncated or altered file.
+    memory_budget: bytes that its weights may take in memory (on a CPU): they stay in their files, and what a backend
+    makes of them is made when a layer is called; None = all of it is made here, and kept.
+    Raises UserError for a missing, truncated or altered file (with a budget: when the tensor is first read).
     """
     folder = Path(folder)
     meta = read_meta(folder)
     plan = QuantPlan.from_json((folder / PLAN).read_text())
     denoiser = build()
     context = build_quantized(denoiser, plan, backend, meta["timestep_scale"])
-    layers = quant_linears(denoiser)
-    for name, layer in layers.items():
+    for name, layer in quant_linears(denoiser).items():
         for variant in layer.variants:
             variant.dtype = getattr(torch, meta["dtypes"][name])
-    tensors = load_file(folder / MODEL)
-    tensors |= {name: tensors[name].float() for name in meta["widened"]}
-    tensors |= {name: tensors[other] for name, other in meta.get("equal", {}).items()}
+    stored = StoredTensors(folder, meta)
+    tensors = stored.state()
+    if memory_budget is None:
+        stored.check_all()
+        tensors |= {name: tensors[name].to(dtype) for name, dtype in stored.runs.items()}
     attach_empty(denoiser, tensors, context)
     _check_fits(denoiser, tensors, folder)
     denoiser.load_state_dict(tensors, assign=True)
+    denoiser.requires_grad_(False)
     on_meta = [name for name, t in (*denoiser.named_parameters(), *denoiser.named_buffers()) if t.is_meta]
     assert not on_meta, f"build() left non-persistent buffers on meta: {on_meta[:3]}"
-    for layer in layers.values():
+    if memory_budget is not None:
+        Residency(memory_budget, stored.check).attach(denoiser, quant_linears(denoiser), stored.runs)
+        return denoiser, plan, meta, context
+    for layer in quant_linears(denoiser).values():
         layer.prepare()
     return denoiser, plan, meta, context
 
 
+def model_files(folder: Path) -> list[str]:
+    """The names of the files that hold the tensors."""
+    if not (folder / INDEX).is_file():
+        return [MODEL]
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / INDEX} is damaged; {AGAIN}") from None
+
+
+def broken_file(folder: Path) -> Path | None:
+    """The first file of an artifact that is missing or was cut off; its values are not read."""
+    names = [PLAN, META, *([INDEX] if (folder / INDEX).exists() else [])]
+    bad = next((folder / name for name in names if not is_whole(folder / name)), None)
+    return bad or next((folder / name for name in model_files(folder) if not is_whole(folder / name)), None)
+
+
 def read_meta(folder: str | Path) -> dict[str, Any]:
-    """meta.json, after checking that every file is there and unaltered."""
+    """meta.json, after checking that every file is there and that none is of another version or was altered.
+
+    Tensors of format 3 are checked when they are read (`StoredTensors`); a file that was cut off is found here.
+    """
     folder = Path(folder)
-    absent = [name for name in (META, PLAN, MODEL) if not (folder / name).is_file()]
-    if len(absent) == 3:
+    names = [META, PLAN, *model_files(folder)]
+    absent = [name for name in names if not (folder / name).is_file()]
+    if len(absent) == len(names):
         what = "holds no quantized model" if folder.is_dir() else "is no folder"
         raise UserError(f"{folder} {what}: give the folder `quantized` of a run whose stage quantize is done")
     if absent:
@@ -109,13 +162,25 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
         version, digests = meta["format_version"], dict(meta["sha256"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / META} is damaged; {AGAIN}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{folder} has format version {version}; this program reads {FORMAT_VERSION}; {AGAIN}")
-    found = {PLAN: _sha256(folder / PLAN), MODEL: _sha256(folder / MODEL), META: _meta_sha256(meta)}
-    for name, digest in found.items():
-        if digest != digests.get(name):
+    if version not in READABLE:
+        readable = " and ".join(map(str, READABLE))
+        raise UserError(f"{folder} has format version {version}; this program reads {readable}; {AGAIN}")
+    whole = [PLAN, MODEL] if version == 2 else [PLAN, *([INDEX] if (folder / INDEX).is_file() else [])]
+    found = {META: meta_sha256(meta)} | {name: file_sha256(folder / name) for name in whole}
+    for name in found.keys() | digests.keys():
+        if found.get(name) != digests.get(name):
             raise UserError(f"{folder / name} is truncated or was altered (its sha256 does not match); {AGAIN}")
-    return meta
+    cut = next((folder / name for name in names[2:] if not is_whole(folder / name)), None)
+    if cut is not None:
+        raise UserError(f"{cut} is truncated or was altered; {AGAIN}")
+    return {"equal": {}, **meta}
+
+
+def verify(folder: str | Path) -> int:
+    """Read every byte of an artifact; returns how many. Raises UserError for the first file that is not as written."""
+    folder = Path(folder)
+    StoredTensors(folder, read_meta(folder)).check_all()
+    return size_bytes(folder)
 
 
 def size_bytes(folder: str | Path) -> int:
@@ -135,60 +200,13 @@ def _check_fits(denoiser: nn.Module, tensors: Mapping[str, Tensor], folder: Path
         )
 
 
-def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, tied ones stored once per name."""
-    seen: set[int] = set()
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        out[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
-        seen.add(tensor.untyped_storage().data_ptr())
-    return out
-
-
-def _equal_variants(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, str]:
-    """Tensor -> the one of an earlier variant of its Linear that it equals."""
-    equal: dict[str, str] = {}
-    for layer in layers:
-        seen: dict[str, list[str]] = {}
-        prefix = f"{layer}.variants."
-        for name in (n for n in tensors if n.startswith(prefix)):
-            field = name[len(prefix) :].partition(".")[2]
-            others = seen.setdefault(field, [])
-            same = next((o for o in others if _same(tensors[o], tensors[name])), None)
-            if same is None:
-                others.append(name)
-            else:
-                equal[name] = same
-    return equal
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
-
-
-def _fits_half(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor)
-
-
-def _context_of(denoiser: nn.Module) -> StepContext:
-    layers = list(quant_linears(denoiser).values())
-    return layers[0].context if layers else StepContext((0, 1))
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _meta_sha256(meta: Mapping[str, Any]) -> str:
-    """Digest of everything in meta.json but the digests."""
+def meta_sha256(meta: Mapping[str, Any]) -> str:
+    """Digest of everything in meta.json but the digests of files."""
     rest = {key: value for key, value in meta.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def file_sha256(path: Path) -> str:
+    """Digest of a file's bytes."""
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from viditq.errors import UserError
+from viditq.mapped import is_finite
 from viditq.quant.calibration.context import StepContext, TimestepScaleLike
 from viditq.quant.calibration.observers import CalibrationStats, SegmentStats
 from viditq.quant.calibration.segment_sources import segment_sources
@@ -47,6 +49,108 @@ def _linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in modules if isinstance(m, nn.Linear) and not isinstance(m, excluded)}
 
 
+class Conversion:
+    """From float Linears to QuantLinears, as a plan says; everything that can be is checked at the start.
+
+    denoiser: one, or an nn.ModuleDict of those of one pipeline (the plan's layers are `<denoiser>.<layer>`); any
+    nn.Module where the plan has a single segment, otherwise one whose forward takes a timestep. It is not changed.
+    dtypes: names of parameters -> the type they compute in, of those that are stored in another. reconstruct: the
+    inputs of blocks, for a plan that learns its roundings block by block.
+
+    Raises UserError for: layers the model or the statistics lack, missing statistics or inputs of blocks, group sizes
+    that do not divide, schemes the backend cannot run.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        plan: QuantPlan,
+        stats: CalibrationStats | None,
+        backend: str = "fake",
+        timestep_scale: TimestepScaleLike = 1000.0,
+        reconstruct: BlockReconstruction | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        if plan.needs_stats and stats is None:
+            raise UserError(
+                "this plan needs calibration statistics (for static activations, smoothing or rounding); "
+                "calibrate first"
+            )
+        if plan.learned_blocks and reconstruct is None:
+            raise UserError(
+                "this plan learns roundings block by block: give quantize_denoiser the kept inputs of blocks"
+            )
+        self.denoiser, self.plan, self.context = denoiser, plan, StepContext(plan.edges, timestep_scale)
+        self._stats, self._reconstruct, self._dtypes = stats, reconstruct, dtypes or {}
+        self._backend = get_backend(backend)
+        if plan.num_segments > 1:
+            self.context.check(denoiser)
+        self.linears = _checked_linears(denoiser, plan, self._backend)
+        self._segments = segment_sources(denoiser, plan, stats)
+        for name in plan.layers:
+            for segment in range(plan.num_segments):
+                _check_stats(plan, stats, name, segment, self._segments[name][segment])
+
+    @property
+    def turns(self) -> list[list[str]]:
+        """The plan's layers by what is quantized at once: blocks whose roundings are learned, and single layers."""
+        groups: dict[str, list[str]] = {}
+        for name in self.plan.layers:
+            block = block_of(name)
+            groups.setdefault(block if block in self.plan.learned_blocks else name, []).append(name)
+        return [*groups.values()]
+
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Raises UserError for NaN or inf in a weight."""
+        for name in names:
+            dtype = self.dtype_of(name)
+            if not is_finite(self.linears[name].weight.detach(), dtype):
+                raise UserError(
+                    f"the weight of {name} contains NaN or inf as {str(dtype).removeprefix('torch.')}; check the "
+                    "checkpoint and its dtype"
+                )
+
+    def quantized(self, names: Sequence[str]) -> dict[str, QuantLinear]:
+        """The QuantLinears of one turn, not prepared."""
+        layers = {name: self._made(name, partial(self._fitted, name)) for name in names}
+        block = block_of(names[0])
+        if block in self.plan.learned_blocks:
+            assert self._reconstruct is not None
+            self._reconstruct.learn(block, self._real_block(block), layers, self.plan)
+        if self._stats is not None:
+            for name in names:
+                self._stats.let_go(name)
+        return layers
+
+    def empty(self, name: str) -> QuantLinear:
+        """The shapes and types of a layer, on the meta device."""
+        dtype = self.dtype_of(name)
+
+        def empty(linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:
+            return empty_variant(scheme, linear.in_features, linear.out_features, dtype)
+
+        return self._made(name, empty)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In which a Linear computes."""
+        return self._dtypes.get(f"{name}.weight", self.linears[name].weight.dtype)
+
+    def _made(self, name: str, make: MakeVariant) -> QuantLinear:
+        return quant_linear(name, self.linears[name], self.plan, make, self.context, self._backend)
+
+    def _fitted(self, name: str, linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:
+        segment = self._segments[name][self.plan.edges.index(lo)]
+        levels = self.plan.edges[segment], self.plan.edges[segment + 1]
+        return fit_variant(name, linear, scheme, self._stats, *levels, self.dtype_of(name))
+
+    def _real_block(self, block: str) -> nn.Module:
+        """A copy in the types that it computes in."""
+        copied = copy.deepcopy(self.denoiser.get_submodule(block))
+        for name, parameter in copied.named_parameters():
+            parameter.data = parameter.data.to(self._dtypes.get(f"{block}.{name}", parameter.dtype))
+        return copied
+
+
 def quantize_denoiser(
     denoiser: nn.Module,
     plan: QuantPlan,
@@ -58,56 +162,16 @@ def quantize_denoiser(
     """Quantizes in place and attaches the returned StepContext; everything is checked before anything is
     changed.
 
-    denoiser: one, or an nn.ModuleDict of those of one pipeline (the plan's layers are `<denoiser>.<layer>`); any
-    nn.Module where the plan has a single segment, otherwise one whose forward takes a timestep.
-    reconstruct: the inputs of blocks, for a plan that learns its roundings block by block.
-
-    Raises UserError for: layers the model or the statistics lack, missing statistics or inputs of blocks, NaN or inf
-    in a weight, group sizes that do not divide, schemes the backend cannot run.
+    denoiser, reconstruct: as of `Conversion`. Raises UserError as it does, and for NaN or inf in a weight.
     """
-    if plan.needs_stats and stats is None:
-        raise UserError(
-            "this plan needs calibration statistics (for static activations, smoothing or rounding); calibrate first"
-        )
-    chosen, context, places = get_backend(backend), StepContext(plan.edges, timestep_scale), _places(denoiser)
-    if plan.num_segments > 1:
-        context.check(denoiser)
-    linears, segments = _checked_linears(denoiser, plan, chosen), segment_sources(denoiser, plan, stats)
-    learned = plan.learned_blocks
-    if learned and reconstruct is None:
-        raise UserError("this plan learns roundings block by block: give quantize_denoiser the kept inputs of blocks")
-    for name in plan.layers:
-        if not torch.isfinite(linears[name].weight).all():
-            raise UserError(f"the weight of {name} contains NaN or inf; check the checkpoint and its dtype")
-        for segment in range(plan.num_segments):
-            _check_stats(plan, stats, name, segment, segments[name][segment])
-
-    def fit(name: str) -> MakeVariant:
-        def make(linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:
-            segment = segments[name][plan.edges.index(lo)]
-            return fit_variant(name, linear, scheme, stats, plan.edges[segment], plan.edges[segment + 1])
-
-        return make
-
-    for block, names in _in_turn(plan):
-        layers = {name: quant_linear(name, linears[name], plan, fit(name), context, chosen) for name in names}
-        if block in learned and reconstruct is not None:
-            reconstruct.learn(block, copy.deepcopy(denoiser.get_submodule(block)), layers, plan)
-        for name, quantized in layers.items():
+    conversion, places = Conversion(denoiser, plan, stats, backend, timestep_scale, reconstruct), _places(denoiser)
+    conversion.check_finite(plan.layers)
+    for names in conversion.turns:
+        for name, quantized in conversion.quantized(names).items():
             quantized.prepare()
-            _replace(places[linears[name]], quantized)
-    settle(denoiser, context)
-    return context
-
-
-def _in_turn(plan: QuantPlan) -> list[tuple[str, list[str]]]:
-    """The plan's layers by what is quantized at once: blocks whose roundings are learned, and single layers."""
-    learned = plan.learned_blocks
-    groups: dict[str, list[str]] = {}
-    for name in plan.layers:
-        block = block_of(name)
-        groups.setdefault(block if block in learned else name, []).append(name)
-    return list(groups.items())
+            _replace(places[conversion.linears[name]], quantized)
+    settle(denoiser, conversion.context)
+    return conversion.context
 
 
 def build_quantized(
@@ -128,9 +192,18 @@ def build_quantized(
 
 
 def fit_variant(
-    name: str, linear: nn.Linear, scheme: LayerScheme, stats: CalibrationStats | None, lo: float, hi: float
+    name: str,
+    linear: nn.Linear,
+    scheme: LayerScheme,
+    stats: CalibrationStats | None,
+    lo: float,
+    hi: float,
+    dtype: torch.dtype | None = None,
 ) -> Variant:
-    """Transforms fitted, then the weight quantized once; [lo, hi]: the noise levels of its segment."""
+    """Transforms fitted, then the weight quantized once; [lo, hi]: the noise levels of its segment.
+
+    dtype: in which the float layer computes, where its weight is stored in another.
+    """
     weight_OC = linear.weight.detach()
     assert stats is not None or not scheme.needs_stats
 
@@ -147,7 +220,7 @@ def fit_variant(
         assert segment is not None and scheme.activation is not None
         grid = static_grid(chain, segment, scheme.activation, scheme.activation_ranges, weight_OC)
     moments_CC = stats.moments.of(name) if scheme.moments_for(name) and stats is not None else None
-    return Variant.fit(scheme, weight_OC, chain, grid, moments_CC)
+    return Variant.fit(scheme, weight_OC, chain, grid, moments_CC, dtype)
 
 
 def _checked_linears(denoiser: nn.Module, plan: QuantPlan, backend: Backend) -> dict[str, nn.Linear]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from viditq.quant.artifact import FORMAT_VERSION, META, MODEL, PLAN
+from viditq.mapped import NAMES
+from viditq.quant.artifact import FORMAT_VERSION, META, PLAN
 from viditq.quant.calibration.observers import blank_state
 from viditq.quant.convert import build_quantized
 from viditq.quant.description.plan import QuantPlan
@@ -24,7 +25,6 @@ from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends import get_backend
 from viditq.quant.execution.linear import QuantLinear, quant_linears
 from viditq.quant.execution.variant import Variant
-from viditq.quant.numerics.stored_dtypes import NAMES
 
 KINDS = {"qweight": "codes", "weight_scale": "scales", "weight_zero_point": "zero_points"}
 FLOATS_LAST = {torch.float64: 1}  # the format's order of types of one size, as far as both are stored
@@ -117,22 +117,23 @@ def _parents(prefix: str) -> list[str]:
     return [".".join(parts[:i]) + "." for i in range(len(parts) - 1, 0, -1)]
 
 
-def stored_entries(quantized: nn.Module, in_half: Iterable[str]) -> dict[str, Entry]:
-    """Name -> dtype and shape in the artifact's file; in_half: float parameters that float16 holds without loss.
+def stored_entries(quantized: nn.Module, stored: Mapping[str, torch.dtype]) -> dict[str, Entry]:
+    """Name -> dtype and shape in the artifact's files; stored: float parameters -> their types in the checkpoint.
 
     What variants of one Linear are bound to have in common is stored once. Transforms of different segments count as
     different: the file is smaller where they turn out equal (keys and values of captions, which know no noise level).
     """
     common = {name for path, layer in quant_linears(quantized).items() for name in _in_common(path, layer)}
-    half = set(in_half)
-    for name, layer in quant_linears(quantized).items():  # a weight kept as it was has another name there
-        kept = [i for i, v in enumerate(layer.variants) if v.weight is not None and not v.chain]
-        half |= {f"{name}.variants.{i}.weight" for i in kept if f"{name}.weight" in half}
-    return {
-        name: (torch.float16 if t.dtype == torch.float32 and name in half else t.dtype, tuple(t.shape))
-        for name, t in quantized.state_dict().items()
-        if name not in common
-    }
+    layers = quant_linears(quantized)
+    inside = {f"{name}.variants." for name in layers}
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        quantized = any(parent in inside for parent in _parents(name.rpartition(".")[0]))
+        dtype = tensor.dtype if quantized else stored.get(name, tensor.dtype)
+        return dtype if dtype.itemsize < tensor.itemsize else tensor.dtype
+
+    state = quantized.state_dict()
+    return {name: (dtype_of(name, t), tuple(t.shape)) for name, t in state.items() if name not in common}
 
 
 def _in_common(path: str, layer: QuantLinear) -> list[str]:
@@ -176,18 +177,20 @@ def stats_bytes(
     return safetensors_bytes(entries) + sum(4 * in_features[layer] ** 2 for layer in moment_layers)
 
 
-def artifact_bytes(quantized: nn.Module, plan: QuantPlan, in_half: Iterable[str], meta: Mapping[str, Any]) -> int:
-    """Size of all files that `save_denoiser` will write."""
-    entries = stored_entries(quantized, in_half)
+def artifact_bytes(
+    quantized: nn.Module, plan: QuantPlan, stored: Mapping[str, torch.dtype], meta: Mapping[str, Any]
+) -> int:
+    """Size of all files of its artifact; stored: as of `stored_entries`."""
+    entries = stored_entries(quantized, stored)
     state = quantized.state_dict()
-    widened = sorted(name for name, (dtype, _) in entries.items() if state[name].dtype != dtype)
     own = {
         "format_version": FORMAT_VERSION,
         "timestep_scale": 1000.0,
         "dtypes": {name: str(q.dtype).removeprefix("torch.") for name, q in quant_linears(quantized).items()},
-        "widened": widened,
+        "widened": {name: "float32" for name, (dtype, _) in entries.items() if state[name].dtype != dtype},
         "equal": {name: name for name in state if name not in entries},
-        "sha256": dict.fromkeys((PLAN, MODEL, META), "0" * 64),
+        "digests": dict.fromkeys(entries, "0" * 64),
+        "sha256": dict.fromkeys((PLAN, META), "0" * 64),
     }
     text = json.dumps({**meta, **own}, indent=1) + "\n"
     return safetensors_bytes(entries) + len(plan.to_json().encode()) + len(text.encode())

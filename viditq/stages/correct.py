@@ -10,8 +10,11 @@ from viditq.engine.sampling import Correcting, batches_of, run_batches
 from viditq.job import Job
 from viditq.loading import load_artifact
 from viditq.models.sampler_noise import check_shrinkable
-from viditq.quant.artifact import OWN_KEYS, load_denoiser, read_meta, save_denoiser, size_bytes
+from viditq.quant.artifact import OWN_KEYS, PLAN, read_meta, size_bytes
+from viditq.quant.artifact_writer import save_with
+from viditq.quant.calibration.context import StepContext
 from viditq.quant.correction.ptqd import CorrectionFit, attach_corrections
+from viditq.quant.description.plan import QuantPlan
 
 
 def uncorrected(job: Job) -> Path:
@@ -22,7 +25,8 @@ def uncorrected(job: Job) -> Path:
 def correct(job: Job, quantize: Callable[[Path], str]) -> str:
     """Let `quantize` make an artifact, compare it with float on the calibration prompts, each process its share."""
     e, processes, work = job.experiment, job.processes, uncorrected(job)
-    processes.first_does(lambda: None if (work / "quantized").is_dir() else quantize(work / "quantized"))
+    if not processes.first_does((work / "quantized").is_dir):
+        quantize(work / "quantized")
     partials = Partials(work, CorrectionFit.merge_states)
     done = processes.first_does(partials.compact)
     prompts = e.data.calibration_prompts
@@ -40,10 +44,13 @@ def correct(job: Job, quantize: Callable[[Path], str]) -> str:
 
 
 def _write(job: Job, work: Path, partials: Partials) -> str:
-    e, folder = job.experiment, job.run_dir.artifact
-    denoiser, plan, _, context = load_denoiser(work / "quantized", e.adapter.build_denoiser, e.backend)
-    attach_corrections(denoiser, partials.gathered().state, context)
-    meta = {name: value for name, value in read_meta(work / "quantized").items() if name not in OWN_KEYS}
-    save_denoiser(folder, denoiser, plan, meta | {"correction": e.quant.correction})
+    e, folder, source = job.experiment, job.run_dir.artifact, work / "quantized"
+    plan, old = QuantPlan.from_json((source / PLAN).read_text()), read_meta(source)
+    denoiser = e.adapter.build_denoiser()
+    before = {*denoiser.state_dict()}
+    attach_corrections(denoiser, partials.gathered().state, StepContext(plan.edges, old["timestep_scale"]))
+    tensors = {name: tensor for name, tensor in denoiser.state_dict().items() if name not in before}
+    meta = {name: value for name, value in old.items() if name not in OWN_KEYS}
+    save_with(source, folder, tensors, plan, meta | {"correction": e.quant.correction})
     shutil.rmtree(work)
     return f"{len(plan.layers)} Linears, output corrected, {size_bytes(folder) / 1e6:.2f} MB ({folder})"

@@ -1,29 +1,36 @@
 """Stage `quantize`: plan, transforms and integer codes as an artifact."""
 
 import shutil
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from viditq.files import write_json
 from viditq.job import Job
-from viditq.quant.artifact import save_denoiser, size_bytes
+from viditq.models.checks import DTYPES
+from viditq.models.mapped_weights import retyped
+from viditq.quant.artifact import FORMAT_VERSION, size_bytes
+from viditq.quant.artifact_writer import ArtifactWriter
 from viditq.quant.calibration.observers import CalibrationStats
 from viditq.quant.calibration.step_shares import step_shares
-from viditq.quant.convert import quantize_denoiser
+from viditq.quant.convert import Conversion
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.reconstruction.learn import BlockReconstruction
 from viditq.quant.reconstruction.store import BlockStore
+from viditq.quant.streaming import Streaming
 from viditq.stages.calibrate import observe
 from viditq.stages.correct import correct, uncorrected
 from viditq.stages.incoherence import calibrated_incoherence, quantized_weights, restore_incoherence
 
+TELL_SECONDS = 10
+
 
 def quantize(job: Job) -> str:
-    """Fit transforms, quantize the weights, write the artifact, on the first process."""
+    """Fit transforms, quantize the weights, write the artifact."""
     folder = job.run_dir.artifact
     if job.processes.first_does(folder.is_dir):
         for leftover in (uncorrected(job), job.run_dir.learned_blocks):  # of a kill
@@ -34,7 +41,7 @@ def quantize(job: Job) -> str:
         observe(job)
     with job.timed(job.run_dir.path, "quantize"):
         if job.experiment.quant.correction is None:
-            return job.processes.first_does(lambda: _quantize(job, folder))
+            return _quantize(job, folder)
         return correct(job, lambda work: _quantize(job, work))
 
 
@@ -58,36 +65,90 @@ def _reconstruction(job: Job, plan: QuantPlan) -> BlockReconstruction:
 
 
 def _quantize(job: Job, folder: Path) -> str:
-    e, plan = job.experiment, job.plan
+    """Each process its share of the shards; where blocks are learned, the first does all."""
+    e, plan, processes = job.experiment, job.plan, job.processes
     stats = CalibrationStats.load(job.stats_file) if job.needs_stats else None
-    pipeline = e.adapter.load()
-    denoiser, floats = e.adapter.denoiser_of(pipeline), e.adapter.float_denoisers_of(pipeline)
-    del pipeline
+    denoiser, runs = e.adapter.map_denoiser()
     if e.quant.float_dtype is not None:
-        denoiser.to(getattr(torch, e.quant.float_dtype))
-    if stats is not None:
+        runs = retyped(denoiser, runs, DTYPES[e.quant.float_dtype])
+    if stats is not None and processes.first:
         calibrated_incoherence(job, quantized_weights(job, denoiser), stats)
-    linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
-    all_that_run = linears | {name: m for name, m in floats.named_modules() if isinstance(m, nn.Linear)}
-    numel = {name: m.weight.numel() for name, m in all_that_run.items()}
-    in_features = {name: m.in_features for name, m in all_that_run.items()}
+    reconstruct = _reconstruction(job, plan) if plan.learned_blocks else None
+    backend = "fake" if e.backend == "auto" else e.backend  # nothing is multiplied: asked what it takes
+    conversion = Conversion(denoiser, plan, stats, backend, e.adapter.timestep_scale, reconstruct, runs)
+    streaming = Streaming(conversion, runs)
+    writer = ArtifactWriter(folder, folder.with_name(f"{folder.name}.partial"), len(streaming.shards))
+    missing = processes.first_does(lambda: writer.begin(_key(job, plan)))
+    if len(missing) < len(streaming.shards):
+        job.say(f"      {len(streaming.shards) - len(missing)} of {len(streaming.shards)} shards are there")
+    mine = processes.share(missing) if reconstruct is None else missing if processes.first else []
+    progress = Progress(sum(map(streaming.num_weights, mine)), job.say if processes.first else _quiet)
+    for index in mine:
+        writer.write(index, streaming.header_bytes(index), streaming.contents(index, progress.add))
+    processes.wait()
+
+    def finish() -> str:
+        writer.finish(plan, _meta(job, conversion, stats), e.adapter.timestep_scale)
+        shutil.rmtree(job.run_dir.learned_blocks, ignore_errors=True)
+        num_linears = sum(isinstance(m, nn.Linear) for m in denoiser.modules())
+        return f"{len(plan.layers)} of {num_linears} Linears, {size_bytes(folder) / 1e6:.2f} MB ({folder})"
+
+    return processes.first_does(finish)
+
+
+def _quiet(line: str) -> None:
+    """Say nothing."""
+
+
+class Progress:
+    """Says every ten seconds how much is quantized, and how long the rest will take."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total, self._say, self._done = total, say, 0
+        self._began = self._told = time.monotonic()
+
+    def add(self, num_weights: int) -> None:
+        """Count what was done."""
+        self._done += num_weights
+        now = time.monotonic()
+        if now - self._told > TELL_SECONDS and self._done < self._total:
+            left = (now - self._began) * (self._total / self._done - 1)
+            self._say(f"      {100 * self._done / self._total:.0f} % quantized, about {left:.0f} s left")
+            self._told = now
+
+
+def _key(job: Job, plan: QuantPlan) -> dict[str, Any]:
+    """What decides the tensors of an artifact."""
+    e = job.experiment
+    return {
+        "model": e.adapter.to_dict(),
+        "weights": e.weights,
+        "plan": plan.to_json(),
+        "float_dtype": e.quant.float_dtype,
+        "stats": job.stats.path.name if job.needs_stats else None,
+        "format": FORMAT_VERSION,
+    }
+
+
+def _meta(job: Job, conversion: Conversion, stats: CalibrationStats | None) -> dict[str, Any]:
+    e, plan = job.experiment, conversion.plan
+    floats = e.adapter.build_float_denoisers()
+    named = [*conversion.denoiser.named_modules(), *floats.named_modules()]
+    linears = {name: m for name, m in named if isinstance(m, nn.Linear)}
+    numel = {name: m.weight.numel() for name, m in linears.items()}
+    in_features = {name: m.in_features for name, m in linears.items()}
     left_in_float = _bytes_in_half(floats)
     shares = step_shares(stats, plan.edges) if stats is not None else None
-    meta = {
+    return {
         "model": e.adapter.to_dict(),
         "weights": e.weights,
         "float_dtype": e.quant.float_dtype,
         "average_weight_bits": plan.average_weight_bits(numel, in_features, shares),
         "average_activation_bits": plan.average_activation_bits(in_features, shares),
-        "float_size_bytes": _bytes_in_half(denoiser) + left_in_float,
+        "float_size_bytes": _bytes_in_half(conversion.denoiser) + left_in_float,
         "left_in_float_bytes": left_in_float,
         "stats": job.stats.path.name if stats else None,
     }
-    reconstruct = _reconstruction(job, plan) if plan.learned_blocks else None
-    quantize_denoiser(denoiser, plan, stats, e.backend, e.adapter.timestep_scale, reconstruct)
-    save_denoiser(folder, denoiser, plan, meta)
-    shutil.rmtree(job.run_dir.learned_blocks, ignore_errors=True)
-    return f"{len(plan.layers)} of {len(linears)} Linears, {size_bytes(folder) / 1e6:.2f} MB ({folder})"
 
 
 def _bytes_in_half(module: nn.Module) -> int:

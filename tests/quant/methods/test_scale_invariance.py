@@ -30,7 +30,7 @@ from viditq.quant import (
     SmoothSpec,
     quantize_denoiser,
 )
-from viditq.quant.methods.fitted_weight import fit_weight
+from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import (
     dequantize_weight,
     fake_quantize_activation,
@@ -38,6 +38,7 @@ from viditq.quant.methods.quantizer import (
     static_qparams,
     weight_grid,
 )
+from viditq.quant.methods.transforms import Chain
 from viditq.quant.numerics.affine import EMPTY_SCALE, compute_qparams, fake_quantize_own_range
 
 FOLDER = Path(__file__).parents[3] / "conf" / "quant" / "format"
@@ -151,10 +152,9 @@ def test_roundings_and_branches(name, factor, of_inputs):
     moments = x.T @ x if scheme.needs_moments else None
 
     def fitted(weight: Tensor, moments: Tensor | None) -> Tensor:
-        found = fit_weight(weight, scheme, moments, torch.float32)
-        assert found.quantized is not None and scheme.weight is not None
-        out = dequantize_weight(found.quantized, scheme.weight)
-        return out if found.up is None else out + found.up @ found.down
+        found = Variant.fit(scheme, weight, Chain(), None, moments)
+        out = found.dequantized_weight()
+        return out if found.low_rank_up is None else out + found.low_rank_up @ found.low_rank_down
 
     plain = fitted(weight, moments)
     scaled = fitted(factor * weight, None if moments is None else moments * of_inputs**2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from viditq.quant.numerics.stored_dtypes import NAMES
+from viditq.mapped import NAMES
 from viditq.quant.reconstruction.encoding import encoded
 
 META = '{"structure": "café", "rows": 2}'

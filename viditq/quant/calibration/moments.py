@@ -62,6 +62,11 @@ class Moments:
         upper_CC = self.sums[self.leader[layer]].triu()
         return upper_CC + upper_CC.triu(1).T
 
+    def stored(self, layer: str) -> list[Tensor]:
+        """The matrix that `of` reads, if there is one."""
+        leader = self.leader.get(layer)
+        return [self.sums[leader]] if leader in self.sums else []
+
     def check(self, layer: str, largest: float = 1.0) -> None:
         """Raises UserError when they were not collected for `layer`, or are not to be had.
 

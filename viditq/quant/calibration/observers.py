@@ -5,15 +5,17 @@ Legend: K buckets, C in_features, L leading axis (one "sample" each), N tokens, 
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from viditq.errors import UserError
+from viditq.mapped import mapped_tensors, release
 from viditq.quant.calibration.moments import Moments, of_moments
 from viditq.quant.description.registry import close_names
 
@@ -168,10 +170,17 @@ class SegmentStats:
     """What the buckets of one segment say about one Linear, per input channel (float32 [C])."""
 
     def __init__(self, observer: Observer, buckets: list[int]) -> None:
-        self._mean_KC = observer.amax_sum[buckets] / observer.count[buckets][:, None]
-        self.minimum = observer.minimum[buckets].amin(0)
-        self.maximum = observer.maximum[buckets].amax(0)
         self._observer, self._buckets = observer, buckets
+
+    @cached_property
+    def minimum(self) -> Tensor:
+        """Of everything seen."""
+        return self._observer.minimum[self._buckets].amin(0)
+
+    @cached_property
+    def maximum(self) -> Tensor:
+        """Likewise."""
+        return self._observer.maximum[self._buckets].amax(0)
 
     @property
     def rows(self) -> Tensor:
@@ -212,7 +221,8 @@ class SegmentStats:
         if aggregate == "percentile":
             return self.rows.abs().quantile(percentile / 100, dim=0)
         assert aggregate == "ema"
-        in_turn_KC = self._mean_KC if ema_from == "clean" else self._mean_KC.flip(0)
+        mean_KC = self._observer.amax_sum[self._buckets] / self._observer.count[self._buckets][:, None]
+        in_turn_KC = mean_KC if ema_from == "clean" else mean_KC.flip(0)
         value_C = in_turn_KC[0]
         for mean_C in in_turn_KC[1:]:
             value_C = EMA_DECAY * value_C + (1 - EMA_DECAY) * mean_C
@@ -241,6 +251,11 @@ class CalibrationStats:
                 "falls there; calibrate with more sampling steps, or use wider segments"
             )
         return SegmentStats(observer, buckets)
+
+    def let_go(self, layer: str) -> None:
+        """Give back the memory of what was read of a layer from a file."""
+        release(getattr(self.layers[layer], field) for field in REDUCTIONS)
+        release(self.moments.stored(layer))
 
     def merge(self, other: "CalibrationStats") -> None:
         """Adds the observations of `other`, made with the same layers and sizes."""
@@ -281,10 +296,10 @@ class CalibrationStats:
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationStats":
-        """Raises UserError when the file is missing or damaged."""
+        """Mapped from the file, read layer by layer. Raises UserError when the file is missing or damaged."""
         try:
-            return cls.from_tensors(load_file(path))
-        except (OSError, SafetensorError, KeyError) as error:
+            return cls.from_tensors(mapped_tensors(Path(path)))
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"cannot read the statistics {path}: {error}; delete the file and calibrate again"
             ) from error

@@ -84,6 +84,13 @@ class LayerScheme:
         """Whether second moments of the layer's input are needed to apply it, but to layers that `learned_in_block`."""
         return self.weight is not None and self.rounding.needs_moments
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a weight's row becomes the same codes, to the bit, whichever rows are quantized with it."""
+        alone = self.weight is not None and self.weight.granularity != "tensor" and self.low_rank is None
+        fitted_apart = self.rounding.rows_apart and self.ranges.rows_apart
+        return alone and fitted_apart and all(transform.rows_apart for transform in self.transforms)
+
     def learned_in_block(self, layer: str) -> bool:
         """Whether the weight of this layer is rounded together with the rest of its block."""
         return self.weight is not None and self.rounding.learns_blocks and in_block(layer)

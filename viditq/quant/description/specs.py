@@ -51,6 +51,8 @@ class TransformSpec(NamedSpec):
 
     registry: ClassVar[Registry] = TRANSFORMS
     needs_stats: ClassVar[bool] = False
+    rows_apart: ClassVar[bool] = False
+    """Whether a row of the weight becomes the same, to the bit, whichever rows are transformed with it."""
 
     @property
     def differs_by_segment(self) -> bool:
@@ -79,6 +81,7 @@ class RangeSpec(NamedSpec):
 
     registry: ClassVar[Registry] = RANGES
     counts_extremes: ClassVar[bool] = False  # whether a static activation's grid is fitted to its extremes too
+    rows_apart: ClassVar[bool] = False  # as of a transform
 
     def fit(self, values_GE: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """float32 scale and zero point [G, 1] of `bits` and `symmetric` of `spec` for each row of values."""
@@ -96,6 +99,7 @@ class RoundingSpec(NamedSpec):
 
     registry: ClassVar[Registry] = ROUNDINGS
     needs_moments: ClassVar[bool] = False
+    rows_apart: ClassVar[bool] = False  # as of a transform
     learns_blocks: ClassVar[bool] = False
     """Whether all Linears of a block are rounded together (viditq.quant.reconstruction); those outside blocks alone."""
 

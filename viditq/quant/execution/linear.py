@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.quant.calibration.context import StepContext
 from viditq.quant.execution.backends.base import Backend
+from viditq.quant.execution.residency import Residency
 from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
 
@@ -42,6 +43,9 @@ class QuantLinear(nn.Module):
         self.context = context
         self.backends = [backend.resolve(variant.scheme) for variant in variants]
         """What multiplies each variant."""
+        self.residency: Residency | None = None
+        self.stored_name = name
+        """In the file that it is made from when it is called, where weights stay on disk (`Residency`)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,6 +60,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., O]."""
         index = self.current_index()
+        if self.residency is not None:
+            self.residency.use([(self, index)])
         return self.backends[index].linear(cast(Variant, self.variants[index]), x, self.bias)
 
     def current_variant(self) -> Variant:
@@ -103,6 +109,8 @@ def products(
     """The outputs of Linears that read one input, with what stands before and after each; see `Backend.products`."""
     indices = [linear.current_index() for linear in linears]
     backends = [linear.backends[index] for linear, index in zip(linears, indices, strict=True)]
+    if linears[0].residency is not None:
+        linears[0].residency.use([*zip(linears, indices, strict=True)])
     variants = [cast(Variant, linear.variants[index]) for linear, index in zip(linears, indices, strict=True)]
     biases = [linear.bias for linear in linears]
     if all(backend is backends[0] for backend in backends):

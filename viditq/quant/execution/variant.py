@@ -65,15 +65,10 @@ class Variant(nn.Module):
         self.scheme, self.chain, self.dtype, self.in_features = scheme, chain, dtype, in_features
         self.held: HeldWeight | None = None
         self.derived: dict[str, Any] = {}
-        quantized = fitted.quantized
-        packed = None
-        if quantized is not None:
-            assert scheme.weight is not None
-            packed = pack(quantized.codes, scheme.weight.bits)
         self.register_buffer("weight", fitted.weight)
-        self.register_buffer("qweight", packed)
-        self.register_buffer("weight_scale", quantized and quantized.scale)
-        self.register_buffer("weight_zero_point", quantized and quantized.zero_point)
+        self.register_buffer("qweight", fitted.packed)
+        self.register_buffer("weight_scale", fitted.scale)
+        self.register_buffer("weight_zero_point", fitted.zero_point)
         self.register_buffer("low_rank_up", fitted.up)
         self.register_buffer("low_rank_down", fitted.down)
         self.register_buffer("input_scale", input_grid and input_grid[0])
@@ -87,12 +82,15 @@ class Variant(nn.Module):
         chain: Chain,
         input_grid: Grid | None = None,
         moments_CC: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Variant:
-        """From the float weight, before the chain; moments_CC: X^T X of the inputs, before the chain."""
-        behind = chain.weight(weight_OC.detach().float()) if chain else weight_OC.detach()
-        moments = None if moments_CC is None else chain.moments(moments_CC.to(weight_OC.device))
-        fitted = fit_weight(behind, scheme, moments, weight_OC.dtype)
-        return cls(scheme, fitted, chain, weight_OC.shape[1], weight_OC.dtype, input_grid)
+        """From the float weight, before the chain; moments_CC: X^T X of the inputs, before the chain.
+
+        dtype: in which the float layer computes, where its weight is stored in another; None = the weight's.
+        """
+        dtype = dtype or weight_OC.dtype
+        fitted = fit_weight(weight_OC, chain, scheme, moments_CC, dtype)
+        return cls(scheme, fitted, chain, weight_OC.shape[1], dtype, input_grid)
 
     @property
     def input_qparams(self) -> tuple[Tensor, Tensor] | None:

@@ -57,14 +57,15 @@ def quantize_weight(weight_OC: Tensor, spec: QuantSpec, grid: Grid | None = None
     weight_OC = weight_OC.detach().float()
     scale, zero_point = min_max_grid(weight_OC, spec) if grid is None else grid
     view = granularity.to_groups(weight_OC, spec.group_size)
-    codes = affine.quantize(view, scale, zero_point, spec.bits, spec.symmetric)
+    codes = affine.float_codes(view, scale, zero_point, spec.bits, spec.symmetric)
     return stored(codes.view(weight_OC.shape), (scale, zero_point), spec)
 
 
 def stored(codes_OC: Tensor, grid: Grid, spec: QuantSpec) -> QuantizedWeight:
     """Codes as `affine` counts them (signed where symmetric) and their grid, in the types that are stored."""
     zero_point = None if spec.symmetric else grid[1].to(torch.uint8)
-    return QuantizedWeight((codes_OC + _shift(spec)).to(torch.uint8), grid[0], zero_point)
+    shifted_OC = codes_OC + _shift(spec) if spec.symmetric else codes_OC
+    return QuantizedWeight(shifted_OC.to(torch.uint8), grid[0], zero_point)
 
 
 def dequantize_weight(quantized: QuantizedWeight, spec: QuantSpec) -> Tensor:

@@ -39,8 +39,13 @@ def usable_scale(scale: Tensor) -> Tensor:
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Codes of `x`, int16."""
+    return float_codes(x, scale, zero_point, bits, symmetric).to(torch.int16)
+
+
+def float_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """The same in the type of `x`."""
     low, high = code_range(bits, symmetric)
-    return (x / scale).round_().add_(zero_point).clamp_(low, high).to(torch.int16)
+    return (x / scale).round_().add_(zero_point).clamp_(low, high)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ Legend: O out_features, C in_features, G groups, g group_size (C = G g), L leadi
 activation, n rows of an activation, S sets of elements that share a scale, E elements of each.
 """
 
+import torch
 from torch import Tensor
 
 from viditq.errors import UserError
+from viditq.mapped import in_pieces
 
 Range = tuple[Tensor, Tensor]
 
@@ -26,6 +28,13 @@ def to_groups(x: Tensor, group_size: int | None) -> Tensor:
         return x
     check_group_size(x.shape[-1], group_size)
     return x.unflatten(-1, (-1, group_size))
+
+
+def column_amax(weight_OC: Tensor) -> Tensor:
+    """Largest magnitude of each column, float32 [C]."""
+    extremes = [(piece_nC.amin(0).float(), piece_nC.amax(0).float()) for piece_nC in in_pieces(weight_OC.detach())]
+    low_mC, high_mC = (torch.stack(parts) for parts in zip(*extremes, strict=True))
+    return torch.maximum(-low_mC.amin(0), high_mC.amax(0))
 
 
 def weight_range(weight_OC: Tensor, granularity: str, group_size: int | None) -> Range:

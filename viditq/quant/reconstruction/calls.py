@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.quant.numerics.stored_dtypes import NAMES
+from viditq.mapped import NAMES
 
 ROWS, ELEMENT, SHARED = "rows", "element", "shared"
 """How a tensor belongs to an element: its F rows, its one entry of E, or as a whole."""

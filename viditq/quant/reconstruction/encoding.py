@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from viditq.quant.numerics.stored_dtypes import NAMES
+from viditq.mapped import NAMES
 from viditq.quant.reconstruction.calls import Stored
 
 Layout = tuple[tuple[str, torch.dtype, torch.Size], ...]

@@ -22,6 +22,7 @@ class MinMax(RangeSpec):
     """From the smallest to the largest value: nothing is clipped."""
 
     name: ClassVar[str] = "min_max"
+    rows_apart: ClassVar[bool] = True
 
     def fit(self, values_SE: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         return compute_qparams(values_SE.amin(1, True), values_SE.amax(1, True), spec.bits, spec.symmetric)
@@ -36,6 +37,7 @@ class Percentile(RangeSpec):
     """
 
     name: ClassVar[str] = "percentile"
+    rows_apart: ClassVar[bool] = True
 
     percentile: float = 99.9
 

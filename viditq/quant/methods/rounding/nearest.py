@@ -17,6 +17,7 @@ class Nearest(RoundingSpec):
     """Each weight on its own, half to even."""
 
     name: ClassVar[str] = "nearest"
+    rows_apart: ClassVar[bool] = True
 
     def quantize(self, weight_OC: Tensor, spec: QuantSpec, grid: Grid, moments_CC: Any = None) -> QuantizedWeight:
         return quantize_weight(weight_OC, spec, grid)

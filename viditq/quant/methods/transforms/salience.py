@@ -20,6 +20,7 @@ from viditq.quant.description.registry import TRANSFORMS
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.description.specs import TransformSpec
 from viditq.quant.methods.transforms.smooth import Smooth, smooth_scale
+from viditq.quant.numerics.granularity import column_amax
 
 
 def ranks(values_C: Tensor) -> Tensor:
@@ -47,12 +48,13 @@ class SalienceSpec(TransformSpec):
 
     name: ClassVar[str] = "salience"
     needs_stats: ClassVar[bool] = True
+    rows_apart: ClassVar[bool] = True
 
     def for_segment(self, index: int, num_segments: int) -> SalienceSpec:
         return self
 
     def fit(self, weight_OC: Tensor, stats: SegmentStats, scheme: LayerScheme) -> Smooth:
-        weight_amax_C = weight_OC.detach().float().abs().amax(0)
+        weight_amax_C = column_amax(weight_OC)
         amax_C = weighted_salience(stats.bucket_amax.to(weight_OC.device), weight_amax_C)
         return Smooth(smooth_scale(amax_C, weight_amax_C, 0.5))
 

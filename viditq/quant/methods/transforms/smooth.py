@@ -22,6 +22,7 @@ from viditq.quant.description.specs import TransformSpec
 from viditq.quant.methods.quantizer import dequantize_weight, fake_quantize_activation, quantize_weight
 from viditq.quant.methods.ranges.activation import static_grid
 from viditq.quant.methods.transforms.base import Chain, Transform
+from viditq.quant.numerics.granularity import column_amax
 
 AUTO_ALPHAS = tuple(i / 20 for i in range(21))
 
@@ -69,6 +70,7 @@ class SmoothSpec(TransformSpec):
 
     name: ClassVar[str] = "smooth"
     needs_stats: ClassVar[bool] = True
+    rows_apart: ClassVar[bool] = True
 
     alpha: float | str | tuple[float, ...] = 0.5
     per_segment: bool = False
@@ -106,12 +108,12 @@ class SmoothSpec(TransformSpec):
         return replace(self, alpha=self.alpha[index])
 
     def fit(self, weight_OC: Tensor, stats: SegmentStats, scheme: LayerScheme) -> Smooth:
-        weight_OC = weight_OC.detach().float()
         amax_C = stats.amax(self.aggregate, self.percentile, self.ema_from).to(weight_OC.device)
-        weight_amax_C = weight_OC.abs().amax(0)
+        weight_amax_C = column_amax(weight_OC)
         if self.alpha != "auto":
             assert isinstance(self.alpha, int | float)
             return Smooth(smooth_scale(amax_C, weight_amax_C, self.alpha))
+        weight_OC = weight_OC.detach().float()
         candidates = [Smooth(smooth_scale(amax_C, weight_amax_C, alpha)) for alpha in AUTO_ALPHAS]
         return min(candidates, key=lambda smooth: _output_error(smooth, weight_OC, stats, scheme))
 

@@ -1,0 +1,100 @@
+"""The denoisers of a pipeline on the tensors of their files, none of which is read before it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from viditq.errors import UserError
+from viditq.mapped import mapped_tensors
+from viditq.models.weight_files import COPY_AGAIN, DAMAGED, DIFFUSERS, variant_of, weight_files
+
+
+class Described(Protocol):
+    """What is asked of a ModelAdapter."""
+
+    @property
+    def denoiser_names(self) -> list[str]:
+        """The parts that are quantized."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of all parts but component_dtypes."""
+
+    @property
+    def variant(self) -> str | None:
+        """The mark of the weights' files."""
+
+    def part_folder(self, name: str, weights: bool) -> Path:
+        """The folder of one part."""
+
+    def build_denoiser(self) -> nn.Module:
+        """The structure, parameters on meta."""
+
+
+def mapped_denoiser(
+    adapter: Described, component_dtypes: Mapping[str, torch.dtype]
+) -> tuple[nn.Module, dict[str, torch.dtype]]:
+    """The denoiser, as `build_denoiser` joins them, in evaluation mode, in the types of its files; and, by name, the
+    types in which it is to run where they are others.
+
+    Raises UserError for files that are missing or damaged; names are held against the model by `check_contents` before.
+    """
+    denoiser = adapter.build_denoiser()
+    several = isinstance(denoiser, nn.ModuleDict)
+    runs: dict[str, torch.dtype] = {}
+    for name in adapter.denoiser_names:
+        part: Any = denoiser.get_submodule(name) if several else denoiser
+        tensors = stored_state(part, adapter.part_folder(name, weights=True), adapter.variant)
+        dtype = component_dtypes.get(name, adapter.torch_dtype)
+        prefix = f"{name}." if several else ""
+        runs |= {f"{prefix}{key}": runs_in for key, runs_in in run_dtypes(part, tensors, dtype).items()}
+        part.load_state_dict(tensors, assign=True)
+    return denoiser.eval().requires_grad_(False), runs
+
+
+def stored_state(model: nn.Module, folder: Path, variant: str | None) -> dict[str, Tensor]:
+    """The tensors of a diffusers model's files under the names of `model`; those that it has no place for left out."""
+    files = weight_files(folder, DIFFUSERS, variant_of(folder, variant))
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            tensors |= _of_file(path)
+        except DAMAGED as error:
+            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}). {COPY_AGAIN}") from error
+    if len(files) == 1 and hasattr(model, "_fix_state_dict_keys_on_load"):  # as diffusers does, for old names
+        model._fix_state_dict_keys_on_load(tensors)
+    return {name: tensors[name] for name in model.state_dict() if name in tensors}
+
+
+def _of_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return mapped_tensors(path)
+    loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return loaded
+
+
+def run_dtypes(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name -> type, as diffusers' from_pretrained casts them, of the tensors that are stored in another."""
+    wide = model._keep_in_fp32_modules or []
+    wide = wide if isinstance(wide, list) else [wide]
+    floats = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
+    runs = {name: torch.float32 if {*name.split(".")} & {*wide} else dtype for name in floats}
+    return {name: runs_in for name, runs_in in runs.items() if runs_in != floats[name]}
+
+
+def retyped(denoiser: nn.Module, runs: Mapping[str, torch.dtype], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """`runs` of a denoiser that is cast to `dtype` after it was loaded. What it loses on the way it loses here."""
+    found = {}
+    for name, tensor in denoiser.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            loaded = runs.get(name, tensor.dtype)
+            if loaded not in (tensor.dtype, dtype):
+                tensor.data = tensor.data.to(loaded)
+            if dtype != tensor.dtype:
+                found[name] = dtype
+    return found

@@ -1,0 +1,87 @@
+"""Modules whose weights stay in their files: widened while they compute where they are stored narrower, then let go of.
+
+What is small, or belongs to a module that others read from, is made real at once: it is a few MB of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from viditq.hooks import add_hook
+from viditq.mapped import release
+
+SMALL_BYTES = 2**22
+Check = Callable[[Iterable[str]], None]
+ALONE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # nobody but their own forward reads the weights
+
+
+class Visit:
+    """A module's large tensors: in the type they run in from the start of its forward to its end."""
+
+    def __init__(
+        self, module: nn.Module, names: Mapping[str, str], runs: Mapping[str, torch.dtype], check: Check
+    ) -> None:
+        """names: of the module's own parameters -> in the model; check: is told those about to be read."""
+        self._names, self._runs, self._check = names, runs, check
+        self._stored = {key: module.get_parameter(key) for key in names}
+        add_hook(module.register_forward_pre_hook, self._come)
+        add_hook(module.register_forward_hook, self._go, always_call=True)
+
+    def _come(self, module: nn.Module, args: Any) -> None:
+        self._check(self._names.values())
+        for key, name in self._names.items():
+            if name in self._runs:
+                module._parameters[key] = made_real(self._stored[key], self._runs[name])
+
+    def _go(self, module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(self._stored)
+        release(self._stored.values())
+
+
+def leave_on_disk(
+    model: nn.Module,
+    runs: Mapping[str, torch.dtype],
+    check: Check = lambda names: None,
+    skip: Iterable[nn.Module] = (),
+) -> tuple[int, int]:
+    """Let the large weights of `model`, which are mapped, come and go with their modules' forward.
+
+    runs: names of tensors that compute in another type than they are stored in -> that type. check: is told the names
+    of tensors before they are read. skip: modules that see to themselves. Returns the bytes of what is always in
+    memory from now on, and of what the largest module takes beside it while it computes.
+    """
+    always = largest = 0
+    skipped = {id(part) for module in skip for part in module.modules()}
+    for prefix, module in model.named_modules():
+        if id(module) in skipped:
+            continue
+        names = {key: f"{prefix}.{key}" if prefix else key for key in (*module._parameters, *module._buffers)}
+        large = {}
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            dtype = runs.get(names[key], parameter.dtype)
+            if type(module) in ALONE and parameter.nbytes > SMALL_BYTES:
+                large[key] = names[key]
+                largest = max(largest, parameter.numel() * dtype.itemsize)
+            else:
+                check([names[key]])
+                module._parameters[key] = made_real(parameter, dtype)
+                always += parameter.numel() * dtype.itemsize
+        for key, buffer in module._buffers.items():
+            if buffer is not None and names[key] in runs:
+                module._buffers[key] = buffer.to(runs[names[key]])
+        if large:
+            Visit(module, large, runs, check)
+    return always, largest
+
+
+def made_real(stored: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """A mapped tensor as a parameter of its own."""
+    real = stored.detach().to(dtype, copy=True)
+    release([stored])
+    return nn.Parameter(real, requires_grad=False)
