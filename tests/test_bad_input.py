@@ -439,7 +439,7 @@ def full_disk_in_safetensors(*_: object, **__: object) -> None:
         ("viditq.files.os.replace", full_disk),  # the first file of all
         ("viditq.data.samples.Image.Image.save", full_disk),  # a sample
         ("viditq.engine.partials.write_tensors", full_disk_in_safetensors),  # the statistics
-        ("viditq.quant.artifact.save_file", full_disk_in_safetensors),  # the artifact
+        ("viditq.mapped.Writer.add", full_disk),  # the artifact
         ("viditq.stages.report.comparison_picture", full_disk),  # the picture
     ],
 )

@@ -21,7 +21,8 @@ from viditq.files import read_json
 from viditq.loading import load_quantized
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import noise_generator
-from viditq.quant.artifact import OWN_KEYS, load_denoiser, save_denoiser
+from viditq.quant.artifact import OWN_KEYS, load_denoiser
+from viditq.quant.artifact_writer import save_denoiser
 from viditq.stages import correct
 
 

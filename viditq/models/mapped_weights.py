@@ -66,8 +66,9 @@ def stored_state(model: nn.Module, folder: Path, variant: str | None) -> dict[st
             tensors |= _of_file(path)
         except DAMAGED as error:
             raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}). {COPY_AGAIN}") from error
-    if len(files) == 1 and hasattr(model, "_fix_state_dict_keys_on_load"):  # as diffusers does, for old names
-        model._fix_state_dict_keys_on_load(tensors)
+    old: Any = model  # of a class of diffusers
+    if len(files) == 1 and hasattr(old, "_fix_state_dict_keys_on_load"):  # as diffusers does, for old names
+        old._fix_state_dict_keys_on_load(tensors)
     return {name: tensors[name] for name in model.state_dict() if name in tensors}
 
 

@@ -50,14 +50,15 @@ class StoredTensors:
                 raise UserError(f"{folder / name} is truncated or was altered ({error}); {AGAIN}") from error
             self._stored |= found
             self._files |= dict.fromkeys(found, name)
-        if self._digests is not None and self._stored.keys() != self._digests.keys():
-            raise UserError(f"{folder} does not hold the tensors that {META} names; {AGAIN}")
+        for name in {} if self._digests is None else self._stored.keys() ^ self._digests.keys():
+            raise UserError(f"{folder / self._files.get(name, MODEL)} was altered ({name} is not as told); {AGAIN}")
         self._checked: set[str] = set()
         widened = meta["widened"]
         self.runs: dict[str, torch.dtype] = {
             name: getattr(torch, widened[name]) if isinstance(widened, dict) else torch.float32 for name in widened
         }
         """What runs in a wider type than it is stored in."""
+        self.runs |= {name: self.runs[other] for name, other in self._equal.items() if other in self.runs}
 
     def state(self) -> dict[str, Tensor]:
         """Name -> tensor in the type that it is stored in."""

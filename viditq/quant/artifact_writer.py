@@ -97,8 +97,8 @@ class ArtifactWriter:
     def _add(self, file: Writer, content: Content, record: dict[str, Any]) -> None:
         equal = _equal_variants(content.tensors, content.dtypes)
         # the widest type first, so that what follows begins at a multiple of its element's size
-        stored = {n: t for n, t in sorted(content.tensors.items(), key=lambda e: -e[1].itemsize) if n not in equal}
-        for name, tensor in stored.items():
+        stored = [(name, tensor) for name, tensor in content.tensors.items() if name not in equal]
+        for name, tensor in sorted(stored, key=lambda entry: (-entry[1].itemsize, entry[0])):
             digest = hashlib.sha256()
             file.add(name, tensor, digest)
             record["digests"][name] = digest.hexdigest()

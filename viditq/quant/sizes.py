@@ -123,17 +123,18 @@ def stored_entries(quantized: nn.Module, stored: Mapping[str, torch.dtype]) -> d
     What variants of one Linear are bound to have in common is stored once. Transforms of different segments count as
     different: the file is smaller where they turn out equal (keys and values of captions, which know no noise level).
     """
-    common = {name for path, layer in quant_linears(quantized).items() for name in _in_common(path, layer)}
     layers = quant_linears(quantized)
-    inside = {f"{name}.variants." for name in layers}
+    common = {name for path, layer in layers.items() for name in _in_common(path, layer)}
+    kept = dict(stored)
+    for name, layer in layers.items():  # a weight kept as it was has another name there
+        alone = [i for i, v in enumerate(layer.variants) if v.weight is not None and not v.chain]
+        kept |= {f"{name}.variants.{i}.weight": kept[f"{name}.weight"] for i in alone if f"{name}.weight" in kept}
 
-    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
-        quantized = any(parent in inside for parent in _parents(name.rpartition(".")[0]))
-        dtype = tensor.dtype if quantized else stored.get(name, tensor.dtype)
-        return dtype if dtype.itemsize < tensor.itemsize else tensor.dtype
+    def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+        return kept[name] if name in kept and kept[name].itemsize < dtype.itemsize else dtype
 
     state = quantized.state_dict()
-    return {name: (dtype_of(name, t), tuple(t.shape)) for name, t in state.items() if name not in common}
+    return {name: (stored_dtype(name, t.dtype), tuple(t.shape)) for name, t in state.items() if name not in common}
 
 
 def _in_common(path: str, layer: QuantLinear) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from viditq.errors import UserError
 from viditq.mapped import header_bound, is_finite, release
-from viditq.quant.artifact_writer import SHARD_BYTES, Content, content_of, in_shards
+from viditq.quant.artifact_writer import SHARD_BYTES, ArtifactWriter, Content, content_of, in_shards
 from viditq.quant.convert import Conversion
 from viditq.quant.execution.linear import QuantLinear
 
@@ -96,10 +98,14 @@ class Streaming:
 
     def _quantized(self, layers: Mapping[str, QuantLinear]) -> Content:
         content = content_of(layers)
-        biases = [self._as_stored(f"{prefix}.bias") for prefix, layer in layers.items() if layer.bias is not None]
-        tensors = {name: tensor for bias in biases for name, tensor in bias.tensors.items()}
-        runs = {name: dtype for bias in biases for name, dtype in bias.runs.items()}
-        return Content({**content.tensors, **tensors}, runs, content.dtypes)
+        tensors, runs = dict(content.tensors), dict[str, torch.dtype]()
+        for prefix, layer in layers.items():
+            same = [f"{prefix}.bias"] if layer.bias is not None else []
+            same += [f"{prefix}.variants.{i}.weight" for i, v in enumerate(layer.variants) if _keeps_weight(v)]
+            for name in same:
+                tensors[name], runs_in = self._as_stored(f"{prefix}.{name.rpartition('.')[2]}")
+                runs |= {name: runs_in} if runs_in else {}
+        return Content(tensors, runs, content.dtypes)
 
     def _kept(self, name: str) -> Content:
         tensor = self._state[name].detach()
@@ -108,12 +114,35 @@ class Streaming:
             raise UserError(
                 f"{name} contains NaN or inf as {str(dtype).removeprefix('torch.')}; check the checkpoint and its dtype"
             )
-        return self._as_stored(name)
+        tensor, runs_in = self._as_stored(name)
+        return Content({name: tensor}, {name: runs_in} if runs_in else {})
 
-    def _as_stored(self, name: str) -> Content:
-        """A tensor that stays in float: in the type of the checkpoint, unless it runs in a narrower one."""
+    def _as_stored(self, name: str) -> tuple[Tensor, torch.dtype | None]:
+        """What stays in float in the type of the checkpoint, unless it runs in a narrower one; the type it runs in."""
         tensor = self._state[name].detach()
         dtype = self._dtypes.get(name, tensor.dtype)
         if dtype == tensor.dtype or dtype.itemsize <= tensor.itemsize:
-            return Content({name: tensor.to(dtype)})
-        return Content({name: tensor}, {name: dtype})
+            return tensor.to(dtype), None
+        return tensor, dtype
+
+
+def _keeps_weight(variant: Any) -> bool:
+    return variant.weight is not None and not variant.chain
+
+
+def quantize_to(
+    folder: str | Path,
+    conversion: Conversion,
+    dtypes: Mapping[str, torch.dtype],
+    meta: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the artifact of a plan, as `save_denoiser` would of the whole denoiser, in this process alone.
+
+    dtypes: as of `Streaming`. meta: JSON values about where the model comes from. A killed call goes on where it was.
+    """
+    folder, streaming = Path(folder), Streaming(conversion, dtypes, shard_bytes)
+    writer = ArtifactWriter(folder, folder.with_name(f"{folder.name}.partial"), len(streaming.shards))
+    for index in writer.begin({"plan": conversion.plan.to_json(), "meta": dict(meta)}):
+        writer.write(index, streaming.header_bytes(index), streaming.contents(index))
+    writer.finish(conversion.plan, meta, conversion.context.timestep_scale)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.quant import CalibrationStats, Calibrator, QuantSpec, Recipe, SmoothSpec, linear_names, quantize_denoiser
-from viditq.quant.artifact import load_denoiser, save_denoiser
+from viditq.quant.artifact import load_denoiser
+from viditq.quant.artifact_writer import save_denoiser
 from viditq.quant.calibration.context import StepContext, TimestepScale
 from viditq.quant.calibration.segment_sources import segment_sources
 from viditq.quant.calibration.step_shares import step_shares

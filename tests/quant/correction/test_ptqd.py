@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.quant import QuantSpec, Recipe, quantize_denoiser
-from viditq.quant.artifact import load_denoiser, save_denoiser
+from viditq.quant.artifact import load_denoiser
+from viditq.quant.artifact_writer import save_denoiser
 from viditq.quant.calibration.context import StepContext
 from viditq.quant.correction.ptqd import CorrectionFit, attach_corrections, channel_axis_of, fit_correction
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.quant import QuantSpec, Recipe, quantize_denoiser
-from viditq.quant.artifact import load_denoiser, save_denoiser
+from viditq.quant.artifact import load_denoiser
+from viditq.quant.artifact_writer import save_denoiser
 from viditq.quant.calibration.context import StepContext
 from viditq.quant.correction.guidance import mixing_weights
 from viditq.quant.correction.ptqd import (

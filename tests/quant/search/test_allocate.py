@@ -13,7 +13,8 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant import QuantPlan, Recipe, linear_names, quantize_denoiser
-from viditq.quant.artifact import load_denoiser, save_denoiser
+from viditq.quant.artifact import load_denoiser
+from viditq.quant.artifact_writer import save_denoiser
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.methods.transforms import SmoothSpec
 from viditq.quant.search.allocate import Assignment, Search, allocate, allocate_by_role, cost_of, extremes, used
