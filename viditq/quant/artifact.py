@@ -117,7 +117,6 @@ def load_denoiser(
     attach_empty(denoiser, tensors, context)
     _check_fits(denoiser, tensors, folder)
     denoiser.load_state_dict(tensors, assign=True)
-    denoiser.requires_grad_(False)
     on_meta = [name for name, t in (*denoiser.named_parameters(), *denoiser.named_buffers()) if t.is_meta]
     assert not on_meta, f"build() left non-persistent buffers on meta: {on_meta[:3]}"
     if memory_budget is not None:

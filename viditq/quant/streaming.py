@@ -91,6 +91,7 @@ class Streaming:
             self._conversion.check_finite(unit.layers)
             layers = self._conversion.quantized(unit.layers)
             yield self._quantized({p: layers[name] for name in unit.layers for p in self._prefixes[name]})
+            del layers  # before the next ones are made
             weights = [self._conversion.linears[name].weight for name in unit.layers]
             release(weights)
             if on_layer is not None:

@@ -20,6 +20,7 @@ from viditq.quant.execution.backends.integer import summable
 
 PANEL = 64
 PADDED_TO = 8
+PIECE_CODES = 2**21  # that are packed at once
 
 
 class PackedWeight(NamedTuple):
@@ -59,7 +60,26 @@ def pack_weight(
     """codes uint8 [O, C]; scale float32 and zero_point uint8 (None: symmetric): [1, 1], [O, 1] or [O, G, 1].
 
     segment_size: a divisor of the weight's group size, where activations have smaller groups; None = the same.
+    Some rows at a time: what is made of codes on the way takes several times their memory.
     """
+    rows = max(PIECE_CODES // codes_OC.shape[1] // PANEL, 1) * PANEL
+
+    def part(values: Tensor | None, start: int) -> Tensor | None:
+        return values if values is None or len(values) == 1 else values[start : start + rows]
+
+    starts = range(0, max(len(codes_OC), 1), rows)
+    grids = [(part(scale, start), part(zero_point, start)) for start in starts]
+    pieces = [
+        _pack_rows(codes_OC[start : start + rows], s, z, bits, segment_size)
+        for start, (s, z) in zip(starts, grids, strict=True)
+        if s is not None
+    ]
+    return pieces[0] if len(pieces) == 1 else joined(pieces)
+
+
+def _pack_rows(
+    codes_OC: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, segment_size: int | None
+) -> PackedWeight:
     out_features, in_features = codes_OC.shape
     groups = scale.shape[1] if scale.ndim == 3 else 1
     size = summable(segment_size or in_features // groups)
