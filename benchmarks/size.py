@@ -1,6 +1,6 @@
 """What models of any size take: peak memory and processor seconds of each command, on random weights of real geometry.
 
-    python benchmarks/size.py flux --blocks 1 3 38            # FLUX.1: that many single blocks, half as many double ones
+    python benchmarks/size.py flux --blocks 2 38              # FLUX.1: so many single blocks, half as many double ones
     python benchmarks/size.py wan --blocks 2 8 40             # Wan 14B
     python benchmarks/size.py pixart --blocks 28 --tasks quantize load budget --folder /data --keep
 
@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_single_layers": n,
             "attention_head_dim": 128,
             "num_attention_heads": 24,
-                        "axes_dims_rope": [16, 56, 56],
+            "axes_dims_rope": [16, 56, 56],
         },
         "blocks": [1, 38],
     },
@@ -131,7 +131,7 @@ def command(task: str, name: str, folder: Path, more: list[str], tokens: int) ->
 
 
 def forward(task: str, name: str, folder: Path, tokens: int) -> None:
-    """Load the artifact and call the denoiser once. load: no call; budget: within GIVEN bytes."""
+    """Load the artifact and call the denoiser once. load: no call; budget: within BUDGET bytes."""
     sys.path[:0] = [str(ROOT)]
     import torch
 
@@ -148,7 +148,7 @@ def forward(task: str, name: str, folder: Path, tokens: int) -> None:
 
     fuse_blocks(denoiser)
     torch.manual_seed(0)
-    c = denoiser.config
+    c: Any = denoiser.config
     dtype = adapter.torch_dtype
     if name == "flux":
         inputs = {
@@ -174,11 +174,10 @@ def forward(task: str, name: str, folder: Path, tokens: int) -> None:
             "encoder_hidden_states": torch.randn(1, 128, c.caption_channels, dtype=dtype),
             "timestep": torch.tensor([500]),
         }
-    for _ in range(1):
-        start = time.process_time()
-        with torch.inference_mode():
-            out = denoiser(**inputs, return_dict=False)[0]
-        print(json.dumps({"forward": time.process_time() - start, "sum": float(out.double().sum())}), flush=True)
+    start = time.process_time()
+    with torch.inference_mode():
+        out = denoiser(**inputs, return_dict=False)[0]
+    print(json.dumps({"forward": time.process_time() - start, "sum": float(out.double().sum())}), flush=True)
 
 
 def measured(argv: list[str], cwd: Path) -> dict[str, Any]:

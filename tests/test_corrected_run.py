@@ -65,7 +65,7 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = load_file(folder / "quantized" / "model.safetensors")
+    found = {k: t for file in (folder / "quantized").glob("*.safetensors") for k, t in load_file(file).items()}
     return {name: tensor for name, tensor in found.items() if "output_correction" in name}
 
 

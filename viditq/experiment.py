@@ -17,6 +17,7 @@ from viditq.checks import OF_LOGGERS, Checked, check
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
+from viditq.loading import num_bytes
 from viditq.models.adapter import ModelAdapter
 from viditq.models.attention import check_device
 from viditq.models.checks import GUESSED
@@ -73,6 +74,8 @@ class Experiment:
     make_logger: Callable[..., Any] | None
     logger_name: str
     tracked: Mapping[str, Any]
+    offload: str | None = None
+    memory_budget: int | None = None
 
     @property
     def floor_seed(self) -> int:
@@ -144,7 +147,9 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     check_device(adapter.attention, device.type)
     if adapter.compile:
         check_compiler(device, getattr(trainer, "offload", None))
-    return replace(experiment, backend=_backend(cfg.backend, device.type, plan))
+    backend = _backend(cfg.backend, device.type, plan)
+    budget = num_bytes(getattr(trainer, "memory_budget", None))
+    return replace(experiment, backend=backend, offload=getattr(trainer, "offload", None), memory_budget=budget)
 
 
 def _backend(name: str, device: str, plan: QuantPlan) -> str:

@@ -8,10 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from viditq.engine.offload import DISK
 from viditq.engine.processes import Processes
 from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, read_tensors, remove_temporary, unfinished, write_json
+from viditq.loading import in_dtype, load_artifact
 from viditq.models.text import PromptEmbeds
 from viditq.quant.artifact import broken_file
 from viditq.quant.calibration.observers import STATS_LAYOUT
@@ -170,6 +172,26 @@ class Job:
             return read_tensors(file, remedy)
 
         return load
+
+    # Models ----------------------------------------------------------------------------------------------------------
+
+    def load_float(self, denoiser_dtype: str | None = None) -> Any:
+        """The float pipeline, without its text part; denoiser_dtype: that its denoisers compute in (None = their own).
+
+        Its weights stay in their files with trainer.offload=disk.
+        """
+        adapter = self.experiment.adapter
+        if self.experiment.offload == DISK:
+            pipeline = adapter.load_from_disk(denoiser_dtype)
+            return pipeline if denoiser_dtype is None else in_dtype(adapter, pipeline, denoiser_dtype, cast=False)
+        pipeline = adapter.load()
+        return pipeline if denoiser_dtype is None else in_dtype(adapter, pipeline, denoiser_dtype)
+
+    def load_quantized(self, folder: Path | None = None) -> Any:
+        """The pipeline around the artifact in `folder` (None = the run's)."""
+        e = self.experiment
+        budget = e.memory_budget if e.offload == DISK else None
+        return load_artifact(folder or self.artifact, backend=e.backend, complete=False, memory_budget=budget)
 
     # Work that others may be doing too -------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """From an artifact back to a pipeline, without statistics, prompts or the denoiser's float weights."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,22 +19,39 @@ from viditq.quant.execution.denoiser import refuse_to_save
 from viditq.quant.execution.linear import quant_linears
 
 
-def load_quantized(path: str | Path, backend: str = "auto", model_path: str | None = None) -> Any:
+def load_quantized(
+    path: str | Path, backend: str = "auto", model_path: str | None = None, memory_budget: int | str | None = None
+) -> Any:
     """Load a quantized pipeline, ready for `pipeline("a prompt")`.
 
     path: an artifact (<run>/quantized) or the run's folder. backend: what multiplies (docs/backends.md): auto = for
     each layer the fastest that is exact on this CPU; fake = emulation, also on a GPU; native; portable. model_path:
     the float pipeline's folder on this machine, for its VAE, text encoder and scheduler, where it is not the one
-    recorded. The model's settings (steps, guidance, size) are defaults of the call. Raises UserError for damaged or
-    missing files.
+    recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights may take (on a CPU): they stay in
+    their files, and as many layers as fit are kept ready; None = all of them. The model's settings (steps, guidance,
+    size) are defaults of the call. Raises UserError for damaged or missing files, and for a budget that is too small.
     """
     folder = Path(path).expanduser()
     if (folder / "quantized").is_dir():
         folder = folder / "quantized"
-    return load_artifact(folder, backend, complete=True, model_path=model_path)
+    return load_artifact(folder, backend, complete=True, model_path=model_path, memory_budget=num_bytes(memory_budget))
 
 
-def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | None = None) -> Any:
+def num_bytes(value: int | str | None) -> int | None:
+    """A number of bytes, or a number with a unit: "600MB", "1.5 GB", "2GiB". Raises UserError for anything else."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*", str(value), re.IGNORECASE)
+    if found is None or isinstance(value, bool) or float(found[1]) == 0:
+        raise UserError(f"{value!r} is no number of bytes: give such as 800_000_000, 800MB or 1.5GB.")
+    unit = (found[2] or "B").lower()
+    base = 1024 if "i" in unit else 1000
+    return int(float(found[1]) * base ** "bkmgt".index(unit[0]))
+
+
+def load_artifact(
+    folder: Path, backend: str, complete: bool, model_path: str | None = None, memory_budget: int | None = None
+) -> Any:
     """The pipeline around an artifact's denoiser; without its text part unless `complete`."""
     meta = read_meta(folder)
     try:
@@ -44,7 +62,8 @@ def load_artifact(folder: Path, backend: str, complete: bool, model_path: str | 
             f"{folder / 'meta.json'} is damaged or describes a model this version does not know ({error}). "
             "Delete the folder and quantize again."
         ) from error
-    denoiser = load_denoiser(folder, adapter.build_denoiser, backend)[0].eval().requires_grad_(False)
+    denoiser = load_denoiser(folder, adapter.build_denoiser, backend, memory_budget)[0]
+    denoiser.eval().requires_grad_(False)
     fuse_blocks(denoiser)
     if float_dtype not in (None, adapter.dtype):
         DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype, adapter.timestep_argument)
@@ -77,8 +96,13 @@ def _refuse_to_copy(memo: Any) -> NoReturn:
     )
 
 
-def in_dtype(adapter: ModelAdapter, pipeline: Any, dtype: str) -> Any:
-    """The pipeline with its denoiser computing in `dtype`; noise, text and decoder stay as they are."""
-    denoiser = adapter.denoiser_of(pipeline).to(DTYPES[dtype])
+def in_dtype(adapter: ModelAdapter, pipeline: Any, dtype: str, cast: bool = True) -> Any:
+    """The pipeline with its denoiser computing in `dtype`; noise, text and decoder stay as they are.
+
+    cast: its weights are not in that type yet.
+    """
+    denoiser = adapter.denoiser_of(pipeline)
+    if cast:
+        denoiser.to(DTYPES[dtype])
     DtypeBoundary(denoiser, DTYPES[dtype], adapter.torch_dtype, adapter.timestep_argument)
     return pipeline

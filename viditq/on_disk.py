@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from viditq.hooks import add_hook
+from viditq.hooks import Hook, add_hook
 from viditq.mapped import release
 
 SMALL_BYTES = 2**22
@@ -40,6 +40,11 @@ class Visit:
     def _go(self, module: nn.Module, args: Any, output: Any) -> None:
         module._parameters.update(self._stored)
         release(self._stored.values())
+
+
+def is_visit(hook: Any) -> bool:
+    """Whether a hook is a Visit's, which is there for whoever calls the module, and watches nothing."""
+    return isinstance(hook, Hook) and isinstance(getattr(hook.function, "__self__", None), Visit)
 
 
 def leave_on_disk(

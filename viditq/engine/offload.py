@@ -1,6 +1,7 @@
 """Where the models of a pipeline lie while it samples: on the device, or on the CPU but for what computes.
 
-`model` moves one whole model at a time (diffusers' enable_model_cpu_offload), `sequential` one layer at a time.
+`model` moves one whole model at a time (diffusers' enable_model_cpu_offload), `sequential` one layer at a time. With
+`disk`, on a CPU, the denoisers' weights lie in their files but for the layer that computes (`viditq.on_disk`).
 """
 
 from __future__ import annotations
@@ -18,17 +19,25 @@ from viditq.errors import UserError
 from viditq.quant.correction.ptqd import Correction
 from viditq.quant.execution.linear import QuantLinear
 
-OFFLOADS = ("model", "sequential")
+OFFLOADS, DISK = ("model", "sequential"), "disk"
 
 
 def check_offload(offload: str | None, device: torch.device) -> None:
-    """Raises UserError for an unknown value, or where there is no GPU whose memory could be spared."""
-    if offload is not None and offload not in OFFLOADS:
-        raise UserError(f"trainer.offload={offload!r} is unknown; choose null or one of {', '.join(OFFLOADS)}.")
-    if offload is not None and device.type == "cpu":
+    """Raises UserError for an unknown value, or one that spares memory which this device does not have."""
+    if offload is None:
+        return
+    if offload not in (*OFFLOADS, DISK):
+        choices = ", ".join((*OFFLOADS, DISK))
+        raise UserError(f"trainer.offload={offload!r} is unknown; choose null or one of {choices}.")
+    if device.type == "cpu" and offload != DISK:
         raise UserError(
             f"trainer.offload={offload} spares the memory of a GPU, and this run computes on the CPU. "
-            "Use trainer=gpu on a machine that has one, or trainer.offload=null."
+            f"Use trainer=gpu on a machine that has one, trainer.offload={DISK} for a model larger than the memory, or "
+            "trainer.offload=null."
+        )
+    if device.type != "cpu" and offload == DISK:
+        raise UserError(
+            f"trainer.offload={DISK} is for computing on the CPU; on a GPU choose null or one of {', '.join(OFFLOADS)}."
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from viditq.engine.offload import offload_layers, offload_pipeline
+from viditq.engine.offload import OFFLOADS, offload_layers, offload_pipeline
 from viditq.engine.partials import Partial, Partials
 from viditq.engine.threads import follow_cores
 from viditq.errors import UserError
@@ -198,7 +198,7 @@ class _Batches(Dataset[Any]):
 def run_batches(trainer: L.Trainer, module: PipelineModule, batches: Sequence[Any]) -> None:
     """`trainer.predict` over this process's batches (lists of indices); a process without any takes part, idle."""
     offload = getattr(trainer, "offload", None)
-    if offload is not None:
+    if offload in OFFLOADS:
         module.offload(offload, trainer.strategy.root_device)
     loader = DataLoader(_Batches(batches), batch_size=None, collate_fn=lambda batch: batch)
     trainer.predict(module, loader, return_predictions=False)

@@ -22,17 +22,18 @@ WHY = dict.fromkeys(FIXED, PART) | {"precision": PRECISION, "plugins": PRECISION
 
 
 class Trainer(L.Trainer):
-    """offload: null, or which models lie on the CPU while they do not compute (model | sequential), for small GPUs.
+    """offload: null, or which models lie on the CPU while they do not compute (model | sequential), for small GPUs; or
+    disk, on a CPU: weights of denoisers stay in their files, those of the quantized one within memory_budget bytes.
 
     Everything else is Lightning's own, but for what would change samples or leave some out without being part of any
     result's key. Raises UserError for that, and where `offload` cannot be had.
     """
 
-    def __init__(self, *, offload: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, offload: str | None = None, memory_budget: int | str = 10**9, **kwargs: Any) -> None:
         for key, value in kwargs.items():
             kinds = [(type(allowed), allowed) for allowed in FIXED.get(key, (value,))]  # 1 batch is not 1.0 of all
             if (type(value), value) not in kinds:
                 raise UserError(f"trainer.{key}={value}: {WHY[key]} Leave it out, or give {FIXED[key][0]}.")
         super().__init__(**kwargs)
         check_offload(offload, self.strategy.root_device)
-        self.offload = offload
+        self.offload, self.memory_budget = offload, memory_budget

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from viditq.on_disk import is_visit
 from viditq.quant.execution.linear import QuantLinear
 
 logger = logging.getLogger("viditq")
@@ -81,7 +82,8 @@ class FusedBlock:
         """Observers and offloading hang hooks on modules, which a fused block does not call."""
         assert isinstance(self, nn.Module)
         return any(
-            module._forward_pre_hooks or module._forward_hooks or "_hf_hook" in module.__dict__
+            "_hf_hook" in module.__dict__
+            or not all(map(is_visit, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
             for module in self.modules()
             if module is not self
         )

@@ -20,13 +20,14 @@ from viditq.models import contents, parts, roles
 from viditq.models.attention import check_attention, check_dispatches, set_attention
 from viditq.models.checks import DTYPES, check_arguments, check_values
 from viditq.models.guess import guess_settings
-from viditq.models.mapped_weights import mapped_denoiser
+from viditq.models.mapped_weights import map_weights, retyped
 from viditq.models.registry import find_class
 from viditq.models.samplers import make_sampler
 from viditq.models.schedulers import build_scheduler, check_samples, check_seeded
 from viditq.models.source import Source
 from viditq.models.timestep_scale import measured_scale
 from viditq.models.weight_files import COPY_AGAIN, variant_of
+from viditq.on_disk import leave_on_disk
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,26 @@ class ModelAdapter:
         """
         others = [name for name in self._components() if name not in self.denoiser_names]
         contents.check_contents(self, without=others)
-        return mapped_denoiser(self, {name: DTYPES[dtype] for name, dtype in self.component_dtypes.items()})
+        denoiser = self.build_denoiser()
+        several = isinstance(denoiser, nn.ModuleDict)
+        runs: dict[str, torch.dtype] = {}
+        for name in self.denoiser_names:
+            part = denoiser.get_submodule(name) if several else denoiser
+            dtype = DTYPES[self.component_dtypes.get(name, self.dtype)]
+            found = map_weights(part, self.part_folder(name, weights=True), self.variant, dtype)
+            runs |= {f"{name}.{key}" if several else key: runs_in for key, runs_in in found.items()}
+        return denoiser.eval().requires_grad_(False), runs
+
+    def load_from_disk(self, denoiser_dtype: str | None = None) -> Any:
+        """The pipeline as `load` has it, its denoisers' weights left in their files while they do not compute.
+
+        denoiser_dtype: that the denoisers are cast to after loading. Samples are equal to the bit to those of `load`.
+        """
+        denoiser, runs = self.map_denoiser()
+        if denoiser_dtype is not None:
+            runs = retyped(denoiser, runs, DTYPES[denoiser_dtype])
+        leave_on_disk(denoiser, runs)
+        return self.load(denoiser)
 
     def build_denoiser(self) -> nn.Module:
         """The structure of `denoiser_of` from its config.json: parameters on the meta device, buffers real."""

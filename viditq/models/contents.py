@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.files import read_json
+from viditq.mapped import is_finite
 from viditq.models.mismatch import Mismatch
 from viditq.models.parts import models_of, part_class
 from viditq.models.weight_files import (
@@ -226,7 +227,7 @@ def _check_scales(folder: Path, files: list[Path], tensors: Mapping[str, Tensor]
 def check_finite(part: str, folder: Path, module: nn.Module) -> None:
     """Raises UserError for NaN or infinity among the weights of a part that was loaded."""
     for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not is_finite(parameter.detach()):
             dtype = str(parameter.dtype).removeprefix("torch.")
             remedy = "A wider type does not help: the numbers are stored so. Copy the model's folder again."
             if parameter.dtype == torch.float16:  # the one type with a smaller range than those stored in

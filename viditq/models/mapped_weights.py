@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,47 +14,15 @@ from viditq.mapped import mapped_tensors
 from viditq.models.weight_files import COPY_AGAIN, DAMAGED, DIFFUSERS, variant_of, weight_files
 
 
-class Described(Protocol):
-    """What is asked of a ModelAdapter."""
-
-    @property
-    def denoiser_names(self) -> list[str]:
-        """The parts that are quantized."""
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of all parts but component_dtypes."""
-
-    @property
-    def variant(self) -> str | None:
-        """The mark of the weights' files."""
-
-    def part_folder(self, name: str, weights: bool) -> Path:
-        """The folder of one part."""
-
-    def build_denoiser(self) -> nn.Module:
-        """The structure, parameters on meta."""
-
-
-def mapped_denoiser(
-    adapter: Described, component_dtypes: Mapping[str, torch.dtype]
-) -> tuple[nn.Module, dict[str, torch.dtype]]:
-    """The denoiser, as `build_denoiser` joins them, in evaluation mode, in the types of its files; and, by name, the
-    types in which it is to run where they are others.
+def map_weights(model: nn.Module, folder: Path, variant: str | None, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Give a diffusers model, whose parameters are on meta, the tensors of its files, in the types that they have
+    there; returns, by name, the types in which they run where those are others (`run_dtypes`).
 
     Raises UserError for files that are missing or damaged; names are held against the model by `check_contents` before.
     """
-    denoiser = adapter.build_denoiser()
-    several = isinstance(denoiser, nn.ModuleDict)
-    runs: dict[str, torch.dtype] = {}
-    for name in adapter.denoiser_names:
-        part: Any = denoiser.get_submodule(name) if several else denoiser
-        tensors = stored_state(part, adapter.part_folder(name, weights=True), adapter.variant)
-        dtype = component_dtypes.get(name, adapter.torch_dtype)
-        prefix = f"{name}." if several else ""
-        runs |= {f"{prefix}{key}": runs_in for key, runs_in in run_dtypes(part, tensors, dtype).items()}
-        part.load_state_dict(tensors, assign=True)
-    return denoiser.eval().requires_grad_(False), runs
+    tensors = stored_state(model, folder, variant)
+    model.load_state_dict(tensors, assign=True)
+    return run_dtypes(model, tensors, dtype)
 
 
 def stored_state(model: nn.Module, folder: Path, variant: str | None) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.mapped import header_bound, is_finite, release

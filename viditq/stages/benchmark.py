@@ -133,7 +133,7 @@ def _denoisers(job: Job, device: torch.device) -> tuple[Call, dict[str, nn.Modul
     """What is measured, on the device, and a call that the run's sampling loop makes of it."""
     e = job.experiment
     adapter, batch = e.adapter, batches_of(job.num_prompts, e.batch_size)[0]
-    pipeline = adapter.load()
+    pipeline = job.load_float()
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.to(device)

@@ -120,7 +120,7 @@ def _sample(job: Job, wanted: list[str], partials: Partials) -> None:
     prompts = e.data.calibration_prompts
     done = processes.first_does(partials.compact)
     batches = list(enumerate(batches_of(len(prompts), e.adapter.calibration_batch_size)))
-    pipeline = e.adapter.load()
+    pipeline = job.load_float()
     accumulator = _accumulator(job, e.adapter.denoiser_of(pipeline), wanted)
     processes.wait()  # all have seen which inputs of blocks are there, before any of them goes on
     module = Calibration(

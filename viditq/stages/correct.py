@@ -8,7 +8,6 @@ from typing import Any
 from viditq.engine.partials import Partials
 from viditq.engine.sampling import Correcting, batches_of, run_batches
 from viditq.job import Job
-from viditq.loading import load_artifact
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.quant.artifact import OWN_KEYS, PLAN, read_meta, size_bytes
 from viditq.quant.artifact_writer import save_with
@@ -31,7 +30,7 @@ def correct(job: Job, quantize: Callable[[Path], str]) -> str:
     done = processes.first_does(partials.compact)
     prompts = e.data.calibration_prompts
     batches = [b for b in enumerate(batches_of(len(prompts), e.adapter.calibration_batch_size)) if b[0] not in done]
-    pipeline, quantized = e.adapter.load(), load_artifact(work / "quantized", e.backend, complete=False)
+    pipeline, quantized = job.load_float(), job.load_quantized(work / "quantized")
     denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
     shrinks = e.quant.shrinks_noise and check_shrinkable(pipeline.scheduler, e.adapter.call)
     scheduler = pipeline.scheduler if shrinks else None

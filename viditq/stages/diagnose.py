@@ -8,7 +8,6 @@ from viditq.engine.partials import Partials
 from viditq.engine.sampling import Diagnosing, ObservedDiagnosing, batches_of, run_batches
 from viditq.files import is_whole, write_json
 from viditq.job import Job
-from viditq.loading import load_artifact
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.observers import CalibrationStats
 from viditq.quant.diagnosis import error_sums
@@ -38,8 +37,8 @@ def _diagnose(job: Job, partials: Partials, count: int) -> str:
     e, processes = job.experiment, job.processes
     done = processes.first_does(partials.compact)
     batches = [b for b in enumerate(batches_of(count, e.adapter.calibration_batch_size)) if b[0] not in done]
-    pipeline = e.adapter.load()
-    quantized: Any = load_artifact(job.artifact, backend=e.backend, complete=False)
+    pipeline = job.load_float()
+    quantized: Any = job.load_quantized()
     denoiser, other = (e.adapter.denoiser_of(p) for p in (pipeline, quantized))
     weights = quantized_weights(job, denoiser)  # held on to: offloading replaces those of the layers
     diagnosis = Diagnosis(denoiser, other, job.plan, e.adapter.timestep_scale, e.num_buckets)

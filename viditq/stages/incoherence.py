@@ -30,7 +30,7 @@ def restore_incoherence(job: Job) -> None:
 
 
 def _restore(job: Job) -> None:
-    denoiser = job.experiment.adapter.denoiser_of(job.experiment.adapter.load())
+    denoiser, _ = job.experiment.adapter.map_denoiser()
     calibrated_incoherence(job, quantized_weights(job, denoiser), CalibrationStats.load(job.stats_file))
 
 

@@ -11,7 +11,6 @@ from viditq.data.samples import adopt_samples, missing_samples, sample_path, sav
 from viditq.engine.sampling import Generation, batches_of, run_batches
 from viditq.files import write_json
 from viditq.job import Job
-from viditq.loading import in_dtype, load_artifact
 from viditq.models.compiling import compile_forward
 from viditq.quant.execution.linear import backend_counts
 from viditq.run_dir import Entry
@@ -42,7 +41,7 @@ def generate(job: Job) -> str:
     folder, e = job.run_dir.samples, job.experiment
 
     def load() -> Any:
-        pipeline = load_artifact(job.artifact, backend=e.backend, complete=False)
+        pipeline = job.load_quantized()
         if job.processes.first:
             layers = backend_counts(e.adapter.denoiser_of(pipeline))
             write_json(job.run_dir.executed, {"requested": e.backend, "layers": layers})
@@ -61,13 +60,12 @@ def missing(job: Job, folder: Path, count: int) -> list[int]:
 
 
 def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, count: int, what: str) -> str:
-    adapter = job.experiment.adapter
     if not job.processes.first_does(lambda: missing(job, entry.path, count)):
         job.sweep_up(entry)
         return f"all {count} {what} samples already there ({entry.path})"
 
     def load() -> Any:
-        return adapter.load() if dtype is None else in_dtype(adapter, adapter.load(), dtype)
+        return job.load_float(dtype)
 
     with job.holding(entry):
         return _generate(job, entry.path, count, what, load, seed, job.timed(entry.path, "reference"))

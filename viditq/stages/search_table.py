@@ -88,7 +88,7 @@ class SearchTable:
     def _make_proxies(self, sink: Callable[[ProxyErrors], None]) -> None:
         job, e = self.job, self.job.experiment
         module = ProxyPass(
-            *(e.adapter, e.adapter.load(), job.load_embeds(self.prompts), e.seed),
+            *(e.adapter, job.load_float(), job.load_embeds(self.prompts), e.seed),
             base=e.plan,
             stats=self.stats,
             groups=self.groups,
@@ -116,7 +116,7 @@ class SearchTable:
         job, e = self.job, self.job.experiment
         metrics = search_metrics(e, self.policy)
         module = Probing(
-            *(e.adapter, e.adapter.load(), job.load_embeds(self.prompts), e.seed),
+            *(e.adapter, job.load_float(), job.load_embeds(self.prompts), e.seed),
             prompts=self.prompts,
             noise_indices=[CALIBRATION_OFFSET + i for i in range(len(self.prompts))],
             batches=batches_of(len(self.prompts), e.adapter.calibration_batch_size),

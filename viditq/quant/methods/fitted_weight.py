@@ -61,13 +61,13 @@ def _fit_rows(
     weight_OC: Tensor, chain: Chain, scheme: LayerScheme, spec: QuantSpec, dtype: torch.dtype
 ) -> FittedWeight:
     """The same bits as of the whole weight at once, in a fiftieth of the memory and of the cache."""
-    out = empty_fit(scheme, *weight_OC.shape, dtype)
-    fields = [None if field is None else torch.empty_like(field, device=weight_OC.device) for field in out[1:4]]
+    shapes = empty_fit(scheme, len(weight_OC), weight_OC.shape[1], dtype)[1:4]
+    fields = [None if of is None else torch.empty_like(of, device=weight_OC.device) for of in shapes]
     start = 0
     for piece_nC in in_pieces(weight_OC):  # into what is there already: small parts that stay would riddle the heap
         part = _packed(_rounded(chain.weight(piece_nC.to(dtype).float()), scheme, spec, None), spec)
         for field, values in zip(fields, part[1:4], strict=True):
-            if field is not None:
+            if field is not None and values is not None:
                 field[start : start + len(piece_nC)] = values
         start += len(piece_nC)
     return FittedWeight(None, *fields)
