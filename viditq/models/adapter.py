@@ -305,6 +305,9 @@ class ModelAdapter:
         denoiser, runs = self.map_denoiser()
         if denoiser_dtype is not None:
             runs = retyped(denoiser, runs, DTYPES[denoiser_dtype])
+            for buffer in denoiser.buffers():  # those computed from the configuration
+                if buffer.is_floating_point():
+                    buffer.data = buffer.data.to(DTYPES[denoiser_dtype])
         leave_on_disk(denoiser, runs)
         return self.load(denoiser)
 
