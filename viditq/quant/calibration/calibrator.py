@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
-from viditq.quant.calibration.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
-from viditq.quant.calibration.moments import Moments, of_moments
-from viditq.quant.calibration.noise_level import bucket_edges, interval_of
+from viditq.quant.calibration.context import Attachment, TimestepScaleLike, denoisers_of
+from viditq.quant.calibration.input_groups import InputGroups
+from viditq.quant.calibration.moments import Moments, matrix_bytes, of_moments
 from viditq.quant.calibration.observer_bank import ObserverBank
 from viditq.quant.calibration.observers import (
     NUM_BUCKETS,
@@ -25,38 +26,41 @@ from viditq.quant.calibration.observers import (
     ROWS_PER_BUCKET,
     CalibrationStats,
     Summary,
+    blank_state,
     summary_of,
 )
-from viditq.quant.calibration.row_sample import Candidates, row_keys, stratified
-from viditq.quant.description.registry import close_names
+from viditq.quant.calibration.row_sample import Candidates
+from viditq.quant.calibration.step_rows import StepRows, checked_linears, rows_of, with_tokens
 
-PENDING_BYTES = 2**22  # that what inputs have shown may take before it is added to the statistics
+PENDING_BYTES = 2**22  # that what inputs have shown may take at a step's end before it is added to the statistics
+
+Kind = tuple[str, int, torch.device]
+"""Layers that could share statistics: denoiser, width, device."""
 
 
 class Like(NamedTuple):
     """What inputs added at once have in common: bank of their observers, number of candidate rows, device."""
 
-    bank: int
+    kind: Kind
     num_rows: int
     device: torch.device
 
 
-class Reading(NamedTuple):
-    """An input that was read in this step: held weakly, so that it can be freed; its first reader; what it adds."""
+@dataclass
+class Reading:
+    """An input that was read in this step: held weakly, so that it can be freed; what it adds.
+
+    leader: the first of its readers whose moments are wanted.
+    """
 
     tensor: weakref.ref[Tensor]
-    leader: str
     candidates: Candidates
     summary: Summary
+    leader: str | None = None
 
     def still(self, x: Tensor) -> bool:
         """Whether `x` is this input (q, k and v read one); one whose candidate rows were changed in place is not."""
         return self.tensor() is x and torch.equal(self.summary.rows, rows_of(x, self.candidates.rows))
-
-
-def rows_of(x: Tensor, indices: Tensor) -> Tensor:
-    """Those of all rows of an input [..., C]."""
-    return x.flatten(0, -2).index_select(0, indices)
 
 
 class Calibrator:
@@ -65,8 +69,10 @@ class Calibrator:
     denoiser: one, or an nn.ModuleDict of those of one pipeline, whose layers are then named `<denoiser>.<layer>`.
 
     Call `set_sample_seeds` before each batch. Results do not depend on the order of the batches, nor, but for the
-    rounding of sums, on how prompts are batched. moment_layers: those whose second moments are wanted too
-    (`QuantPlan.moment_layers`). Raises UserError for NaN or inf, a few steps late where a model is small.
+    rounding of sums, on how prompts are batched. Layers that have read the same inputs so far share one observer.
+    moment_layers: those whose second moments are wanted too (`QuantPlan.moment_layers`); summed: those of them whose
+    sums this pass takes (None = all), while it learns of all who shares an input. Raises UserError for NaN or inf, a
+    few steps late where a model is small.
     """
 
     def __init__(
@@ -77,27 +83,40 @@ class Calibrator:
         num_buckets: int = NUM_BUCKETS,
         rows_per_bucket: int = ROWS_PER_BUCKET,
         moment_layers: Sequence[str] = (),
+        summed: Sequence[str] | None = None,
     ) -> None:
         assert set(moment_layers) <= set(layer_names)
         self._denoiser, self._moment_layers = denoiser, frozenset(moment_layers)
-        self._linears = {name: _linear(denoiser, name) for name in layer_names}
-        self._context = StepContext((0, 1), timestep_scale)
-        self._context.check(denoiser)
-        self._edges, self._rows_per_bucket = bucket_edges(num_buckets), rows_per_bucket
-        self._sample_seeds: list[int] = []
-        self._num_elements = 0
-        self._candidates: dict[tuple[int, int], Candidates] = {}
+        self._summed = self._moment_layers if summed is None else frozenset(summed)
+        self._linears = checked_linears(denoiser, layer_names)
+        self._step = StepRows(denoiser, timestep_scale, num_buckets, rows_per_bucket)
+        self._sizes = num_buckets, rows_per_bucket
         self._readings: dict[int, Reading] = {}  # by the id of the input
+        self._seen: dict[str, list[Summary]] = {}  # in this step, in the order of the first calls
         self._attachment: Attachment | None = None
-        widths: dict[tuple[int, torch.device], list[str]] = {}
-        for name, linear in self._linears.items():
-            widths.setdefault((linear.in_features, linear.weight.device), []).append(name)
-        sizes = [(of, num_buckets, width, rows_per_bucket, device) for (width, device), of in widths.items()]
-        self._banks = [ObserverBank(*size) for size in sizes]
-        self._bank_of = {name: i for i, bank in enumerate(self._banks) for name in bank.observers}
-        self._bucket: int | None = None  # of the step that runs
+        self._kind_of = {name: kind_of(denoiser, name, linear) for name, linear in self._linears.items()}
         self._forget_pending()
-        self._stats = CalibrationStats({n: self._banks[self._bank_of[n]].observers[n] for n in self._linears})
+        self._stats = CalibrationStats({})
+        kinds: dict[Any, list[str]] = {}
+        for name, kind in self._kind_of.items():
+            kinds.setdefault(kind, []).append(name)
+        self._group(kinds)
+        self._stats.layers = {name: self._stats.layers[name] for name in self._linears}  # in the order given
+
+    def _group(self, groups: Mapping[Any, Sequence[str]]) -> None:
+        """Begin with layers that share their observers, none of which has seen anything."""
+        self._groups = InputGroups(groups.values())
+        leaders: dict[Kind, list[str]] = {}
+        for leader in self._groups.members:
+            leaders.setdefault(self._kind_of[leader], []).append(leader)
+        num_buckets, num_rows = self._sizes
+        self._banks = {k: ObserverBank(names, num_buckets, k[1], num_rows, k[2]) for k, names in leaders.items()}
+        self._hold_observers()
+
+    def _hold_observers(self) -> None:
+        for leader, layers in self._groups.members.items():
+            observer = self._banks[self._kind_of[leader]].observers[leader]
+            self._stats.layers |= dict.fromkeys(layers, observer)
 
     @property
     def stats(self) -> CalibrationStats:
@@ -108,13 +127,15 @@ class Calibrator:
     @property
     def max_bytes(self) -> int:
         """What the statistics can take in memory and in their file: all of it but what layers turn out to share."""
-        states = [getattr(observer, field) for observer in self._stats.layers.values() for field in REDUCTIONS]
-        fixed = sum(state.nbytes for state in states)
-        return fixed + sum(4 * self._linears[name].in_features ** 2 for name in self._moment_layers)
+        widths = [linear.in_features for linear in self._linears.values()]
+        num_buckets, num_rows = self._sizes
+        states = [blank_state((), num_buckets, width, num_rows, "meta") for width in widths]
+        fixed = sum(tensor.nbytes for state in states for tensor in state.values())
+        return fixed + sum(matrix_bytes(self._linears[name].in_features) for name in self._summed)
 
     def set_sample_seeds(self, seeds: Sequence[int]) -> None:
         """One whole number per prompt of the coming batch, the same whenever that prompt is sampled."""
-        self._sample_seeds = list(seeds)
+        self._step.sample_seeds = list(seeds)
 
     def state(self) -> dict[str, Tensor]:
         """Everything observed so far, as flat tensors for safetensors."""
@@ -122,21 +143,25 @@ class Calibrator:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continues from a `state()`; raises UserError when it was made with other layers or sizes."""
-        mine, moments = self.stats.to_tensors(), set(of_moments(state))
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in state.items() if k not in moments}:
+        given = CalibrationStats.from_tensors(state)
+        if given.shapes != self.stats.shapes:
             raise UserError("the saved calibration state has other layers or sizes than this model")
-        for name, observer in self.stats.layers.items():
+        groups: dict[Any, list[str]] = {}
+        for name, kind in self._kind_of.items():
+            groups.setdefault((kind, id(given.layers[name])), []).append(name)
+        self._group(groups)
+        for leader in self._groups.members:
+            observer = self._banks[self._kind_of[leader]].observers[leader]
             for field in REDUCTIONS:
-                getattr(observer, field).copy_(state[f"{name}/{field}"])
-        self.stats.moments = Moments.from_tensors({key: state[key].clone() for key in moments})
+                getattr(observer, field).copy_(getattr(given.layers[leader], field))
+        self._stats.moments = Moments.from_tensors({key: state[key].clone() for key in of_moments(state)})
 
     def __enter__(self) -> Calibrator:
         parts = denoisers_of(self._denoiser).values()
-        handles = [part.register_forward_pre_hook(self._begin_step, with_kwargs=True) for part in parts]
-        handles += [part.register_forward_hook(self._end_step, always_call=True) for part in parts]
+        handles = [part.register_forward_hook(self._end_step, always_call=True) for part in parts]
         for name, linear in self._linears.items():
             handles.append(linear.register_forward_pre_hook(self._observer_hook(name)))
-        self._attachment = Attachment([*handles, *self._context.attach(self._denoiser).handles])
+        self._attachment = Attachment([*handles, *self._step.attach()])
         return self
 
     def __exit__(
@@ -148,49 +173,59 @@ class Calibrator:
             self._flush()
         self._forget_pending()
 
-    def _begin_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._num_elements = seeded_batch_size([*args, *kwargs.values()], self._sample_seeds)
-        self._candidates, self._readings = {}, {}
-        assert self._context.noise_level is not None  # its hook comes first
-        self._bucket = interval_of(self._edges, self._context.noise_level)
-
-    def _end_step(self, *_: Any) -> None:
-        self._bucket = None
-
     def _observer_hook(self, name: str) -> Any:
         def observe(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if self._bucket is None:
+            if self._step.bucket is None:
                 raise UserError(f"{name} was called outside its denoiser while calibrating")
             x = args[0]
             reading = self._readings.get(id(x))
             if reading is None or not reading.still(x):
-                reading = self._readings[id(x)] = self._read(x, name)
-            self._add(name, self._bucket, reading.summary)
+                reading = self._readings[id(x)] = self._read(x)
+            self._seen.setdefault(name, []).append(reading.summary)
             if name in self._moment_layers:
                 self._add_moments(name, x, reading)
 
         return observe
 
-    def _add(self, name: str, bucket: int, summary: Summary) -> None:
-        like = Like(self._bank_of[name], len(summary.rows), summary.rows.device)
-        if (name, bucket) in self._pending.get(like, ()):  # called again at this noise level
+    def _end_step(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Only now it is known which layers have read the same."""
+        seen, bucket = self._seen, self._step.bucket
+        self._seen, self._readings = {}, {}
+        if output is None or bucket is None:
+            return  # the step has failed
+        came = self._groups.refine({name: [*map(id, summaries)] for name, summaries in seen.items()})
+        if came:
             self._flush()
-        self._pending.setdefault(like, {})[name, bucket] = summary
-        self._readers.append((name, summary))
-        self._pending_bytes += summary.nbytes
+            for kind, bank in self._banks.items():
+                bank.grow({new: old for new, old in came.items() if self._kind_of[new] == kind})
+            self._hold_observers()
+        for layer, summaries in seen.items():
+            if layer in self._groups.members:
+                for summary in summaries:
+                    self._add(layer, bucket, summary)
         if self._pending_bytes > PENDING_BYTES:
             self._flush()
 
+    def _add(self, leader: str, bucket: int, summary: Summary) -> None:
+        like = Like(self._kind_of[leader], len(summary.rows), summary.rows.device)
+        if (leader, bucket) in self._pending.get(like, ()):  # called again at this noise level
+            self._flush()
+        self._pending.setdefault(like, {})[leader, bucket] = summary
+        self._readers.append((leader, summary))
+        self._pending_bytes += summary.nbytes
+
     @torch.no_grad()
     def _add_moments(self, name: str, x: Tensor, reading: Reading) -> None:
-        rows_nC = rows_of(x, reading.candidates.moment_rows) if reading.leader == name else None
+        reading.leader = reading.leader or name
+        summed = reading.leader == name and name in self._summed
+        rows_nC = rows_of(x, reading.candidates.moment_rows) if summed else None
         self._stats.moments.add(name, reading.leader, rows_nC, reading.candidates.moment_weight)
 
     @torch.no_grad()
     def _flush(self) -> None:
         pending, readers = self._pending, self._readers
         self._forget_pending()
-        if not all([self._banks[like.bank].update(seen) for like, seen in pending.items()]):
+        if not all([self._banks[like.kind].update(seen) for like, seen in pending.items()]):
             layer = next(name for name, summary in readers if not summary.finite)
             raise UserError(
                 f"the input of {layer} contains NaN or inf; check the model in this dtype before calibrating"
@@ -202,51 +237,14 @@ class Calibrator:
         self._readers: list[tuple[str, Summary]] = []  # in the order in which they were called
 
     @torch.no_grad()
-    def _read(self, x: Tensor, name: str) -> Reading:
-        x_LNC = x if x.ndim == 3 else x.flatten(1, -2) if x.ndim > 3 else x.unsqueeze(1)
-        candidates = self._candidates_of(x_LNC)
-        assert self._context.noise_level is not None
-        summary = summary_of(x_LNC, candidates.rows, candidates.keys, self._context.noise_level)
-        return Reading(weakref.ref(x), name, candidates, summary)
-
-    def _candidates_of(self, x_LNC: Tensor) -> Candidates:
-        """The rows of this step to choose from; shared by all Linears of the same shape."""
-        shape = (x_LNC.shape[0], x_LNC.shape[1])
-        if shape not in self._candidates:
-            noise_level = self._context.noise_level
-            assert noise_level is not None
-            keys = row_keys(*shape, self._sample_seeds, self._num_elements, noise_level)
-            cells = 1 if shape[0] % self._num_elements else self._num_elements
-            chosen = stratified(keys.view(cells, -1), self._rows_per_bucket)
-            rows, keys, moment_rows = (part.to(x_LNC.device) for part in chosen[:3])
-            self._candidates[shape] = Candidates(rows, keys, moment_rows, chosen.moment_weight)
-        return self._candidates[shape]
+    def _read(self, x: Tensor) -> Reading:
+        x_LNC = with_tokens(x)
+        candidates = self._step.candidates(x_LNC)
+        summary = summary_of(x_LNC, candidates.rows, candidates.keys, self._step.noise_level)
+        return Reading(weakref.ref(x), candidates, summary)
 
 
-def seeded_batch_size(arguments: Sequence[Any], seeds: Sequence[int]) -> int:
-    """`batch_size`; raises UserError unless it is a multiple of the number of seeds, one for each prompt."""
-    size = batch_size(arguments)
-    if not seeds or size % len(seeds):
-        raise UserError(
-            f"a batch of {size} does not fit {len(seeds)} sample seeds; "
-            "call set_sample_seeds with one seed per prompt before sampling"
-        )
-    return size
-
-
-def batch_size(arguments: Sequence[Any]) -> int:
-    """Length of the first batch among a denoiser's arguments: a tensor of more than one axis, or a list of tensors."""
-    for value in arguments:
-        batch = value.ndim > 1 if isinstance(value, Tensor) else isinstance(value, list) and len(value) > 0
-        if batch and (isinstance(value, Tensor) or isinstance(value[0], Tensor)):
-            return len(value)
-    raise UserError("the denoiser was called without a tensor that has a batch axis; it cannot be calibrated")
-
-
-def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
-    modules = dict(denoiser.named_modules())
-    module = modules.get(name)
-    if not isinstance(module, nn.Linear):
-        linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
-        raise UserError(f"the model has no Linear {name!r}; {close_names(name, linears)}")
-    return module
+def kind_of(denoiser: nn.Module, name: str, linear: nn.Linear) -> Kind:
+    """What layers that share statistics have in common."""
+    prefix = next(prefix for prefix in denoisers_of(denoiser) if name.startswith(prefix))
+    return prefix, linear.in_features, linear.weight.device

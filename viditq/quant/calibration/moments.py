@@ -112,6 +112,11 @@ class Moments:
         return moments
 
 
+def matrix_bytes(in_features: int) -> int:
+    """What the sums of one Linear take."""
+    return 4 * in_features**2
+
+
 def of_moments(keys: Iterable[str]) -> list[str]:
     """The keys that belong to the moments."""
     return [key for key in keys if key.startswith(f"{PREFIX}/")]

@@ -35,6 +35,26 @@ class ObserverBank:
     def to(self, device: torch.device) -> None:
         """Moves the state of all observers."""
         self._state = {field: state.to(device) for field, state in self._state.items()}
+        self._hold()
+
+    def grow(self, sources: Mapping[str, str]) -> None:
+        """Adds Linears (name -> the one here whose state so far is also theirs)."""
+        if not sources:
+            return
+        state, old = self._state, len(self._places)
+        at = [self._places[source] for source in sources.values()]
+        self._places |= {name: old + i for i, name in enumerate(sources)}
+        with torch.inference_mode(False):  # Lightning samples in inference mode; a later state is loaded outside it
+            for field, values in state.items():
+                state[field] = values.new_empty(len(self._places), *values.shape[1:])
+                state[field][:old] = values
+                for place, source in enumerate(at, old):
+                    state[field][place] = values[source]
+        for name in sources:
+            self.observers[name] = Observer(self._slice(self._places[name]))
+        self._hold()
+
+    def _hold(self) -> None:
         for name, place in self._places.items():
             self.observers[name].hold(self._slice(place))
 

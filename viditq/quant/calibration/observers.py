@@ -3,6 +3,7 @@
 Legend: K buckets, C in_features, L leading axis (one "sample" each), N tokens, R reservoir rows of a bucket.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -19,7 +20,8 @@ from viditq.mapped import mapped_tensors, release
 from viditq.quant.calibration.moments import Moments, of_moments
 from viditq.quant.description.registry import close_names
 
-STATS_LAYOUT = 2  # of the file; 1 did not say where in a bucket the steps lie
+STATS_LAYOUT = 3  # of the file; 1 did not say where in a bucket the steps lie, 2 had q, k and v apart
+SHARED = "@shared"  # no module has such a name
 NUM_BUCKETS = 20
 ROWS_PER_BUCKET = 16
 EMA_DECAY = 0.95
@@ -149,16 +151,17 @@ class Observer:
                 )
         return buckets
 
-    def merge(self, other: "Observer") -> None:
-        """Adds what `other` saw (another rank, another part of the prompts); into new tensors, field by field."""
+    def merged(self, other: "Observer") -> "Observer":
+        """With what `other` saw (another rank, another part of the prompts)."""
         num_rows = self.keys.shape[1]
         rows = torch.cat([self.rows, other.rows], 1)
         keys = torch.cat([self.keys, other.keys], 1)
         kept = [_lowest(rows[bucket], keys[bucket], num_rows) for bucket in range(len(keys))]
-        self.rows, self.keys = (torch.stack(parts) for parts in zip(*kept, strict=True))
+        state = dict(zip(("rows", "keys"), (torch.stack(parts) for parts in zip(*kept, strict=True)), strict=True))
         for name, reduction in REDUCTIONS.items():
             if reduction in MERGES:
-                setattr(self, name, MERGES[reduction](getattr(self, name), getattr(other, name)))
+                state[name] = MERGES[reduction](getattr(self, name), getattr(other, name))
+        return Observer(state)
 
 
 def _lowest(rows: Tensor, keys: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -230,10 +233,18 @@ class SegmentStats:
 
 
 class CalibrationStats:
-    """Observers of all Linears of a denoiser, and second moments of the inputs of those whose rounding needs them."""
+    """Observers of all Linears of a denoiser, and second moments of the inputs of those whose rounding needs them.
+
+    layers: those that have read the same inputs may share one observer.
+    """
 
     def __init__(self, layers: dict[str, Observer], moments: Moments | None = None) -> None:
         self.layers, self.moments = layers, moments or Moments()
+
+    @property
+    def shapes(self) -> dict[str, list[torch.Size]]:
+        """Layer -> shapes of its observer's fields."""
+        return {name: [getattr(observer, field).shape for field in REDUCTIONS] for name, observer in self.layers.items()}
 
     def segment(self, layer: str, lo: float, hi: float) -> SegmentStats:
         """Statistics of `layer` over the noise levels [lo, hi].
@@ -260,18 +271,27 @@ class CalibrationStats:
     def merge(self, other: "CalibrationStats") -> None:
         """Adds the observations of `other`, made with the same layers and sizes."""
         assert self.layers.keys() == other.layers.keys()
-        for name, observer in self.layers.items():
-            observer.merge(other.layers[name])
+        merged: dict[tuple[int, int], Observer] = {}  # layers that both have together stay so
+        for name, mine in self.layers.items():
+            theirs = other.layers[name]
+            if (id(mine), id(theirs)) not in merged:
+                merged[id(mine), id(theirs)] = mine.merged(theirs)
+        self.layers = {name: merged[id(mine), id(other.layers[name])] for name, mine in self.layers.items()}
         self.moments.merge(other.moments)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Flat state on the CPU, `<layer>/<field>` -> tensor; not copied when it is there (it can be gigabytes)."""
+        """Flat state on the CPU, `<layer>/<field>` -> tensor; not copied when it is there (it can be gigabytes).
+
+        Of layers that share an observer it is stored with the first, and `@shared` says who that is.
+        """
+        leaders: dict[int, str] = {}
+        leader_of = {layer: leaders.setdefault(id(observer), layer) for layer, observer in self.layers.items()}
         fields = {
-            f"{layer}/{field}": getattr(observer, field).detach().cpu()
-            for layer, observer in self.layers.items()
+            f"{leader}/{field}": getattr(self.layers[leader], field).detach().cpu()
+            for leader in leaders.values()
             for field in REDUCTIONS
         }
-        return fields | self.moments.to_tensors()
+        return fields | shared_tensor(leader_of) | self.moments.to_tensors()
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CalibrationStats":
@@ -279,6 +299,8 @@ class CalibrationStats:
         layers: dict[str, Observer] = {}
         for layer in _layer_names(tensors):
             layers[layer] = Observer({field: tensors[f"{layer}/{field}"] for field in REDUCTIONS})
+        shared = json.loads(bytes(tensors[SHARED].tolist())) if SHARED in tensors else {}
+        layers |= {layer: layers[leader] for layer, leader in shared.items()}
         return cls(layers, Moments.from_tensors(tensors))
 
     def save(self, path: str | Path) -> None:
@@ -307,5 +329,11 @@ class CalibrationStats:
 
 def _layer_names(keys: Iterable[str]) -> list[str]:
     keys = list(keys)
-    moments = set(of_moments(keys))
-    return list(dict.fromkeys(key.rsplit("/", 1)[0] for key in keys if key not in moments))
+    others = {SHARED, *of_moments(keys)}
+    return list(dict.fromkeys(key.rsplit("/", 1)[0] for key in keys if key not in others))
+
+
+def shared_tensor(leader_of: Mapping[str, str]) -> dict[str, Tensor]:
+    """What a file says of layers that share an observer (layer -> the first of those it shares with, or itself)."""
+    followers = {layer: leader for layer, leader in leader_of.items() if layer != leader}
+    return {SHARED: torch.tensor([*json.dumps(followers).encode()], dtype=torch.uint8)} if followers else {}
