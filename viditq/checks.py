@@ -41,6 +41,7 @@ NUMBERS: Mapping[str, tuple[int, int | None]] = {
     "calibration.num_buckets": (1, 1000),
     "calibration.rows_per_bucket": (1, 10_000),
     "calibration.block_input_bytes": (1, None),
+    "calibration.moment_bytes": (1, None),
     "noise_floor.num_prompts": (0, None),
     "diagnosis.num_prompts": (0, None),
     "benchmark.rounds": (5, None),  # engine.timing.MIN_ROUNDS

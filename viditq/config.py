@@ -33,11 +33,13 @@ COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to
 
 @dataclass
 class CalibrationConfig:
-    """Buckets of noise level, input rows kept per bucket for choosing alpha, bytes of the inputs of blocks."""
+    """Buckets of noise level, input rows kept per bucket for choosing alpha, bytes of the inputs of blocks, bytes of
+    second moments held at once."""
 
     num_buckets: int = 20
     rows_per_bucket: int = 16
     block_input_bytes: int = 2**30
+    moment_bytes: int = 2**31
 
 
 @dataclass

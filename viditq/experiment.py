@@ -55,6 +55,7 @@ class Experiment:
     num_buckets: int
     rows_per_bucket: int
     block_input_bytes: int
+    moment_bytes: int
     floor_prompts: int
     diagnosis_prompts: int
     benchmark_rounds: int
@@ -113,6 +114,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         check_shrinkable(adapter.make_scheduler(), adapter.call)
     if not adapter.compile:  # younger than what folders of runs hold
         tracked["model"].pop("compile", None)
+    tracked["calibration"].pop("moment_bytes")  # how often the prompts are sampled, not what comes of it
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     experiment = Experiment(
@@ -122,6 +124,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         num_buckets=cfg.calibration.num_buckets,
         rows_per_bucket=cfg.calibration.rows_per_bucket,
         block_input_bytes=cfg.calibration.block_input_bytes,
+        moment_bytes=cfg.calibration.moment_bytes,
         floor_prompts=cfg.noise_floor.num_prompts,
         diagnosis_prompts=cfg.diagnosis.num_prompts,
         benchmark_rounds=cfg.benchmark.rounds,

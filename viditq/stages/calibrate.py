@@ -4,23 +4,22 @@ import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from functools import partial
 
 from torch import nn
 
 from viditq.engine.partials import PARTIAL, Partials, State
 from viditq.engine.sampling import Calibration, batches_of, run_batches
-from viditq.files import is_whole
 from viditq.job import Job
 from viditq.quant.calibration.calibrator import Calibrator
+from viditq.quant.calibration.moment_passes import MomentPass
 from viditq.quant.calibration.observers import CalibrationStats
 from viditq.quant.convert import linear_names
 from viditq.quant.reconstruction.collect import BlockInputs, finish, joined_states
 from viditq.quant.reconstruction.joint_calibrator import JointCalibrator, divided
 from viditq.quant.reconstruction.store import BlockStore
 from viditq.run_dir import Entry
-
-STATS, INPUTS = "stats", "inputs"
+from viditq.stages.calibration_passes import INPUTS, MOMENTS, STATS, Pass, entries, left, next_pass
 
 
 def calibrate(job: Job) -> str:
@@ -36,29 +35,18 @@ def calibrate(job: Job) -> str:
 def observe(job: Job) -> None:
     """Leave the calibration statistics on disk, and the inputs of blocks where the plan asks for them."""
     if not missing(job):
-        for entry in _entries(job).values():
+        for entry in entries(job).values():
             job.sweep_up(entry, leftovers=f"**/{PARTIAL}")  # also of passes that wanted more than this entry
         return
-    with _holding(job, [*_entries(job).values()]):
-        wanted = missing(job)
-        if not wanted:
-            return  # by the run that this one has waited for
-        with job.timed(job.stats.path, "calibrate"):
-            _observe(job, wanted, Partials(_partials_folder(job, wanted), merge_states))
+    with _holding(job, [*entries(job).values()]):
+        while (this := job.processes.first_does(partial(next_pass, job))) is not None:
+            with job.timed(job.stats.path, "calibrate"):
+                _observe(job, this, Partials(this.folder, merge_states))
 
 
 def missing(job: Job) -> list[str]:
-    """What of STATS and INPUTS has yet to be made."""
-
-    def look() -> list[str]:
-        done = {STATS: is_whole(job.stats_file), INPUTS: BlockStore(job.block_inputs.path).complete}
-        return [name for name in _entries(job) if not done[name]]
-
-    return job.processes.first_does(look)
-
-
-def _entries(job: Job) -> dict[str, Entry]:
-    return {STATS: job.stats} | ({INPUTS: job.block_inputs} if job.needs_block_inputs else {})
+    """What of STATS, INPUTS and MOMENTS has yet to be made."""
+    return job.processes.first_does(partial(left, job))
 
 
 @contextmanager
@@ -67,13 +55,6 @@ def _holding(job: Job, entries: list[Entry]) -> Iterator[None]:
         for entry in entries:  # always in this order, so that two runs never wait for each other
             stack.enter_context(job.holding(entry))
         yield
-
-
-def _partials_folder(job: Job, wanted: list[str]) -> Path:
-    """One for each combination: a partial state holds everything that its batches were sampled for."""
-    if wanted == [STATS, INPUTS]:
-        return job.stats.path / f"with-{job.block_inputs.path.name}"
-    return job.stats.path if wanted == [STATS] else job.block_inputs.path
 
 
 def merge_states(mine: State, theirs: State) -> State:
@@ -87,41 +68,41 @@ def merge_states(mine: State, theirs: State) -> State:
     return merged
 
 
-def _observe(job: Job, wanted: list[str], partials: Partials) -> None:
-    _sample(job, wanted, partials)
+def _observe(job: Job, this: Pass, partials: Partials) -> None:
+    _sample(job, this, partials)
     gc.collect()  # the model and the observers go, which Lightning's modules and trainers hold in a ring
     job.processes.wait()
     if not job.processes.first:
         return
     whole = partials.only()
-    if wanted == [STATS] and whole is not None:
-        whole.rename(job.stats_file)  # one process did everything: statistics can be gigabytes, to read and write again
+    if INPUTS not in this.wanted and whole is not None:
+        whole.rename(this.file)  # one process did everything: statistics can be gigabytes, to read and write again
     else:
-        _finish(job, wanted, partials.gathered().state)
+        _finish(job, this, partials.gathered().state)
     partials.remove()
     if partials.folder not in (job.stats.path, job.block_inputs.path):
         shutil.rmtree(partials.folder)
 
 
-def _finish(job: Job, wanted: list[str], state: State) -> None:
+def _finish(job: Job, this: Pass, state: State) -> None:
     stats, inputs = divided(state)
-    if INPUTS in wanted:
+    if INPUTS in this.wanted:
         e = job.experiment
         index = finish(BlockStore(job.block_inputs.path), e.block_input_bytes, inputs, e.num_buckets)
         counts = sorted({len(names) for names in index["blocks"].values()})
         each = " to ".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
         job.say(f"      {each} inputs of each block kept, {index['bytes'] / 1e6:,.1f} MB ({job.block_inputs.path})")
-    if STATS in wanted:
-        CalibrationStats.from_tensors(stats).save(job.stats_file)
+    if this.wanted != [INPUTS]:
+        CalibrationStats.from_tensors(stats).save(this.file)
 
 
-def _sample(job: Job, wanted: list[str], partials: Partials) -> None:
+def _sample(job: Job, this: Pass, partials: Partials) -> None:
     e, processes = job.experiment, job.processes
     prompts = e.data.calibration_prompts
     done = processes.first_does(partials.compact)
     batches = list(enumerate(batches_of(len(prompts), e.adapter.calibration_batch_size)))
     pipeline = job.load_float()
-    accumulator = _accumulator(job, e.adapter.denoiser_of(pipeline), wanted)
+    accumulator = _accumulator(job, e.adapter.denoiser_of(pipeline), this)
     processes.wait()  # all have seen which inputs of blocks are there, before any of them goes on
     module = Calibration(
         *(e.adapter, pipeline, job.load_embeds(prompts), e.seed),
@@ -132,15 +113,21 @@ def _sample(job: Job, wanted: list[str], partials: Partials) -> None:
     run_batches(e.make_trainer(), module, processes.share([b for b in batches if b[0] not in done]))
 
 
-def _accumulator(job: Job, denoiser: nn.Module, wanted: list[str]) -> Calibrator | BlockInputs | JointCalibrator:
+def _accumulator(job: Job, denoiser: nn.Module, this: Pass) -> Calibrator | MomentPass | BlockInputs | JointCalibrator:
     """What is wanted, and a line that says how much it can take."""
-    e, names, told = job.experiment, linear_names(denoiser), []
+    e, names, told = job.experiment, linear_names(denoiser), [*this.remarks]
     scale = e.adapter.timestep_scale
     calibrator = inputs = None
-    if STATS in wanted:
-        calibrator = Calibrator(denoiser, names, scale, e.num_buckets, e.rows_per_bucket, e.plan.moment_layers)
+    if MOMENTS in this.wanted:
+        moments = MomentPass(denoiser, this.layers, scale, e.rows_per_bucket)
+        told.append(f"second moments take {moments.max_bytes / 1e6:,.0f} MB")
+        _tell(job, told)
+        return moments
+    if STATS in this.wanted:
+        sizes = e.num_buckets, e.rows_per_bucket
+        calibrator = Calibrator(denoiser, names, scale, *sizes, e.plan.moment_layers, this.layers)
         told.append(f"statistics take at most {calibrator.max_bytes / 1e6:,.0f} MB")
-    if INPUTS in wanted:
+    if INPUTS in this.wanted:
         blocks = [*e.plan.learned_blocks]
         inputs = BlockInputs(
             denoiser,
@@ -152,10 +139,14 @@ def _accumulator(job: Job, denoiser: nn.Module, wanted: list[str]) -> Calibrator
             job.processes.rank,
         )
         told.append(f"inputs of {len(blocks)} blocks at most {e.block_input_bytes / 1e6:,.0f} MB on disk")
-    if job.processes.first:
-        job.say(f"      {', '.join(told)}")
+    _tell(job, told)
     if calibrator is not None and inputs is not None:
         return JointCalibrator(calibrator, inputs)
     found = calibrator or inputs
     assert found is not None
     return found
+
+
+def _tell(job: Job, told: list[str]) -> None:
+    if job.processes.first:
+        job.say(f"      {', '.join(told)}")

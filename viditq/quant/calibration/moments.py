@@ -62,6 +62,11 @@ class Moments:
         upper_CC = self.sums[self.leader[layer]].triu()
         return upper_CC + upper_CC.triu(1).T
 
+    @property
+    def missing(self) -> list[str]:
+        """Layers that lead an input whose sums are not here."""
+        return [leader for leader in dict.fromkeys(self.leader.values()) if leader not in self.sums]
+
     def stored(self, layer: str) -> list[Tensor]:
         """The matrix that `of` reads, if there is one."""
         leader = self.leader.get(layer)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from viditq.errors import UserError
+from viditq.files import is_whole
 from viditq.mapped import mapped_tensors, release
 from viditq.quant.calibration.moments import Moments, of_moments
 from viditq.quant.description.registry import close_names
@@ -318,13 +319,41 @@ class CalibrationStats:
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationStats":
-        """Mapped from the file, read layer by layer. Raises UserError when the file is missing or damaged."""
-        try:
-            return cls.from_tensors(mapped_tensors(Path(path)))
-        except (OSError, ValueError, KeyError) as error:
+        """Mapped from the file, and from those of later passes beside it; read layer by layer.
+
+        Raises UserError when one is missing or damaged.
+        """
+        path = Path(path)
+        stats = cls.load_some(path)
+        if stats.moments.missing:
             raise UserError(
-                f"cannot read the statistics {path}: {error}; delete the file and calibrate again"
+                f"the statistics {path} lack the second moments of {stats.moments.missing[0]}: calibration was not "
+                "finished, or one of its files was lost; run the stage calibrate again"
+            )
+        return stats
+
+    @classmethod
+    def load_some(cls, path: Path) -> "CalibrationStats":
+        """The same while some of the second moments have yet to be summed up (`moments.missing`)."""
+        tensors: dict[str, Tensor] = {}
+        for file in (path, *moment_files(path)):
+            try:
+                tensors |= mapped_tensors(file)
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"cannot read the statistics {file}: {error}; delete the file and calibrate again"
+                ) from error
+        try:
+            return cls.from_tensors(tensors)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"cannot read the statistics {path}: it lacks {error}; delete the file and calibrate again"
             ) from error
+
+
+def moment_files(path: Path) -> list[Path]:
+    """The whole files of second moments that passes after the first have left beside their file of statistics."""
+    return [file for file in sorted(path.parent.glob(f"{path.stem}.moments-*.safetensors")) if is_whole(file)]
 
 
 def _layer_names(keys: Iterable[str]) -> list[str]:
