@@ -67,6 +67,7 @@ def _reconstruction(job: Job, plan: QuantPlan) -> BlockReconstruction:
 def _quantize(job: Job, folder: Path) -> str:
     """Each process its share of the shards; where blocks are learned, the first does all."""
     e, plan, processes = job.experiment, job.plan, job.processes
+    job.let_go_of_float()
     stats = CalibrationStats.load(job.stats_file) if job.needs_stats else None
     denoiser, runs = e.adapter.map_denoiser()
     if e.quant.float_dtype is not None:
