@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from viditq.files import is_whole, read_json
-from viditq.metrics.verdict import headline
+from viditq.metrics.headline import headline
 from viditq.report.speed import speed_line
 from viditq.report.table import MetricRow, metrics_table, verdict_table
 from viditq.run_dir import RunDir

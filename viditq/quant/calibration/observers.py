@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from viditq.errors import UserError
+from viditq.errors import UserError, close_names
 from viditq.quant.calibration.moments import Moments, of_moments
-from viditq.quant.description.registry import close_names
 
 STATS_LAYOUT = 2  # of the file; 1 did not say where in a bucket the steps lie
 NUM_BUCKETS = 20

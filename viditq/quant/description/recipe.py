@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from viditq.errors import UserError
+from viditq.errors import UserError, close_names
 from viditq.quant.description.fields import checked_fields
 from viditq.quant.description.plan import QuantPlan, check_edges
 from viditq.quant.description.quant_spec import QuantSpec
-from viditq.quant.description.registry import close_names
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.description.specs import RangeSpec, RoundingSpec, TransformSpec
 
