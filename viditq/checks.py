@@ -24,13 +24,13 @@ from viditq.config import (
 )
 from viditq.engine.wandb_settings import check_wandb
 from viditq.errors import UserError
+from viditq.gate import Gate
 from viditq.nulls import check_nulls
 from viditq.run_dir import check_folder
 from viditq.signatures import REQUIRED, arguments_of, unknown_key
 
 if TYPE_CHECKING:
     from viditq.data.prompts import PromptData
-    from viditq.gate import Gate
     from viditq.quant.setting import QuantSetting
 
 # Key -> lowest and highest value. The noise of sample i is seeded by 1,000,003 seed + i, which has to fit 64 bits; more
@@ -49,34 +49,41 @@ OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logge
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What the checks have made of parts of the configuration, so that nothing is made twice."""
+class Alone:
+    """What the checks that import nothing have made of the configuration."""
 
     stages: tuple[str, ...]
     cache_dir: Path
-    gate: "Gate"
+    gate: Gate
+
+
+@dataclass(frozen=True)
+class Checked(Alone):
+    """The same, and what takes torch, so that nothing is made twice."""
+
     quant: "QuantSetting"
     data: "PromptData"
 
 
-def check(cfg: DictConfig) -> Checked:
-    """Raises UserError (or Hydra's own message) for every value that is wrong whatever the model's files hold."""
-    stages, cache_dir = check_values_alone(cfg)
+def check(cfg: DictConfig, alone: Alone | None = None) -> Checked:
+    """Raises UserError (or Hydra's own message) for every value that is wrong whatever the model's files hold.
+
+    alone: what `check_values_alone` has returned for it, where that was called before.
+    """
+    alone = check_values_alone(cfg) if alone is None else alone
     # From here on torch is needed, which takes a second.
-    from viditq.gate import Gate
     from viditq.quant.execution.backends import get_backend
 
     get_backend(cfg.backend)
-    conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
-    gate = Gate.parse(conditions, [str(name) for name in cfg.metric])
     check_model(cfg.model)
     check_nulls(cfg.quant, "quant")
     quant = instantiate(cfg.quant, _convert_="all")
-    return Checked(stages, cache_dir, gate, quant, instantiate(cfg.data, _convert_="all"))
+    data = instantiate(cfg.data, _convert_="all")
+    return Checked(alone.stages, alone.cache_dir, alone.gate, quant, data)
 
 
-def check_values_alone(cfg: DictConfig) -> tuple[tuple[str, ...], Path]:
-    """Keys, numbers, names and places; nothing is imported for them. Returns the stages and the cache's folder."""
+def check_values_alone(cfg: DictConfig) -> Alone:
+    """Keys, numbers, names, places and the gate: what nothing is imported for."""
     _check_keys(cfg)
     check_mode(cfg.estimate)
     if HydraConfig.initialized():
@@ -95,7 +102,8 @@ def check_values_alone(cfg: DictConfig) -> tuple[tuple[str, ...], Path]:
     _check_metrics(cfg.metric)
     if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not cfg.estimate:
         check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
-    return stages, cache_dir
+    conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
+    return Alone(stages, cache_dir, Gate.parse(conditions, [str(name) for name in cfg.metric]))
 
 
 def _check_keys(cfg: DictConfig) -> None:

@@ -144,6 +144,11 @@ class ModelAdapter:
         return Source(self.denoiser_path, self.denoiser_revision) if self.denoiser_path else self.source
 
     @property
+    def of_hub(self) -> bool:
+        """Whether any of its files are named by an id on the hub."""
+        return self.source.of_hub or self.denoiser_source.of_hub
+
+    @property
     def folder(self) -> Path:
         """The pipeline's folder (of a hub model's descriptions); raises UserError if there is none."""
         return self.source.pipeline(weights=False)

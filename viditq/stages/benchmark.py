@@ -55,6 +55,7 @@ def why_not(job: Job) -> str | None:
     needed = count * (2 * e.adapter.torch_dtype.itemsize + DTYPES[HALF].itemsize + 1)  # float, half; codes and dense
     free = free_bytes(trainer.strategy.root_device)
     if free is not None and needed > free:
+        job.may_change()
         return f"float, {HALF} and quantized weights together take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
     return None
 
