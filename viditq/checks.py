@@ -1,6 +1,6 @@
 """What of a configuration can be refused before diffusers and Lightning are imported, which takes many seconds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,8 @@ from viditq.config import (
 from viditq.engine.wandb_settings import check_wandb
 from viditq.errors import UserError
 from viditq.gate import Gate
+from viditq.models.checks import check_values
+from viditq.models.outline import check_outline
 from viditq.nulls import check_nulls
 from viditq.run_dir import check_folder
 from viditq.signatures import REQUIRED, arguments_of, unknown_key
@@ -75,7 +77,6 @@ def check(cfg: DictConfig, alone: Alone | None = None) -> Checked:
     from viditq.quant.execution.backends import get_backend
 
     get_backend(cfg.backend)
-    check_model(cfg.model)
     check_nulls(cfg.quant, "quant")
     quant = instantiate(cfg.quant, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
@@ -103,6 +104,7 @@ def check_values_alone(cfg: DictConfig) -> Alone:
     if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not cfg.estimate:
         check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
     conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
+    check_model(cfg.model, _rules(cfg.quant))
     return Alone(stages, cache_dir, Gate.parse(conditions, [str(name) for name in cfg.metric]))
 
 
@@ -172,10 +174,16 @@ def _check_devices(trainer: Any) -> None:
             )
 
 
-def check_model(node: DictConfig) -> None:
-    """Values and folder of a ModelAdapter; another class checks its own."""
-    from viditq.models.checks import check_values
+def _rules(quant: DictConfig) -> list[str]:
+    """The patterns of quant.rules, where they are read and written as they should be."""
+    rules: Any = OmegaConf.to_container(quant.rules, resolve=True) if OmegaConf.is_list(quant.get("rules")) else []
+    if str(quant.policy.get("_target_")).endswith(".PlanFile"):
+        return []
+    return [str(rule["pattern"]) for rule in rules if isinstance(rule, Mapping) and rule.get("pattern")]
 
+
+def check_model(node: DictConfig, rules: Sequence[str]) -> None:
+    """Values and folder of a ModelAdapter; another class checks its own. rules: patterns of its Linears."""
     given = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert isinstance(given, dict)
     values = arguments_of(str(given["_target_"])) if str(given["_target_"]).endswith(".ModelAdapter") else None
@@ -188,4 +196,6 @@ def check_model(node: DictConfig) -> None:
     check_values(SimpleNamespace(**values))
     path = values["path"]
     if isinstance(path, str) and not is_hub_id(path):
-        check_pipeline(resolve(path))
+        folder = resolve(path)
+        check_pipeline(folder)
+        check_outline(SimpleNamespace(**values), folder, rules)

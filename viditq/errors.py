@@ -27,3 +27,8 @@ def close_names(name: str, allowed: Iterable[str], count: int = 3) -> str:
         return "close names: " + ", ".join(near)
     shown = ", ".join(allowed[:8]) + (", ..." if len(allowed) > 8 else "")
     return f"known names: {shown or 'none'}"
+
+
+def no_linear(pattern: str, linear_names: Iterable[str]) -> str:
+    """The message for a pattern of layers that matches none."""
+    return f"pattern {pattern!r} matches no Linear of the model; {close_names(pattern.strip('*.'), linear_names)}"

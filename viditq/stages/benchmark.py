@@ -16,8 +16,8 @@ from viditq.engine.timing import MIN_ROUNDS, free_bytes, interleaved, peak_bytes
 from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.loading import in_dtype, load_artifact
-from viditq.models.checks import DTYPES
 from viditq.models.compiling import compiled_twin
+from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
 from viditq.quant.execution.linear import backend_counts
 from viditq.quant.sizes import held_bytes
