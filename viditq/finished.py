@@ -67,18 +67,25 @@ def write_finished(
     others = {str(file): stamp(file) for file in files}
     mine = {str(run_dir.path): stamps_of_run(run_dir.path)}
     record = Finished(made_by(cfg, run_dir.path), heading, stages, mine | of_model, others)
-    write_json(run_dir.path / RECORD, asdict(record))
+    if _read(run_dir.path) != record:
+        write_json(run_dir.path / RECORD, asdict(record))
 
 
 def find_finished(cfg: DictConfig, folder: Path, stages: Sequence[str]) -> Finished | None:
     """The record of the run in `folder`, if all of these stages are done beyond doubt; None = look for yourself."""
     if cfg.estimate or any(name in os.environ for name in RANKS):  # one of several processes looks with the others
         return None
-    with suppress(OSError, ValueError, TypeError, AttributeError, Doubt):  # gone, or no such record
-        record = Finished(**json.loads((folder / RECORD).read_text()))
-        with lock(folder, _busy):
-            _check(record, cfg, folder, stages)
+    with suppress(OSError, AttributeError, TypeError, Doubt):  # a file is gone, or the record holds something else
+        if record := _read(folder):
+            with lock(folder, _busy):
+                _check(record, cfg, folder, stages)
         return record
+    return None
+
+
+def _read(folder: Path) -> Finished | None:
+    with suppress(OSError, ValueError, TypeError):
+        return Finished(**json.loads((folder / RECORD).read_text()))
     return None
 
 
