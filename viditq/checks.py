@@ -177,7 +177,8 @@ def _check_devices(trainer: Any) -> None:
 def _rules(quant: DictConfig) -> list[str]:
     """The patterns of quant.rules, where they are read and written as they should be."""
     rules: Any = OmegaConf.to_container(quant.rules, resolve=True) if OmegaConf.is_list(quant.get("rules")) else []
-    if str(quant.policy.get("_target_")).endswith(".PlanFile"):
+    policy = quant.get("policy")
+    if not OmegaConf.is_dict(policy) or str(policy.get("_target_")).endswith(".PlanFile"):
         return []
     return [str(rule["pattern"]) for rule in rules if isinstance(rule, Mapping) and rule.get("pattern")]
 

@@ -130,3 +130,6 @@ def test_nothing_is_told_of_other_files(model_copy: Path) -> None:
     (model_copy / WEIGHTS).rename(model_copy / "transformer" / "diffusion_pytorch_model.bin")
     assert outline.layer_names(model_copy, ["transformer"]) is None
     assert outline.listed_in(model_copy / "no_such_file.py") == {}
+    (model_copy / "model_index.json").write_text("{")
+    check_model(shipped("tiny_image", path=str(model_copy), pipeline="WanPipeline"), ["nope"])
+    check_model(shipped("tiny_image", path=str(model_copy), denoisers=None, guess=True), ["nope"])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from viditq.errors import UserError, no_linear
-from viditq.files import read_json, stored_entries
+from viditq.files import is_whole, stored_entries
 from viditq.models.checks import check_arguments, check_call, check_parts, given_to_call
 from viditq.models.mismatch import WRAPPERS
 from viditq.models.roles import check_keep_float
@@ -35,10 +36,9 @@ def check_outline(model: Any, folder: Path, rules: Sequence[str]) -> None:
     model: the fields of a ModelAdapter, of which the values are allowed. rules: patterns of quant.rules.
     """
     if not model.guess and model.pipeline not in OWN_PIPELINES:
-        _check_pipeline(model, read_json(folder / "model_index.json"))
-    root = folder if model.denoiser_path is None else None
-    names = layer_names(root, model.denoisers or ()) if root is not None else None
-    if names is None:
+        _check_pipeline(model, folder / "model_index.json")
+    names = layer_names(folder, model.denoisers or ()) if model.denoiser_path is None else None
+    if not names:
         return
     several = len(model.denoisers) > 1
     if not model.guess:
@@ -48,8 +48,10 @@ def check_outline(model: Any, folder: Path, rules: Sequence[str]) -> None:
             raise UserError(no_linear(pattern, names))
 
 
-def _check_pipeline(model: Any, index: Mapping[str, Any]) -> None:
-    name = model.pipeline
+def _check_pipeline(model: Any, file: Path) -> None:
+    name, index = model.pipeline, json.loads(file.read_text()) if is_whole(file) else None
+    if not isinstance(index, dict):
+        return
     listed = listed_in(_root() / "__init__.py")
     if listed and {*listed.get(name, ["models"])} <= {*OTHER_KINDS}:
         raise UserError(NO_PIPELINE.format(name, version("diffusers"), index.get("_class_name")))
