@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,8 @@ def copy(through: Run, tmp_path: Path) -> Run:
         (run.folder / name).write_text((run.folder / name).read_text().replace(str(through.base), str(run.base)))
     record = Finished(**json.loads((run.folder / RECORD).read_text()))
     others = [Path(name) for name in record.folders if Path(name) != run.folder]
-    files = map(Path, record.files)
-    write_finished(compose_config(*run.words), RunDir(run.folder, {}), record.heading, record.stages, others, files)
+    of_run = (compose_config(*run.words), RunDir(run.folder, {}), record.heading, record.stages)
+    write_finished(*of_run, others, [run.base / "prompts.txt"], map(Path, record.files), time.time_ns())
     return run
 
 
@@ -231,7 +232,7 @@ class PromptFile(prompts.PromptFile):
         del self.files
 
 
-@pytest.mark.parametrize("why", ["nothing", "memory", "prompts", "hub"])
+@pytest.mark.parametrize("why", ["nothing", "memory", "prompts", "hub", "edited meanwhile", "model edited meanwhile"])
 def test_no_record_where_something_may_change_unseen(copy: Run, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     """Such as a benchmark that was left out for want of memory."""
     words = copy.words[len(SHRUNK) :]
@@ -242,6 +243,9 @@ def test_no_record_where_something_may_change_unseen(copy: Run, monkeypatch: pyt
         words += [f"data._target_={__name__}.PromptFile"]
     if why == "hub":
         monkeypatch.setattr("viditq.models.adapter.ModelAdapter.of_hub", True)
+    if "edited" in why:  # after it was read: what is on disk is not what the run was made by
+        file = copy.base / ("model/vae/config.json" if "model" in why else "prompts.txt")
+        monkeypatch.setattr(runner, "log", lambda *_: file.write_text(file.read_text() + "\n"))
     (copy.folder / RECORD).unlink()
     run_shrunk(copy.folder, copy.base / "cache", *words)
     assert (copy.folder / RECORD).exists() == (why == "nothing")

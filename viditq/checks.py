@@ -1,5 +1,6 @@
 """What of a configuration can be refused before diffusers and Lightning are imported, which takes many seconds."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,8 +53,9 @@ OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logge
 
 @dataclass(frozen=True)
 class Alone:
-    """What the checks that import nothing have made of the configuration."""
+    """What the checks that import nothing have made of the configuration; since: before any file was read, in ns."""
 
+    since: int
     stages: tuple[str, ...]
     cache_dir: Path
     gate: Gate
@@ -80,11 +82,12 @@ def check(cfg: DictConfig, alone: Alone | None = None) -> Checked:
     check_nulls(cfg.quant, "quant")
     quant = instantiate(cfg.quant, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
-    return Checked(alone.stages, alone.cache_dir, alone.gate, quant, data)
+    return Checked(**vars(alone), quant=quant, data=data)
 
 
 def check_values_alone(cfg: DictConfig) -> Alone:
     """Keys, numbers, names, places and the gate: what nothing is imported for."""
+    since = time.time_ns()
     _check_keys(cfg)
     check_mode(cfg.estimate)
     if HydraConfig.initialized():
@@ -105,7 +108,7 @@ def check_values_alone(cfg: DictConfig) -> Alone:
         check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
     conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
     check_model(cfg.model, _rules(cfg.quant))
-    return Alone(stages, cache_dir, Gate.parse(conditions, [str(name) for name in cfg.metric]))
+    return Alone(since, stages, cache_dir, Gate.parse(conditions, [str(name) for name in cfg.metric]))
 
 
 def _check_keys(cfg: DictConfig) -> None:

@@ -57,16 +57,23 @@ def write_finished(
     heading: Sequence[str],
     stages: Mapping[str, str],
     folders: Iterable[Path],
-    files: Iterable[Path],
+    read: Iterable[Path],
+    left: Iterable[Path],
+    since: int,
 ) -> None:
     """Record a run in which every one of `stages` has nothing left to do.
 
-    folders, files: what else this depends on, besides the folder of the run.
+    folders, read: those of the model and other files that the run has read, from `since` on (Checked.since): raises
+    Doubt where one has changed meanwhile. left: files outside of the run's folder that stages have made.
     """
     of_model = {str(folder): stamps_in(folder) for folder in folders}
-    others = {str(file): stamp(file) for file in files}
+    given = {str(file): stamp(file) for file in read}
+    for _, _, changed in [*given.values(), *(one for stamps in of_model.values() for one in stamps.values())]:
+        if changed >= since:
+            raise Doubt
+    files = given | {str(file): stamp(file) for file in left}
     mine = {str(run_dir.path): stamps_of_run(run_dir.path)}
-    record = Finished(made_by(cfg, run_dir.path), heading, stages, mine | of_model, others)
+    record = Finished(made_by(cfg, run_dir.path), heading, stages, mine | of_model, files)
     if _read(run_dir.path) != record:
         write_json(run_dir.path / RECORD, asdict(record))
 

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from viditq.checks import Checked
+from viditq.checks import Checked, check
 from viditq.config import COMMAND_VARIABLE, shorten
 from viditq.console import conclude, print_heading, print_stage, show_lines, terminal
 from viditq.engine.launch import launch
@@ -45,6 +45,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
     slow where possible.
     """
     quiet_libraries()
+    checked = check(cfg) if checked is None else checked
     experiment = build(cfg, checked)
     run_dir = RunDir(folder, experiment.tracked, choice)
     if cfg.estimate:
@@ -65,7 +66,8 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
         if not processes.first:
             return None
         log(experiment, run_dir)
-        remember(cfg, Job(experiment, run_dir), heading(experiment, run_dir.path, max(count, processes.count)))
+        told = heading(experiment, run_dir.path, max(count, processes.count))
+        remember(cfg, Job(experiment, run_dir), told, checked.since)
         return conclude(terminal(), run_dir, experiment.gate)
 
 

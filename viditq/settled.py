@@ -10,7 +10,7 @@ from typing import NoReturn
 from omegaconf import DictConfig
 
 from viditq.files import LOCK
-from viditq.finished import write_finished
+from viditq.finished import Doubt, write_finished
 from viditq.job import Job
 from viditq.models.adapter import ModelAdapter
 from viditq.run_dir import Entry
@@ -43,22 +43,23 @@ class SettledJob(Job):
         _unsettled()
 
 
-def remember(cfg: DictConfig, job: Job, heading: Sequence[str]) -> None:
+def remember(cfg: DictConfig, job: Job, heading: Sequence[str], since: int) -> None:
     """Record that this run is finished (`finished.py`), if it is and will stay so; called once its stages are through.
 
-    Not where something is read that nobody here can look after: models of the hub, whose revision may move, and
-    classes of prompts or policies that do not say what they read.
+    since: when the run began to read its files. No record where something is read that nobody here can look after
+    (models of the hub, whose revision may move; classes of prompts or policies that do not say what they read), and
+    where a file has changed since it was read.
     """
     e = job.experiment
     read = [getattr(part, "files", None) for part in (e.data, e.quant.policy)]
     if None in read or not isinstance(e.adapter, ModelAdapter) or e.adapter.of_hub:
         return
     settled = SettledJob(e, job.run_dir, say=lambda line: None)
-    with suppress(Unsettled, OSError):  # a disk that takes no record, or a file that just went
+    with suppress(Unsettled, Doubt, OSError):  # a disk that takes no record, or a file that just went
         lines = {stage: FUNCTIONS[stage](settled) for stage in e.stages}
         files = [file.absolute() for files in read for file in files or ()]
-        files += [file.absolute() for file in files_in_cache(settled)]
-        write_finished(cfg, job.run_dir, heading, lines, model_folders(e.adapter), files)
+        left = [file.absolute() for file in files_in_cache(settled)]
+        write_finished(cfg, job.run_dir, heading, lines, model_folders(e.adapter), files, left, since)
 
 
 def model_folders(adapter: ModelAdapter) -> list[Path]:
