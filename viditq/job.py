@@ -236,6 +236,9 @@ class Job:
         with timed(folder, stage):
             yield
 
+    def may_change(self) -> None:
+        """Called by a stage that did nothing for a reason which may be gone the next time (`settled.py`)."""
+
     def sweep_up(self, entry: Entry, leftovers: str = "*.tmp") -> None:
         """Tidy a finished cache entry that a killed run left in disorder, unless another run is at it."""
         path = entry.path

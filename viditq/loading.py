@@ -10,7 +10,7 @@ from torch import nn
 from viditq.errors import UserError
 from viditq.fusion.install import fuse_blocks
 from viditq.models.adapter import ModelAdapter
-from viditq.models.checks import DTYPES
+from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
 from viditq.models.sampler_noise import check_shrinkable, shrink_noise
 from viditq.quant.artifact import load_denoiser, read_meta

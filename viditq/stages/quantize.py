@@ -11,7 +11,7 @@ from torch import nn
 
 from viditq.files import write_json
 from viditq.job import Job
-from viditq.models.checks import DTYPES
+from viditq.models.dtypes import DTYPES
 from viditq.models.mapped_weights import retyped
 from viditq.quant.artifact import FORMAT_VERSION, size_bytes
 from viditq.quant.artifact_writer import ArtifactWriter
