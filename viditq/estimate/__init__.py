@@ -23,7 +23,7 @@ from viditq.estimate.probe import Probe, probe, probe_on_meta
 from viditq.estimate.searching import searching
 from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
-from viditq.models.checks import DTYPES
+from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
 from viditq.quant.convert import linear_names

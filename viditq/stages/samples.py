@@ -41,6 +41,7 @@ def generate(job: Job) -> str:
     folder, e = job.run_dir.samples, job.experiment
 
     def load() -> Any:
+        job.let_go_of_float()
         pipeline = job.load_quantized()
         if job.processes.first:
             layers = backend_counts(e.adapter.denoiser_of(pipeline))

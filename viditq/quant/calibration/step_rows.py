@@ -11,11 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from viditq.errors import UserError
+from viditq.errors import UserError, close_names
 from viditq.quant.calibration.context import StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of
 from viditq.quant.calibration.row_sample import Candidates, row_keys, stratified
-from viditq.quant.description.registry import close_names
 
 
 class StepRows:
