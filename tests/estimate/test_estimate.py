@@ -88,7 +88,7 @@ def test_forwards_and_files_are_those_of_the_run(
     e = told(configure, shrunk, tmp_path, mode, *VIDEO)
     assert {stage: work.forwards for stage, work in e.works.items() if work.forwards} == forwards
     assert e.disk["artifact"] == pytest.approx(size_bytes(folder / "run" / "quantized"), rel=0.01)
-    assert e.disk["statistics"] == pytest.approx(on_disk["stats"], rel=0.01)
+    assert e.stats == e.disk["statistics"] == on_disk["stats"]
     assert e.disk["embeddings of prompts"] == pytest.approx(on_disk["prompts"], rel=0.3)  # lengths differ
     samples = on_disk["reference"] + sum(f.stat().st_size for f in (folder / "run" / "samples").glob("*.safetensors"))
     assert e.disk["samples"] == pytest.approx(samples, rel=0.01)
@@ -297,3 +297,18 @@ def test_inputs_of_blocks_are_counted(configure: Callable[..., Any], shrunk: lis
     )
     assert learned.disk["inputs of blocks, at most"] == 2**30 and learned.stats
     assert learned.peaks["quantize"].ram > plain.peaks["quantize"].ram
+
+
+def test_passes_by_the_budget_of_second_moments_are_counted(
+    configure: Callable[..., Any], shrunk: list[str], tmp_path: Path
+) -> None:
+    rounded = ["quant/smoothing=none", "quant/rounding=gptq", "model=tiny_video"]
+    one, nearest, many = (
+        told(configure, shrunk, tmp_path, "meta", *overrides)
+        for overrides in (rounded, rounded[:1] + rounded[2:], [*rounded, "calibration.moment_bytes=4_000_000"])
+    )
+    passes = many.works["calibrate"].forwards // one.works["calibrate"].forwards
+    assert many.works["calibrate"].note == f"in {passes} passes, by calibration.moment_bytes"
+    assert passes >= 3 and many.works["calibrate"].samples == passes * one.works["calibrate"].samples
+    assert one.stats == many.stats and one.stats > many.stats - 10 * 4_000_000 / 2
+    assert nearest.peaks["calibrate"].ram < many.peaks["calibrate"].ram < one.peaks["calibrate"].ram

@@ -18,6 +18,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate, group_by_shape
 from viditq.models.text import PromptEmbeds
 from viditq.quant.calibration.calibrator import Calibrator
+from viditq.quant.calibration.moment_passes import MomentPass
 from viditq.quant.correction.ptqd import CorrectionFit
 from viditq.quant.diagnosis.diagnosis import Diagnosis
 from viditq.quant.diagnosis.observed import ObservedDiagnosis
@@ -80,7 +81,13 @@ class Accumulation(PipelineModule):
     def __init__(
         self,
         *args: Any,
-        accumulator: Calibrator | BlockInputs | JointCalibrator | Diagnosis | ObservedDiagnosis | CorrectionFit,
+        accumulator: Calibrator
+        | MomentPass
+        | BlockInputs
+        | JointCalibrator
+        | Diagnosis
+        | ObservedDiagnosis
+        | CorrectionFit,
         partials: Partials,
         rank: int,
     ) -> None:
@@ -133,7 +140,7 @@ class Accumulation(PipelineModule):
 class Calibration(Accumulation):
     """Observers on the float model; noise indices are kept apart from those of the evaluation."""
 
-    accumulator: Calibrator | BlockInputs | JointCalibrator
+    accumulator: Calibrator | MomentPass | BlockInputs | JointCalibrator
 
     def noise_indices(self, indices: list[int]) -> list[int]:
         """Also the seeds of the reservoir's choice."""

@@ -19,13 +19,16 @@ from viditq.estimate import parts
 from viditq.estimate.backends import Held, refusals
 from viditq.estimate.memory import Peak, Pieces, larger, peaks
 from viditq.estimate.mock import made_up_quantized, seconds_to_quantize
+from viditq.estimate.passes import Passes
 from viditq.estimate.probe import Probe, probe, probe_on_meta
+from viditq.estimate.readers import leaders
 from viditq.estimate.searching import searching
 from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
+from viditq.quant.calibration.context import denoisers_of
 from viditq.quant.convert import linear_names
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.execution.backends import Unavailable
@@ -93,7 +96,10 @@ def estimate(job: Job, mode: Any) -> Estimate:
     float_bytes = {name: size for name, (_, size) in sizes.items()}
     denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
     text_bytes = sum(size for name, size in float_bytes.items() if name.startswith(parts.TEXT))
-    stats = stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, e.plan.moment_layers) if job.needs_stats else 0
+    leader_of = leaders(in_features, seen.float_model.inputs, denoisers_of(skeleton))
+    passes = Passes.of(job, in_features, leader_of)
+    stats = stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, leader_of) if job.needs_stats else 0
+    stats += passes.all_bytes
     numel = {name: linear.weight.numel() for name, linear in linears.items()}
     diagnosed = {name: in_features[name] for name in plan.layers} if e.diagnosis_prompts and not job.needs_stats else {}
     pieces = Pieces(
@@ -104,6 +110,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         step=seen.float_model.forward_bytes or 0,
         decode=seen.float_model.decode_bytes or 0,
         stats=stats,
+        spared=passes.all_bytes - passes.most_bytes,
         weights=weight_bytes(quantized),
         largest_layer=max((numel[name] for name in plan.layers), default=0),
         observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
@@ -115,7 +122,8 @@ def estimate(job: Job, mode: Any) -> Estimate:
     gpu = trainer.strategy.root_device.type != "cpu"
     stored = parts.stored_dtypes(e.adapter)
     artifact = artifact_bytes(quantized, plan, stored, {"model": e.adapter.to_dict(), "weights": e.weights})
-    works = work_of(job, texts, seen.float_model, seen.quantized, (seen.load_seconds, seen.quantize_seconds))
+    once = seen.load_seconds, seen.quantize_seconds
+    works = work_of(job, texts, seen.float_model, seen.quantized, once, passes.left)
     if job.searches and "search" in works:
         counter = Counter(job, texts, seen.load_seconds)
         works["search"] = searching(job, counter, seen.float_model, seen.quantized or seen.float_model)

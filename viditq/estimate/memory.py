@@ -26,10 +26,10 @@ class Pieces:
     """denoiser, rest, text: weights as loaded (rest: VAE and others). file: the largest with weights of the denoiser,
     whose pages are in memory while it is loaded. step, decode: activations.
 
-    stats: calibration statistics. observed: those gathered while diagnosing, where nothing is calibrated. weights: the
-    quantized denoiser. largest_layer: weights of the largest Linear. learned_block: of the largest block whose
-    roundings are learned together. processes: how many share the work. measuring: the batch of calibration and
-    diagnosis, in batches of generation.
+    stats: calibration statistics, of which `spared` are never held at once while calibrating. observed: those gathered
+    while diagnosing, where nothing is calibrated. weights: the quantized denoiser. largest_layer: weights of the
+    largest Linear. learned_block: of the largest block whose roundings are learned together. processes: how many share
+    the work. measuring: the batch of calibration and diagnosis, in batches of generation.
     """
 
     denoiser: int
@@ -45,6 +45,7 @@ class Pieces:
     learned_block: int = 0
     processes: int = 1
     measuring: float = 1.0
+    spared: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def larger(one: Peak, other: Peak) -> Peak:
 def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -> dict[str, Peak]:
     """Stage -> its peak."""
     activations, measured = max(p.step, p.decode), round(p.step * max(p.measuring, 1.0))
-    models = p.denoiser + p.rest
+    models, observed = p.denoiser + p.rest, p.stats - p.spared
     quantized = p.weights.resident + p.rest
     both = models + quantized
     holes = round(HOLES * p.weights.dense)
@@ -75,7 +76,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "reference": models,
         "noise_floor": models,
         # the observers beside the model; then, where there are several processes, the files of two
-        "calibrate": p.stats + (models if p.processes == 1 else max(models, p.stats)),
+        "calibrate": observed + (models if p.processes == 1 else max(models, observed)),
         "quantize": p.denoiser
         + p.stats
         + p.weights.resident
@@ -107,7 +108,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "prompts": 0,
         "reference": models,
         "noise_floor": models,
-        "calibrate": models + p.stats,
+        "calibrate": models + observed,
         "quantize": 0,
         "generate": quantized,
         "diagnose": both,
@@ -118,7 +119,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         resident["diagnose"] = p.denoiser + largest_layer_bytes  # the quantized one always goes layer by layer
     if offload == "sequential":
         resident = {stage: largest_layer_bytes if size else 0 for stage, size in resident.items()}
-        resident["calibrate"] += p.stats
+        resident["calibrate"] += observed
     resident["diagnose"] += p.observed
     return {
         stage: Peak(UNCOUNTED + max(size, loading.get(stage, 0)), resident[stage] + computing[stage])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from viditq.errors import UserError
 from viditq.estimate.hollow import as_meta, as_zeros, twin_on_meta
 from viditq.estimate.live import FusedAttention, LiveBytes
+from viditq.estimate.readers import Readers
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import generate
 from viditq.models.text import PromptEmbeds
@@ -29,7 +30,7 @@ class Probe:
 
     forwards: of the denoisers, together. forward_seconds: of one; decode_seconds: from the last forward to the sample.
     forward_bytes, decode_bytes: the most that tensors other than weights take at one time, None where it cannot be
-    told (`why`).
+    told (`why`). inputs: Linear -> what it read, by number (`Readers`), of denoisers that were reached.
     """
 
     batch_size: int
@@ -40,6 +41,7 @@ class Probe:
     forward_bytes: int | None = None
     decode_bytes: int | None = None
     why: str = ""
+    inputs: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def probe(
@@ -54,7 +56,7 @@ def probe(
     watch = _Watch(pipeline, synchronize)
     for name in adapter.denoiser_names:
         denoiser = getattr(pipeline, name)
-        denoiser.forward = watch.around(denoiser.forward)
+        denoiser.forward = watch.around(denoiser.forward, denoiser, _prefix(adapter, name))
     with watch.live:
         clips = generate(adapter, pipeline, [embeds] * batch_size, list(range(batch_size)), seed=0)
         synchronize()
@@ -67,23 +69,29 @@ def probe(
         decode_seconds=end - watch.left,
         forward_bytes=watch.forward_bytes,
         decode_bytes=watch.live.peak,
+        inputs=watch.readers.inputs,
     )
+
+
+def _prefix(adapter: ModelAdapter, denoiser: str) -> str:
+    return f"{denoiser}." if len(adapter.denoiser_names) > 1 else ""
 
 
 class _Watch:
     """What is known of the forwards of a running pipeline."""
 
     def __init__(self, pipeline: Any, synchronize: Callable[[], None]) -> None:
-        self.pipeline, self.synchronize, self.live = pipeline, synchronize, LiveBytes()
+        self.pipeline, self.synchronize, self.live, self.readers = pipeline, synchronize, LiveBytes(), Readers()
         self.count, self.seconds, self.left, self.forward_bytes = 0, 0.0, 0.0, 0
         self.first: Any = None
 
-    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, forward: Callable[..., Any], denoiser: nn.Module, prefix: str) -> Callable[..., Any]:
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
             freeze(self.pipeline.scheduler)
             self.count += 1
-            out = self._computed(forward, args, kwargs) if self.count <= 2 else self.first
+            with self.readers.watching(denoiser, prefix) if self.count == 1 else nullcontext():
+                out = self._computed(forward, args, kwargs) if self.count <= 2 else self.first
             self.live.restart()
             self.synchronize()
             self.left = time.perf_counter()
@@ -114,7 +122,7 @@ def probe_on_meta(adapter: ModelAdapter, pipeline: Any, embeds: PromptEmbeds, ba
     meta = _OnMeta(pipeline, None if sample is None else sample * batch_size)
     for name in adapter.denoiser_names:
         denoiser = getattr(pipeline, name)
-        denoiser.forward = meta.around(denoiser.forward, twin_on_meta(denoiser), "forward")
+        denoiser.forward = meta.around(denoiser.forward, twin_on_meta(denoiser), "forward", _prefix(adapter, name))
     vae: Any = getattr(pipeline, "vae", None)
     if vae is not None:
         vae.decode = meta.around(vae.decode, twin_on_meta(vae), "decode")
@@ -129,6 +137,7 @@ def probe_on_meta(adapter: ModelAdapter, pipeline: Any, embeds: PromptEmbeds, ba
         sample_bytes=sample,
         forward_bytes=meta.peaks.get("forward"),
         decode_bytes=meta.peaks.get("decode"),
+        inputs=meta.readers.inputs,
     )
 
 
@@ -146,9 +155,12 @@ class _OnMeta:
         self.pipeline, self.last = pipeline, last
         self.count = 0
         self.peaks: dict[str, int] = {}
+        self.readers = Readers()
         self._answers: dict[str, Any] = {}
 
-    def around(self, function: Callable[..., Any], twin: nn.Module, method: str) -> Callable[..., Any]:
+    def around(
+        self, function: Callable[..., Any], twin: nn.Module, method: str, prefix: str = ""
+    ) -> Callable[..., Any]:
         @functools.wraps(function)
         def answered(*args: Any, **kwargs: Any) -> Any:
             if method == "forward":
@@ -156,7 +168,11 @@ class _OnMeta:
                 self.count += 1
             key = f"{method} {id(twin)} {_shapes(args, kwargs)}"
             if key not in self._answers:
-                self._answers[key] = self._ask(getattr(twin, method), method, args, kwargs)
+                first = method == "forward" and not any(
+                    known.startswith(f"forward {id(twin)}") for known in self._answers
+                )
+                with self.readers.watching(twin, prefix) if first else nullcontext():
+                    self._answers[key] = self._ask(getattr(twin, method), method, args, kwargs)
             if method == "decode" and _numbers(self._answers[key]) == self.last:
                 raise _AllDecoded
             return self._answers[key]

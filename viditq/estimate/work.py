@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from viditq.data.samples import missing_samples
@@ -12,7 +12,6 @@ from viditq.estimate.parts import TextShapes
 from viditq.estimate.probe import Probe
 from viditq.files import is_whole
 from viditq.job import Job
-from viditq.quant.reconstruction.store import BlockStore
 from viditq.stages.benchmark import HALF, WARM_UPS
 
 DONE = "nothing left to do"
@@ -57,31 +56,28 @@ class Counter:
 
 
 def work_of(
-    job: Job, texts: TextShapes, seen: Probe, quantized: Probe | None, once: tuple[float, float | None]
+    job: Job,
+    texts: TextShapes,
+    seen: Probe,
+    quantized: Probe | None,
+    once: tuple[float, float | None],
+    passes: int = 1,
 ) -> dict[str, Work]:
     """Stage -> its work, of the configured stages (a search is left to `searching`).
 
-    once: seconds to load the pipeline, and to quantize its weights.
+    once: seconds to load the pipeline, and to quantize its weights. passes: over the calibration prompts, still to do.
     """
     e, count, counter = job.experiment, job.num_prompts, Counter(job, texts, once[0])
-    prompts, calibration = e.data.prompts, e.data.calibration_prompts
+    prompts = e.data.prompts
     later = quantized or seen
     floors = [batch for entry in job.floors.values() for batch in counter.missing(entry.path, job.floor_size)]
-    observed = not job.needs_stats or (
-        is_whole(job.stats_file) and (not job.needs_block_inputs or BlockStore(job.block_inputs.path).complete)
-    )
     diagnosed = 0 if is_whole(job.run_dir.errors) or not e.plan.layers else min(e.diagnosis_prompts, count)
     batches = batches_of(diagnosed, e.adapter.calibration_batch_size)
     works = {
         "prompts": _encoding(job),
         "reference": counter.work(seen, prompts, counter.missing(job.reference.path, count), count),
         "noise_floor": counter.work(seen, prompts, floors, len(job.floors) * job.floor_size),
-        "calibrate": counter.work(
-            seen,
-            calibration,
-            [] if observed else batches_of(len(calibration), e.adapter.calibration_batch_size),
-            decode=False,
-        ),
+        "calibrate": _observing(counter, seen, passes),
         "search": Work(note=DONE),
         "quantize": _quantizing(job, counter, seen, later, once),
         "generate": counter.work(later, prompts, counter.missing(job.run_dir.samples, count), count),
@@ -91,6 +87,17 @@ def work_of(
         "benchmark": _timing(job, counter, seen, later),
     }
     return {stage: works.get(stage, Work(note="not estimated")) for stage in e.stages}
+
+
+def _observing(counter: Counter, seen: Probe, passes: int) -> Work:
+    e = counter.job.experiment
+    prompts = e.data.calibration_prompts
+    batches = batches_of(len(prompts), e.adapter.calibration_batch_size) * passes
+    work = counter.work(seen, prompts, batches, decode=False)
+    if passes < 2:
+        return work
+    seconds = None if work.seconds is None else work.seconds + (passes - 1) * counter.load_seconds
+    return replace(work, seconds=seconds, note=f"in {passes} passes, by calibration.moment_bytes")
 
 
 def _encoding(job: Job) -> Work:

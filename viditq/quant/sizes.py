@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from viditq.mapped import NAMES
 from viditq.quant.artifact import FORMAT_VERSION, META, PLAN
-from viditq.quant.calibration.observers import blank_state
+from viditq.quant.calibration.observers import blank_state, shared_tensor
 from viditq.quant.convert import build_quantized
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
@@ -164,18 +164,20 @@ def safetensors_bytes(entries: Mapping[str, Entry]) -> int:
 
 
 def stats_bytes(
-    in_features: Mapping[str, int], num_buckets: int, rows_per_bucket: int, moment_layers: Iterable[str] = ()
+    in_features: Mapping[str, int], num_buckets: int, rows_per_bucket: int, leaders: Mapping[str, str] | None = None
 ) -> int:
-    """Size of the file of calibration statistics of these Linears (name -> in_features).
+    """Size of the file of calibration statistics of these Linears (name -> in_features), without second moments.
 
-    moment_layers: those with second moments; those that turn out to read the same tensor share them, so that with any
-    it is the most that the file can take.
+    leaders: Linear -> the first that reads the same inputs; none where it is not known, so that it is the most that
+    the file can take.
     """
+    leaders = leaders or {name: name for name in in_features}
     entries: dict[str, Entry] = {}
-    for layer, width in in_features.items():
-        tensors = blank_state((), num_buckets, width, rows_per_bucket, "meta")
+    for layer in dict.fromkeys(leaders.values()):
+        tensors = blank_state((), num_buckets, in_features[layer], rows_per_bucket, "meta")
         entries |= {f"{layer}/{field}": (t.dtype, tuple(t.shape)) for field, t in tensors.items()}
-    return safetensors_bytes(entries) + sum(4 * in_features[layer] ** 2 for layer in moment_layers)
+    entries |= {name: (t.dtype, tuple(t.shape)) for name, t in shared_tensor(leaders).items()}
+    return safetensors_bytes(entries)
 
 
 def artifact_bytes(

@@ -14,6 +14,7 @@ from viditq.job import Job
 from viditq.quant.calibration.moment_passes import end_of_range
 from viditq.quant.calibration.moments import matrix_bytes
 from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.step_rows import checked_linears
 from viditq.quant.reconstruction.store import BlockStore
 from viditq.run_dir import Entry
 
@@ -53,8 +54,10 @@ def unsummed(job: Job) -> list[str]:
 def moment_widths(job: Job) -> dict[str, int]:
     """Layers with second moments -> in_features, in model order."""
     layers = job.experiment.plan.moment_layers
-    denoiser = job.experiment.adapter.build_denoiser() if layers else None
-    return {} if denoiser is None else {name: denoiser.get_submodule(name).in_features for name in layers}
+    if not layers:
+        return {}
+    denoiser = job.experiment.adapter.build_denoiser()
+    return {name: linear.in_features for name, linear in checked_linears(denoiser, layers).items()}
 
 
 def next_pass(job: Job) -> Pass | None:

@@ -39,15 +39,18 @@ def ranges(layers: Mapping[str, int], leader_of: Mapping[str, str], budget: int)
 
     layers: name -> in_features, in model order. leader_of: layer -> the one that has its sums, itself where absent.
     """
-    names, widths = [*layers], [*layers.values()]
-    if not names:
-        return [[]]
-    first = names[: end_of_range(widths, 0, budget)]
+    names = [*layers]
+    first = names[: end_of_range([*layers.values()], 0, budget)]
     later = [name for name in names[len(first) :] if leader_of.get(name, name) == name]
-    found, start = [first], 0
-    while start < len(later):
-        end = end_of_range([layers[name] for name in later], start, budget)
-        found.append(later[start:end])
+    return [first, *cut(later, layers, budget)]
+
+
+def cut(names: Sequence[str], layers: Mapping[str, int], budget: int) -> list[list[str]]:
+    """`names` in ranges, each as of `end_of_range`; layers: name -> in_features."""
+    found, start, widths = [], 0, [layers[name] for name in names]
+    while start < len(names):
+        end = end_of_range(widths, start, budget)
+        found.append([*names[start:end]])
         start = end
     return found
 

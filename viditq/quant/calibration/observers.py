@@ -244,7 +244,9 @@ class CalibrationStats:
     @property
     def shapes(self) -> dict[str, list[torch.Size]]:
         """Layer -> shapes of its observer's fields."""
-        return {name: [getattr(observer, field).shape for field in REDUCTIONS] for name, observer in self.layers.items()}
+        return {
+            name: [getattr(observer, field).shape for field in REDUCTIONS] for name, observer in self.layers.items()
+        }
 
     def segment(self, layer: str, lo: float, hi: float) -> SegmentStats:
         """Statistics of `layer` over the noise levels [lo, hi].

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
-from viditq.quant.calibration.step_rows import seeded_batch_size
 from viditq.quant.calibration.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.calibration.observers import NUM_BUCKETS
+from viditq.quant.calibration.step_rows import seeded_batch_size
 from viditq.quant.reconstruction.calls import Call, Share
 from viditq.quant.reconstruction.check import check_alone
 from viditq.quant.reconstruction.encoding import encoded
