@@ -12,8 +12,9 @@ from viditq.engine.offload import DISK
 from viditq.engine.processes import Processes
 from viditq.errors import UserError
 from viditq.experiment import Experiment
-from viditq.files import damaged_files, is_whole, lock, read_tensors, remove_temporary, unfinished, write_json
+from viditq.files import damaged_files, is_whole, lock, remove_temporary, unfinished, write_json
 from viditq.loading import in_dtype, load_artifact
+from viditq.models.stored_embeds import read_embeds
 from viditq.models.text import PromptEmbeds
 from viditq.quant.artifact import broken_file
 from viditq.quant.calibration.observers import STATS_LAYOUT
@@ -170,7 +171,7 @@ class Job:
             file = self.embeds_path(prompts[index])
             if not file.is_file():
                 raise UserError(f"{prompts[index][:60]!r} is not encoded ({file}). Run the stage prompts before.")
-            return read_tensors(file, remedy)
+            return read_embeds(file, remedy)
 
         return load
 

@@ -13,6 +13,7 @@ from viditq.files import LOCK
 from viditq.finished import Doubt, write_finished
 from viditq.job import Job
 from viditq.models.adapter import ModelAdapter
+from viditq.models.stored_embeds import files_of
 from viditq.run_dir import Entry
 from viditq.stages import FUNCTIONS
 
@@ -72,7 +73,7 @@ def files_in_cache(job: Job) -> Iterator[Path]:
     """What this run's stages have left for others too."""
     data = job.experiment.data
     paths = (job.embeds_path(prompt) for prompt in dict.fromkeys([*data.prompts, *data.calibration_prompts]))
-    yield from (path for path in paths if path.is_file())
+    yield from dict.fromkeys(file for path in paths if path.is_file() for file in files_of(path))
     entries = [job.reference, *job.floors.values()]
     entries += [job.stats] if job.needs_stats else []
     entries += [job.block_inputs] if job.needs_block_inputs else []

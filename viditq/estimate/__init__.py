@@ -38,7 +38,6 @@ from viditq.quant.sizes import (
     laid_out,
     module_bytes,
     stats_bytes,
-    tensor_bytes,
     weight_bytes,
 )
 
@@ -151,7 +150,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         quantized_probe=seen.quantized,
         works=works,
         peaks=most,
-        disk=_disk(job, works, seen.float_model, artifact, stats, embeds),
+        disk=_disk(job, works, seen.float_model, artifact, stats, texts),
         remarks=tuple(_remarks(mode, gpu, job.searches)),
     )
 
@@ -221,10 +220,9 @@ def _place(pipeline: Any, trainer: Any) -> None:
 
 
 def _disk(
-    job: Job, works: Mapping[str, Work], seen: Probe, artifact: int, stats: int, embeds: PromptEmbeds
+    job: Job, works: Mapping[str, Work], seen: Probe, artifact: int, stats: int, texts: parts.TextShapes
 ) -> dict[str, int]:
     data = job.experiment.data
-    prompts = len({*data.prompts, *data.calibration_prompts})
     kept = sum(works[name].kept for name in ("reference", "noise_floor", "generate") if name in works)
     inputs = {"inputs of blocks, at most": job.experiment.block_input_bytes} if job.needs_block_inputs else {}
     return {
@@ -232,7 +230,7 @@ def _disk(
         "artifact": artifact,
         "statistics": stats,
         **inputs,
-        "embeddings of prompts": prompts * tensor_bytes(embeds.values()),
+        "embeddings of prompts": texts.stored_bytes({*data.prompts, *data.calibration_prompts}),
     }
 
 

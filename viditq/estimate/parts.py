@@ -3,7 +3,7 @@ text encoder's weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
 from viditq.models.parts import TEXT, models_of
 from viditq.models.registry import find_class
+from viditq.models.stored_embeds import NEGATIVE
 from viditq.models.text import PromptEmbeds, encode_prompt
 from viditq.models.weight_files import COPY_AGAIN
-from viditq.quant.sizes import module_bytes
+from viditq.quant.sizes import module_bytes, tensor_bytes
 
 
 def dtype_of(adapter: ModelAdapter, part: str) -> torch.dtype:
@@ -91,6 +92,15 @@ class TextShapes:
             embeds = encode_prompt(self.adapter, self._pipeline, prompt)
             self._by_length[length] = {name: _random(value, generator) for name, value in embeds.items()}
         return self._by_length[length]
+
+    def stored_bytes(self, prompts: Iterable[str]) -> int:
+        """What their embeddings take on disk, at most: rows of padding that turn out equal are stored once."""
+        embeds = [self.embeds(prompt) for prompt in prompts]
+        shared = {
+            (name, value.shape): value for one in embeds for name, value in one.items() if name.startswith(NEGATIVE)
+        }
+        own = (value for one in embeds for name, value in one.items() if not name.startswith(NEGATIVE))
+        return tensor_bytes(own) + tensor_bytes(shared.values())
 
     def calls(self, prompts: Sequence[str]) -> int:
         """How many calls of the pipeline sample them in one batch: one for each shape."""

@@ -12,6 +12,7 @@ from viditq.estimate.parts import TextShapes
 from viditq.estimate.probe import Probe
 from viditq.files import is_whole
 from viditq.job import Job
+from viditq.models.stored_embeds import are_stored
 from viditq.stages.benchmark import HALF, WARM_UPS
 
 DONE = "nothing left to do"
@@ -102,7 +103,7 @@ def _observing(counter: Counter, seen: Probe, passes: int) -> Work:
 
 def _encoding(job: Job) -> Work:
     data = job.experiment.data
-    left = [p for p in {*data.prompts, *data.calibration_prompts} if not is_whole(job.embeds_path(p))]
+    left = [p for p in {*data.prompts, *data.calibration_prompts} if not are_stored(job.embeds_path(p))]
     return Work(note=f"{len(left)} to encode" if left else DONE)
 
 

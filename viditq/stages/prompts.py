@@ -1,7 +1,7 @@
 """Stage `prompts`: every prompt is encoded once; the text encoder is freed before the denoiser is loaded."""
 
-from viditq.files import is_whole, write_tensors
 from viditq.job import Job
+from viditq.models.stored_embeds import are_stored, write_embeds
 from viditq.models.text import check_prompts, encode_prompt, in_model_dtype
 
 
@@ -11,7 +11,7 @@ def prompts(job: Job) -> str:
     wanted = list(dict.fromkeys([*data.prompts, *data.calibration_prompts]))
 
     def missing() -> list[str]:
-        return [p for p in wanted if not is_whole(job.embeds_path(p))]
+        return [p for p in wanted if not are_stored(job.embeds_path(p))]
 
     if not job.processes.first_does(missing):
         job.sweep_up(job.embeds)
@@ -25,10 +25,10 @@ def _encode(job: Job, missing: list[str]) -> int:
     adapter, ready = job.experiment.adapter, job.experiment.data.ready_embeds
     to_encode = [prompt for prompt in missing if prompt not in ready]
     for prompt in (prompt for prompt in missing if prompt in ready):
-        write_tensors(job.embeds_path(prompt), in_model_dtype(adapter, ready[prompt]))
+        write_embeds(job.embeds_path(prompt), in_model_dtype(adapter, ready[prompt]))
     if to_encode:
         pipeline = adapter.load_text_part()
         check_prompts(adapter, pipeline, to_encode)
         for prompt in to_encode:
-            write_tensors(job.embeds_path(prompt), encode_prompt(adapter, pipeline, prompt))
+            write_embeds(job.embeds_path(prompt), encode_prompt(adapter, pipeline, prompt))
     return len(missing)
