@@ -28,6 +28,7 @@ from viditq.loading import load_quantized
 from viditq.models import generate, roles
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import noise_generator, with_settings
+from viditq.models.stored_embeds import read_embeds, write_embeds
 from viditq.models.text import encode_prompt
 from viditq.quant.convert import linear_names
 from viditq.quant.description.plan import QuantPlan
@@ -192,13 +193,18 @@ def test_blocks_can_be_reconstructed(model: str, shrink: Callable[..., Any], tmp
 
 @pytest.mark.parametrize("model", DISTINCT)
 def test_cached_embeddings_and_the_pipelines_own_call_agree(
-    model: str, adapter_of: Callable[..., ModelAdapter]
+    model: str, adapter_of: Callable[..., ModelAdapter], tmp_path: Path
 ) -> None:
     """And they reach the denoiser: another prompt gives another sample from the same noise, whoever its batch mates."""
     adapter, by_class = adapter_of(model), model.startswith("dit")
     pipeline = adapter.load_complete()
     prompts = ["3", "1"] if by_class else ["a small red circle", "a large blue square"]
     embeds = [encode_prompt(adapter, pipeline, prompt) for prompt in prompts]
+    for number, one in enumerate(embeds):
+        write_embeds(tmp_path / f"{number}.safetensors", one)
+    stored = [read_embeds(tmp_path / f"{number}.safetensors", "") for number in range(2)]
+    assert [e.keys() for e in stored] == [{*e} for e in embeds]
+    assert all(torch.equal(stored[i][name], value) for i, e in enumerate(embeds) for name, value in e.items())
     cached, second, other_noise = (
         generate._call(adapter, pipeline, [e], [i], 0, "pt")
         for e, i in ((embeds[0], 5), (embeds[1], 5), (embeds[0], 6))
