@@ -14,10 +14,7 @@ import pytest
 from omegaconf import DictConfig
 from shrunk import SHRUNK, compose_config, run_shrunk
 
-from viditq import config
 from viditq.assets import SHIPPED
-
-config.register()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from viditq import config
+
 ROOT = Path(__file__).parents[1]
 # Two prompts and two steps (noise levels 0.999 and 0.666); batches of one, so that there is something to resume.
 SHRUNK = [
@@ -17,6 +19,8 @@ SHRUNK = [
     "++model.calibration_batch_size=1",
     "logger=none",
 ]
+
+config.register()
 
 
 def compose_config(*overrides: str) -> DictConfig:
