@@ -181,13 +181,16 @@ def test_codes_lie_in_memory_once_and_come_back_for_the_state_dict(backend, weig
     variant = variant_of(spec, TOKEN, torch.randn(4, 128), torch.randn(128, 128))
     before, dense = copy.deepcopy(variant.state_dict()), variant.dequantized_weight()
     backend.prepare(variant)
-    assert variant.qweight is None
+    assert variant.qweight is None and variant.weight_scale is None and variant.weight_zero_point is None
     after = variant.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert torch.equal(variant.dequantized_weight(), dense)
     assert variant.held.data.numel() == 128 * 128 // (2 if spec.bits <= 4 else 1)
     backend.prepare(variant)  # another backend, or the same again, may take over
     assert all(torch.equal(before[k], v) for k, v in variant.state_dict().items())
+    counted = backend.weight_bytes(variant.scheme, 128, 128, torch.float32)
+    held = sum(tensor.nbytes for tensor in variant.held_tensors())
+    assert held in (counted, counted - 128 * (128 // (spec.group_size or 128)))  # no zero points where all are 0
 
 
 def test_segments_with_one_weight_hold_it_once(backend):

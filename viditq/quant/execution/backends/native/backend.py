@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
-from viditq.quant.execution.backends.integer import IntegerBackend
+from viditq.quant.execution.backends.integer import IntegerBackend, scale_width
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import PADDED_TO, PANEL, PackedWeight, joined, pack_weight
 from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
@@ -38,8 +37,7 @@ class NativeBackend(IntegerBackend):
         """In whole panels: codes, up to 4 bits two in a byte, for each output and segment a scale and a zero point."""
         if scheme.weight is None:
             return super().weight_bytes(scheme, out_features, in_features, dtype)
-        groups = [spec.group_size or in_features for spec in (scheme.weight, scheme.activation) if spec is not None]
-        size = math.gcd(*groups)
+        size = scale_width(scheme, in_features)
         rows, width = PANEL * -(-out_features // PANEL), PADDED_TO * -(-size // PADDED_TO)
         codes = width // 2 if scheme.weight.bits <= 4 else width
         return rows * (in_features // size) * (codes + BYTES_PER_SEGMENT)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from viditq.quant.execution.backends.integer import summable
+from viditq.quant.description.quant_spec import QuantSpec
+from viditq.quant.execution.backends.integer import stored_grid, summable
 
 PANEL = 64
 PADDED_TO = 8
@@ -44,6 +45,15 @@ class PackedWeight(NamedTuple):
     def codes(self) -> Tensor:
         """The uint8 [O, C] that `pack_weight` was given."""
         return unpack_codes(self)
+
+    def grid(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """The scale and zero point that `pack_weight` was given."""
+        scale_OS, counts_OS = (
+            None if part is None else part.transpose(1, 2).flatten(0, 1)[: self.out_features]
+            for part in (self.scale, self.zero_point)
+        )
+        assert scale_OS is not None
+        return stored_grid(scale_OS, counts_OS, 128 if self.bits == 8 else 0, spec, self.in_features)
 
     def joins(self, other: PackedWeight) -> bool:
         """Whether `joined` takes both: equal widths in whole panels."""
