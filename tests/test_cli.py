@@ -44,7 +44,7 @@ BAD = {
 REFUSE = """
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import SHRUNK, compose_config
+from shrunk import SHRUNK, compose_config
 from viditq.cli import guarded_run
 from pathlib import Path
 for override, torch in {bad!r}.items():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHRUNK, compose_config, run_shrunk
+from shrunk import ROOT, SHRUNK, compose_config, run_shrunk
 
 from viditq import finished, runner
 from viditq.assets import SHIPPED

@@ -9,9 +9,9 @@ from typing import Any
 import diffusers
 import pytest
 import yaml
-from conftest import ROOT, compose_config
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
+from shrunk import ROOT, compose_config
 
 from viditq.assets import SHIPPED
 from viditq.checks import check_model
