@@ -78,7 +78,7 @@ def test_without_calibration_it_comes_from_the_diagnosis(
     run(folder, shared_cache, *NONE)
     assert read(folder) == found and read_json(folder / "errors.json") == errors
     assert not list(folder.glob("partial-*"))
-    for module, work in ((diagnose, "run_batches"), (quantize, "quantize_denoiser")):
+    for module, work in ((diagnose, "run_batches"), (quantize, "ArtifactWriter")):
         monkeypatch.setattr(module, work, lambda *_, **__: pytest.fail("work was done twice"))
     run(folder, shared_cache, *NONE)
     monkeypatch.undo()
@@ -93,7 +93,7 @@ def test_a_calibrated_run_has_it_without_diagnosis_and_restores_it(
     run(tmp_path / "off", shared_cache, "diagnosis.num_prompts=0")
     assert read(tmp_path / "off") == read(finished_run)
     (run_copy / "incoherence.json").unlink()
-    monkeypatch.setattr(quantize, "quantize_denoiser", lambda *_: pytest.fail("work was done twice"))
+    monkeypatch.setattr(quantize, "ArtifactWriter", lambda *_: pytest.fail("work was done twice"))
     monkeypatch.setattr(diagnose, "run_batches", lambda *_: pytest.fail("work was done twice"))
     run(run_copy, shared_cache)
     assert read(run_copy) == read(finished_run)

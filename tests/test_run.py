@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from viditq.cli import guarded_run
 from viditq.engine import sampling
 from viditq.errors import UserError
+from viditq.job import Job
 from viditq.models.adapter import ModelAdapter
 from viditq.stages import calibrate, samples
 
@@ -38,7 +39,7 @@ STABLE_KEYS = {
     "fingerprint": str,
 }
 STAGES = [sys.modules[f"viditq.stages.{name}"] for name in MODULES]
-SLOW = ("run_batches", "quantize_denoiser", "measure", "encode_prompt", "write_page", "load_artifact")
+SLOW = ("run_batches", "ArtifactWriter", "measure", "encode_prompt", "write_page")
 Run = Callable[..., dict[str, Any] | None]
 
 
@@ -68,6 +69,8 @@ def refuse_work(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
             monkeypatch.setattr(stage, name, lambda *_, **__: pytest.fail("work was done twice"))
     for name in () if names else ("load", "load_text_part", "load_complete"):
         monkeypatch.setattr(ModelAdapter, name, lambda *_, **__: pytest.fail("a model was loaded"))
+    for name in () if names else ("load_float", "load_quantized"):
+        monkeypatch.setattr(Job, name, lambda *_, **__: pytest.fail("a model was loaded"))
 
 
 def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[Path]:
@@ -164,7 +167,7 @@ def test_deleted_samples_are_made_again(
     before = contents(run_copy)
     (run_copy / "samples" / "000001.png").unlink()
     written = count_samples(monkeypatch)
-    refuse_work(monkeypatch, "quantize_denoiser", "encode_prompt")
+    refuse_work(monkeypatch, "ArtifactWriter", "encode_prompt")
     metrics = run(run_copy, shared_cache)
     after = contents(run_copy)
     assert [path.name for path in written] == ["000001.png"]
@@ -235,7 +238,7 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
     assert not list(tmp_path.rglob("*.tmp")) and not list(cache.rglob("partial-*"))
 
 
-@pytest.mark.parametrize("dying", ["write_page", "comparison_picture", "save_denoiser", "summarize"])
+@pytest.mark.parametrize("dying", ["write_page", "comparison_picture", "_meta", "summarize"])
 def test_killed_while_writing(
     dying: str, run: Run, finished_run: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +352,7 @@ USE_ARTIFACT = """
 import json, sys, torch, viditq
 from pathlib import Path
 from safetensors.torch import save_file
+from viditq.job import Job
 from viditq.models.adapter import ModelAdapter
 from viditq.stages import calibrate, samples
 from viditq.models.generate import generate
