@@ -46,12 +46,13 @@ Thing = TypeVar("Thing")
 @dataclass(frozen=True)
 class Content:
     """Tensors that belong together. runs: of those that are stored in another type than they run in. dtypes: of the
-    QuantLinears among them, by name.
+    QuantLinears among them, by name. equal: names -> the tensor, of this or another content, that they stand for.
     """
 
     tensors: Mapping[str, Tensor]
     runs: Mapping[str, torch.dtype] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    equal: Mapping[str, str] = field(default_factory=dict)
 
 
 def content_of(layers: Mapping[str, QuantLinear]) -> Content:
@@ -102,7 +103,7 @@ class ArtifactWriter:
             digest = hashlib.sha256()
             file.add(name, tensor, digest)
             record["digests"][name] = digest.hexdigest()
-        record["equal"] |= equal
+        record["equal"] |= equal | dict(content.equal)
         record["widened"] |= {name: _dtype_name(dtype) for name, dtype in content.runs.items()}
         record["dtypes"] |= {name: _dtype_name(dtype) for name, dtype in content.dtypes.items()}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.mapped import header_bound, is_finite, release
 from viditq.quant.artifact_writer import SHARD_BYTES, ArtifactWriter, Content, content_of, in_shards
-from viditq.quant.convert import Conversion
+from viditq.quant.convert import Conversion, tied_names
 from viditq.quant.execution.linear import QuantLinear
 
 
@@ -45,6 +45,7 @@ class Streaming:
         for prefix, module in conversion.denoiser.named_modules(remove_duplicate=False):
             if id(module) in names:
                 self._prefixes.setdefault(names[id(module)], []).append(prefix)
+        self._tied = tied_names(conversion.denoiser)
         units = [*self._units()]
         self.shards = in_shards([(unit, unit.nbytes) for unit in units], shard_bytes)
 
@@ -55,7 +56,9 @@ class Streaming:
         seen: set[str] = set()
         for name, tensor in self._state.items():
             layer = layer_of.get(name.rpartition(".")[0])
-            if layer is None:
+            if layer is None and name in self._tied:
+                yield Unit((), {name: ()}, 0)
+            elif layer is None:
                 nbytes = tensor.numel() * min(tensor.itemsize, self._dtypes.get(name, tensor.dtype).itemsize)
                 yield Unit((), {name: tensor.shape}, nbytes)
             elif layer not in seen:
@@ -110,6 +113,8 @@ class Streaming:
         return Content(tensors, runs, content.dtypes)
 
     def _kept(self, name: str) -> Content:
+        if name in self._tied:
+            return Content({}, equal={name: self._tied[name]})
         tensor = self._state[name].detach()
         dtype = self._dtypes.get(name, tensor.dtype)
         if not is_finite(tensor, dtype):

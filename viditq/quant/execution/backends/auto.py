@@ -14,7 +14,7 @@ from viditq.quant.execution.backends.base import Backend, Unavailable
 from viditq.quant.execution.variant import Variant
 
 logger = logging.getLogger("viditq")
-FASTEST_FIRST = ("native", "portable", "fake")
+FASTEST_FIRST = ("native", "portable", "weight_only", "fake")
 
 
 @BACKENDS.register("auto")
