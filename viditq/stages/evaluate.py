@@ -91,6 +91,12 @@ def _write(
     per_prompt = {"prompts": e.data.prompts, "reference": str(job.reference.path.resolve())}
     columns = {"metrics": summary.pop("per_prompt"), "differences": summary.pop("differences")}
     write_json(run_dir.per_prompt, per_prompt | columns)
+    of_denoiser = {
+        "average_weight_bits": meta["average_weight_bits"],
+        "average_activation_bits": meta["average_activation_bits"],
+        "size_bytes": denoiser_bytes(run_dir.artifact) + meta.get("left_in_float_bytes", 0),
+        "float_size_bytes": meta["float_size_bytes"],
+    }
     floor = {"num_prompts": job.floor_size, "seed": e.floor_seed, "dtype": e.floor_dtype}
     write_json(
         run_dir.metrics,
@@ -102,11 +108,8 @@ def _write(
             "experiment": e.name,
             "seed": e.seed,
             "backend": _executed(job),
-            "average_weight_bits": meta["average_weight_bits"],
-            "average_activation_bits": meta["average_activation_bits"],
-            "size_bytes": denoiser_bytes(run_dir.artifact) + meta.get("left_in_float_bytes", 0),
-            "float_size_bytes": meta["float_size_bytes"],
-            "text_encoder": told(job),
+            **of_denoiser,
+            "text_encoder": told(job, of_denoiser),
             "prompts": job.num_prompts,
             "seconds": seconds,
             "fingerprint": run_dir.fingerprint,

@@ -21,6 +21,8 @@ from viditq.quant.streaming import Streaming
 from viditq.quant.text_encoder import BACKEND
 from viditq.stages.embedding_error import embedding_errors, mean_errors
 
+BITS_AND_BYTES = ("average_weight_bits", "float_size_bytes")
+
 
 def quantize_encoders(job: Job) -> list[str]:
     """A line for each text encoder that is quantized, each process its share of the shards."""
@@ -54,6 +56,7 @@ def _meta(job: Job, name: str, encoder: nn.Module, plan: QuantPlan) -> dict[str,
         "part": name,
         "model": job.experiment.adapter.to_dict(),
         "weights": job.experiment.weights,
+        "num_weights": sum(numel.values()),
         "average_weight_bits": plan.average_weight_bits(numel),
         "float_size_bytes": sum(2 * parameter.numel() for parameter in encoder.parameters()),
     }
@@ -92,16 +95,28 @@ def _errors(job: Job) -> dict[str, Any]:
     return {"prompts": prompts, "errors": found, "mean": mean_errors(found)}
 
 
-def told(job: Job) -> dict[str, Any] | None:
-    """What metrics.json says of quantized text encoders: bits and bytes, and the errors of embeddings."""
-    folder, names = job.run_dir.artifact, [*job.experiment.encoder_plans]
-    if not names:
+def told(job: Job, denoiser: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What metrics.json says of quantized text encoders: bits and bytes, and the errors of embeddings.
+
+    denoiser: size_bytes, float_size_bytes and average_weight_bits of the denoisers, for those of all together.
+    """
+    adapter, folder = job.experiment.adapter, job.run_dir.artifact
+    parts = {name: _size(folder / name) for name in job.experiment.encoder_plans}
+    if not parts:
         return None
+    counts = [parts[name].pop("num_weights") for name in parts]
+    counts.append(sum(map(_num_weights, (adapter.build_denoiser(), adapter.build_float_denoisers()))))
+    sizes = [*parts.values(), denoiser]
+    together = {key: sum(size[key] for size in sizes) for key in ("size_bytes", "float_size_bytes")}
+    bits = sum(count * size["average_weight_bits"] for count, size in zip(counts, sizes, strict=True)) / sum(counts)
     errors: Mapping[str, Any] = read_json(job.run_dir.embedding_errors)["mean"]
-    return {"parts": {name: _size(folder / name) for name in names}, "errors": errors}
+    return {"parts": parts, "together": {**together, "average_weight_bits": bits}, "errors": errors}
 
 
 def _size(folder: Path) -> dict[str, Any]:
     meta = read_meta(folder)
-    sizes = {key: meta[key] for key in ("average_weight_bits", "float_size_bytes")}
-    return {"size_bytes": size_bytes(folder), **sizes}
+    return {"size_bytes": size_bytes(folder), **{key: meta[key] for key in ("num_weights", *BITS_AND_BYTES)}}
+
+
+def _num_weights(model: nn.Module) -> int:
+    return sum(out * inputs for out, inputs in shapes_of(model).values())
