@@ -166,3 +166,20 @@ def test_a_damaged_file_is_refused(stored: Callable[..., Any]) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match="cannot be read"):
         map_encoder(adapter, NAME)
+
+
+def test_a_language_models_tied_head_stays_in_float(tmp_path: Path) -> None:
+    """As of Qwen2.5-VL 3B; the structure from config.json says the same as the files."""
+    torch.manual_seed(0)
+    _, encoder = text.qwen_vl()
+    encoder.config.tie_word_embeddings = encoder.config.text_config.tie_word_embeddings = True
+    encoder.tie_weights()
+    encoder.save_pretrained(tmp_path / "model" / NAME)
+    adapter = adapter_of(tmp_path / "model", type(encoder), "float32")
+    built, (mapped, _) = build_encoder(adapter, NAME), map_encoder(adapter, NAME)
+    plans = [text_encoder_plan(one, W4, NAME) for one in (built, mapped)]
+    assert plans[0] == plans[1] and "lm_head" not in plans[0].layers and len(plans[0].layers) > 20
+    mine, other = streamed(adapter, tmp_path / "quantized"), of_float(adapter)
+    quantize_denoiser(other, plans[0], None)
+    assert mine.lm_head.weight is mine.get_input_embeddings().weight
+    assert all(map(torch.equal, outputs(mine), outputs(other)))

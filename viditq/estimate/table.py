@@ -99,6 +99,7 @@ def encoders_table(estimate: Estimate) -> Table:
 def backends_table(estimate: Estimate) -> Table:
     """The denoiser in memory and a step of it, in float and by each backend."""
     table = _table("Denoiser in memory, by backend", "backend", "bytes", "against 16 bits", "a step", "")
+    table.columns[-1].no_wrap = False  # a refusal is long
     for name, held in estimate.held.items():
         if held.why:
             table.add_row(name, "-", "-", "-", held.why)

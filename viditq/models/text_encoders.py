@@ -47,10 +47,12 @@ def build_encoder(adapter: ModelAdapter, name: str) -> nn.Module:
     try:
         config = cls.config_class.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
-            encoder: nn.Module = cls._from_config(config, dtype=run_dtype(adapter, name))
+            encoder: Any = cls._from_config(config, dtype=run_dtype(adapter, name))
+        encoder.tie_weights()  # moving parameters to meta one by one has parted them
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: config.json describes no {cls.__name__} ({error}). {COPY_AGAIN}") from error
-    return encoder.eval().requires_grad_(False)
+    built: nn.Module = encoder.eval().requires_grad_(False)
+    return built
 
 
 def run_dtype(adapter: ModelAdapter, name: str) -> torch.dtype:

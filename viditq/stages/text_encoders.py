@@ -45,7 +45,9 @@ def _quantized(job: Job, name: str, plan: QuantPlan) -> str:
         processes.wait()
         processes.first_does(lambda: writer.finish(plan, meta, conversion.context.timestep_scale))
     apart = sum(schemes == ("channel",) for schemes in plan.layers.values()) if "group" in plan.schemes else 0
-    note = f", {apart} of them per channel (quant.text_encoder.group_size divides not their inputs)" if apart else ""
+    note = (
+        f", {apart} of them per channel (quant.text_encoder.group_size does not divide their inputs)" if apart else ""
+    )
     return f"{name}: {len(plan.layers)} Linears{note}, {size_bytes(folder) / 1e6:.2f} MB"
 
 
