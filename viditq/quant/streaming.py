@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.mapped import header_bound, is_finite, release
@@ -108,7 +107,9 @@ class Streaming:
             same = [f"{prefix}.bias"] if layer.bias is not None else []
             same += [f"{prefix}.variants.{i}.weight" for i, v in enumerate(layer.variants) if _keeps_weight(v)]
             for name in same:
-                tensors[name], runs_in = self._as_stored(f"{prefix}.{name.rpartition('.')[2]}")
+                source = f"{prefix}.{name.rpartition('.')[2]}"
+                stored, runs_in = self._types(source)
+                tensors[name] = self._state[source].detach().to(stored)
                 runs |= {name: runs_in} if runs_in else {}
         return Content(tensors, runs, content.dtypes)
 
@@ -121,16 +122,14 @@ class Streaming:
             raise UserError(
                 f"{name} contains NaN or inf as {str(dtype).removeprefix('torch.')}; check the checkpoint and its dtype"
             )
-        tensor, runs_in = self._as_stored(name)
-        return Content({name: tensor}, {name: runs_in} if runs_in else {})
+        stored, runs_in = self._types(name)
+        return Content({name: tensor}, {name: runs_in} if runs_in else {}, casts={name: stored})
 
-    def _as_stored(self, name: str) -> tuple[Tensor, torch.dtype | None]:
-        """What stays in float in the type of the checkpoint, unless it runs in a narrower one; the type it runs in."""
-        tensor = self._state[name].detach()
-        dtype = self._dtypes.get(name, tensor.dtype)
-        if dtype == tensor.dtype or dtype.itemsize <= tensor.itemsize:
-            return tensor.to(dtype), None
-        return tensor, dtype
+    def _types(self, name: str) -> tuple[torch.dtype, torch.dtype | None]:
+        """What stays in float is stored as in the checkpoint, unless it runs in a narrower type; that it runs in."""
+        stored = self._state[name].dtype
+        runs = self._dtypes.get(name, stored)
+        return (runs, None) if runs.itemsize <= stored.itemsize else (stored, runs)
 
 
 def _keeps_weight(variant: Any) -> bool:
