@@ -44,7 +44,9 @@ KEPT_FLOAT = ("norm", "adaln", "caption", "embed", "t_block", "final", "proj_out
 
 def pixart(blocks: int) -> tuple[nn.Module, dict[str, Any]]:
     """PixArt-XL: 64 x 64 latents (1,024 tokens), two guidance branches, 120 caption tokens."""
-    model = diffusers.PixArtTransformer2DModel(num_layers=blocks, sample_size=64, use_additional_conditions=False)
+    model = diffusers.PixArtTransformer2DModel(
+        num_layers=blocks, sample_size=64, caption_channels=4096, use_additional_conditions=False
+    )
     inputs = {
         "hidden_states": torch.randn(2, 4, 64, 64),
         "encoder_hidden_states": torch.randn(2, 120, 4096),

@@ -27,18 +27,24 @@ BAD = {
     "cache_dir=/": False,
     "metric.psnr=null": False,
     "calibration.num_buckets=1000000": False,
+    "model.dtype=float8": False,
+    "model.path=/no/such/folder": False,
+    "gate={nope: '> 1'}": False,
+    "model.keep_float=[nope]": False,
+    "quant.rules=[{pattern: nope, keep_float: true}]": False,
+    "model.pipeline=PixArtAlphaPipelin": False,
+    "model.pipeline=PixArtTransformer2DModel": False,
+    "model.pipeline=StableDiffusion3Pipeline": False,
+    "model.pipeline=FluxImg2ImgPipeline": False,
     "quant.weight.bits=17": True,
     "quant.segments=[0,0.5]": True,
     "data.num_prompts=0": True,
-    "model.dtype=float8": True,
-    "model.path=/no/such/folder": True,
-    "gate={nope: '> 1'}": True,
     "backend=nope": True,
 }
 REFUSE = """
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import SHRUNK, compose_config
+from shrunk import SHRUNK, compose_config
 from viditq.cli import guarded_run
 from pathlib import Path
 for override, torch in {bad!r}.items():

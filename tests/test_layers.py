@@ -24,8 +24,9 @@ FLOORS: list[list[str]] = [
     ["models", "data", "metrics", "report"],
     ["engine", "fusion", "tiny", "run_dir"],
     [
-        *["", "callbacks", "checks", "cli", "config", "console", "estimate", "experiment", "gate", "job", "loading"],
-        *["nulls", "provenance", "runner", "signatures", "stages", "summary", "sweeps", "trial", "worker"],
+        *["", "callbacks", "checks", "cli", "config", "console", "estimate", "experiment", "finished", "gate", "job"],
+        *["loading", "nulls", "provenance", "runner", "settled", "signatures", "stages", "summary", "sweeps"],
+        *["trial", "worker"],
     ],
 ]
 BASIC = set(FLOORS[0])

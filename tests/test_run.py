@@ -91,6 +91,7 @@ def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -
 def test_every_file_is_there(finished_run: Path, shared_cache: Path) -> None:
     files = {".lock", "run.json", "metrics.json", "per_prompt.json", "seconds.json", "comparison.png"}
     files |= {"errors.json", "incoherence.json", "incoherence.png", "report.html", "executed.json", "speed.json"}
+    files |= {"finished.json"}
     files |= {f"quantized/{name}" for name in ("plan.json", "meta.json", "model.safetensors")}
     files |= {"samples/000000.png", "samples/000001.png"}
     files |= {"samples/.000000.png.sha256", "samples/.000001.png.sha256"}

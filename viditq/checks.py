@@ -1,6 +1,7 @@
 """What of a configuration can be refused before diffusers and Lightning are imported, which takes many seconds."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +25,15 @@ from viditq.config import (
 )
 from viditq.engine.wandb_settings import check_wandb
 from viditq.errors import UserError
+from viditq.gate import Gate
+from viditq.models.checks import check_values
+from viditq.models.outline import check_outline
 from viditq.nulls import check_nulls
 from viditq.run_dir import check_folder
 from viditq.signatures import REQUIRED, arguments_of, unknown_key
 
 if TYPE_CHECKING:
     from viditq.data.prompts import PromptData
-    from viditq.gate import Gate
     from viditq.quant.setting import QuantSetting
 
 # Key -> lowest and highest value. The noise of sample i is seeded by 1,000,003 seed + i, which has to fit 64 bits; more
@@ -49,34 +52,42 @@ OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logge
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What the checks have made of parts of the configuration, so that nothing is made twice."""
+class Alone:
+    """What the checks that import nothing have made of the configuration; since: before any file was read, in ns."""
 
+    since: int
     stages: tuple[str, ...]
     cache_dir: Path
-    gate: "Gate"
+    gate: Gate
+
+
+@dataclass(frozen=True)
+class Checked(Alone):
+    """The same, and what takes torch, so that nothing is made twice."""
+
     quant: "QuantSetting"
     data: "PromptData"
 
 
-def check(cfg: DictConfig) -> Checked:
-    """Raises UserError (or Hydra's own message) for every value that is wrong whatever the model's files hold."""
-    stages, cache_dir = check_values_alone(cfg)
+def check(cfg: DictConfig, alone: Alone | None = None) -> Checked:
+    """Raises UserError (or Hydra's own message) for every value that is wrong whatever the model's files hold.
+
+    alone: what `check_values_alone` has returned for it, where that was called before.
+    """
+    alone = check_values_alone(cfg) if alone is None else alone
     # From here on torch is needed, which takes a second.
-    from viditq.gate import Gate
     from viditq.quant.execution.backends import get_backend
 
     get_backend(cfg.backend)
-    conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
-    gate = Gate.parse(conditions, [str(name) for name in cfg.metric])
-    check_model(cfg.model)
     check_nulls(cfg.quant, "quant")
     quant = instantiate(cfg.quant, _convert_="all")
-    return Checked(stages, cache_dir, gate, quant, instantiate(cfg.data, _convert_="all"))
+    data = instantiate(cfg.data, _convert_="all")
+    return Checked(**vars(alone), quant=quant, data=data)
 
 
-def check_values_alone(cfg: DictConfig) -> tuple[tuple[str, ...], Path]:
-    """Keys, numbers, names and places; nothing is imported for them. Returns the stages and the cache's folder."""
+def check_values_alone(cfg: DictConfig) -> Alone:
+    """Keys, numbers, names, places and the gate: what nothing is imported for."""
+    since = time.time_ns()
     _check_keys(cfg)
     check_mode(cfg.estimate)
     if HydraConfig.initialized():
@@ -95,7 +106,9 @@ def check_values_alone(cfg: DictConfig) -> tuple[tuple[str, ...], Path]:
     _check_metrics(cfg.metric)
     if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not cfg.estimate:
         check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
-    return stages, cache_dir
+    conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
+    check_model(cfg.model, _rules(cfg.quant))
+    return Alone(since, stages, cache_dir, Gate.parse(conditions, [str(name) for name in cfg.metric]))
 
 
 def _check_keys(cfg: DictConfig) -> None:
@@ -164,10 +177,17 @@ def _check_devices(trainer: Any) -> None:
             )
 
 
-def check_model(node: DictConfig) -> None:
-    """Values and folder of a ModelAdapter; another class checks its own."""
-    from viditq.models.checks import check_values
+def _rules(quant: DictConfig) -> list[str]:
+    """The patterns of quant.rules, where they are read and written as they should be."""
+    rules: Any = OmegaConf.to_container(quant.rules, resolve=True) if OmegaConf.is_list(quant.get("rules")) else []
+    policy = quant.get("policy")
+    if not OmegaConf.is_dict(policy) or str(policy.get("_target_")).endswith(".PlanFile"):
+        return []
+    return [str(rule["pattern"]) for rule in rules if isinstance(rule, Mapping) and rule.get("pattern")]
 
+
+def check_model(node: DictConfig, rules: Sequence[str]) -> None:
+    """Values and folder of a ModelAdapter; another class checks its own. rules: patterns of its Linears."""
     given = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert isinstance(given, dict)
     values = arguments_of(str(given["_target_"])) if str(given["_target_"]).endswith(".ModelAdapter") else None
@@ -180,4 +200,6 @@ def check_model(node: DictConfig) -> None:
     check_values(SimpleNamespace(**values))
     path = values["path"]
     if isinstance(path, str) and not is_hub_id(path):
-        check_pipeline(resolve(path))
+        folder = resolve(path)
+        check_pipeline(folder)
+        check_outline(SimpleNamespace(**values), folder, rules)

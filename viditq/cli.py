@@ -23,11 +23,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from viditq.checks import check
+from viditq.checks import check, check_values_alone
 from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process
 from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
-from viditq.run_dir import CHOICE
+from viditq.finished import find_finished
+from viditq.run_dir import CHOICE, RunDir
 from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs
 
 ELSEWHERE = "Choose another with {choice}"
@@ -116,8 +117,13 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def work() -> Any:
-        checked = check(cfg)
-        from viditq.runner import run  # takes many seconds, which a bad value need not wait for
+        alone = check_values_alone(cfg)
+        if finished := find_finished(cfg, folder, alone.stages):
+            from viditq.console import tell_finished
+
+            return tell_finished(finished, alone.stages, RunDir(folder, {}), alone.gate)
+        checked = check(cfg, alone)
+        from viditq.runner import run  # takes many seconds, which neither a bad value nor a finished run waits for
 
         return run(cfg, folder, checked=checked)
 

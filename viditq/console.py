@@ -1,14 +1,18 @@
 """What a run prints at its end."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from viditq.errors import GateFailed
 from viditq.files import is_whole, read_json
-from viditq.metrics.verdict import headline
+from viditq.finished import Finished
+from viditq.gate import Gate
+from viditq.metrics.headline import headline
 from viditq.report.speed import speed_line
 from viditq.report.table import MetricRow, metrics_table, verdict_table
 from viditq.report.text_encoders import text_encoder_lines
@@ -35,6 +39,45 @@ def show_lines(console: Console) -> None:
     logger.addHandler(Lines(console))
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def terminal(quiet: bool = False) -> Console:
+    """Where a run prints."""
+    return Console(highlight=False, soft_wrap=True, quiet=quiet)
+
+
+def print_heading(console: Console, heading: Sequence[str]) -> None:
+    """heading: the experiment's name, the rest of that line, and what the model is made of."""
+    name, rest, model = heading
+    console.print(f"[bold]{escape(name)}[/bold]{escape(rest)}")
+    console.print(model, markup=False)
+
+
+def print_stage(console: Console, place: tuple[int, int], stage: str, outcome: str) -> None:
+    """place: the stage's number and how many there are. outcome: what it did."""
+    console.print(f"[{place[0]}/{place[1]}] {stage}: {outcome}", markup=False)
+
+
+def tell_finished(finished: Finished, stages: Sequence[str], run_dir: RunDir, gate: Gate) -> dict[str, Any] | None:
+    """What a run says in which nothing was left to do; returns and raises as `conclude`."""
+    console = terminal()
+    print_heading(console, finished.heading)
+    for number, stage in enumerate(stages, 1):
+        print_stage(console, (number, len(stages)), stage, finished.stages[stage])
+    return conclude(console, run_dir, gate)
+
+
+def conclude(console: Console, run_dir: RunDir, gate: Gate) -> dict[str, Any] | None:
+    """Print the summary of a run that got so far, and raise GateFailed if the numbers do not pass the gate; returns
+    metrics.json's content.
+    """
+    if not run_dir.metrics.is_file():
+        return None
+    metrics: dict[str, Any] = read_json(run_dir.metrics)
+    print_summary(console, metrics, run_dir)
+    if failures := gate.check(metrics):
+        raise GateFailed("\n".join(failures))
+    return metrics
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:

@@ -1,5 +1,8 @@
 """Exceptions whose message is written for the user, not for a developer."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input: the message says what was given, what is allowed and what to do.
@@ -14,3 +17,18 @@ class AlreadyReported(Exception):
 
 class GateFailed(Exception):
     """The run is complete and its numbers do not pass `gate`: exit status 3."""
+
+
+def close_names(name: str, allowed: Iterable[str], count: int = 3) -> str:
+    """A readable hint: the names nearest to `name`, or all of them when none is near."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(name, allowed, n=count, cutoff=0.5)
+    if near:
+        return "close names: " + ", ".join(near)
+    shown = ", ".join(allowed[:8]) + (", ..." if len(allowed) > 8 else "")
+    return f"known names: {shown or 'none'}"
+
+
+def no_linear(pattern: str, linear_names: Iterable[str]) -> str:
+    """The message for a pattern of layers that matches none."""
+    return f"pattern {pattern!r} matches no Linear of the model; {close_names(pattern.strip('*.'), linear_names)}"

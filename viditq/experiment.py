@@ -186,8 +186,7 @@ def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None
     to_encode = [p for p in (*data.prompts, *data.calibration_prompts) if p not in data.ready_embeds]
     if to_encode:
         check_encodes(adapter, to_encode)
-    of_hub = adapter.source.of_hub or adapter.denoiser_source.of_hub
-    check_contents(adapter, without=() if to_encode else adapter.text_parts, lenient=lenient or of_hub)
+    check_contents(adapter, without=() if to_encode else adapter.text_parts, lenient=lenient or adapter.of_hub)
 
 
 def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:

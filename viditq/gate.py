@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from viditq.errors import UserError
-from viditq.metrics.verdict import is_told
-from viditq.quant.description.registry import close_names
+from viditq.errors import UserError, close_names
+from viditq.metrics.headline import is_told
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

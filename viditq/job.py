@@ -44,6 +44,7 @@ class Job:
     run_dir: RunDir
     processes: Processes = field(default_factory=Processes)
     say: Callable[[str], None] = print
+    _float_pipeline: Any = None
 
     # Where things are ------------------------------------------------------------------------------------------------
 
@@ -184,14 +185,27 @@ class Job:
     def load_float(self, denoiser_dtype: str | None = None) -> Any:
         """The float pipeline, without its text part; denoiser_dtype: that its denoisers compute in (None = their own).
 
-        Its weights stay in their files with trainer.offload=disk.
+        On a CPU stages that follow each other share one, until `let_go_of_float` or another dtype is asked for. With
+        trainer.offload=disk its weights stay in their files.
         """
-        adapter = self.experiment.adapter
-        if self.experiment.offload == DISK:
-            pipeline = adapter.load_from_disk(denoiser_dtype)
-            return pipeline if denoiser_dtype is None else in_dtype(adapter, pipeline, denoiser_dtype, cast=False)
-        pipeline = adapter.load()
-        return pipeline if denoiser_dtype is None else in_dtype(adapter, pipeline, denoiser_dtype)
+        e, held = self.experiment, self._float_pipeline
+        if denoiser_dtype is None and held is not None:
+            return held
+        self.let_go_of_float()
+        if e.offload == DISK:
+            pipeline = e.adapter.load_from_disk(denoiser_dtype)
+            return pipeline if denoiser_dtype is None else in_dtype(e.adapter, pipeline, denoiser_dtype, cast=False)
+        pipeline = e.adapter.load()
+        if denoiser_dtype is not None:
+            return in_dtype(e.adapter, pipeline, denoiser_dtype)
+        on_cpu = e.offload is None and e.make_trainer().strategy.root_device.type == "cpu"
+        if on_cpu and not e.adapter.compile:  # elsewhere stages change it: its place, or its forward
+            self._float_pipeline = pipeline
+        return pipeline
+
+    def let_go_of_float(self) -> None:
+        """Before a stage that needs the memory and not the float model."""
+        self._float_pipeline = None
 
     def load_quantized(self, folder: Path | None = None) -> Any:
         """The pipeline around the artifact in `folder` (None = the run's)."""
@@ -227,6 +241,9 @@ class Job:
             return
         with timed(folder, stage):
             yield
+
+    def may_change(self) -> None:
+        """Called by a stage that did nothing for a reason which may be gone the next time (`settled.py`)."""
 
     def sweep_up(self, entry: Entry, leftovers: str = "*.tmp") -> None:
         """Tidy a finished cache entry that a killed run left in disorder, unless another run is at it."""

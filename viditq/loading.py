@@ -11,7 +11,7 @@ from torch import nn
 from viditq.errors import UserError
 from viditq.fusion.install import fuse_blocks
 from viditq.models.adapter import ModelAdapter
-from viditq.models.checks import DTYPES
+from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
 from viditq.models.sampler_noise import check_shrinkable, shrink_noise
 from viditq.models.text_encoders import build_encoder
@@ -34,10 +34,14 @@ def load_quantized(
     their files, and as many layers as fit are kept ready; None = all of them. The model's settings (steps, guidance,
     size) are defaults of the call. Raises UserError for damaged or missing files, and for a budget that is too small.
     """
+    budget = num_bytes(memory_budget)
+    return load_artifact(artifact_folder(path), backend, complete=True, model_path=model_path, memory_budget=budget)
+
+
+def artifact_folder(path: str | Path) -> Path:
+    """The artifact that a path names: itself, or the one of a run's folder."""
     folder = Path(path).expanduser()
-    if (folder / "quantized").is_dir():
-        folder = folder / "quantized"
-    return load_artifact(folder, backend, complete=True, model_path=model_path, memory_budget=num_bytes(memory_budget))
+    return folder / "quantized" if (folder / "quantized").is_dir() else folder
 
 
 def num_bytes(value: int | str | None) -> int | None:

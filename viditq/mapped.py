@@ -56,20 +56,20 @@ def mapped_tensors(path: Path) -> dict[str, Tensor]:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():  # that it cannot be written to
         warnings.simplefilter("ignore", UserWarning)
-        whole = torch.frombuffer(mapping, dtype=torch.uint8)
-    _maps[whole.data_ptr()] = mapping
-    return {name: _tensor(whole[8 + length :], entry) for name, entry in entries.items()}
+        _maps[torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()] = mapping
+        return {name: _tensor(mapping, 8 + length, entry) for name, entry in entries.items()}
 
 
-def _tensor(data: Tensor, entry: dict[str, Any]) -> Tensor:
+def _tensor(mapping: mmap.mmap, data: int, entry: dict[str, Any]) -> Tensor:
+    """A storage of its own: what saves or counts tensors goes by those."""
     start, end = entry["data_offsets"]
-    dtype = DTYPES[entry["dtype"]]
+    dtype, shape, offset = DTYPES[entry["dtype"]], entry["shape"], data + start
     if start == end:
-        return torch.empty(entry["shape"], dtype=dtype)
-    raw = data[start:end]
-    if raw.storage_offset() % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).view(entry["shape"])
+        return torch.empty(shape, dtype=dtype)
+    if offset % dtype.itemsize:
+        raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=offset, count=end - start)
+        return raw.clone().view(dtype).view(shape)
+    return torch.frombuffer(mapping, dtype=dtype, offset=offset, count=(end - start) // dtype.itemsize).view(shape)
 
 
 def release(tensors: Iterable[Tensor]) -> None:

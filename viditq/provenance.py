@@ -5,12 +5,14 @@ import platform
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 
-from viditq.report.content import Machine
+if TYPE_CHECKING:  # a finished run asks for the versions alone, before torch is imported
+    import torch
+
+    from viditq.report.content import Machine
 
 PACKAGES = ("viditq", "torch", "diffusers", "transformers", "torchmetrics", "lightning", "hydra-core")
 INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -31,14 +33,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def machine() -> Machine:
+def machine() -> "Machine":
     """The processor, its cores that this process may use, and the GPU."""
+    import torch
+
+    from viditq.report.content import Machine
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return Machine(_processor(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, gpu)
 
 
-def compute(device: torch.device) -> dict[str, Any]:
+def compute(device: "torch.device") -> dict[str, Any]:
     """What a measured time depends on: processor, its cores and instructions, threads, GPU, torch."""
+    import torch
+
     here, known = machine(), torch.cpu.get_capabilities()
     return {
         "cpu": here.cpu,

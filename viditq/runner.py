@@ -10,17 +10,15 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.markup import escape
 
-from viditq.checks import Checked
+from viditq.checks import Checked, check
 from viditq.config import COMMAND_VARIABLE, shorten
-from viditq.console import print_summary, show_lines
+from viditq.console import conclude, print_heading, print_stage, show_lines, terminal
 from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
 from viditq.engine.processes import Processes, environment, joined
 from viditq.engine.threads import sharing_cores
-from viditq.errors import GateFailed, UserError
+from viditq.errors import UserError
 from viditq.estimate import estimate
 from viditq.estimate.table import show
 from viditq.experiment import Experiment, build
@@ -32,6 +30,7 @@ from viditq.models.roles import FLOAT, counts, summary
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
+from viditq.settled import remember
 from viditq.stages import FUNCTIONS
 from viditq.stages.search_table import search_metrics
 from viditq.trial import try_metrics
@@ -46,6 +45,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
     slow where possible.
     """
     quiet_libraries()
+    checked = check(cfg) if checked is None else checked
     experiment = build(cfg, checked)
     run_dir = RunDir(folder, experiment.tracked, choice)
     if cfg.estimate:
@@ -63,7 +63,12 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
             launch(OmegaConf.to_yaml(cfg, resolve=True), folder, count)
         else:
             run_stages(experiment, run_dir, processes)
-        return conclude(experiment, run_dir) if processes.first else None
+        if not processes.first:
+            return None
+        log(experiment, run_dir)
+        told = heading(experiment, run_dir.path, max(count, processes.count))
+        remember(cfg, Job(experiment, run_dir), told, checked.since)
+        return conclude(terminal(), run_dir, experiment.gate)
 
 
 def tell(experiment: Experiment, run_dir: RunDir, mode: Any) -> None:
@@ -95,10 +100,7 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
     """
     console = terminal(quiet=not processes.first)
     job = Job(experiment, run_dir, processes, say=lambda line: console.print(line, markup=False))
-    with_others = f" in {processes.count} processes" if processes.count > 1 else ""
-    path = escape(str(run_dir.path))
-    console.print(f"[bold]{experiment.name}[/bold] on {experiment.adapter.name}{with_others} -> {path}")
-    console.print(described(experiment), markup=False)
+    print_heading(console, heading(experiment, run_dir.path, processes.count))
     with sharing_cores() as cores:
         processes.first_does(job.tidy_run)  # all of them are counted by now
         threads = cores.follow()
@@ -107,7 +109,13 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
             before, threads = threads, cores.follow()
             if threads != before:
                 console.print(f"      {threads}", markup=False)
-            console.print(f"[{number}/{len(experiment.stages)}] {stage}: {FUNCTIONS[stage](job)}", markup=False)
+            print_stage(console, (number, len(experiment.stages)), stage, FUNCTIONS[stage](job))
+
+
+def heading(experiment: Experiment, folder: Path, num_processes: int) -> list[str]:
+    """The experiment's name, what it does where, and what the model is made of."""
+    with_others = f" in {num_processes} processes" if num_processes > 1 else ""
+    return [experiment.name, f" on {experiment.adapter.name}{with_others} -> {folder}", described(experiment)]
 
 
 def described(experiment: Experiment) -> str:
@@ -132,33 +140,16 @@ def described(experiment: Experiment) -> str:
     return f"{line}\n  guessed: {settings}\n{patterns}"
 
 
-def conclude(experiment: Experiment, run_dir: RunDir) -> dict[str, Any] | None:
-    """Log what is new, print the summary, and raise GateFailed if the numbers do not pass the gate."""
-    if not run_dir.metrics.is_file():
-        return None
-    metrics = read_json(run_dir.metrics)
-    log(experiment, run_dir, metrics)
-    print_summary(terminal(), metrics, run_dir)
-    if failures := experiment.gate.check(metrics):
-        raise GateFailed("\n".join(failures))
-    return metrics
-
-
-def log(experiment: Experiment, run_dir: RunDir, metrics: dict[str, Any]) -> None:
+def log(experiment: Experiment, run_dir: RunDir) -> None:
     """Hand a reported run to its logger, once per kind of logger."""
-    if experiment.make_logger is None or not is_whole(run_dir.page):
+    if experiment.make_logger is None or not run_dir.metrics.is_file() or not is_whole(run_dir.page):
         return
     done = read_json(run_dir.logged) if is_whole(run_dir.logged) else []
     if experiment.logger_name not in done:
         logger = experiment.make_logger(run_dir.path, experiment.name, sweep_name(), run_dir.fingerprint)
         if logger is not None:
-            log_run(logger, experiment.tracked, run_dir, metrics)
+            log_run(logger, experiment.tracked, run_dir, read_json(run_dir.metrics))
             write_json(run_dir.logged, [*done, experiment.logger_name])
-
-
-def terminal(quiet: bool = False) -> Console:
-    """Where a run prints."""
-    return Console(highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def sweep_name() -> str | None:

@@ -38,6 +38,7 @@ def _of_class(node: ast.ClassDef) -> dict[str, Any] | None:
     if node.bases or not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         return None
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    fields = [f for f in fields if "ClassVar" not in ast.unparse(f.annotation)]
     given = [f for f in fields if not (isinstance(f.value, ast.Call) and "init=False" in ast.unparse(f.value))]
     return {ast.unparse(field.target): _default(field.value) for field in given}
 

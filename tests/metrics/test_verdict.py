@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from viditq.metrics.headline import headline, is_told
 from viditq.metrics.streaming import mean_and_error
-from viditq.metrics.verdict import SAMPLES_PER_FEATURE, differences, few_samples, headline, is_told, verdicts
+from viditq.metrics.verdict import SAMPLES_PER_FEATURE, differences, few_samples, verdicts
 
 N, K = 128, 32
 KEYS = ["verdict", "kind", "value", "interval", "float", "against", "difference", "difference_interval", "noise"]

@@ -18,6 +18,8 @@ from viditq.files import read_json
 from viditq.loading import load_quantized
 from viditq.models import parts
 from viditq.models.adapter import ModelAdapter
+from viditq.models.checks import check_call
+from viditq.models.registry import find_class
 from viditq.models.text import check_encodes
 from viditq.quant.artifact import size_bytes
 from viditq.quant.execution.linear import quant_linears
@@ -127,7 +129,7 @@ def test_a_pipeline_that_needs_an_image(
 )
 def test_pipelines_that_need_more_than_text(pipeline: str, argument: str) -> None:
     with pytest.raises(UserError, match=rf"{pipeline} needs {argument}, which no prompt gives"):
-        parts.check_call(pipeline, {"prompt_embeds"})
+        check_call(find_class(pipeline), {"prompt_embeds"})
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_pipelines_that_need_more_than_text(pipeline: str, argument: str) -> Non
     ["WanPipeline", "FluxPipeline", "FluxKontextPipeline", "Flux2Pipeline", "LTXConditionPipeline", "WanVACEPipeline"],
 )
 def test_pipelines_that_can_do_without(pipeline: str) -> None:
-    parts.check_call(pipeline, {"prompt_embeds"})
+    check_call(find_class(pipeline), {"prompt_embeds"})
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_every_pipeline_of_diffusers_can_be_looked_at() -> None:
     for name in names:
         if isinstance(getattr(diffusers, name, None), type):
             try:
-                parts.check_call(name, {"prompt_embeds"})
+                check_call(find_class(name), {"prompt_embeds"})
                 parts.check_pipeline(name, {})
             except UserError:
                 refused += 1

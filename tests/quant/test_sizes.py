@@ -129,6 +129,7 @@ def test_a_module_counts_parameters_and_buffers() -> None:
 @pytest.mark.parametrize(("bits", "codes"), [(8, 5 * 12), (4, 5 * 6), (6, 5 * 9), (3, 5 * 5)])
 def test_a_backend_holds_codes_and_emulation_the_weight_too(bits: int, codes: int) -> None:
     scheme = LayerScheme(QuantSpec(bits, granularity="channel"), None)
+    codes += 5 * 5  # scales, zero points
     assert Backend.weight_bytes(FakeBackend(), scheme, 5, 12, torch.bfloat16) == codes
     assert FakeBackend().weight_bytes(scheme, 5, 12, torch.bfloat16) == codes + 5 * 12 * 2
     assert FakeBackend().weight_bytes(LayerScheme(None, None), 5, 12, torch.float32) == 5 * 12 * 4

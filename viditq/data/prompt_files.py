@@ -28,8 +28,7 @@ def read_prompts(path: str, column: str | None = None) -> list[str]:
     path: of UTF-8 text (a byte order mark is no part of it), or shipped:prompts/NAME. column: where a table or entries
     of json hold them. Raises UserError for anything that cannot be meant as a prompt, with its line.
     """
-    shipped = path.startswith("shipped:")
-    file = resolve(path.rpartition("/")[0]) / path.rpartition("/")[2] if shipped else Path(path).expanduser()
+    file = prompt_file(path)
     suffix = file.suffix.lower()
     if not file.is_file():
         raise UserError(f"Prompt file {path!r} does not exist. Give a text file with one prompt a line.")
@@ -49,6 +48,12 @@ def read_prompts(path: str, column: str | None = None) -> list[str]:
     if not prompts:
         raise UserError(f"Prompt file {path!r} holds no prompt. Write one prompt a line.")
     return prompts
+
+
+def prompt_file(path: str) -> Path:
+    """The file that `path` names, which need not be there; raises UserError for no shipped folder."""
+    shipped = path.startswith("shipped:")
+    return resolve(path.rpartition("/")[0]) / path.rpartition("/")[2] if shipped else Path(path).expanduser()
 
 
 def _text(file: Path, path: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from viditq.data.moving_shapes import SCENES, Scene, render
-from viditq.data.prompt_files import has_ink, read_prompts
+from viditq.data.prompt_files import has_ink, prompt_file, read_prompts
 from viditq.data.text_embeds import digest, read_text_embeds
 from viditq.errors import UserError
 
@@ -19,8 +19,10 @@ class PromptData(Protocol):
     """Prompts to evaluate on, prompts to calibrate on, and real clips where there are any.
 
     ready_embeds: what stands in for the text encoder's output, for the prompts that have it; ready_digest: its hash.
+    files: all that these were read from.
     """
 
+    files: Sequence[Path]
     prompts: list[str]
     calibration_prompts: list[str]
     ready_embeds: Mapping[str, dict[str, Tensor]]
@@ -55,6 +57,7 @@ class MovingShapes:
         _check_counts(self.num_prompts, self.num_calibration_prompts)
         self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
         self.ready_digest: str | None = None
+        self.files: Sequence[Path] = ()
         generator = torch.Generator().manual_seed(self.prompt_seed)
         order = torch.randperm(len(SCENES), generator=generator).tolist()
         held_out, evaluation = order[:136], order[136:]
@@ -106,6 +109,8 @@ class PromptFile:
                     f"{self.embeds} holds {len(embeds)} prompts, {self.path} {len(prompts)}; they must match."
                 )
             self.ready_embeds = dict(zip(prompts, embeds, strict=True))
+        named = [prompt_file(path) for path in (self.path, other) if path]
+        self.files: Sequence[Path] = [*named, *([Path(self.embeds).expanduser()] if self.embeds else [])]
 
     def real_clips(self, indices: Sequence[int]) -> None:
         """A text file has no clips."""
@@ -132,6 +137,7 @@ class CocoCaptions:
         self.prompts, self.calibration_prompts = captions[: self.num_prompts], captions[self.num_prompts : wanted]
         self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
         self.ready_digest: str | None = None
+        self.files: Sequence[Path] = [Path(self.path).expanduser()]
 
     def real_clips(self, indices: Sequence[int]) -> None:
         """The captions come without their images."""
@@ -174,6 +180,7 @@ class ClassLabels:
             raise UserError(f"data.num_classes={self.num_classes} must be a whole number of at least 1.")
         self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
         self.ready_digest: str | None = None
+        self.files: Sequence[Path] = ()
         generator = torch.Generator().manual_seed(self.prompt_seed)
         self.prompts = self._draw(generator, self.num_prompts)
         self.calibration_prompts = self._draw(generator, self.num_calibration_prompts)

@@ -24,7 +24,7 @@ from viditq.estimate.searching import searching
 from viditq.estimate.text_encoders import EncoderBytes, encoder_bytes, peak_while_encoding, peak_while_quantizing
 from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
-from viditq.models.checks import DTYPES
+from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
 from viditq.quant.convert import linear_names

@@ -17,7 +17,7 @@ from viditq.estimate.hollow import answer_from_meta, hollowed, on_meta, shallow
 from viditq.files import read_json, stored_entries
 from viditq.mapped import DTYPES as DTYPES_STORED
 from viditq.models.adapter import ModelAdapter
-from viditq.models.checks import DTYPES
+from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
 from viditq.models.parts import TEXT, models_of
 from viditq.models.registry import find_class

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from viditq.metrics.bootstrap import MIN_PROMPTS, Interval, Z, bootstrap_interval, normal_interval, t_quantile
+from viditq.metrics.headline import BETTER, EQUAL, WORSE
 
 Result = Mapping[str, Tensor]
-EQUAL, WORSE, BETTER = "equal within noise", "worse", "better"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from viditq.metrics.comparison import EQUAL, Comparison
+from viditq.metrics.comparison import Comparison
+from viditq.metrics.headline import EQUAL
 
 BASELINES = {
     "float": "the float model's {}",

@@ -5,8 +5,6 @@ from typing import Any
 
 from viditq.metrics.bootstrap import Interval, bootstrap_interval, normal_interval
 from viditq.metrics.comparison import (
-    BETTER,
-    WORSE,
     Comparison,
     Result,
     compare_distributions,
@@ -66,27 +64,6 @@ def differences(results: Results) -> dict[str, list[float | None]]:
     """Metric name -> quantized - float of every prompt, of the metrics that score the float model's clips too."""
     pairs = {n: (r["per_sample"], r["per_sample_reference"]) for n, r in results.items() if kind_of(r) == "quality"}
     return {name: [finite(d) for d in own.double() - float_] for name, (own, float_) in pairs.items()}
-
-
-def headline(entries: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Mapping[str, Any]]) -> str:
-    """All verdicts in one line: `worse than float in 2 of 9 metrics: PSNR, SSIM; equal within noise in 7`."""
-    told = {name: entry["verdict"] for name, entry in entries.items() if is_told(entry)}
-    named = {word: [labels[n]["label"] for n, v in told.items() if v == word] for word in (WORSE, BETTER)}
-    parts = [f"{word} than float in {len(names)}: {', '.join(names)}" for word, names in named.items() if names]
-    if equal := len(told) - sum(map(len, named.values())):
-        parts.append(f"equal within noise in {equal}")
-    if untold := [labels[name]["label"] for name in entries if name not in told]:
-        parts.append(f"nothing can be told in {len(untold)}: {', '.join(untold)}")
-    if not parts:
-        return "no metric was computed"
-    metrics = f" of {len(entries)} metric{'s' * (len(entries) > 1)}"
-    head, colon, names = parts[0].partition(":")
-    return "; ".join([head + metrics + colon + names, *parts[1:]])
-
-
-def is_told(entry: Mapping[str, Any]) -> bool:
-    """Whether there was anything to judge by."""
-    return entry["difference_interval"] is not None
 
 
 def few_samples(result: Result, num_samples: int | None) -> str | None:

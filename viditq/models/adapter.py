@@ -18,7 +18,8 @@ from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.models import contents, parts, roles
 from viditq.models.attention import check_attention, check_dispatches, set_attention
-from viditq.models.checks import DTYPES, check_arguments, check_values
+from viditq.models.checks import check_arguments, check_call, check_values, given_to_call
+from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
 from viditq.models.mapped_weights import map_weights, retyped
 from viditq.models.registry import find_class
@@ -104,8 +105,7 @@ class ModelAdapter:
             self._fill_in(guess_settings(self.index()))
         parts.check_pipeline(self.pipeline, self.index())
         parts.check_denoisers(self.denoiser_names, list(self.float_denoisers), self.index())
-        encoded = [name for name in self.encode_outputs or ["class_labels"] if name is not None]
-        parts.check_call(self.pipeline, {*encoded, *self.call})
+        check_call(find_class(self.pipeline), given_to_call(self))
         check_arguments(self, find_class(self.pipeline))
         if self._chooses_scheduler:
             self._check_scheduler()
@@ -144,6 +144,11 @@ class ModelAdapter:
     def denoiser_source(self) -> Source:
         """Where the denoisers are."""
         return Source(self.denoiser_path, self.denoiser_revision) if self.denoiser_path else self.source
+
+    @property
+    def of_hub(self) -> bool:
+        """Whether any of its files are named by an id on the hub."""
+        return self.source.of_hub or self.denoiser_source.of_hub
 
     @property
     def folder(self) -> Path:
@@ -344,9 +349,8 @@ class ModelAdapter:
         found = roles.by_patterns(list(bare.values()), {**self.roles, roles.FLOAT: self.keep_float})
         if self.guess:
             found = roles.guess(list(bare.values())) | found
-        for glob in () if self.guess else self.keep_float:
-            if not roles.by_patterns(list(bare.values()), {roles.FLOAT: [glob]}):
-                raise UserError(f"Model {self.name}: the pattern {glob!r} of model.keep_float matches no Linear.")
+        if not self.guess:
+            roles.check_keep_float(self.name, self.keep_float, list(bare.values()))
         missing = [name for name in linear_names if bare[name] not in found]
         if missing:
             raise UserError(

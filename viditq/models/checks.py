@@ -1,14 +1,16 @@
-"""Checks of a model's description that need none of its files."""
+"""Checks of a model's description that need none of its weights, and no torch.
+
+`pipeline` is a class of a pipeline, or what `outline.py` reads of one from its source.
+"""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from viditq.errors import UserError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
 COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps", "calibration_batch_size")
 MAPPINGS = ("encode", "call", "roles", "component_dtypes", "scheduler_settings")
@@ -17,6 +19,13 @@ FRAMES = ("num_frames", "video_length")
 """The two names that pipelines use for how long a clip is."""
 OURS = ("generator", "output_type", "return_dict", "prompt")
 """What every call is given here."""
+TAKES_IMAGE = r"(cond_|control_|conditioning_|reference_|mask_)?(image|images|video|frames)"
+# Class names of pipelines that have such an argument with a default, and fail without it all the same
+FROM_IMAGE = (
+    r"Img2Img|Image2Image|ImageToVideo|Image2Video|(?<!T)I2V|VideoToVideo|VideoToWorld|Inpaint|Edit|Pix2Pix|Control|Adapter"
+    r"|Fill|Upscale|SuperResolution|Layered|Refine|Depth2Img"
+)
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 GUESSED = ("pipeline", "modality", "encode_outputs", "denoisers", "timestep_scale")
 
 
@@ -57,6 +66,43 @@ def _is_text(value: Any) -> bool:
 def makes_clips(pipeline: Any) -> bool:
     """Whether a pipeline class samples videos."""
     return any(name in inspect.signature(pipeline.__call__).parameters for name in FRAMES)
+
+
+def check_parts(pipeline: Any, index: Mapping[str, Any]) -> None:
+    """Raises UserError if a pipeline is made of other parts than the folder has. index: its model_index.json."""
+    parameters = inspect.signature(pipeline.__init__).parameters
+    optional = {*pipeline._optional_components, *(k for k, p in parameters.items() if p.default is not p.empty)}
+    needed = [k for k, p in parameters.items() if k not in ("self", *optional) and p.kind not in VARIADIC]
+    if absent := [name for name in needed if name not in index]:
+        raise UserError(
+            f"model.pipeline={pipeline.__name__} is made of parts that the folder, made for {index.get('_class_name')},"
+            f" lacks: {', '.join(absent)}. Give the folder's own class, or the folder of that pipeline."
+        )
+
+
+def check_call(pipeline: Any, given: set[str]) -> None:
+    """Raises UserError for a pipeline that samples from more than text or a class, such as an image.
+
+    given: the arguments of its call that have a value.
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters
+    needed = [
+        name
+        for name, p in parameters.items()
+        if name not in ("self", *given) and p.kind not in VARIADIC and p.default is p.empty
+    ]
+    if not needed and re.search(FROM_IMAGE, pipeline.__name__):
+        needed = [name for name in parameters if re.fullmatch(TAKES_IMAGE, name) and name not in given][:1]
+    if needed:
+        raise UserError(
+            f"{pipeline.__name__} needs {', '.join(needed)}, which no prompt gives. viditq samples from text or class "
+            "labels alone: choose a text-to-image, text-to-video or class-conditional pipeline."
+        )
+
+
+def given_to_call(model: Any) -> set[str]:
+    """The arguments of the pipeline's call that a run gives it, besides those that every call has."""
+    return {name for name in model.encode_outputs or ["class_labels"] if name is not None} | {*model.call}
 
 
 def check_arguments(model: Any, pipeline: Any) -> None:
@@ -114,9 +160,8 @@ def _check_modality(model: Any, pipeline: Any) -> None:
 
 def _named(function: Any) -> dict[str, inspect.Parameter]:
     """The arguments of a pipeline's method that have a name."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.items()
-    return {name: p for name, p in parameters if name != "self" and p.kind not in kinds}
+    return {name: p for name, p in parameters if name != "self" and p.kind not in VARIADIC}
 
 
 def _dtypes(model: Any) -> list[tuple[str, str]]:

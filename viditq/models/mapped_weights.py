@@ -62,7 +62,7 @@ def retyped(denoiser: nn.Module, runs: Mapping[str, torch.dtype], dtype: torch.d
     for name, tensor in denoiser.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             loaded = runs.get(name, tensor.dtype)
-            if loaded not in (tensor.dtype, dtype):
+            if loaded not in (tensor.dtype, dtype) and loaded.itemsize <= tensor.itemsize:
                 tensor.data = tensor.data.to(loaded)
             if dtype != tensor.dtype:
                 found[name] = dtype

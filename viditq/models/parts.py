@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import typing
 from collections.abc import Mapping
@@ -14,17 +13,13 @@ import transformers
 from torch import nn
 
 from viditq.errors import UserError
+from viditq.models.checks import check_parts
+from viditq.models.outline import NO_PIPELINE
 from viditq.models.registry import find_class
 
 TEXT = ("text_", "tokenizer")  # begin the names of parts that only encode prompts
 NAMES = r"(transformer|unet|dit)(_\d+)?"
 DENOISERS = ("diffusers.models.transformers", "diffusers.models.unets", "viditq.models.stdit")
-TAKES_IMAGE = r"(cond_|control_|conditioning_|reference_|mask_)?(image|images|video|frames)"
-# Class names of pipelines that have such an argument with a default, and fail without it all the same
-FROM_IMAGE = (
-    r"Img2Img|Image2Image|ImageToVideo|Image2Video|(?<!T)I2V|VideoToVideo|VideoToWorld|Inpaint|Edit|Pix2Pix|Control|Adapter"
-    r"|Fill|Upscale|SuperResolution|Layered|Refine|Depth2Img"
-)
 
 
 def part_class(entry: Any) -> Any:
@@ -56,19 +51,8 @@ def check_pipeline(name: str, index: Mapping[str, Any]) -> None:
     """Raises UserError if `name` is no pipeline class, or one of other parts than the folder has."""
     found = find_class(name)
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
-        raise UserError(
-            f"model.pipeline={name!r} is no pipeline class of diffusers {diffusers.__version__}. The folder was made "
-            f"for {index.get('_class_name')}."
-        )
-    cls: Any = found
-    parameters = inspect.signature(cls.__init__).parameters
-    optional = {*cls._optional_components, *(k for k, p in parameters.items() if p.default is not p.empty)}
-    absent = [k for k, p in parameters.items() if k not in ("self", *optional) and k not in index and not _variadic(p)]
-    if absent:
-        raise UserError(
-            f"model.pipeline={name} is made of parts that the folder, made for {index.get('_class_name')}, lacks: "
-            f"{', '.join(absent)}. Give the folder's own class, or the folder of that pipeline."
-        )
+        raise UserError(NO_PIPELINE.format(name, diffusers.__version__, index.get("_class_name")))
+    check_parts(found, index)
 
 
 def check_denoiser_class(pipeline: str, part: str, denoiser: nn.Module) -> None:
@@ -107,30 +91,6 @@ def check_denoisers(denoisers: list[str], left_in_float: list[str], index: Mappi
             f"(model.denoisers={_listed([*denoisers, *others])}), or leave them in float on purpose "
             f"(+model.float_denoisers={_listed(others)})."
         )
-
-
-def check_call(pipeline: str, given: set[str]) -> None:
-    """Raises UserError for a pipeline that samples from more than text or a class, such as an image.
-
-    given: the arguments of its call that have a value.
-    """
-    parameters = inspect.signature(find_class(pipeline).__call__).parameters
-    needed = [
-        name
-        for name, p in parameters.items()
-        if name not in ("self", *given) and not _variadic(p) and p.default is p.empty
-    ]
-    if not needed and re.search(FROM_IMAGE, pipeline):
-        needed = [name for name in parameters if re.fullmatch(TAKES_IMAGE, name) and name not in given][:1]
-    if needed:
-        raise UserError(
-            f"{pipeline} needs {', '.join(needed)}, which no prompt gives. viditq samples from text or class labels "
-            "alone: choose a text-to-image, text-to-video or class-conditional pipeline."
-        )
-
-
-def _variadic(parameter: inspect.Parameter) -> bool:
-    return parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _listed(names: list[str]) -> str:

@@ -5,9 +5,10 @@ from typing import Any
 import diffusers
 
 from viditq.models.opensora_pipeline import OpenSoraPipeline
+from viditq.models.outline import OWN_PIPELINES
 from viditq.models.stdit import STDiT
 
-OWN = {"OpenSoraPipeline": OpenSoraPipeline, "STDiT": STDiT}
+OWN = {**dict(zip(OWN_PIPELINES, [OpenSoraPipeline], strict=True)), "STDiT": STDiT}
 
 
 def find_class(name: str) -> Any:

@@ -4,6 +4,8 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 
+from viditq.errors import UserError
+
 FLOAT = "float"
 """The role of Linears that are never quantized."""
 USUAL = (
@@ -23,6 +25,13 @@ def by_patterns(names: Sequence[str], patterns: Mapping[str, Sequence[str]]) -> 
         for role, globs in patterns.items()
         if any(fnmatch.fnmatchcase(name, glob) for glob in globs)
     }
+
+
+def check_keep_float(model: str, keep_float: Sequence[str], names: Sequence[str]) -> None:
+    """Raises UserError for the first pattern that matches none of these Linears."""
+    for glob in keep_float:
+        if not by_patterns(names, {FLOAT: [glob]}):
+            raise UserError(f"Model {model}: the pattern {glob!r} of model.keep_float matches no Linear.")
 
 
 def guess(names: Sequence[str]) -> dict[str, str]:

@@ -9,14 +9,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from viditq.errors import UserError
+from viditq.errors import UserError, close_names
 from viditq.mapped import is_finite
 from viditq.quant.calibration.context import StepContext, TimestepScaleLike
 from viditq.quant.calibration.observers import CalibrationStats, SegmentStats
 from viditq.quant.calibration.segment_sources import segment_sources
 from viditq.quant.description.blocks import block_of
 from viditq.quant.description.plan import QuantPlan
-from viditq.quant.description.registry import close_names
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends import Backend, check_supported, get_backend
 from viditq.quant.execution.denoiser import settle

@@ -110,7 +110,8 @@ def weight_bytes(quantized: nn.Module, backend: str | None = None) -> WeightByte
             if variant.qweight is not None:  # a weight in float is used as it is
                 shape = (layer.out_features, layer.in_features)
                 held = (given or own).weight_bytes(variant.scheme, *shape, layer.dtype)
-                dense += held - tensor_bytes([variant.qweight])
+                stored = (variant.qweight, variant.weight_scale, variant.weight_zero_point)
+                dense += held - tensor_bytes(part for part in stored if part is not None)
     return WeightBytes(**counts, dense=dense)
 
 

@@ -16,8 +16,8 @@ from viditq.engine.timing import MIN_ROUNDS, free_bytes, interleaved, peak_bytes
 from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.loading import in_dtype, load_artifact
-from viditq.models.checks import DTYPES
 from viditq.models.compiling import compiled_twin
+from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
 from viditq.quant.execution.linear import backend_counts
 from viditq.quant.sizes import held_bytes
@@ -55,6 +55,7 @@ def why_not(job: Job) -> str | None:
     needed = count * (2 * e.adapter.torch_dtype.itemsize + DTYPES[HALF].itemsize + 1)  # float, half; codes and dense
     free = free_bytes(trainer.strategy.root_device)
     if free is not None and needed > free:
+        job.may_change()
         return f"float, {HALF} and quantized weights together take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
     return None
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from viditq.files import write_json
 from viditq.job import Job
-from viditq.models.checks import DTYPES
+from viditq.models.dtypes import DTYPES
 from viditq.models.mapped_weights import retyped
 from viditq.quant.artifact import FORMAT_VERSION, size_bytes
 from viditq.quant.artifact_writer import ArtifactWriter
@@ -73,6 +73,7 @@ def _reconstruction(job: Job, plan: QuantPlan) -> BlockReconstruction:
 def _quantize(job: Job, folder: Path) -> str:
     """Each process its share of the shards; where blocks are learned, the first does all."""
     e, plan, processes = job.experiment, job.plan, job.processes
+    job.let_go_of_float()
     stats = CalibrationStats.load(job.stats_file) if job.needs_stats else None
     denoiser, runs = e.adapter.map_denoiser()
     if e.quant.float_dtype is not None:

@@ -43,6 +43,7 @@ def generate(job: Job) -> str:
     encode(job)
 
     def load() -> Any:
+        job.let_go_of_float()
         pipeline = job.load_quantized()
         if job.processes.first:
             layers = backend_counts(e.adapter.denoiser_of(pipeline))

@@ -21,6 +21,7 @@ from viditq.quant import LayerScheme, QuantLinear, QuantSpec, StepContext
 from viditq.quant.execution.backends import NativeBackend, Unavailable, check_supported, get_backend
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import joined, pack_weight
+from viditq.quant.execution.surroundings import Before
 from viditq.quant.methods.quantizer import fake_quantize_activation, quantize_weight
 
 TOKEN, CHANNEL = QuantSpec(8, False, "token", None, True), QuantSpec(8, False, "channel")
@@ -180,13 +181,16 @@ def test_codes_lie_in_memory_once_and_come_back_for_the_state_dict(backend, weig
     variant = variant_of(spec, TOKEN, torch.randn(4, 128), torch.randn(128, 128))
     before, dense = copy.deepcopy(variant.state_dict()), variant.dequantized_weight()
     backend.prepare(variant)
-    assert variant.qweight is None
+    assert variant.qweight is None and variant.weight_scale is None and variant.weight_zero_point is None
     after = variant.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert torch.equal(variant.dequantized_weight(), dense)
     assert variant.held.data.numel() == 128 * 128 // (2 if spec.bits <= 4 else 1)
     backend.prepare(variant)  # another backend, or the same again, may take over
     assert all(torch.equal(before[k], v) for k, v in variant.state_dict().items())
+    counted = backend.weight_bytes(variant.scheme, 128, 128, torch.float32)
+    held = sum(tensor.nbytes for tensor in variant.held_tensors())
+    assert held in (counted, counted - 128 * (128 // (spec.group_size or 128)))  # no zero points where all are 0
 
 
 def test_segments_with_one_weight_hold_it_once(backend):
@@ -284,6 +288,45 @@ def test_q_k_and_v_share_one_product(backend, bits):
     assert torch.equal(part.codes(), quantized[1].codes) and part.data.data_ptr() == data[1:].data_ptr()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", [TOKEN, STATIC, QuantSpec(8, dynamic=True), QuantSpec(4, False, "group", 32, True)])
+def test_linears_of_one_input_with_smoothing_of_their_own(backend, spec, dtype):
+    """To the bit what each gives alone: other widths, bits and groups, some without bias, smoothing or zero points."""
+    x, mul, add = torch.randn(2, 35, 96).to(dtype), torch.randn(2, 96), torch.randn(2, 96)
+    formats = [CHANNEL, QuantSpec(4, False, "group", 32), QuantSpec(8, True, "channel")]
+    weights = [
+        pack_weight(*quantize_weight(torch.randn(size, 96), one), one.bits, 32 if spec.group_size else None)
+        for size, one in zip((64, 100, 7), formats, strict=True)
+    ]
+    biases, divs = [torch.randn(64), None, torch.randn(7)], [torch.rand(96) + 0.5, torch.rand(96) + 0.1, None]
+    statics = [None if spec.dynamic else (torch.rand(1) / 50, torch.zeros(1)) for _ in weights]
+    for around in ({}, {"layernorm_eps": 1e-6, "mul": mul, "add": add}):
+        outs = ops.linears(x, weights, biases, spec, statics, divs, **around)
+        for out, weight, bias, static, div in zip(outs, weights, biases, statics, divs, strict=True):
+            assert torch.equal(out, ops.linear(x, weight, bias, spec, static, div=div, **around))
+    empty = ops.linears(x[:0], weights, biases, spec, statics, divs)
+    assert [out.shape for out in empty] == [(0, 35, 64), (0, 35, 100), (0, 35, 7)]
+
+
+@pytest.mark.parametrize("kind", ["smooth", "both", "rotate"])
+def test_products_of_one_input_equal_each_alone(backend, kind):
+    """q, k and v with chains of their own: one call and one LayerNorm instead of three, and the same bits."""
+    x, before = torch.randn(2, 20, 96).bfloat16(), Before(1e-6, torch.randn(2, 96), torch.randn(2, 96))
+    variants = [variant_of(CHANNEL, TOKEN, x, torch.randn(64, 96).bfloat16(), dict(chains(96))[kind]) for _ in range(3)]
+    for variant in variants:
+        backend.prepare(variant)
+    biases = [torch.randn(64), None, torch.randn(64)]
+    alone = [backend.products([v], x, [b], before)[0] for v, b in zip(variants, biases, strict=True)]
+    torch._dynamo.reset()
+    for run in (backend.products, torch.compile(backend.products, backend="eager", fullgraph=True)):
+        run(variants, x, biases, before)  # the compiler calls operators too
+        with torch.profiler.profile() as profiler:
+            together = run(variants, x, biases, before)
+        called = [event.name for event in profiler.events() if event.name.startswith("viditq::")]
+        assert called.count("viditq::linears" if kind == "smooth" else "viditq::transform") == 1
+        assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
 def test_weights_of_other_widths_or_sizes_do_not_join(backend):
     def packed(size, bits, group):
         spec = QuantSpec(bits, False, "group", group)
@@ -327,12 +370,18 @@ def test_one_graph_a_segment_under_torch_compile(backend):
 
 def test_the_operator_describes_itself_rightly(backend):
     packed = pack_weight(*quantize_weight(torch.randn(50, 96), CHANNEL), 8)
-    arguments = (*packed[:4], None, 50, 8, False, 1, False, None, None, -1.0, *[None] * 4, 0, None, None)
+    arguments = (*packed[:3], None, 50, 8, False, 1, False, None, None, -1.0, *[None] * 4, 0, None, None)
     for dtype in DTYPES:
         torch.library.opcheck(
             torch.ops.viditq.linear.default, (torch.randn(2, 3, 96), *arguments, dtype),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
+    several = ([packed.data] * 2, [packed.scale] * 2, [None] * 2, [None] * 2, [50, 50], 8, False, 1, False)
+    rest = ([None] * 2, [None] * 2, 1e-6, None, None, [torch.ones(96), None], torch.bfloat16)
+    torch.library.opcheck(
+        torch.ops.viditq.linears.default, (torch.randn(2, 3, 96), *several, *rest),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.viditq.transform.default, (torch.randn(2, 96), 1e-6, None, None, None))
 
 

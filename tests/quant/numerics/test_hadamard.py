@@ -76,3 +76,9 @@ def test_it_works_in_and_out_of_inference_mode():
     x = torch.ones(1, 1408, requires_grad=True)
     hadamard.rotate(x, hadamard.random_signs(1408, 0)).sum().backward()
     assert x.grad is not None
+
+
+def test_factors_carry_the_mark_of_a_constant_that_torch_sets():
+    marked = vars(torch.compiler.assume_constant_result(lambda: None))
+    for function in (hadamard._factor, hadamard._dense):
+        assert marked.items() <= vars(function.__wrapped__).items()

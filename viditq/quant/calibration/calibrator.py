@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from viditq.errors import UserError
+from viditq.errors import UserError, close_names
 from viditq.quant.calibration.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.calibration.moments import Moments, of_moments
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of
@@ -28,7 +28,6 @@ from viditq.quant.calibration.observers import (
     summary_of,
 )
 from viditq.quant.calibration.row_sample import Candidates, row_keys, stratified
-from viditq.quant.description.registry import close_names
 
 PENDING_BYTES = 2**22  # that what inputs have shown may take before it is added to the statistics
 

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from viditq.errors import UserError
-from viditq.quant.description.registry import close_names
+from viditq.errors import UserError, close_names
 
 PREFIX = "@moments"  # no module has such a name
 SQUARED = (1e-16, 1e16)  # magnitudes whose squares can be summed up in float32

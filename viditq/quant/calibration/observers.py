@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from viditq.errors import UserError
+from viditq.errors import UserError, close_names
 from viditq.mapped import mapped_tensors, release
 from viditq.quant.calibration.moments import Moments, of_moments
-from viditq.quant.description.registry import close_names
 
 STATS_LAYOUT = 2  # of the file; 1 did not say where in a bucket the steps lie
 NUM_BUCKETS = 20

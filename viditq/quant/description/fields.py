@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from viditq.errors import UserError
-from viditq.quant.description.registry import close_names
+from viditq.errors import UserError, close_names
 
 
 def checked_fields(cls: type, fields: Any, what: str) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from viditq.errors import UserError
+from viditq.errors import UserError, close_names
 from viditq.quant.description.blocks import by_block
 from viditq.quant.description.fields import checked_fields
-from viditq.quant.description.registry import close_names
 from viditq.quant.description.scheme import FLOAT_BITS, LayerScheme
 
 SharesLike = Sequence[float] | Mapping[str, Sequence[float]]

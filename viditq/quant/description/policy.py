@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
+from pathlib import Path
+from typing import ClassVar, Protocol
 
 from viditq.assets import resolve_plan
 from viditq.errors import UserError
@@ -12,7 +13,11 @@ from viditq.quant.description.recipe import Recipe, Rule
 
 
 class Policy(Protocol):
-    """Turns a recipe into the plan of one model (mixed precision or not)."""
+    """Turns a recipe into the plan of one model (mixed precision or not). files: all that it reads for that."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Such as a plan.json."""
 
     def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
         """The plan for these Linears; those matching `keep_float` stay in float unless a rule says otherwise."""
@@ -21,6 +26,8 @@ class Policy(Protocol):
 @dataclass(frozen=True)
 class Uniform:
     """The same scheme everywhere, but for the recipe's own rules."""
+
+    files: ClassVar[Sequence[Path]] = ()
 
     def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
         """The recipe with the model's kept Linears put before its rules."""
@@ -36,6 +43,11 @@ class PlanFile:
 
     def __post_init__(self) -> None:
         resolve_plan(self.path)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The plan's file."""
+        return [resolve_plan(self.path)]
 
     def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
         """The file's plan; the recipe is not consulted. Raises UserError if it names Linears that the model lacks or

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from viditq.errors import UserError
+from viditq.errors import UserError, no_linear
 from viditq.quant.description.fields import checked_fields
 from viditq.quant.description.plan import QuantPlan, check_edges
 from viditq.quant.description.quant_spec import QuantSpec
-from viditq.quant.description.registry import close_names
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.description.specs import RangeSpec, RoundingSpec, TransformSpec
 
@@ -151,10 +150,7 @@ class Recipe:
         for rule in self.rules:
             hits = [name for name in linear_names if fnmatchcase(name, rule.pattern)]
             if not hits:
-                bare = rule.pattern.strip("*.")
-                raise UserError(
-                    f"pattern {rule.pattern!r} matches no Linear of the model; {close_names(bare, linear_names)}"
-                )
+                raise UserError(no_linear(rule.pattern, linear_names))
             matched.update(dict.fromkeys(hits, rule))
         return matched
 

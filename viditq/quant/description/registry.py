@@ -1,22 +1,11 @@
 """Closed tables from a name (as written in yaml and JSON) to the code behind it."""
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from viditq.errors import UserError
+from viditq.errors import UserError, close_names
 
 T = TypeVar("T")
-
-
-def close_names(name: str, allowed: Iterable[str], count: int = 3) -> str:
-    """A readable hint: the names nearest to `name`, or all of them when none is near."""
-    allowed = sorted(allowed)
-    near = difflib.get_close_matches(name, allowed, n=count, cutoff=0.5)
-    if near:
-        return "close names: " + ", ".join(near)
-    shown = ", ".join(allowed[:8]) + (", ..." if len(allowed) > 8 else "")
-    return f"known names: {shown or 'none'}"
 
 
 class Registry(Generic[T]):

@@ -51,6 +51,10 @@ class After(NamedTuple):
     gate: Tensor | None = None
     residual: Tensor | None = None
 
+    @property
+    def is_nothing(self) -> bool:
+        return self.activation == "none" and self.gate is None and self.residual is None
+
     def apply(self, y: Tensor) -> Tensor:
         """In plain torch, in the dtype of `y`."""
         if self.activation == "silu":

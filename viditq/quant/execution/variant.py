@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.methods.fitted_weight import FittedWeight, empty_fit, fit_weight
 from viditq.quant.methods.quantizer import Grid, QuantizedWeight, dequantize_weight, static_qparams
 from viditq.quant.methods.transforms import Chain
@@ -26,6 +26,9 @@ class HeldWeight(Protocol):
     def codes(self) -> Tensor:
         """uint8 [O, C], as `QuantizedWeight` has them."""
 
+    def grid(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (None: symmetric), as `QuantizedWeight` has them."""
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> HeldWeight:
         """The same with each of its tensors moved."""
 
@@ -36,14 +39,14 @@ class Variant(nn.Module):
     qweight uint8 [O, B] packed codes, weight_scale float32, weight_zero_point uint8 (asymmetric only), or
     weight [O, C] when it stays in float; low_rank_up [O, r], low_rank_down [r, C] of a low-rank branch; input_scale,
     input_zero_point float32 (static activations only); the chain's own tensors. dtype: of the float Linear, which the
-    output keeps. A backend's `prepare` adds what is not stored. held: the codes, once a backend took them over; qweight
-    is None then and made anew for the state dict, so that they are in memory once. derived: what a backend made of it
-    and of its neighbours, by name; forgotten when it moves.
+    output keeps. A backend's `prepare` adds what is not stored. held: codes and grid, once a backend took them over;
+    qweight, weight_scale and weight_zero_point are None then and made anew for the state dict: all is in memory once.
+    derived: what a backend made of it and of its neighbours, by name; forgotten when it moves.
     """
 
     weight: Tensor | None
     qweight: Tensor | None
-    weight_scale: Tensor
+    weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     low_rank_up: Tensor | None
     low_rank_down: Tensor
@@ -100,8 +103,9 @@ class Variant(nn.Module):
     def quantized_weight(self) -> QuantizedWeight | None:
         """Codes and grid; None when the weight stays in float."""
         if self.held is not None:
-            return QuantizedWeight(self.held.codes(), self.weight_scale, self.weight_zero_point)
-        if self.scheme.weight is None or self.qweight is None:
+            assert self.scheme.weight is not None
+            return QuantizedWeight(self.held.codes(), *self.held.grid(self.scheme.weight))
+        if self.scheme.weight is None or self.qweight is None or self.weight_scale is None:
             return None
         codes_OC = unpack(self.qweight, self.scheme.weight.bits, self.in_features)
         return QuantizedWeight(codes_OC, self.weight_scale, self.weight_zero_point)
@@ -120,8 +124,9 @@ class Variant(nn.Module):
         return [] if self.held is None else [part for part in self.held if isinstance(part, Tensor)]
 
     def hand_over(self, held: HeldWeight) -> None:
-        """`held` keeps the codes from now on; `qweight` is let go of."""
+        """`held` keeps codes and grid from now on; what is stored is let go of."""
         self.held, self.qweight = held, None
+        self.weight_scale = self.weight_zero_point = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Variant:
         """What is held follows the model to another device; its types are its layout's and stay."""
@@ -135,7 +140,10 @@ class Variant(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.held is not None:
             assert self.scheme.weight is not None
-            destination[f"{prefix}qweight"] = pack(self.held.codes(), self.scheme.weight.bits)
+            scale, zero_point = self.held.grid(self.scheme.weight)
+            packed = pack(self.held.codes(), self.scheme.weight.bits)
+            parts = {"qweight": packed, "weight_scale": scale, "weight_zero_point": zero_point}
+            destination.update({f"{prefix}{name}": part for name, part in parts.items() if part is not None})
 
 
 def empty_variant(scheme: LayerScheme, in_features: int, out_features: int, dtype: torch.dtype) -> Variant:

@@ -13,11 +13,14 @@ Legend: n = a b order; x [..., n].
 """
 
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 DENSE_UP_TO = 192  # one product with a dense matrix is faster below (benchmarks/quantize_speed.py)
+CONSTANT = "_dynamo_marked_constant"  # the mark that torch.compile looks for
+T = TypeVar("T")
 
 
 def random_signs(order: int, seed: int) -> Tensor:
@@ -118,8 +121,17 @@ def _paley_two(prime: int) -> Tensor:
     return torch.kron(core, plus) + torch.kron(eye, diagonal)
 
 
+def _constant(function: T) -> T:
+    """`torch.compiler.assume_constant_result` without its import of the compiler, which takes longer than torch's.
+
+    torch.compile looks behind lru_cache and would build a factor at every call.
+    """
+    setattr(function, CONSTANT, True)
+    return function
+
+
 @lru_cache(maxsize=64)
-@torch.compiler.assume_constant_result  # torch.compile looks behind lru_cache and would build it at every call
+@_constant
 def _factor(order: int, whole: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A factor as used; the one that comes first carries the norm 1 / sqrt(n) (its own where H is block-diagonal)."""
     with torch.inference_mode(False):
@@ -129,7 +141,7 @@ def _factor(order: int, whole: int, dtype: torch.dtype, device: torch.device) ->
 
 
 @lru_cache(maxsize=64)
-@torch.compiler.assume_constant_result  # torch.compile looks behind lru_cache and would build it at every call
+@_constant
 def _dense(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return matrix(order).to(device, dtype)

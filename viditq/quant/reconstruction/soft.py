@@ -51,8 +51,10 @@ class SoftWeight(nn.Module):
         spec = variant.scheme.weight
         assert spec is not None
         self.spec: QuantSpec = spec
-        scale = variant.weight_scale
-        zero = torch.zeros_like(scale) if variant.weight_zero_point is None else variant.weight_zero_point.float()
+        quantized = variant.quantized_weight()
+        assert quantized is not None
+        scale = quantized.scale
+        zero = torch.zeros_like(scale) if quantized.zero_point is None else quantized.zero_point.float()
         self.grid = (scale, zero)
         scale_OC, zero_OC = (per_weight(part, weight_OC, spec.group_size) for part in self.grid)
         down_OC = (weight_OC / scale_OC).floor()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from viditq.errors import UserError
 from viditq.quant.description.plan import QuantPlan
@@ -46,6 +47,7 @@ class SensitivitySearch:
     metrics: Mapping[str, Any]
     curve: Sequence[float] = ()
     parsed_budget: Budget = field(init=False)
+    files: ClassVar[Sequence[Path]] = ()
 
     def __post_init__(self) -> None:
         unknown = set(self.budget) - {f for f in Budget.__dataclass_fields__}

@@ -48,12 +48,14 @@ class Backend(ABC):
         """Raises Unavailable where this machine cannot run it, before any slow work; builds what has to be built."""
 
     def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """Memory of one variant's weight once it is prepared, without scales, transforms and the low-rank branch; here
-        that of the codes as they are stored. dtype: of a weight that stays in float.
+        """Memory of one variant's weight once it is prepared, without transforms and the low-rank branch; here that of
+        codes, scales and zero points as they are stored. dtype: of a weight that stays in float.
         """
-        if scheme.weight is None:
+        spec = scheme.weight
+        if spec is None:
             return out_features * in_features * dtype.itemsize
-        return out_features * packed_size(in_features, scheme.weight.bits)
+        scales = 1 if spec.granularity == "tensor" else out_features * (in_features // (spec.group_size or in_features))
+        return out_features * packed_size(in_features, spec.bits) + scales * (4 if spec.symmetric else 5)
 
     @abstractmethod
     def prepare(self, variant: Variant) -> None:

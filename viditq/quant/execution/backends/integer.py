@@ -48,9 +48,8 @@ class IntegerBackend(Backend):
         quantized, scheme = variant.quantized_weight(), variant.scheme
         if quantized is None:
             return
-        assert scheme.weight is not None and scheme.activation is not None
-        groups = [spec.group_size or variant.in_features for spec in (scheme.weight, scheme.activation)]
-        held = self.hold(quantized, scheme.weight, summable(math.gcd(*groups)))
+        assert scheme.weight is not None
+        held = self.hold(quantized, scheme.weight, summable(scale_width(scheme, variant.in_features)))
         if self._last is not None and _same(held, self._last):  # segments that differ in their activation alone
             held = self._last
         self._last = held
@@ -73,6 +72,30 @@ class IntegerBackend(Backend):
         if variant.low_rank_up is None:
             return x, None
         return x, F.linear(F.linear(x.to(variant.dtype), variant.low_rank_down), variant.low_rank_up)
+
+
+def scale_width(scheme: LayerScheme, in_features: int) -> int:
+    """In-features that share the scales of weight and activation."""
+    return math.gcd(
+        *(spec.group_size or in_features for spec in (scheme.weight, scheme.activation) if spec is not None)
+    )
+
+
+def stored_grid(
+    scale_OS: Tensor, counts_OS: Tensor | None, shift: int, spec: QuantSpec, in_features: int
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point as they are stored, from those of S segments; counts: zero points less `shift`, None = 0."""
+    groups = 1 if spec.group_size is None else in_features // spec.group_size
+    rows = slice(1 if spec.granularity == "tensor" else None)
+
+    def stored(values_OS: Tensor) -> Tensor:
+        values_OG = values_OS[rows, :: values_OS.shape[1] // groups]
+        return (values_OG if spec.group_size is None else values_OG.unsqueeze(-1)).contiguous()
+
+    if spec.symmetric:
+        return stored(scale_OS), None
+    counts_OS = torch.zeros_like(scale_OS) if counts_OS is None else counts_OS
+    return stored(scale_OS), stored((counts_OS.to(torch.int16) + shift).to(torch.uint8))
 
 
 def summable(size: int) -> int:

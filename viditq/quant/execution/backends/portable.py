@@ -16,11 +16,12 @@ from torch import Tensor
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends.base import Unavailable
-from viditq.quant.execution.backends.integer import IntegerBackend
+from viditq.quant.execution.backends.integer import IntegerBackend, scale_width, stored_grid
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight, quantize_activation
 
 PADDED_TO = 8  # CUDA takes multiples of 8; on a CPU one column gives wrong sums (torch 2.13)
+BYTES_PER_SEGMENT = 12  # of an output: scale, zero point, sum of codes
 ROWS_AT_LEAST = 17  # CUDA again
 
 
@@ -44,6 +45,10 @@ class SignedWeight(NamedTuple):
         codes_OSg = self.data[:, : self.scale.shape[1], : self.size].transpose(0, 1).to(torch.int16) + self.shift
         return codes_OSg.flatten(1).to(torch.uint8)
 
+    def grid(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point as `hold` was given them."""
+        return stored_grid(self.scale.T, self.zero_point.T, self.shift, spec, len(self.scale) * self.size)
+
 
 @BACKENDS.register("portable")
 class PortableBackend(IntegerBackend):
@@ -56,7 +61,10 @@ class PortableBackend(IntegerBackend):
             raise Unavailable("portable", "torch._int_mm is not exact on this machine (a CPU without VNNI)")
 
     def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        return out_features * in_features * (dtype.itemsize if scheme.weight is None else 1)
+        if scheme.weight is None:
+            return super().weight_bytes(scheme, out_features, in_features, dtype)
+        segments = in_features // scale_width(scheme, in_features)
+        return out_features * (in_features + BYTES_PER_SEGMENT * segments)
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
         codes_OC, scale, zero_point = quantized

@@ -1,7 +1,8 @@
-// From activations to codes: LayerNorm, modulation and smoothing of each row, its grid, its codes.
+// From activations to codes: LayerNorm and modulation of each row, and of each Linear that reads it smoothing, grid, codes.
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -15,9 +16,9 @@ struct Prologue {
   int64_t K;
   bool layernorm;
   float eps;
-  const float *mul, *add, *div;  // [M / rows_per_mul, K] twice, [K]
+  const float *mul, *add;  // [M / rows_per_mul, K]
   int64_t rows_per_mul;
-  bool empty() const { return !layernorm && !mul && !add && !div; }
+  bool empty() const { return !layernorm && !mul && !add; }
 };
 
 inline void transform_row(const Prologue& prologue, int64_t m, float* __restrict row) {
@@ -37,8 +38,14 @@ inline void transform_row(const Prologue& prologue, int64_t m, float* __restrict
     for (int64_t k = 0; k < K; ++k) row[k] *= mul[offset + k];
   if (const float* add = prologue.add)
     for (int64_t k = 0; k < K; ++k) row[k] += add[offset + k];
-  if (const float* div = prologue.div)
-    for (int64_t k = 0; k < K; ++k) row[k] /= div[k];
+}
+
+// row / div, in `buffer`, which may be the row; the row itself where there is no div.
+inline const float* smoothed(const float* row, const float* div, int64_t K, float* buffer) {
+  if (!div) return row;
+#pragma omp simd
+  for (int64_t k = 0; k < K; ++k) buffer[k] = row[k] / div[k];
+  return buffer;
 }
 
 // The transformed row m: in x itself where there is nothing to do to it, else in `buffer`.
@@ -52,76 +59,91 @@ const float* row_of(const T* x, const Prologue& prologue, int64_t m, float* buff
   return buffer;
 }
 
+struct Activations {
+  Format format;
+  int64_t rows_per_range;  // 1: tokens; M / L: dynamic per tensor
+  int64_t ranges;          // per row: 1, or the groups of a row
+};
+
 struct Quantized {  // codes [S, M, h], so that a product's rows lie close together; grids and sums [M, S]
   std::vector<Grid> grids;
   std::vector<int32_t> sums;
   uint8_t* codes;
 };
 
-struct Activations {
-  Format format;
-  int64_t rows_per_range;    // 1: tokens; M / L: dynamic per tensor
-  int64_t ranges;            // per row: 1, or the groups of a row
-  const float *scale, *zero_point;  // static: [1] or [ranges]
+// One of the Linears that read the rows.
+struct Reader {
+  const float *div, *scale, *zero_point;  // smoothing [K] or null; static grids [ranges] or null: dynamic ones
+  int64_t S, h;
+  at::Tensor codes;
+  Quantized quantized;
+  std::vector<Grid> shared;  // static grids, or one of each `rows_per_range` rows; empty: each row has its own
 };
 
-inline void quantize_segments(const float* row, int64_t m, int64_t M, const Prologue& prologue,
-                              const Activations& activations, const Grid* grids, int64_t S, int64_t h,
-                              Quantized& out) {
-  const int64_t g = prologue.K / S, per_range = S / activations.ranges;
+inline void quantize_segments(const float* row, int64_t m, int64_t M, int64_t K, const Activations& activations,
+                              Reader& reader) {
+  const int64_t S = reader.S, g = K / S, per_range = S / activations.ranges, range = K / activations.ranges;
+  const Grid* shared = reader.shared.data() + (reader.scale ? 0 : m / activations.rows_per_range);
+  Grid grid;
   for (int64_t s = 0; s < S; ++s) {
-    uint8_t* codes = out.codes + (s * M + m) * h;
-    Grid grid = grids[s / per_range];
-    out.sums[m * S + s] = quantize_row(row + s * g, g, grid, activations.format.levels(), codes);
-    out.grids[m * S + s] = grid;
-    std::fill(codes + g, codes + h, 0);
+    uint8_t* codes = reader.quantized.codes + (s * M + m) * reader.h;
+    if (!reader.shared.empty()) {
+      grid = shared[s / per_range];
+    } else if (s % per_range == 0) {
+      float lo, hi;
+      range_of(row + s * g, range, lo, hi);
+      grid = grid_of_range(lo, hi, activations.format);
+    }
+    reader.quantized.sums[m * S + s] = quantize_row(row + s * g, g, grid, activations.format.levels(), codes);
+    reader.quantized.grids[m * S + s] = grid;
+    std::fill(codes + g, codes + reader.h, 0);
   }
 }
 
+// Calls use(m, row, buffer) with every row behind the prologue.
+template <typename T, typename F>
+void for_rows(const T* x, int64_t M, const Prologue& prologue, F&& use) {
+  at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> transformed(prologue.K), buffer(prologue.K);
+    for (int64_t m = begin; m < end; ++m) use(m, row_of(x, prologue, m, transformed.data()), buffer.data());
+  });
+}
+
+inline Grid grid_of_rows(const float* lo, const float* hi, int64_t count, const Format& format) {
+  float least = lo[0], most = hi[0];
+  for (int64_t i = 0; i < count; ++i) {
+    least = lo[i] < least || lo[i] != lo[i] ? lo[i] : least;
+    most = hi[i] > most || hi[i] != hi[i] ? hi[i] : most;
+  }
+  return grid_of_range(least, most, format);
+}
+
+// The grids that are known before the rows are.
 template <typename T>
-void quantize(const T* x, int64_t M, const Prologue& prologue, const Activations& activations, int64_t S, int64_t h,
-              Quantized& out) {
-  const int64_t K = prologue.K, ranges = activations.ranges, span = activations.rows_per_range;
-  std::vector<Grid> shared;  // grids known before the rows are: static, or of many rows
-  if (activations.scale) {
+void share_grids(const T* x, int64_t M, const Prologue& prologue, const Activations& activations, Reader& reader) {
+  const int64_t K = prologue.K, span = activations.rows_per_range;
+  if (reader.scale) {
     const int32_t middle = activations.format.symmetric ? activations.format.middle() : 0;
-    for (int64_t i = 0; i < ranges; ++i)
-      shared.push_back({activations.scale[i], static_cast<int32_t>(activations.zero_point[i]) + middle});
+    for (int64_t i = 0; i < activations.ranges; ++i)
+      reader.shared.push_back({reader.scale[i], static_cast<int32_t>(reader.zero_point[i]) + middle});
   } else if (span > 1) {
     std::vector<float> lo(M), hi(M);
-    at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer(K);
-      for (int64_t m = begin; m < end; ++m)
-        range_of(row_of(x, prologue, m, buffer.data()), K, lo[m], hi[m]);
+    for_rows(x, M, prologue, [&](int64_t m, const float* row, float* buffer) {
+      range_of(smoothed(row, reader.div, K, buffer), K, lo[m], hi[m]);
     });
-    for (int64_t m = 0; m < M; m += span) {
-      float least = lo[m], most = hi[m];
-      for (int64_t i = m; i < m + span; ++i) {
-        least = lo[i] < least || lo[i] != lo[i] ? lo[i] : least;
-        most = hi[i] > most || hi[i] != hi[i] ? hi[i] : most;
-      }
-      shared.push_back(grid_of_range(least, most, activations.format));
-    }
+    for (int64_t m = 0; m < M; m += span)
+      reader.shared.push_back(grid_of_rows(lo.data() + m, hi.data() + m, span, activations.format));
   }
-  at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(K);
-    std::vector<Grid> own(ranges);
-    for (int64_t m = begin; m < end; ++m) {
-      const float* row = row_of(x, prologue, m, buffer.data());
-      const Grid* grids = own.data();
-      if (activations.scale) {
-        grids = shared.data();
-      } else if (span > 1) {
-        grids = shared.data() + m / span;
-      } else {
-        for (int64_t i = 0; i < ranges; ++i) {
-          float lo, hi;
-          range_of(row + i * (K / ranges), K / ranges, lo, hi);
-          own[i] = grid_of_range(lo, hi, activations.format);
-        }
-      }
-      quantize_segments(row, m, M, prologue, activations, grids, S, h, out);
-    }
+}
+
+// The codes of all readers, each row loaded and transformed once.
+template <typename T>
+void quantize(const T* x, int64_t M, const Prologue& prologue, const Activations& activations,
+              std::vector<Reader>& readers) {
+  for (Reader& reader : readers) share_grids(x, M, prologue, activations, reader);
+  for_rows(x, M, prologue, [&](int64_t m, const float* row, float* buffer) {
+    for (Reader& reader : readers)
+      quantize_segments(smoothed(row, reader.div, prologue.K, buffer), m, M, prologue.K, activations, reader);
   });
 }
 

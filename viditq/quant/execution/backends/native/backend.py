@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
-from viditq.quant.execution.backends.integer import IntegerBackend
+from viditq.quant.execution.backends.integer import IntegerBackend, scale_width
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import PADDED_TO, PANEL, PackedWeight, joined, pack_weight
 from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
@@ -20,7 +19,7 @@ from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight
 from viditq.quant.methods.transforms import Smooth
 
-BYTES_PER_SEGMENT = 9  # of an output: scale, sum of codes, zero point
+BYTES_PER_SEGMENT = 5  # of an output: scale, zero point
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,11 +34,10 @@ class NativeBackend(IntegerBackend):
         ops.load()
 
     def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """In whole panels: codes, up to 4 bits two in a byte, and for each output and segment a scale and two sums."""
+        """In whole panels: codes, up to 4 bits two in a byte, for each output and segment a scale and a zero point."""
         if scheme.weight is None:
             return super().weight_bytes(scheme, out_features, in_features, dtype)
-        groups = [spec.group_size or in_features for spec in (scheme.weight, scheme.activation) if spec is not None]
-        size = math.gcd(*groups)
+        size = scale_width(scheme, in_features)
         rows, width = PANEL * -(-out_features // PANEL), PADDED_TO * -(-size // PADDED_TO)
         codes = width // 2 if scheme.weight.bits <= 4 else width
         return rows * (in_features // size) * (codes + BYTES_PER_SEGMENT)
@@ -69,6 +67,21 @@ class NativeBackend(IntegerBackend):
             weight, bias = _joined(variants, biases)
             together = self._run(variants[0], x, weight, bias, before, after, div=_smoothing(variants[0]))
             return list(together.split([_weight(v).out_features for v in variants], -1))
+        if len(variants) > 1 and after.is_nothing and _share_rows(variants):
+            return ops.linears(
+                _readable(x),
+                [_weight(v) for v in variants],
+                biases,
+                cast(QuantSpec, variants[0].scheme.activation),
+                [v.input_qparams for v in variants],
+                [_smoothing(v) for v in variants],
+                layernorm_eps=before.eps,
+                mul=before.mul,
+                add=before.add,
+                out_dtype=variants[0].dtype,
+            )
+        if len(variants) > 1 and not before.is_nothing and all(v.held is not None for v in variants):
+            x, before = _transformed(x, before), NOTHING_BEFORE
         return [self._product(v, x, bias, before, after) for v, bias in zip(variants, biases, strict=True)]
 
     def _product(self, variant: Variant, x: Tensor, bias: Tensor | None, before: Before, after: After) -> Tensor:
@@ -76,8 +89,7 @@ class NativeBackend(IntegerBackend):
             return after.apply(self.linear(variant, before.apply(x), bias))
         if _goes_into_the_quantizer(variant):
             return self._run(variant, x, variant.held, bias, before, after, div=_smoothing(variant))
-        y = x if before.is_nothing else ops.transform(x, layernorm_eps=before.eps, mul=before.mul, add=before.add)
-        y, addend = self.chained(variant, y)
+        y, addend = self.chained(variant, x if before.is_nothing else _transformed(x, before))
         return self._run(variant, y, variant.held, bias, after=after, addend=addend)
 
     def _run(
@@ -93,7 +105,7 @@ class NativeBackend(IntegerBackend):
         spec = variant.scheme.activation
         assert spec is not None and isinstance(weight, PackedWeight)
         return ops.linear(
-            x if x.dtype in FLOATS else x.float(),
+            _readable(x),
             weight,
             bias,
             spec,
@@ -113,6 +125,26 @@ def _goes_into_the_quantizer(variant: Variant) -> bool:
     """Whether all that its chain does is a division; a rotation and a low-rank branch need the tensor itself."""
     smooth_at_most = all(isinstance(transform, Smooth) for transform in variant.chain) and len(variant.chain) <= 1
     return smooth_at_most and variant.low_rank_up is None
+
+
+def _share_rows(variants: Sequence[Variant]) -> bool:
+    """Whether all quantize one and the same transformed input, each with smoothing and scales of its own."""
+    first = variants[0]
+    return all(
+        v.held is not None
+        and v.dtype == first.dtype
+        and v.scheme.activation == first.scheme.activation
+        and _goes_into_the_quantizer(v)
+        for v in variants
+    )
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.dtype in FLOATS else x.float()
+
+
+def _transformed(x: Tensor, before: Before) -> Tensor:
+    return ops.transform(x, layernorm_eps=before.eps, mul=before.mul, add=before.add)
 
 
 def _smoothing(variant: Variant) -> Tensor | None:
@@ -153,9 +185,10 @@ def _joined(variants: Sequence[Variant], biases: Sequence[Tensor | None]) -> tup
     weight = joined([_weight(v) for v in variants])
     rows = 0
     for v in variants:
-        panels = len(_weight(v).data)
-        v.hand_over(_weight(v)._replace(data=weight.data[rows : rows + panels]))
-        rows += panels
+        mine = slice(rows, rows + len(_weight(v).data))
+        counts = None if weight.zero_point is None else weight.zero_point[mine]
+        v.hand_over(_weight(v)._replace(data=weight.data[mine], scale=weight.scale[mine], zero_point=counts))
+        rows = mine.stop
     sizes = [_weight(v).out_features for v in variants]
     parts = [torch.zeros(n) if b is None else b.detach().float() for b, n in zip(biases, sizes, strict=True)]
     bias = None if all(b is None for b in biases) else torch.cat(parts)

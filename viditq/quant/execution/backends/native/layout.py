@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from viditq.quant.execution.backends.integer import summable
+from viditq.quant.description.quant_spec import QuantSpec
+from viditq.quant.execution.backends.integer import stored_grid, summable
 
 PANEL = 64
 PADDED_TO = 8
@@ -26,13 +27,12 @@ PIECE_CODES = 2**21  # that are packed at once
 class PackedWeight(NamedTuple):
     """One weight, or several with one input, as `ops.linear` takes it.
 
-    data: int8 [P, S, h/4, 64, 4], or uint8 [P, S, h/8, 64, 4] for up to 4 bits; scale float32, colsum int32 (sums of
-    s8) and zero_point int8 (in counts of s8; None = all 0), each [S, 64 P].
+    data: int8 [P, S, h/4, 64, 4], or uint8 [P, S, h/8, 64, 4] for up to 4 bits; scale float32 and zero_point int8 (in
+    counts of s8; None = all 0), each [P, S, 64].
     """
 
     data: Tensor
     scale: Tensor
-    colsum: Tensor
     zero_point: Tensor | None
     out_features: int
     in_features: int
@@ -41,12 +41,20 @@ class PackedWeight(NamedTuple):
     def moved(self, move: Callable[[Tensor], Tensor]) -> PackedWeight:
         """The same with each of its tensors moved."""
         zero_point = None if self.zero_point is None else move(self.zero_point)
-        moved = self._replace(data=move(self.data), scale=move(self.scale), colsum=move(self.colsum))
-        return moved._replace(zero_point=zero_point)
+        return self._replace(data=move(self.data), scale=move(self.scale), zero_point=zero_point)
 
     def codes(self) -> Tensor:
         """The uint8 [O, C] that `pack_weight` was given."""
         return unpack_codes(self)
+
+    def grid(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """The scale and zero point that `pack_weight` was given."""
+        scale_OS, counts_OS = (
+            None if part is None else part.transpose(1, 2).flatten(0, 1)[: self.out_features]
+            for part in (self.scale, self.zero_point)
+        )
+        assert scale_OS is not None
+        return stored_grid(scale_OS, counts_OS, 128 if self.bits == 8 else 0, spec, self.in_features)
 
     def joins(self, other: PackedWeight) -> bool:
         """Whether `joined` takes both: equal widths in whole panels."""
@@ -89,22 +97,20 @@ def _pack_rows(
     rows = -out_features % PANEL
 
     def per_segment(values: Tensor) -> Tensor:
-        """[S, 64 P] of a scale or zero point."""
+        """[P, S, 64] of a scale or zero point; 0 where there is no output."""
         values_OG = values.reshape(values.shape[0], -1).expand(out_features, groups)
-        return F.pad(values_OG.repeat_interleave(segments // groups, 1), (0, 0, 0, rows)).T.contiguous()
+        values_OS = F.pad(values_OG.repeat_interleave(segments // groups, 1), (0, 0, 0, rows))
+        return values_OS.view(-1, PANEL, segments).transpose(1, 2).contiguous()
 
     signed_OSg = (codes_OC.to(torch.int16) - shift).to(torch.int8).view(out_features, segments, size)
     padded_PSh = F.pad(signed_OSg, (0, padded - size, 0, 0, 0, rows)).view(-1, PANEL, segments, padded // 4, 4)
     data = padded_PSh.permute(0, 2, 3, 1, 4)
     if bits <= 4:
         data = (data[:, :, 0::2] | data[:, :, 1::2] << 4).view(torch.uint8)
-    colsum = F.pad(signed_OSg.sum(-1, dtype=torch.int32), (0, 0, 0, rows)).T.contiguous()
-    counts = (per_segment(zero) - shift).to(torch.int8)
-    counts[:, out_features:] = 0
+    counts = per_segment(zero - shift).to(torch.int8)
     return PackedWeight(
         data.contiguous(),
         per_segment(scale.float()),
-        colsum,
         counts if counts.any() else None,
         out_features,
         in_features,
@@ -116,13 +122,13 @@ def joined(weights: Sequence[PackedWeight]) -> PackedWeight:
     """One weight whose outputs are those of all, in turn; each `joins` the others."""
     zero_points = None
     if any(w.zero_point is not None for w in weights):
-        nothing = torch.int8  # the type of `zero_point`
-        parts = [torch.zeros_like(w.colsum, dtype=nothing) if w.zero_point is None else w.zero_point for w in weights]
-        zero_points = torch.cat(parts, 1)
+        nothing = [torch.zeros_like(w.scale, dtype=torch.int8) for w in weights]
+        zero_points = torch.cat(
+            [n if w.zero_point is None else w.zero_point for n, w in zip(nothing, weights, strict=True)]
+        )
     return PackedWeight(
         torch.cat([w.data for w in weights]),
-        torch.cat([w.scale for w in weights], 1),
-        torch.cat([w.colsum for w in weights], 1),
+        torch.cat([w.scale for w in weights]),
         zero_points,
         sum(w.out_features for w in weights),
         weights[0].in_features,

@@ -18,8 +18,7 @@ constexpr int64_t kRows = 128, kPanelsPerChunk = 8, kChunkBytes = 512 * 1024;
 struct Weight {
   const uint8_t* data;
   bool nibbles;
-  const float* scale;       // [S, 64 P], as the two below
-  const int32_t* colsum;
+  const float* scale;        // [P, S, 64], as the next
   const int8_t* zero_point;  // null: all 0
   int64_t N, P, S, h;
   int64_t panel_bytes() const { return S * h * kPanel; }  // as int8
@@ -33,10 +32,19 @@ inline void unpack_nibbles(const uint8_t* __restrict from, int64_t bytes, int8_t
     }
 }
 
+// Sums over k of a panel [h / 4, 64, 4]; they cost less to compute for each chunk than memory to keep.
+inline void sum_columns(const int8_t* panel, int64_t h, int32_t* colsum) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sums[4] = {};
+  for (int64_t k = 0; k < h; k += 4, panel += 4 * kPanel)
+    for (int64_t j = 0; j < 4; ++j)
+      sums[j] = _mm512_dpbusd_epi32(sums[j], ones, _mm512_loadu_si512(panel + 64 * j));
+  for (int64_t j = 0; j < 4; ++j) _mm512_storeu_si512(colsum + 16 * j, sums[j]);
+}
+
 // y = sx sw (acc - zx colsum - zw rest) for one row of the only segment.
-inline void dequantize_row(const int32_t* __restrict acc, const Weight& weight, int64_t n, int64_t count, Grid grid,
-                           int32_t rest, float* __restrict y) {
-  const int32_t* __restrict colsum = weight.colsum + n;
+inline void dequantize_row(const int32_t* __restrict acc, const int32_t* __restrict colsum, const Weight& weight,
+                           int64_t n, int64_t count, Grid grid, int32_t rest, float* __restrict y) {
   const float* __restrict scale = weight.scale + n;
   const auto exact = [&](int64_t i) { return acc[i] - grid.zero_point * colsum[i]; };
   if (const int8_t* __restrict zero_point = weight.zero_point ? weight.zero_point + n : nullptr)
@@ -49,12 +57,13 @@ using Ints = int32_t __attribute__((vector_size(64), aligned(4)));
 using Floats = float __attribute__((vector_size(64), aligned(4)));
 
 // y += sx sw (acc - zx colsum - zw rest) for `rows` rows of a panel and segment, whose scales stay in registers.
-inline void accumulate_panel(const int32_t* acc, const Weight& weight, int64_t offset, int64_t rows, const Grid* grids,
-                             const int32_t* sums, int64_t step, int32_t size, float* y) {
+inline void accumulate_panel(const int32_t* acc, const int32_t* columns, const Weight& weight, int64_t offset,
+                             int64_t rows, const Grid* grids, const int32_t* sums, int64_t step, int32_t size,
+                             float* y) {
   Ints colsum[4], zero_point[4] = {};
   Floats scale[4];
   for (int64_t j = 0; j < 4; ++j) {
-    colsum[j] = *reinterpret_cast<const Ints*>(weight.colsum + offset + 16 * j);
+    colsum[j] = *reinterpret_cast<const Ints*>(columns + 16 * j);
     scale[j] = *reinterpret_cast<const Floats*>(weight.scale + offset + 16 * j);
     if (weight.zero_point)
       for (int64_t i = 0; i < 16; ++i) zero_point[j][i] = weight.zero_point[offset + 16 * j + i];
@@ -85,6 +94,7 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
     std::vector<int32_t> acc(kRows * ldc);
     std::vector<float> y(S > 1 ? kRows * kPanel : width), buffer(width);
     std::vector<int8_t> unpacked(weight.nibbles ? panels * weight.panel_bytes() : 0);
+    std::vector<int32_t> colsum(width * S);  // of the chunk, [panels, S, 64]
     const Product product(h, use_amx);
     int64_t held = -1;
     for (int64_t task = begin; task < end; ++task) {
@@ -94,9 +104,11 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
       if (weight.nibbles) {
         const int64_t bytes = weight.panel_bytes() / 2;
         if (held != chunk) unpack_nibbles(weight.data + p0 * bytes, (p1 - p0) * bytes, unpacked.data());
-        held = chunk;
         b = unpacked.data();
       }
+      if (held != chunk)
+        for (int64_t i = 0; i < (p1 - p0) * S; ++i) sum_columns(b + i * h * kPanel, h, colsum.data() + i * kPanel);
+      held = chunk;
       const uint8_t* a = x.codes + m0 * h;
       const Grid* grids = x.grids.data() + m0 * S;
       const int32_t* sums = x.sums.data() + m0 * S;
@@ -108,7 +120,8 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
         for (int64_t i = 0; i < rows; ++i) {
           float* row = y.data();
           if constexpr (std::is_same_v<T, float>) row = out + (m0 + i) * N + n0;
-          dequantize_row(acc.data() + i * ldc, weight, n0, count, grids[i], sums[i] - size * grids[i].zero_point, row);
+          const int32_t rest = sums[i] - size * grids[i].zero_point;
+          dequantize_row(acc.data() + i * ldc, colsum.data(), weight, n0, count, grids[i], rest, row);
           finish_row(row, buffer.data(), epilogue, m0 + i, n0, count, N, addend, residual, out);
         }
         continue;
@@ -118,7 +131,9 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue
         std::fill_n(y.data(), rows * kPanel, 0.0f);
         for (int64_t s = 0; s < S; ++s, b += h * kPanel) {
           product(rows, ldc, a + s * M * h, b, acc.data());
-          accumulate_panel(acc.data(), weight, s * weight.P * kPanel + n, rows, grids + s, sums + s, S, size, y.data());
+          const int64_t offset = ((p - p0) * S + s) * kPanel;
+          accumulate_panel(acc.data(), colsum.data() + offset, weight, n0 * S + offset, rows, grids + s, sums + s, S,
+                           size, y.data());
         }
         for (int64_t i = 0; i < rows; ++i)
           finish_row(y.data() + i * kPanel, buffer.data(), epilogue, m0 + i, n, count, N, addend, residual, out);

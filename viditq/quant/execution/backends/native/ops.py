@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,13 +23,18 @@ def load() -> None:
     build.load()
     if not _registered:
         torch.library.register_fake("viditq::linear", _fake_linear)
+        torch.library.register_fake("viditq::linears", _fake_linears)
         torch.library.register_fake("viditq::transform", lambda x, *rest: torch.empty_like(x, dtype=torch.float32))
         _registered = True
 
 
 def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    out_features, out_dtype = rest[4], rest[-1]
+    out_features, out_dtype = rest[3], rest[-1]
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
+
+
+def _fake_linears(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], out_features), dtype=rest[-1]) for out_features in rest[3]]
 
 
 def linear(
@@ -64,19 +70,14 @@ def linear(
     """
     scale, zero_point = static or (None, None)
     dtype = out_dtype or x.dtype
-    groups = 1 if spec.group_size is None else weight.in_features // spec.group_size
     return torch.ops.viditq.linear(
         x,
         weight.data,
         weight.scale,
-        weight.colsum,
         weight.zero_point,
         _as(bias),
         weight.out_features,
-        spec.bits,
-        spec.symmetric,
-        groups,
-        spec.granularity == "tensor" and spec.dynamic,
+        *_grid(spec, weight),
         _as(scale),
         _as(zero_point),
         -1.0 if layernorm_eps is None else layernorm_eps,
@@ -91,6 +92,42 @@ def linear(
     )
 
 
+def linears(
+    x: Tensor,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[Tensor | None],
+    spec: QuantSpec,
+    statics: Sequence[tuple[Tensor, Tensor] | None],
+    divs: Sequence[Tensor | None],
+    *,
+    layernorm_eps: float | None = None,
+    mul: Tensor | None = None,
+    add: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Q_a(t / div) Q_w^T + bias of each Linear, t = layernorm(x) * mul + add, which is computed once for all of them.
+
+    To the bit what `linear` gives one by one; arguments as there, of each Linear its weight, bias, static grid and div.
+    """
+    scales, zero_points = zip(*(static or (None, None) for static in statics), strict=True)
+    return torch.ops.viditq.linears(
+        x,
+        [weight.data for weight in weights],
+        [weight.scale for weight in weights],
+        [weight.zero_point for weight in weights],
+        [_as(bias) for bias in biases],
+        [weight.out_features for weight in weights],
+        *_grid(spec, weights[0]),
+        [_as(scale) for scale in scales],
+        [_as(zero_point) for zero_point in zero_points],
+        -1.0 if layernorm_eps is None else layernorm_eps,
+        _as(mul),
+        _as(add),
+        [_as(div) for div in divs],
+        out_dtype or x.dtype,
+    )
+
+
 def transform(
     x: Tensor,
     *,
@@ -101,6 +138,12 @@ def transform(
 ) -> Tensor:
     """(layernorm(x) * mul + add) / div, float32 [..., C]: the t of `linear`, for a rotation or a branch."""
     return torch.ops.viditq.transform(x, -1.0 if layernorm_eps is None else layernorm_eps, _as(mul), _as(add), _as(div))
+
+
+def _grid(spec: QuantSpec, weight: PackedWeight) -> tuple[int, bool, int, bool]:
+    """Bits, symmetric, ranges of a row, one range for all rows of a sample."""
+    groups = 1 if spec.group_size is None else weight.in_features // spec.group_size
+    return spec.bits, spec.symmetric, groups, spec.granularity == "tensor" and spec.dynamic
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
