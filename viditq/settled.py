@@ -73,6 +73,8 @@ def files_in_cache(job: Job) -> Iterator[Path]:
     data = job.experiment.data
     paths = (job.embeds_path(prompt) for prompt in dict.fromkeys([*data.prompts, *data.calibration_prompts]))
     yield from (path for path in paths if path.is_file())
+    if job.quantized_embeds != job.embeds:
+        yield from (job.embeds_path(prompt, job.quantized_embeds) for prompt in dict.fromkeys(data.prompts))
     entries = [job.reference, *job.floors.values()]
     entries += [job.stats] if job.needs_stats else []
     entries += [job.block_inputs] if job.needs_block_inputs else []

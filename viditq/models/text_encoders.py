@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.mapped import mapped_tensors
 from viditq.models.adapter import ModelAdapter
-from viditq.models.checks import DTYPES
 from viditq.models.contents import check_part
+from viditq.models.dtypes import DTYPES
 from viditq.models.parts import models_of
 from viditq.models.weight_files import COPY_AGAIN, DAMAGED, TRANSFORMERS, variant_of, weight_files
 

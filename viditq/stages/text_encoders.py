@@ -78,6 +78,7 @@ def encode(job: Job) -> None:
             _encode(job, processes.share(processes.first_does(missing)))
             processes.wait()
     if not processes.first_does(lambda: is_whole(job.run_dir.embedding_errors)):
+        job.may_change()
         processes.first_does(lambda: write_json(job.run_dir.embedding_errors, _errors(job)))
 
 
