@@ -37,6 +37,7 @@ NAMES = {
 }
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 ENTRY_BYTES = 50  # of a header, beside name, shape and offsets
+AROUND = 16 * mmap.PAGESIZE  # what Linux maps at once where one page is looked at
 PIECE_BYTES = 2**20  # of a tensor that is looked at in pieces, so that what is made of one stays in the cache
 
 _maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of their first byte
@@ -83,7 +84,8 @@ def release(tensors: Iterable[Tensor]) -> None:
 
 def _drop(mapping: mmap.mmap, first: int, end: int) -> None:
     if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-        first -= first % mmap.PAGESIZE  # a page that a neighbour shares is read again too
+        first -= first % AROUND  # what a neighbour has there is read again too
+        end = min(end + -end % AROUND, len(mapping))
         mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
