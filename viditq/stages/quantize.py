@@ -32,10 +32,10 @@ TELL_SECONDS = 10
 
 def quantize(job: Job) -> str:
     """The denoiser, then the text encoders where that is asked for."""
-    return "; ".join([quantize_denoiser(job), *quantize_encoders(job)])
+    return "; ".join([_denoiser(job), *quantize_encoders(job)])
 
 
-def quantize_denoiser(job: Job) -> str:
+def _denoiser(job: Job) -> str:
     """Fit transforms, quantize the weights, write the artifact."""
     folder = job.run_dir.artifact
     if job.processes.first_does(folder.is_dir):
