@@ -105,6 +105,14 @@ def test_smoothing_composes(name: str, configure: Configure) -> None:
     assert bool(quant.recipe.smoothing) == (name != "none")
 
 
+@pytest.mark.parametrize("name", options("quant/text_encoder"))
+def test_text_encoder_composes(name: str, configure: Configure) -> None:
+    experiment = build(configure("quant=none", f"quant/text_encoder={name}", "name=x"))
+    schemes = [scheme for plan in experiment.encoder_plans.values() for scheme in plan.schemes.values()]
+    assert {f"w{scheme.weight.bits}" for scheme in schemes if scheme.weight} == {name} - {"none"}
+    assert {*experiment.encoder_plans} == ({"text_encoder"} if name != "none" else set())
+
+
 @pytest.mark.parametrize("name", options("quant/rounding"))
 def test_rounding_composes(name: str, configure: Configure) -> None:
     schemes = build(configure("quant=w8a8_naive", f"quant/rounding={name}", "name=x")).plan.schemes.values()
@@ -199,6 +207,7 @@ def test_names_that_are_too_long_stay_distinct() -> None:
 def test_a_plan_file_takes_no_other_bits(word: str) -> None:
     """They would change nothing, so they are refused; what a plan does not say may be given."""
     allowed = ["quant=w8a8", "quant/policy=plan_file", "quant.policy.path=p", "quant.correction=ptqd", "seed=1"]
+    allowed += ["quant/text_encoder=w4", "quant.text_encoder.group_size=32"]
     with pytest.raises(UserError, match=re.escape(word.split("=")[0].lstrip("+")) + ": .*would change nothing"):
         check_overrides("viditq.quant.description.policy.PlanFile", [*allowed, word])
     check_overrides("viditq.quant.description.policy.PlanFile", allowed)

@@ -19,7 +19,7 @@ FLOORS: list[list[str]] = [
     ["quant.convert"],
     ["quant.diagnosis"],
     ["quant.search", "quant.correction"],
-    ["quant.artifact", "quant.artifact_writer", "quant.streaming", "quant.setting"],
+    ["quant.artifact", "quant.artifact_writer", "quant.streaming", "quant.setting", "quant.text_encoder"],
     ["quant.sizes", "quant"],
     ["models", "data", "metrics", "report"],
     ["engine", "fusion", "tiny", "run_dir"],

@@ -97,7 +97,7 @@ def check_overrides(policy: str, overrides: Sequence[str]) -> None:
     """
     if not policy.endswith(".PlanFile"):
         return
-    read = re.compile(r"quant([./]policy.*|\.float_dtype|\.correction)?$")
+    read = re.compile(r"quant([./]policy.*|[./]text_encoder.*|\.float_dtype|\.correction)?$")
     keys = [word.partition("=")[0].lstrip("+~") for word in overrides]
     unread = [key for key in keys if key == "bits" or (re.match(r"quant([./@]|$)", key) and not read.match(key))]
     if unread:

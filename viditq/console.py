@@ -15,6 +15,7 @@ from viditq.gate import Gate
 from viditq.metrics.headline import headline
 from viditq.report.speed import speed_line
 from viditq.report.table import MetricRow, metrics_table, verdict_table
+from viditq.report.text_encoders import text_encoder_lines
 from viditq.run_dir import RunDir
 
 MIN_WIDTH = 80
@@ -104,6 +105,8 @@ def print_summary(console: Console, metrics: Mapping[str, Any], run_dir: RunDir)
     bits = f"W{metrics['average_weight_bits']:.2f} A{metrics['average_activation_bits']:.2f} bits on average"
     size, full = metrics["size_bytes"] / 1e6, metrics["float_size_bytes"] / 1e6
     console.print(f"{bits}; denoiser {size:.2f} MB on disk, {full:.2f} MB in fp16 ({full / size:.2f}x smaller)")
+    for line in text_encoder_lines(metrics):
+        console.print(line, markup=False)
     speed = read_json(run_dir.speed) if is_whole(run_dir.speed) else None
     if line := speed_line(metrics.get("backend"), speed):
         console.print(line, markup=False)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
 from viditq.models.text import check_encodes
+from viditq.models.text_encoders import build_encoder, encoder_names
 from viditq.nulls import check_nulls
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixed_bucket
 from viditq.quant.convert import linear_names, shapes_of
@@ -34,6 +35,7 @@ from viditq.quant.description.plan import QuantPlan
 from viditq.quant.execution.backends import check_supported, get_backend
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.setting import QuantSetting
+from viditq.quant.text_encoder import text_encoder_plan
 from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
@@ -75,6 +77,7 @@ class Experiment:
     make_logger: Callable[..., Any] | None
     logger_name: str
     tracked: Mapping[str, Any]
+    encoder_plans: Mapping[str, QuantPlan] = field(default_factory=dict)
     offload: str | None = None
     memory_budget: int | None = None
 
@@ -115,6 +118,9 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     if not adapter.compile:  # younger than what folders of runs hold
         tracked["model"].pop("compile", None)
     tracked["calibration"].pop("moment_bytes")  # how often the prompts are sampled, not what comes of it
+    encoder_plans = _encoder_plans(adapter, quant, data)
+    if quant.text_encoder is None:  # likewise
+        tracked["quant"].pop("text_encoder", None)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     experiment = Experiment(
@@ -138,6 +144,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         plan=plan,
         roles=roles,
         weights=weights,
+        encoder_plans=encoder_plans,
         data=data,
         make_metrics=lambda: instantiate(cfg.metric, _convert_="all"),
         make_trainer=lambda: _trainer(cfg.trainer),
@@ -197,6 +204,19 @@ def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[s
     if isinstance(quant.policy, SensitivitySearch):
         quant.policy.check(plan, roles, shapes_of(denoiser), USUAL)
     return plan, roles
+
+
+def _encoder_plans(adapter: ModelAdapter, quant: QuantSetting, data: PromptData) -> dict[str, QuantPlan]:
+    """Text encoder -> its plan; raises UserError where none can be quantized, or none would be used."""
+    if quant.text_encoder is None:
+        return {}
+    names = encoder_names(adapter)
+    if data.ready_embeds:
+        raise UserError(
+            "quant/text_encoder: data.embeds stands in for the text encoder, so that what it costs could not be "
+            "measured. Leave data.embeds out, or give quant/text_encoder=none."
+        )
+    return {name: text_encoder_plan(build_encoder(adapter, name), quant.text_encoder, name) for name in names}
 
 
 def _check_segments(adapter: ModelAdapter, plan: QuantPlan, num_buckets: int) -> None:

@@ -65,6 +65,12 @@ class Job:
         return self._entry("prompts", {"model": model, "weights": self.experiment.weights})
 
     @cached_property
+    def quantized_embeds(self) -> Entry:
+        """Embeddings of prompts by the text encoders that this run samples with: quantized ones, where it has them."""
+        plans = {name: fingerprint({"json": plan.to_json()}) for name, plan in self.experiment.encoder_plans.items()}
+        return self._entry("prompts", {**self.embeds.key, "text_encoders": plans}) if plans else self.embeds
+
+    @cached_property
     def reference(self) -> Entry:
         """The float model's samples of the evaluation prompts."""
         return self.float_samples(self.experiment.seed, None)
@@ -159,16 +165,16 @@ class Job:
         inputs = {"reference": self.reference.path.name, "floors": keys, "num_prompts": self.floor_size}
         return self._entry("noise_floor", {**inputs, "metrics": self.experiment.tracked["metric"]})
 
-    def embeds_path(self, prompt: str) -> Path:
-        """The cached embeddings of one prompt."""
-        return self.embeds.path / f"{fingerprint({'prompt': prompt})}.safetensors"
+    def embeds_path(self, prompt: str, entry: Entry | None = None) -> Path:
+        """The cached embeddings of one prompt; entry: of the float encoder (None) or `quantized_embeds`."""
+        return (entry or self.embeds).path / f"{fingerprint({'prompt': prompt})}.safetensors"
 
-    def load_embeds(self, prompts: list[str]) -> Callable[[int], PromptEmbeds]:
-        """Index of a prompt -> its embeddings."""
+    def load_embeds(self, prompts: list[str], entry: Entry | None = None) -> Callable[[int], PromptEmbeds]:
+        """Index of a prompt -> its embeddings; entry: as of `embeds_path`."""
         remedy = "Delete it and run the command again, with the stage prompts."
 
         def load(index: int) -> PromptEmbeds:
-            file = self.embeds_path(prompts[index])
+            file = self.embeds_path(prompts[index], entry)
             if not file.is_file():
                 raise UserError(f"{prompts[index][:60]!r} is not encoded ({file}). Run the stage prompts before.")
             return read_embeds(file, remedy)
@@ -273,7 +279,7 @@ class Job:
         broken = broken_file(run.artifact) if run.artifact.is_dir() else None
         if broken is not None:
             self.say(f"      {broken} is damaged and will be made again")
-            shutil.rmtree(run.artifact)
+            shutil.rmtree(broken.parent)  # of one text encoder, if the file is its
 
 
 class Busy(Exception):

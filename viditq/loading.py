@@ -1,6 +1,7 @@
 """From an artifact back to a pipeline, without statistics, prompts or the denoiser's float weights."""
 
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,10 +14,12 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
 from viditq.models.sampler_noise import check_shrinkable, shrink_noise
+from viditq.models.text_encoders import build_encoder
 from viditq.quant.artifact import load_denoiser, read_meta
 from viditq.quant.correction.ptqd import corrections_of, latest_variance
 from viditq.quant.execution.denoiser import refuse_to_save
 from viditq.quant.execution.linear import quant_linears
+from viditq.quant.text_encoder import BACKEND
 
 
 def load_quantized(
@@ -71,12 +74,25 @@ def load_artifact(
     fuse_blocks(denoiser)
     if float_dtype not in (None, adapter.dtype):
         DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype, adapter.timestep_argument)
-    pipeline = adapter.load_complete(denoiser) if complete else adapter.load(denoiser)
+    encoders = load_encoders(folder, adapter, meta.get("text_encoders", [])) if complete else {}
+    pipeline = adapter.load_complete(denoiser, encoders) if complete else adapter.load(denoiser)
     if meta.get("correction") == "ptqd":
         _tell_sampler(folder, adapter, pipeline, denoiser)
-    if quant_linears(denoiser):
+    if quant_linears(denoiser) or encoders:
         pipeline.save_pretrained = partial(refuse_to_save, f"a copy of {folder}, and viditq.load_quantized(copy)")
     return with_settings(adapter, pipeline) if complete else pipeline
+
+
+def load_encoders(folder: Path, adapter: ModelAdapter, names: Iterable[str]) -> dict[str, Any]:
+    """The quantized text encoders of an artifact by name, whose weights stay codes until their layers are called."""
+    encoders: dict[str, Any] = {}
+    for name in names:
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder} is no whole quantized model: {name} is missing. Run the stage quantize again.")
+        encoder: Any = load_denoiser(folder / name, partial(build_encoder, adapter, name), BACKEND)[0]
+        encoder.tie_weights()
+        encoders[name] = encoder.eval().requires_grad_(False)
+    return encoders
 
 
 def _tell_sampler(folder: Path, adapter: ModelAdapter, pipeline: Any, denoiser: nn.Module) -> None:

@@ -137,14 +137,14 @@ class Writer:
                 file.seek(0)
                 file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
 
-    def add(self, name: str, tensor: Tensor, digest: Any = None) -> None:
-        """Write one; digest: a hash that is told its bytes."""
-        start = self._end
+    def add(self, name: str, tensor: Tensor, digest: Any = None, dtype: torch.dtype | None = None) -> None:
+        """Write one; digest: a hash that is told its bytes. dtype: that it is written in, None = its own."""
+        start, dtype = self._end, dtype or tensor.dtype
         for piece in in_pieces(tensor.detach()):
-            data = piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            data = piece.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data
             self._file.write(data)
             self._end += data.nbytes
             if digest is not None:
                 digest.update(data)
-        entry = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, self._end]}
+        entry = {"dtype": NAMES[dtype], "shape": [*tensor.shape], "data_offsets": [start, self._end]}
         self._entries[name] = entry

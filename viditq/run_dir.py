@@ -158,6 +158,11 @@ class RunDir:
         return self.path / "errors.json"
 
     @property
+    def embedding_errors(self) -> Path:
+        """How far the embeddings of quantized text encoders are from the float ones'."""
+        return self.path / "text_encoder.json"
+
+    @property
     def incoherence(self) -> Path:
         """How far the largest values of each layer stick out, before and after scaling and rotation."""
         return self.path / "incoherence.json"

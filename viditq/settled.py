@@ -72,7 +72,9 @@ def model_folders(adapter: ModelAdapter) -> list[Path]:
 def files_in_cache(job: Job) -> Iterator[Path]:
     """What this run's stages have left for others too."""
     data = job.experiment.data
-    paths = (job.embeds_path(prompt) for prompt in dict.fromkeys([*data.prompts, *data.calibration_prompts]))
+    paths = [job.embeds_path(prompt) for prompt in dict.fromkeys([*data.prompts, *data.calibration_prompts])]
+    if job.quantized_embeds != job.embeds:
+        paths += [job.embeds_path(prompt, job.quantized_embeds) for prompt in dict.fromkeys(data.prompts)]
     yield from dict.fromkeys(file for path in paths if path.is_file() for file in files_of(path))
     entries = [job.reference, *job.floors.values()]
     entries += [job.stats] if job.needs_stats else []

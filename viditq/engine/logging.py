@@ -104,6 +104,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of metrics.json, flat; those that are null there are left out. Verdicts as in VERDICTS."""
     groups = {key: metrics[key] for key in ("metrics", "standard_errors", "float_metrics", "seconds")}
     verdicts = metrics.get("verdict", {})
+    groups["text_encoder"] = flatten(metrics["text_encoder"]) if metrics.get("text_encoder") else {}
     groups["verdict"] = {name: VERDICTS[v["verdict"]] for name, v in verdicts.items()}
     for field in ("difference", "noise"):
         groups[field] = {name: v[field] for name, v in verdicts.items()}

@@ -44,6 +44,11 @@ class PipelineModule(L.LightningModule):
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         self.parts = nn.ModuleDict(parts)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """For Lightning: all of them, since each process has read its own; mapped tensors must not be written to."""
+        return [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+
     def offload(self, offload: str, device: torch.device) -> None:
         """Leave the models on the CPU but while they compute; Lightning no longer moves them."""
         self.parts = nn.ModuleDict()

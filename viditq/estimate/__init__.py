@@ -23,6 +23,7 @@ from viditq.estimate.passes import Passes
 from viditq.estimate.probe import Probe, probe, probe_on_meta
 from viditq.estimate.readers import leaders
 from viditq.estimate.searching import searching
+from viditq.estimate.text_encoders import EncoderBytes, encoder_bytes, peak_while_encoding, peak_while_quantizing
 from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
 from viditq.models.dtypes import DTYPES
@@ -47,7 +48,7 @@ class Estimate:
     """All bytes. parts: part -> (parameters, bytes as loaded). float16: the denoisers' parameters in two bytes each.
 
     weights: of the run's backend. held: by "float" and every backend. base: what the process held before. probes of the
-    float and of the quantized model; works: stage -> what it does.
+    float and of the quantized model; works: stage -> what it does. encoders: text encoders that are quantized.
     """
 
     durations: bool
@@ -67,6 +68,7 @@ class Estimate:
     peaks: Mapping[str, Peak]
     disk: Mapping[str, int]
     remarks: tuple[str, ...]
+    encoders: Mapping[str, EncoderBytes] = field(default_factory=dict)
 
 
 def estimate(job: Job, mode: Any) -> Estimate:
@@ -129,6 +131,10 @@ def estimate(job: Job, mode: Any) -> Estimate:
     most = peaks(pieces, gpu, getattr(trainer, "offload", None), layer_bytes)
     if e.quant.correction is not None:  # its fit holds what the diagnosis holds
         most["quantize"] = larger(most["quantize"], most["diagnose"])
+    encoders = encoder_bytes(job)
+    if encoders:
+        most["quantize"] = larger(most["quantize"], peak_while_quantizing(encoders))
+        most["generate"] = larger(most["generate"], peak_while_encoding(encoders))
     held = {"float": Held(denoiser_bytes, seen.float_model.forward_seconds)}
     held |= {
         name: one if one.why else replace(one, nbytes=weight_bytes(quantized, name).resident)
@@ -150,8 +156,9 @@ def estimate(job: Job, mode: Any) -> Estimate:
         quantized_probe=seen.quantized,
         works=works,
         peaks=most,
-        disk=_disk(job, works, seen.float_model, artifact, stats, texts),
+        disk=_disk(job, works, seen.float_model, artifact, stats, texts, encoders),
         remarks=tuple(_remarks(mode, gpu, job.searches)),
+        encoders=encoders,
     )
 
 
@@ -220,17 +227,26 @@ def _place(pipeline: Any, trainer: Any) -> None:
 
 
 def _disk(
-    job: Job, works: Mapping[str, Work], seen: Probe, artifact: int, stats: int, texts: parts.TextShapes
+    job: Job,
+    works: Mapping[str, Work],
+    seen: Probe,
+    artifact: int,
+    stats: int,
+    texts: parts.TextShapes,
+    encoders: Mapping[str, EncoderBytes],
 ) -> dict[str, int]:
     data = job.experiment.data
+    embeds = texts.stored_bytes({*data.prompts, *data.calibration_prompts})
+    embeds += texts.stored_bytes({*data.prompts}) if encoders else 0  # by the quantized ones too
     kept = sum(works[name].kept for name in ("reference", "noise_floor", "generate") if name in works)
     inputs = {"inputs of blocks, at most": job.experiment.block_input_bytes} if job.needs_block_inputs else {}
     return {
         "samples": kept * seen.sample_bytes,
         "artifact": artifact,
+        **{f"{name}, quantized": one.artifact for name, one in encoders.items()},
         "statistics": stats,
         **inputs,
-        "embeddings of prompts": texts.stored_bytes({*data.prompts, *data.calibration_prompts}),
+        "embeddings of prompts": embeds,
     }
 
 

@@ -37,7 +37,10 @@ def on_meta_part(adapter: ModelAdapter, part: str, cls: Any, few_layers: bool = 
     folder = adapter.part_folder(part, weights=False)
     if issubclass(cls, transformers.PreTrainedModel):
         config = cls.config_class.from_pretrained(folder)
-        return on_meta(lambda: cls(shallow(config) if few_layers else config), dtype_of(adapter, part))
+        model: Any = on_meta(lambda: cls(shallow(config) if few_layers else config), dtype_of(adapter, part))
+        model.tie_weights()  # a shared embedding is there once
+        shared: nn.Module = model
+        return shared
     values = read_json(folder / "config.json", COPY_AGAIN)
     return on_meta(lambda: cls.from_config(values), dtype_of(adapter, part))
 

@@ -39,6 +39,8 @@ def show(console: Console, name: str, model: str, estimate: Estimate) -> None:
     )
     console.print(parts_table(estimate))
     console.print(weights_table(estimate))
+    if estimate.encoders:
+        console.print(encoders_table(estimate))
     console.print(backends_table(estimate))
     console.print(stages_table(estimate))
     console.print(disk_table(estimate))
@@ -80,9 +82,24 @@ def weights_table(estimate: Estimate) -> Table:
     return table
 
 
+def encoders_table(estimate: Estimate) -> Table:
+    """The text encoders before and after, and the whole pipeline's artifact."""
+    table = _table("Text encoders' weights", "part", "16 bits each", "on disk", "in memory", "against 16 bits")
+    for name, one in estimate.encoders.items():
+        smaller = f"{one.float16 / one.artifact:.2f}x smaller"
+        table.add_row(name, size(one.float16), size(one.artifact), size(one.held), smaller)
+    encoders = estimate.encoders.values()
+    full = estimate.float16 + sum(one.float16 for one in encoders)
+    disk = estimate.artifact + sum(one.artifact for one in encoders)
+    held = estimate.weights.resident + sum(one.held for one in encoders)
+    table.add_row("with the denoiser", size(full), size(disk), size(held), f"{full / disk:.2f}x smaller")
+    return table
+
+
 def backends_table(estimate: Estimate) -> Table:
     """The denoiser in memory and a step of it, in float and by each backend."""
     table = _table("Denoiser in memory, by backend", "backend", "bytes", "against 16 bits", "a step", "")
+    table.columns[-1].no_wrap = False  # a refusal is long
     for name, held in estimate.held.items():
         if held.why:
             table.add_row(name, "-", "-", "-", held.why)

@@ -188,18 +188,21 @@ class ModelAdapter:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def load_text_part(self) -> Any:
-        """The pipeline with its tokenizers and text encoders only."""
-        contents.check_contents(self)  # also of what is loaded later: before anything is encoded
-        return self._load({name: None for name in self._components() if name not in self.text_parts})
+    def load_text_part(self, encoders: Mapping[str, nn.Module] | None = None) -> Any:
+        """The pipeline with its tokenizers and text encoders only; `encoders` replace the stored ones."""
+        if encoders is None:
+            contents.check_contents(self)  # also of what is loaded later: before anything is encoded
+        return self._load(
+            {name: None for name in self._components() if name not in self.text_parts} | {**(encoders or {})}
+        )
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
         """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""
         return self._load(dict.fromkeys(self.text_parts) | self._as_parts(denoiser))
 
-    def load_complete(self, denoiser: nn.Module | None = None) -> Any:
-        """The whole pipeline, ready for `pipeline(prompt)`; `denoiser` replaces the stored one."""
-        return self._load(self._as_parts(denoiser))
+    def load_complete(self, denoiser: nn.Module | None = None, encoders: Mapping[str, nn.Module] | None = None) -> Any:
+        """The whole pipeline, ready for `pipeline(prompt)`; `denoiser` and `encoders` replace the stored ones."""
+        return self._load(self._as_parts(denoiser) | {**(encoders or {})})
 
     def _load(self, components: dict[str, Any]) -> Any:
         folder = self.source.pipeline(weights=True)

@@ -64,6 +64,11 @@ class StoredTensors:
         """Name -> tensor in the type that it is stored in."""
         return self._stored | {name: self._stored[other] for name, other in self._equal.items()}
 
+    def run_state(self) -> dict[str, Tensor]:
+        """The same in the type that it runs in; what is stored once is in memory once."""
+        runs = {name: tensor.to(self.runs.get(name, tensor.dtype)) for name, tensor in self._stored.items()}
+        return runs | {name: runs[other] for name, other in self._equal.items()}
+
     def check(self, names: Iterable[str]) -> None:
         """Raises UserError for a tensor whose bytes are not those that were written; each is read once."""
         if self._digests is None:  # format 2: its file was checked as a whole
@@ -113,7 +118,7 @@ def load_denoiser(
     tensors = stored.state()
     if memory_budget is None:
         stored.check_all()
-        tensors |= {name: tensors[name].to(dtype) for name, dtype in stored.runs.items()}
+        tensors = stored.run_state()
     attach_empty(denoiser, tensors, context)
     _check_fits(denoiser, tensors, folder)
     denoiser.load_state_dict(tensors, assign=True)
@@ -139,6 +144,9 @@ def model_files(folder: Path) -> list[str]:
 
 def broken_file(folder: Path) -> Path | None:
     """The first file of an artifact that is missing or was cut off; its values are not read."""
+    for encoder in encoder_folders(folder):
+        if (bad := broken_file(encoder)) is not None:
+            return bad
     names = [PLAN, META, *([INDEX] if (folder / INDEX).exists() else [])]
     bad = next((folder / name for name in names if not is_whole(folder / name)), None)
     return bad or next((folder / name for name in model_files(folder) if not is_whole(folder / name)), None)
@@ -179,8 +187,19 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
 def verify(folder: str | Path) -> int:
     """Read every byte of an artifact; returns how many. Raises UserError for the first file that is not as written."""
     folder = Path(folder)
-    StoredTensors(folder, read_meta(folder)).check_all()
+    for part in (folder, *encoder_folders(folder)):
+        StoredTensors(part, read_meta(part)).check_all()
     return size_bytes(folder)
+
+
+def encoder_folders(folder: Path) -> list[Path]:
+    """The folders of quantized text encoders, which lie in the denoiser's."""
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def denoiser_bytes(folder: Path) -> int:
+    """Bytes of an artifact without its text encoders."""
+    return size_bytes(folder) - sum(map(size_bytes, encoder_folders(folder)))
 
 
 def size_bytes(folder: str | Path) -> int:

@@ -46,12 +46,15 @@ Thing = TypeVar("Thing")
 @dataclass(frozen=True)
 class Content:
     """Tensors that belong together. runs: of those that are stored in another type than they run in. dtypes: of the
-    QuantLinears among them, by name.
+    QuantLinears among them, by name. equal: names -> the tensor, of this or another content, that they stand for.
+    casts: the types that tensors are written in, of those that have another.
     """
 
     tensors: Mapping[str, Tensor]
     runs: Mapping[str, torch.dtype] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    equal: Mapping[str, str] = field(default_factory=dict)
+    casts: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def content_of(layers: Mapping[str, QuantLinear]) -> Content:
@@ -97,12 +100,12 @@ class ArtifactWriter:
     def _add(self, file: Writer, content: Content, record: dict[str, Any]) -> None:
         equal = _equal_variants(content.tensors, content.dtypes)
         # the widest type first, so that what follows begins at a multiple of its element's size
-        stored = [(name, tensor) for name, tensor in content.tensors.items() if name not in equal]
-        for name, tensor in sorted(stored, key=lambda entry: (-entry[1].itemsize, entry[0])):
+        dtypes = {name: content.casts.get(name, t.dtype) for name, t in content.tensors.items() if name not in equal}
+        for name in sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name)):
             digest = hashlib.sha256()
-            file.add(name, tensor, digest)
+            file.add(name, content.tensors[name], digest, dtypes[name])
             record["digests"][name] = digest.hexdigest()
-        record["equal"] |= equal
+        record["equal"] |= equal | dict(content.equal)
         record["widened"] |= {name: _dtype_name(dtype) for name, dtype in content.runs.items()}
         record["dtypes"] |= {name: _dtype_name(dtype) for name, dtype in content.dtypes.items()}
 

@@ -48,6 +48,14 @@ def _linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in modules if isinstance(m, nn.Linear) and not isinstance(m, excluded)}
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are reached by an earlier name too, as where an embedding is shared -> that name."""
+    first: dict[int, str] = {}
+    everything = model.named_parameters(remove_duplicate=False)
+    names = {name: first.setdefault(id(parameter), name) for name, parameter in everything}
+    return {name: earlier for name, earlier in names.items() if name != earlier}
+
+
 class Conversion:
     """From float Linears to QuantLinears, as a plan says; everything that can be is checked at the start.
 

@@ -19,6 +19,7 @@ class QuantSetting:
 
     correction: ptqd = what can be foretold of the output's error is taken back, and a stochastic sampler adds less
     noise for the rest; ptqd_mean = without the latter; None = nothing is corrected.
+    text_encoder: format of the weights of the text encoders' Linears, None = they stay in float.
     float_dtype: dtype of the quantized denoiser's float arithmetic, None = the model's own.
     Raises UserError for everything that can be seen without a model.
     """
@@ -37,6 +38,7 @@ class QuantSetting:
         policy: Policy,
         float_dtype: str | None,
         correction: str | None,
+        text_encoder: QuantSpec | None,
     ) -> None:
         for side, spec in {"weight": weight, "activation": activation}.items():
             if isinstance(spec, Mapping):  # bits= on top of a side that the setting leaves in float
@@ -45,6 +47,11 @@ class QuantSetting:
                     "float, so that there is nothing to change (bits= goes with a setting that quantizes both). "
                     f"Choose another quant=..., or give a whole format: +quant/format@quant.{side}=int8_token."
                 )
+        if isinstance(text_encoder, Mapping):
+            raise UserError(
+                f"quant.text_encoder={dict(text_encoder)} is no format, only a part of one. Choose one of "
+                "conf/quant/text_encoder: quant/text_encoder=w8 or w4."
+            )
         if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
             raise UserError(f"quant.float_dtype={float_dtype!r}: choose null or one of {', '.join(FLOAT_DTYPES)}.")
         if correction is not None and correction not in CORRECTIONS:
@@ -55,6 +62,7 @@ class QuantSetting:
         how = (ranges, activation_ranges, low_rank)
         self.recipe = Recipe(weight, activation, smoothing, rounding, segments, rules, *how)
         self.policy, self.float_dtype, self.correction = policy, float_dtype, correction
+        self.text_encoder = None if text_encoder is None else text_encoder.check_weight()
 
     def plan(self, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
         """The plan for a model with these Linears, of which `keep_float` patterns stay in float."""

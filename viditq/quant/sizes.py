@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from viditq.mapped import NAMES
 from viditq.quant.artifact import FORMAT_VERSION, META, PLAN
 from viditq.quant.calibration.observers import blank_state, shared_tensor
-from viditq.quant.convert import build_quantized
+from viditq.quant.convert import build_quantized, tied_names
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends import get_backend
@@ -97,7 +97,9 @@ def weight_bytes(quantized: nn.Module, backend: str | None = None) -> WeightByte
     variants: dict[str, Any] = {
         f"{name}.variants.{i}.": v for name, q in quant_linears(quantized).items() for i, v in enumerate(q.variants)
     }
-    for name, tensor in quantized.state_dict().items():
+    aliases = _aliases(quantized)
+    once = {name: tensor for name, tensor in quantized.state_dict().items() if name not in aliases}
+    for name, tensor in once.items():
         prefix, _, field = name.rpartition(".")
         inside = next((p for p in (f"{prefix}.", *_parents(prefix)) if p in variants), None)
         kind = "rest" if inside is None or field == "weight" else KINDS.get(field, "transforms")
@@ -125,7 +127,7 @@ def stored_entries(quantized: nn.Module, stored: Mapping[str, torch.dtype]) -> d
     different: the file is smaller where they turn out equal (keys and values of captions, which know no noise level).
     """
     layers = quant_linears(quantized)
-    common = {name for path, layer in layers.items() for name in _in_common(path, layer)}
+    common = {name for path, layer in layers.items() for name in _in_common(path, layer)} | _aliases(quantized)
     kept = dict(stored)
     for name, layer in layers.items():  # a weight kept as it was has another name there
         alone = [i for i, v in enumerate(layer.variants) if v.weight is not None and not v.chain]
@@ -136,6 +138,13 @@ def stored_entries(quantized: nn.Module, stored: Mapping[str, torch.dtype]) -> d
 
     state = quantized.state_dict()
     return {name: (stored_dtype(name, t.dtype), tuple(t.shape)) for name, t in state.items() if name not in common}
+
+
+def _aliases(quantized: nn.Module) -> set[str]:
+    """Second names of what stays in float; a QuantLinear that has two is stored under both."""
+    everything = quantized.named_modules(remove_duplicate=False)
+    prefixes = {prefix for prefix, module in everything if isinstance(module, QuantLinear)}
+    return {name for name in tied_names(quantized) if name.rpartition(".")[0] not in prefixes}
 
 
 def _in_common(path: str, layer: QuantLinear) -> list[str]:

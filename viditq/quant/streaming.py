@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.mapped import header_bound, is_finite, release
 from viditq.quant.artifact_writer import SHARD_BYTES, ArtifactWriter, Content, content_of, in_shards
-from viditq.quant.convert import Conversion
+from viditq.quant.convert import Conversion, tied_names
 from viditq.quant.execution.linear import QuantLinear
 
 
@@ -45,6 +44,7 @@ class Streaming:
         for prefix, module in conversion.denoiser.named_modules(remove_duplicate=False):
             if id(module) in names:
                 self._prefixes.setdefault(names[id(module)], []).append(prefix)
+        self._tied = tied_names(conversion.denoiser)
         units = [*self._units()]
         self.shards = in_shards([(unit, unit.nbytes) for unit in units], shard_bytes)
 
@@ -55,7 +55,9 @@ class Streaming:
         seen: set[str] = set()
         for name, tensor in self._state.items():
             layer = layer_of.get(name.rpartition(".")[0])
-            if layer is None:
+            if layer is None and name in self._tied:
+                yield Unit((), {name: ()}, 0)
+            elif layer is None:
                 nbytes = tensor.numel() * min(tensor.itemsize, self._dtypes.get(name, tensor.dtype).itemsize)
                 yield Unit((), {name: tensor.shape}, nbytes)
             elif layer not in seen:
@@ -105,27 +107,29 @@ class Streaming:
             same = [f"{prefix}.bias"] if layer.bias is not None else []
             same += [f"{prefix}.variants.{i}.weight" for i, v in enumerate(layer.variants) if _keeps_weight(v)]
             for name in same:
-                tensors[name], runs_in = self._as_stored(f"{prefix}.{name.rpartition('.')[2]}")
+                source = f"{prefix}.{name.rpartition('.')[2]}"
+                stored, runs_in = self._types(source)
+                tensors[name] = self._state[source].detach().to(stored)
                 runs |= {name: runs_in} if runs_in else {}
         return Content(tensors, runs, content.dtypes)
 
     def _kept(self, name: str) -> Content:
+        if name in self._tied:
+            return Content({}, equal={name: self._tied[name]})
         tensor = self._state[name].detach()
         dtype = self._dtypes.get(name, tensor.dtype)
         if not is_finite(tensor, dtype):
             raise UserError(
                 f"{name} contains NaN or inf as {str(dtype).removeprefix('torch.')}; check the checkpoint and its dtype"
             )
-        tensor, runs_in = self._as_stored(name)
-        return Content({name: tensor}, {name: runs_in} if runs_in else {})
+        stored, runs_in = self._types(name)
+        return Content({name: tensor}, {name: runs_in} if runs_in else {}, casts={name: stored})
 
-    def _as_stored(self, name: str) -> tuple[Tensor, torch.dtype | None]:
-        """What stays in float in the type of the checkpoint, unless it runs in a narrower one; the type it runs in."""
-        tensor = self._state[name].detach()
-        dtype = self._dtypes.get(name, tensor.dtype)
-        if dtype == tensor.dtype or dtype.itemsize <= tensor.itemsize:
-            return tensor.to(dtype), None
-        return tensor, dtype
+    def _types(self, name: str) -> tuple[torch.dtype, torch.dtype | None]:
+        """What stays in float is stored as in the checkpoint, unless it runs in a narrower type; that it runs in."""
+        stored = self._state[name].dtype
+        runs = self._dtypes.get(name, stored)
+        return (runs, None) if runs.itemsize <= stored.itemsize else (stored, runs)
 
 
 def _keeps_weight(variant: Any) -> bool:

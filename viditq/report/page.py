@@ -23,6 +23,7 @@ from viditq.report.media import MAX_MEDIA_BYTES, encode_pairs
 from viditq.report.plan_view import segment_words
 from viditq.report.search_view import SearchView, search_view
 from viditq.report.speed import emulated, speed_line, speed_view
+from viditq.report.text_encoders import text_encoder_view
 from viditq.report.verdicts import headline, judge_all
 from viditq.report.wording import digits_for, finite, plain
 
@@ -78,6 +79,7 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
             speed=speed_view(content.speed) if content.speed else None,
             emulation=emulated(content.metrics.get("backend")),
             speed_line=speed_line(content.metrics.get("backend"), content.speed),
+            text_encoders=text_encoder_view(content.metrics),
             search=_search_view(content),
             segment_words=segment_words(content.segments),
             stage_seconds=_stage_seconds(content.metrics),

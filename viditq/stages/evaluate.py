@@ -14,8 +14,9 @@ from viditq.errors import UserError
 from viditq.files import is_whole, read_json, read_tensors, write_json, write_tensors
 from viditq.job import Job
 from viditq.metrics.verdict import verdicts
-from viditq.quant.artifact import size_bytes
+from viditq.quant.artifact import denoiser_bytes
 from viditq.run_dir import read_seconds
+from viditq.stages.text_encoders import told
 from viditq.summary import summarize
 
 PAIRS_AT_ONCE = 16
@@ -90,6 +91,12 @@ def _write(
     per_prompt = {"prompts": e.data.prompts, "reference": str(job.reference.path.resolve())}
     columns = {"metrics": summary.pop("per_prompt"), "differences": summary.pop("differences")}
     write_json(run_dir.per_prompt, per_prompt | columns)
+    of_denoiser = {
+        "average_weight_bits": meta["average_weight_bits"],
+        "average_activation_bits": meta["average_activation_bits"],
+        "size_bytes": denoiser_bytes(run_dir.artifact) + meta.get("left_in_float_bytes", 0),
+        "float_size_bytes": meta["float_size_bytes"],
+    }
     floor = {"num_prompts": job.floor_size, "seed": e.floor_seed, "dtype": e.floor_dtype}
     write_json(
         run_dir.metrics,
@@ -101,10 +108,8 @@ def _write(
             "experiment": e.name,
             "seed": e.seed,
             "backend": _executed(job),
-            "average_weight_bits": meta["average_weight_bits"],
-            "average_activation_bits": meta["average_activation_bits"],
-            "size_bytes": size_bytes(run_dir.artifact) + meta.get("left_in_float_bytes", 0),
-            "float_size_bytes": meta["float_size_bytes"],
+            **of_denoiser,
+            "text_encoder": told(job, of_denoiser),
             "prompts": job.num_prompts,
             "seconds": seconds,
             "fingerprint": run_dir.fingerprint,

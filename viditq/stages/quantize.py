@@ -25,11 +25,17 @@ from viditq.quant.streaming import Streaming
 from viditq.stages.calibrate import observe
 from viditq.stages.correct import correct, uncorrected
 from viditq.stages.incoherence import calibrated_incoherence, quantized_weights, restore_incoherence
+from viditq.stages.text_encoders import quantize_encoders
 
 TELL_SECONDS = 10
 
 
 def quantize(job: Job) -> str:
+    """The denoiser, then the text encoders where that is asked for."""
+    return "; ".join([_denoiser(job), *quantize_encoders(job)])
+
+
+def _denoiser(job: Job) -> str:
     """Fit transforms, quantize the weights, write the artifact."""
     folder = job.run_dir.artifact
     if job.processes.first_does(folder.is_dir):
@@ -149,6 +155,7 @@ def _meta(job: Job, conversion: Conversion, stats: CalibrationStats | None) -> d
         "float_size_bytes": _bytes_in_half(conversion.denoiser) + left_in_float,
         "left_in_float_bytes": left_in_float,
         "stats": job.stats.path.name if stats else None,
+        **({"text_encoders": [*e.encoder_plans]} if e.encoder_plans else {}),
     }
 
 

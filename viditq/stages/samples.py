@@ -14,6 +14,7 @@ from viditq.job import Job
 from viditq.models.compiling import compile_forward
 from viditq.quant.execution.linear import backend_counts
 from viditq.run_dir import Entry
+from viditq.stages.text_encoders import encode
 
 
 def reference(job: Job) -> str:
@@ -39,6 +40,7 @@ def noise_floor(job: Job) -> str:
 def generate(job: Job) -> str:
     """Reload the artifact and generate the same prompts from the same noise."""
     folder, e = job.run_dir.samples, job.experiment
+    encode(job)
 
     def load() -> Any:
         job.let_go_of_float()
@@ -49,7 +51,7 @@ def generate(job: Job) -> str:
         return pipeline
 
     timed = job.timed(job.run_dir.path, "generate")
-    return _generate(job, folder, job.num_prompts, "quantized", load, e.seed, timed)
+    return _generate(job, folder, job.num_prompts, "quantized", load, e.seed, timed, job.quantized_embeds)
 
 
 def missing(job: Job, folder: Path, count: int) -> list[int]:
@@ -80,8 +82,9 @@ def _generate(
     load: Callable[[], Any],
     seed: int,
     timed: AbstractContextManager[None],
+    embeds: Entry | None = None,
 ) -> str:
-    """Make the samples that `folder` lacks, each process its share of the batches."""
+    """Make the samples that `folder` lacks, each process its share of the batches. embeds: as of `Job.load_embeds`."""
     e, modality = job.experiment, job.experiment.adapter.modality
     wanted = set(job.processes.first_does(lambda: missing(job, folder, count)))
     if not wanted:
@@ -99,7 +102,7 @@ def _generate(
         pipeline = load()
         if e.adapter.compile:
             compile_forward(e.adapter.denoiser_of(pipeline))
-        module = Generation(e.adapter, pipeline, job.load_embeds(e.data.prompts), seed, sink=sink)
+        module = Generation(e.adapter, pipeline, job.load_embeds(e.data.prompts, embeds), seed, sink=sink)
         run_batches(e.make_trainer(), module, job.processes.share(batches))
         job.processes.wait()
     return f"{len(wanted)} of {count} {what} samples generated ({folder})"

@@ -47,11 +47,14 @@ def test_it_takes_the_fastest_there_is(
     assert caplog.messages == [told]
 
 
-def test_what_no_integer_backend_takes_is_emulated_and_the_field_is_told(caplog: Any) -> None:
+def test_what_no_integer_backend_takes_and_the_field_are_told(caplog: Any) -> None:
+    a4 = LayerScheme(None, QuantSpec(4, granularity="token", dynamic=True))
     with caplog.at_level(logging.INFO, logger="viditq"):
-        assert get_backend("auto").resolve(W4).name == "fake"
+        assert [get_backend("auto").resolve(scheme).name for scheme in (W4, a4)] == ["weight_only", "fake"]
     assert caplog.messages == [
-        "W4 channel, A float: fake (not native: it does not take activation; not portable: it does not take activation)"
+        "W4 channel, A float: weight_only (not native: it does not take activation; not portable: it does not take "
+        "activation)",
+        "W float, A4 token: fake (not native: it does not take weight; not portable: it does not take weight)",
     ]
 
 

@@ -24,6 +24,8 @@ class QuantLinear(nn.Module):
     """Drop-in for nn.Linear; the context's segment chooses the variant, the backend multiplies."""
 
     bias: nn.Parameter | None
+    weight = None
+    """None for models that look at a Linear's weight before they call it, as T5's mlp does for its type."""
 
     def __init__(
         self,

@@ -48,6 +48,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, num_last: int) -> Tensor:
     """Inverse of `pack`: uint8 bytes -> uint8 codes [..., num_last]."""
     assert packed.dtype == torch.uint8 and packed.shape[-1] == packed_size(num_last, bits)
+    if bits == 8:
+        return packed
     if bits == 4 and num_last % 2 == 0 and LITTLE_ENDIAN:
         pairs = packed.to(torch.int16)
         return (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.uint8)

@@ -14,7 +14,7 @@ from viditq.quant.execution.backends.base import Backend, Unavailable
 from viditq.quant.execution.variant import Variant
 
 logger = logging.getLogger("viditq")
-FASTEST_FIRST = ("native", "portable", "fake")
+FASTEST_FIRST = ("native", "portable")
 
 
 @BACKENDS.register("auto")
@@ -56,14 +56,15 @@ def why_unavailable(backend: Backend) -> str | None:
 @cache
 def _chosen(scheme: LayerScheme) -> Backend:
     reasons: list[str] = []
-    for backend in map(_backend, FASTEST_FIRST):
+    last = "weight_only" if scheme.activation is None else "fake"  # which takes every scheme, as fake does these
+    for backend in map(_backend, (*FASTEST_FIRST, last)):
         field = backend.unsupported_field(scheme)
         reason = f"it does not take {field}" if field is not None else why_unavailable(backend)
         if reason is None:
             _tell(_kind(scheme), backend.name, "; ".join(reasons))
             return backend
         reasons.append(f"not {backend.name}: {reason}")
-    raise AssertionError("fake takes every scheme")
+    raise AssertionError(f"{last} takes every such scheme")
 
 
 @cache
