@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from viditq.errors import UserError
@@ -22,7 +21,7 @@ from viditq.models.generate import group_by_shape
 from viditq.models.parts import TEXT, models_of
 from viditq.models.registry import find_class
 from viditq.models.text import PromptEmbeds, encode_prompt
-from viditq.models.weight_files import COPY_AGAIN
+from viditq.models.weight_files import COPY_AGAIN, stored_tensors, variant_of
 from viditq.quant.sizes import module_bytes
 
 
@@ -113,23 +112,27 @@ def _assembled(adapter: ModelAdapter, parts: Mapping[str, Any]) -> Any:
 
 
 def weight_files(adapter: ModelAdapter, part: str) -> list[Path]:
-    """The safetensors files of a denoiser, as far as they are here."""
-    return sorted(adapter.denoiser_source.part(part, weights=False).glob("*.safetensors"))
+    """The safetensors files of a denoiser in the variant that is loaded, as far as they are here."""
+    folder = adapter.part_folder(part, weights=False)
+    mark = variant_of(folder, adapter.variant) or ""
+    marks = {path: "".join(path.name.split(".")[1:-1]) for path in sorted(folder.glob("*.safetensors"))}
+    return [path for path, own in marks.items() if own.startswith(mark) and bool(own) == bool(mark)]
 
 
 def largest_file(adapter: ModelAdapter) -> int:
     """Bytes of the largest file with weights of a denoiser; 0 where none is here."""
-    files = [path for part in adapter.denoiser_names for path in weight_files(adapter, part)]
+    names = [*adapter.denoiser_names, *adapter.float_denoisers]
+    files = [path for part in names for path in weight_files(adapter, part)]
     return max((path.stat().st_size for path in files), default=0)
 
 
 def names_in_half(adapter: ModelAdapter) -> set[str]:
-    """Parameters of the denoisers that their safetensors files hold in float16, as far as they are here."""
+    """Parameters of the denoisers that their safetensors files hold in float16, as far as they are here; raises
+    UserError for a file that was cut off.
+    """
     found: set[str] = set()
     for part in adapter.denoiser_names:
         prefix = f"{part}." if len(adapter.denoiser_names) > 1 else ""
-        for path in weight_files(adapter, part):
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())  # safe_open cannot be iterated over
-                found |= {prefix + name for name in names if file.get_slice(name).get_dtype() == "F16"}
+        stored = stored_tensors(weight_files(adapter, part))
+        found |= {prefix + name for name, tensor in stored.items() if tensor.dtype == torch.float16}
     return found

@@ -279,6 +279,10 @@ class ModelAdapter:
         """The other denoisers of a pipeline, which are left in float on purpose."""
         return nn.ModuleDict({name: getattr(pipeline, name) for name in self.float_denoisers})
 
+    def left_in_float_bytes(self) -> int:
+        """Of the denoisers that are left in float on purpose, in 16 bits; from their config.json."""
+        return sum(2 * p.numel() for name in self.float_denoisers for p in self._build(name).parameters())
+
     def build_denoiser(self) -> nn.Module:
         """The structure of `denoiser_of` from its config.json: parameters on the meta device, buffers real."""
         return self._joined({name: self._build(name) for name in self.denoiser_names})
