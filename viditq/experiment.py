@@ -202,7 +202,7 @@ def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[s
     roles = adapter.linear_roles(names)
     plan = quant.plan(names, [name for name, role in roles.items() if role == FLOAT])
     if isinstance(quant.policy, SensitivitySearch):
-        quant.policy.check(plan, roles, shapes_of(denoiser), USUAL)
+        quant.policy.check(plan, roles, shapes_of(denoiser), USUAL, adapter.left_in_float_bytes())
     return plan, roles
 
 

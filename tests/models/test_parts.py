@@ -10,11 +10,16 @@ import diffusers
 import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from rich.console import Console
 from zoo import images, videos
 from zoo.saving import save
 
 from viditq.errors import UserError
+from viditq.estimate import Estimate, estimate
+from viditq.estimate.table import show
+from viditq.experiment import build
 from viditq.files import read_json
+from viditq.job import Job
 from viditq.loading import load_quantized
 from viditq.models import parts
 from viditq.models.adapter import ModelAdapter
@@ -23,6 +28,7 @@ from viditq.models.registry import find_class
 from viditq.models.text import check_encodes
 from viditq.quant.artifact import size_bytes
 from viditq.quant.execution.linear import quant_linears
+from viditq.run_dir import RunDir
 from viditq.runner import run
 
 Adapter = Callable[..., ModelAdapter]
@@ -213,6 +219,39 @@ def test_denoisers_left_in_float_on_purpose_are_told_and_counted(
     assert one["average_activation_bits"] == pytest.approx((both["average_activation_bits"] + 16) / 2)
     pipeline = load_quantized(tmp_path / "wan2.1_14b")
     assert quant_linears(pipeline.transformer) and not quant_linears(pipeline.transformer_2)
+
+
+def test_the_estimate_counts_denoisers_left_in_float(
+    configure: Callable[..., Any], folders: Callable[..., Path], tmp_path: Path
+) -> None:
+    where = [*SMALL, f"model.path='{folders(videos.wan22)}'", f"cache_dir='{tmp_path}/cache'"]
+
+    def told(model: str, *more: str) -> Estimate:
+        experiment = build(configure(f"model={model}", *where, *more))
+        return estimate(Job(experiment, RunDir(tmp_path / model, experiment.tracked)), "meta")
+
+    one, both = told("wan2.1_14b", "+model.float_denoisers=[transformer_2]"), told("wan2.2")
+    assert one.float16 == both.float16 == 2 * one.left_in_float and both.left_in_float == 0  # the two are alike
+    assert one.held["float"].nbytes == both.held["float"].nbytes == 2 * one.parts["transformer_2"][1]
+    assert both.held["auto"].nbytes == both.weights.resident
+    assert one.held["auto"].nbytes == one.weights.resident + one.parts["transformer_2"][1]
+    console = Console(width=120, record=True)
+    show(console, "t", "wan2.1_14b", one)
+    assert "denoisers left in float, and the artifact" in console.export_text()
+
+
+def test_a_search_counts_denoisers_left_in_float_in_its_bytes(
+    configure: Callable[..., Any], folders: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = [*SMALL, f"model.path='{folders(videos.wan22)}'", f"cache_dir='{tmp_path}/cache'"]
+    settings += ["model=wan2.1_14b", "+model.float_denoisers=[transformer_2]", "quant/policy=sensitivity"]
+    settings += ["quant.policy.budget.weight_bits=null", "quant.policy.budget.size_bytes=1000"]
+    with pytest.raises(UserError, match="size_bytes=1000 is not possible") as error:
+        build(configure(*settings))
+    least = int(str(error.value).removesuffix(".").split()[-1])
+    adapter: Any = instantiate(configure(*settings).model, _convert_="all")
+    left = sum(2 * p.numel() for p in adapter.float_denoisers_of(adapter.load()).parameters())
+    assert adapter.left_in_float_bytes() == left < least < 2 * left
 
 
 def test_every_pipeline_of_diffusers_can_be_looked_at() -> None:

@@ -45,7 +45,8 @@ from viditq.quant.sizes import (
 
 @dataclass(frozen=True)
 class Estimate:
-    """All bytes. parts: part -> (parameters, bytes as loaded). float16: the denoisers' parameters in two bytes each.
+    """All bytes. parts: part -> (parameters, bytes as loaded). float16: the denoisers' parameters in two bytes each;
+    left_in_float: those of denoisers that are not quantized, which count in it.
 
     weights: of the run's backend. held: by "float" and every backend. base: what the process held before. probes of the
     float and of the quantized model; works: stage -> what it does. encoders: text encoders that are quantized.
@@ -57,6 +58,7 @@ class Estimate:
     parts: Mapping[str, tuple[int, int]]
     denoisers: tuple[str, ...]
     float16: int
+    left_in_float: int
     weights: WeightBytes
     held: Mapping[str, Held]
     artifact: int
@@ -96,6 +98,8 @@ def estimate(job: Job, mode: Any) -> Estimate:
     sizes = parts.sizes(e.adapter)
     float_bytes = {name: size for name, (_, size) in sizes.items()}
     denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
+    float_denoisers = sum(float_bytes[name] for name in e.adapter.float_denoisers)
+    left_in_float = e.adapter.left_in_float_bytes()
     text_bytes = sum(size for name, size in float_bytes.items() if name.startswith(parts.TEXT))
     leader_of = leaders(in_features, seen.float_model.inputs, denoisers_of(skeleton))
     passes = Passes.of(job, in_features, leader_of)
@@ -135,9 +139,9 @@ def estimate(job: Job, mode: Any) -> Estimate:
     if encoders:
         most["quantize"] = larger(most["quantize"], peak_while_quantizing(encoders))
         most["generate"] = larger(most["generate"], peak_while_encoding(encoders))
-    held = {"float": Held(denoiser_bytes, seen.float_model.forward_seconds)}
+    held = {"float": Held(denoiser_bytes + float_denoisers, seen.float_model.forward_seconds)}
     held |= {
-        name: one if one.why else replace(one, nbytes=weight_bytes(quantized, name).resident)
+        name: one if one.why else replace(one, nbytes=weight_bytes(quantized, name).resident + float_denoisers)
         for name, one in seen.backends.items()
     }
     return Estimate(
@@ -146,7 +150,8 @@ def estimate(job: Job, mode: Any) -> Estimate:
         processes=trainer.world_size,
         parts=sizes,
         denoisers=tuple(e.adapter.denoiser_names),
-        float16=sum(2 * p.numel() for p in skeleton.parameters()),
+        float16=sum(2 * p.numel() for p in skeleton.parameters()) + left_in_float,
+        left_in_float=left_in_float,
         weights=pieces.weights,
         held=held,
         artifact=artifact,

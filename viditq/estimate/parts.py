@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.estimate.hollow import answer_from_meta, hollowed, on_meta, shallow
-from viditq.files import read_json, stored_entries
-from viditq.mapped import DTYPES as DTYPES_STORED
+from viditq.files import read_json
 from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
@@ -23,7 +22,7 @@ from viditq.models.parts import TEXT, models_of
 from viditq.models.registry import find_class
 from viditq.models.stored_embeds import NEGATIVE
 from viditq.models.text import PromptEmbeds, encode_prompt
-from viditq.models.weight_files import COPY_AGAIN
+from viditq.models.weight_files import COPY_AGAIN, stored_tensors, variant_of
 from viditq.quant.sizes import module_bytes, tensor_bytes
 
 
@@ -126,21 +125,27 @@ def _assembled(adapter: ModelAdapter, parts: Mapping[str, Any]) -> Any:
 
 
 def weight_files(adapter: ModelAdapter, part: str) -> list[Path]:
-    """The safetensors files of a denoiser, as far as they are here."""
-    return sorted(adapter.denoiser_source.part(part, weights=False).glob("*.safetensors"))
+    """The safetensors files of a denoiser in the variant that is loaded, as far as they are here."""
+    folder = adapter.part_folder(part, weights=False)
+    mark = variant_of(folder, adapter.variant) or ""
+    marks = {path: "".join(path.name.split(".")[1:-1]) for path in sorted(folder.glob("*.safetensors"))}
+    return [path for path, own in marks.items() if own.startswith(mark) and bool(own) == bool(mark)]
 
 
 def largest_file(adapter: ModelAdapter) -> int:
     """Bytes of the largest file with weights of a denoiser; 0 where none is here."""
-    files = [path for part in adapter.denoiser_names for path in weight_files(adapter, part)]
+    names = [*adapter.denoiser_names, *adapter.float_denoisers]
+    files = [path for part in names for path in weight_files(adapter, part)]
     return max((path.stat().st_size for path in files), default=0)
 
 
 def stored_dtypes(adapter: ModelAdapter) -> dict[str, torch.dtype]:
-    """Parameters of the denoisers -> their types in the safetensors files, as far as those are here."""
+    """Parameters of the denoisers -> their types in the safetensors files, as far as those are here; raises UserError
+    for a file that was cut off.
+    """
     found: dict[str, torch.dtype] = {}
     for part in adapter.denoiser_names:
         prefix = f"{part}." if len(adapter.denoiser_names) > 1 else ""
-        for path in weight_files(adapter, part):
-            found |= {prefix + name: DTYPES_STORED[entry["dtype"]] for name, entry in stored_entries(path).items()}
+        stored = stored_tensors(weight_files(adapter, part))
+        found |= {prefix + name: tensor.dtype for name, tensor in stored.items()}
     return found

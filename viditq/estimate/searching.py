@@ -52,7 +52,8 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
 def _space(job: Job, policy: SensitivitySearch) -> Search:
     e = job.experiment
     equal = [1 / e.plan.num_segments] * e.plan.num_segments  # which denoiser runs where is known when it has been run
-    return policy.search(e.plan, e.roles, shapes_of(e.adapter.build_denoiser()), dict.fromkeys(e.plan.layers, equal))
+    shapes, shares = shapes_of(e.adapter.build_denoiser()), dict.fromkeys(e.plan.layers, equal)
+    return policy.search(e.plan, e.roles, shapes, shares, e.adapter.left_in_float_bytes())
 
 
 def _share(levels: list[float] | None, top: float) -> float:

@@ -66,10 +66,14 @@ def parts_table(estimate: Estimate) -> Table:
 
 def weights_table(estimate: Estimate) -> Table:
     """The denoiser before and after."""
-    w = estimate.weights
+    w, stored = estimate.weights, estimate.artifact + estimate.left_in_float
     table = _table("Denoiser's weights", "", "bytes", "against 16 bits")
     table.add_row("16 bits each", size(estimate.float16), "1.00x")
-    table.add_row("artifact on disk", size(estimate.artifact), f"{estimate.float16 / estimate.artifact:.2f}x smaller")
+    smaller = f"{estimate.float16 / stored:.2f}x smaller"
+    if estimate.left_in_float:
+        table.add_row("denoisers left in float, and the artifact", size(stored), smaller)
+        smaller = ""
+    table.add_row("artifact on disk", size(estimate.artifact), smaller)
     for label, nbytes in (
         ("codes, packed", w.codes),
         ("scales", w.scales),

@@ -319,6 +319,10 @@ class ModelAdapter:
         leave_on_disk(denoiser, runs)
         return self.load(denoiser)
 
+    def left_in_float_bytes(self) -> int:
+        """Of the denoisers that are left in float on purpose, in 16 bits; from their config.json."""
+        return sum(2 * p.numel() for p in self.build_float_denoisers().parameters())
+
     def build_denoiser(self) -> nn.Module:
         """The structure of `denoiser_of` from its config.json: parameters on the meta device, buffers real."""
         return self._joined({name: self._build(name) for name in self.denoiser_names})

@@ -73,7 +73,8 @@ def space_of(job: Job, policy: SensitivitySearch, stats: CalibrationStats) -> Se
     e = job.experiment
     denoiser = e.adapter.build_denoiser()
     roles = e.adapter.linear_roles(linear_names(denoiser))
-    return policy.search(e.plan, roles, shapes_of(denoiser), step_shares(stats, e.plan.edges))
+    shares = step_shares(stats, e.plan.edges)
+    return policy.search(e.plan, roles, shapes_of(denoiser), shares, e.adapter.left_in_float_bytes())
 
 
 def _curve(policy: SensitivitySearch, space: Search, costs: Costs, table: SearchTable) -> list[dict[str, Any]]:

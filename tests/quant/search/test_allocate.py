@@ -69,6 +69,21 @@ def test_exact_against_every_assignment(denoiser: nn.Module, budget: Budget, see
     assert cost_of(search, costs, greedy) >= best - 1e-12
 
 
+def test_denoisers_left_in_float_count_in_bytes(denoiser: nn.Module) -> None:
+    """They take room of the budget, and change nothing about how the rest is shared out."""
+    alone = searching(denoiser, BLOCK_0[:2])
+    beside = replace(alone, float_bytes=5000)
+    costs = random_costs(alone, 0)
+    assignment = allocate(beside, costs, Budget(size_bytes=5900))
+    assert assignment == allocate(alone, costs, Budget(size_bytes=900))
+    uses = used(alone, assignment, Budget(8))
+    assert used(beside, assignment, Budget(8)) == {**uses, "size_bytes": uses["size_bytes"] + 5000}
+    ends, shifted = (extremes(search, Budget(8))["size_bytes"] for search in (alone, beside))
+    assert shifted == (ends[0] + 5000, ends[1] + 5000)
+    with pytest.raises(UserError, match=f"the least that the choices allow is {shifted[0]:.0f}"):
+        allocate(beside, costs, Budget(size_bytes=5000))
+
+
 def test_averages_are_those_of_the_plan(denoiser: nn.Module) -> None:
     search = searching(denoiser, linear_names(denoiser))
     budget = Budget(5.5, 7.2)

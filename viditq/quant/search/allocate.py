@@ -24,7 +24,7 @@ Assignment = dict[tuple[str, int], Bits]
 class Search:
     """What there is to choose from. base: the plan whose bits are changed; choices: side -> bit-widths. shapes:
     Linear -> (out_features, in_features). shares: layer -> of its sampling steps in each segment; one that has none is
-    in no segment's share.
+    in no segment's share. float_bytes: of denoisers left in float, which every plan stores.
     """
 
     base: QuantPlan
@@ -32,6 +32,7 @@ class Search:
     choices: Mapping[str, Sequence[int]]
     shapes: Mapping[str, tuple[int, int]]
     shares: Mapping[str, Sequence[float]]
+    float_bytes: int = 0
 
     @property
     def cells(self) -> list[tuple[Group, int]]:
@@ -100,7 +101,7 @@ class Search:
                 keeps = thing if budget.size_bytes is not None else None
                 options.append(Option(_cost(costs, group, segment, bits), uses, keeps))
             cells.append(options)
-        return Problem(cells, budget.limits, sizes, budget.size_bytes)
+        return Problem(cells, budget.limits, sizes, budget.size_bytes, self.float_bytes)
 
 
 def allocate(search: Search, costs: Mapping[Candidate, float], budget: Budget, solver: str = "exact") -> Assignment:

@@ -27,12 +27,15 @@ class Option:
 
 @dataclass(frozen=True)
 class Problem:
-    """limits: name -> most that may be used, above 0. sizes: thing -> size; size_limit: of all kept, if limited."""
+    """limits: name -> most that may be used, above 0. sizes: thing -> size; size_limit: of all kept, if limited;
+    always: size of what is kept whatever is chosen.
+    """
 
     cells: Sequence[Sequence[Option]]
     limits: Mapping[str, float]
     sizes: Mapping[Hashable, float] = field(default_factory=dict)
     size_limit: float | None = None
+    always: float = 0.0
 
     def cost(self, choice: Choice) -> float:
         """Sum over the chosen options."""
@@ -46,7 +49,7 @@ class Problem:
     def size(self, choice: Choice) -> float:
         """Size of everything kept."""
         things = {cell[i].keeps for cell, i in zip(self.cells, choice, strict=True)}
-        return sum(self.sizes[thing] for thing in things if thing is not None)
+        return self.always + sum(self.sizes[thing] for thing in things if thing is not None)
 
     def fits(self, choice: Choice) -> bool:
         """Whether no limit is exceeded."""
@@ -196,7 +199,8 @@ def _rows(problem: Problem) -> tuple[list[dict[int, float]], list[float], list[f
         rows.append({column: problem.sizes[thing] / problem.size_limit for thing, column in things.items()})
         kept = [(column, option.keeps) for column, (_, option) in enumerate(options) if option.keeps is not None]
         rows += [{column: 1.0, things[thing]: -1.0} for column, thing in kept]
-        low, high = [*low, *[-inf] * (1 + len(kept))], [*high, 1.0, *[0.0] * len(kept)]
+        room = 1.0 - problem.always / problem.size_limit
+        low, high = [*low, *[-inf] * (1 + len(kept))], [*high, room, *[0.0] * len(kept)]
     return rows, low, high
 
 

@@ -90,6 +90,7 @@ class SensitivitySearch:
         roles: Mapping[str, str],
         shapes: Mapping[str, tuple[int, int]],
         usual_roles: Sequence[str],
+        float_bytes: int = 0,
     ) -> None:
         """Raises UserError for what a search of this plan could not use; nothing has been calibrated yet.
 
@@ -101,7 +102,7 @@ class SensitivitySearch:
             raise UserError(f"quant.policy.metrics names {unknown[0]!r}, which is no role: {', '.join(known)}.")
         # wherever the steps fall, a plan takes no less than with all of them in one segment
         one = [1.0] + [0.0] * (base.num_segments - 1)
-        check_budget(self.search(base, roles, shapes, dict.fromkeys(base.layers, one)), self.parsed_budget)
+        check_budget(self.search(base, roles, shapes, dict.fromkeys(base.layers, one), float_bytes), self.parsed_budget)
 
     def search(
         self,
@@ -109,9 +110,11 @@ class SensitivitySearch:
         roles: Mapping[str, str],
         shapes: Mapping[str, tuple[int, int]],
         shares: Mapping[str, Sequence[float]],
+        float_bytes: int = 0,
     ) -> Search:
         """What there is to choose from; roles, shapes (out_features, in_features) and shares of the steps
-        (`step_shares`) of every Linear of `base`. Raises UserError for one that never runs.
+        (`step_shares`) of every Linear of `base`; float_bytes: of denoisers left in float. Raises UserError for one
+        that never runs.
         """
         idle = [layer for layer in base.layers if layer not in shares]
         if idle:
@@ -124,7 +127,7 @@ class SensitivitySearch:
         schemes = [base.scheme(layer, segment) for layer in base.layers for segment in range(base.num_segments)]
         sides = {"weight": self.weight_choices, "activation": self.activation_choices}
         choices = {side: c for side, c in sides.items() if any(getattr(s, side) for s in schemes if s is not None)}
-        return Search(base, groups, choices, shapes, shares)
+        return Search(base, groups, choices, shapes, shares, float_bytes)
 
     def metric_of(self, role: str) -> str:
         """The entry of `metrics` that governs a role."""
