@@ -1,14 +1,25 @@
 """Peaks put together from pieces of round sizes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from viditq.estimate.memory import UNCOUNTED, Peak, Pieces, peaks
+from viditq.estimate.memory import (
+    MOMENTS_PER_ENTRY,
+    ROWS_PER_WEIGHT,
+    UNCOUNTED,
+    WHOLE_PER_WEIGHT,
+    Peak,
+    Pieces,
+    held_while_quantizing,
+    peaks,
+)
+from viditq.quant import QuantSpec, Recipe, RotateSpec, Rule
 from viditq.quant.sizes import WeightBytes
 
 WEIGHTS = WeightBytes(codes=100, scales=10, zero_points=5, transforms=5, rest=80, dense=1000)
-PIECES = Pieces(1200, 300, text=5000, file=0, step=40, decode=70, stats=20, weights=WEIGHTS, largest_layer=1)
+PIECES = Pieces(1200, 300, text=5000, file=0, step=40, decode=70, stats=20, weights=WEIGHTS, quantizing=25)
 SAMPLING = ("reference", "noise_floor", "calibrate", "generate", "diagnose")
 
 
@@ -19,6 +30,7 @@ def test_on_a_cpu_everything_is_in_one_memory() -> None:
     # codes and dense weights, decoder, decoding, holes
     assert found["generate"].ram == UNCOUNTED + 1200 + 300 + 70 + 18 + 400
     assert found["calibrate"].ram == UNCOUNTED + 1500 + 20 + 40 + 10
+    assert found["quantize"].ram == UNCOUNTED + 25
 
 
 def test_calibrating_holds_the_model_or_the_statistics_of_another_process_whichever_is_more() -> None:
@@ -57,3 +69,16 @@ def test_offloading_spares_the_gpu(stage: str) -> None:
     none, model, sequential = (peaks(PIECES, True, o, 9)[stage].vram for o in (None, "model", "sequential"))
     assert none is not None and model is not None and sequential is not None
     assert sequential < model < none
+
+
+def test_quantizing_holds_a_layer_and_less_where_rows_are_apart() -> None:
+    shapes = {"small": (10, 10), "large": (20, 100)}
+    w4 = QuantSpec(4, granularity="channel")
+
+    def most(**how: Any) -> int:
+        return held_while_quantizing(Recipe(w4, None, **how).resolve([*shapes]), shapes)
+
+    assert most() == 2000 * ROWS_PER_WEIGHT
+    assert most(smoothing=RotateSpec()) == most(ranges="lp") == 2000 * WHOLE_PER_WEIGHT
+    assert most(rounding="gptq") == 2000 * WHOLE_PER_WEIGHT + 100**2 * MOMENTS_PER_ENTRY
+    assert most(rules=[Rule("large", keep_float=True)]) == 100 * ROWS_PER_WEIGHT

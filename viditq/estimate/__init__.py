@@ -17,7 +17,7 @@ from torch import nn
 from viditq.engine.offload import offload_pipeline
 from viditq.estimate import parts
 from viditq.estimate.backends import Held, refusals
-from viditq.estimate.memory import Peak, Pieces, larger, peaks
+from viditq.estimate.memory import Peak, Pieces, held_while_quantizing, larger, peaks
 from viditq.estimate.mock import made_up_quantized, seconds_to_quantize
 from viditq.estimate.passes import Passes
 from viditq.estimate.probe import Probe, probe, probe_on_meta
@@ -117,7 +117,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         stats=stats,
         spared=passes.all_bytes - passes.most_bytes,
         weights=weight_bytes(quantized),
-        largest_layer=max((numel[name] for name in plan.layers), default=0),
+        quantizing=held_while_quantizing(plan, {n: (m.out_features, m.in_features) for n, m in linears.items()}),
         observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
         processes=trainer.num_devices * trainer.num_nodes,

@@ -5,12 +5,14 @@ A model of what the code does (which copies live at once), set against measureme
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from viditq.quant.description.plan import QuantPlan
 from viditq.quant.sizes import WeightBytes
 
 # Of the dense weights: glibc's heap keeps the holes of temporaries between them (MALLOC_MMAP_THRESHOLD_ avoids it).
-HOLES, HOLES_QUANTIZING = 0.4, 0.2
+HOLES = 0.4
 # Bytes for each weight of a block while its roundings are learned: the block twice, soft roundings with their gradient
 # and the optimizer's two moments, what they are computed from, temporaries.
 LEARNING_PER_WEIGHT = 72
@@ -18,7 +20,10 @@ LEARNING_PER_WEIGHT = 72
 # holes between activations; most was seen while calibrating tiny_video (57 MB), whose activations are 30 MB.
 UNCOUNTED = 64 * 2**20
 HOLES_COMPUTING = 0.25  # of the activations
-TEMPORARY_PER_WEIGHT = 21  # while a weight is quantized: float32 copies, scaled and rounded, int16 and uint8 codes
+# For each weight of a Linear that is quantized as a whole: float32 copies, scaled and rounded, int16 and uint8 codes;
+# of one that is quantized some rows at a time: its codes, those of the one before, pages of its file.
+WHOLE_PER_WEIGHT, ROWS_PER_WEIGHT = 21, 4
+MOMENTS_PER_ENTRY = 12  # of the matrix of a layer's second moments: it, its inverse and a factor, float32
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,9 @@ class Pieces:
     whose pages are in memory while it is loaded. step, decode: activations.
 
     stats: calibration statistics, of which `spared` are never held at once while calibrating. observed: those gathered
-    while diagnosing, where nothing is calibrated. weights: the quantized denoiser. largest_layer: weights of the
-    largest Linear. learned_block: of the largest block whose roundings are learned together. processes: how many share
-    the work. measuring: the batch of calibration and diagnosis, in batches of generation.
+    while diagnosing, where nothing is calibrated. weights: the quantized denoiser. quantizing: what one Linear takes
+    then (`held_while_quantizing`). learned_block: weights of the largest block whose roundings are learned together.
+    processes: how many share the work. measuring: the batch of calibration and diagnosis, in batches of generation.
     """
 
     denoiser: int
@@ -40,7 +45,7 @@ class Pieces:
     decode: int
     stats: int
     weights: WeightBytes
-    largest_layer: int
+    quantizing: int
     observed: int = 0
     learned_block: int = 0
     processes: int = 1
@@ -62,6 +67,20 @@ def larger(one: Peak, other: Peak) -> Peak:
     return Peak(max(one.ram, other.ram), vram)
 
 
+def held_while_quantizing(plan: QuantPlan, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The most that quantizing one Linear of a plan takes; shapes: Linear -> (out_features, in_features)."""
+    most = 0
+    for name in plan.layers:
+        out_features, in_features = shapes[name]
+        for segment in range(plan.num_segments):
+            scheme = plan.scheme(name, segment)
+            if scheme is not None:
+                moments = MOMENTS_PER_ENTRY * in_features**2 if scheme.moments_for(name) else 0
+                per_weight = ROWS_PER_WEIGHT if scheme.rows_apart and not moments else WHOLE_PER_WEIGHT
+                most = max(most, per_weight * out_features * in_features + moments)
+    return most
+
+
 def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -> dict[str, Peak]:
     """Stage -> its peak."""
     activations, measured = max(p.step, p.decode), round(p.step * max(p.measuring, 1.0))
@@ -77,12 +96,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "noise_floor": models,
         # the observers beside the model; then, where there are several processes, the files of two
         "calibrate": observed + (models if p.processes == 1 else max(models, observed)),
-        "quantize": p.denoiser
-        + p.stats
-        + p.weights.resident
-        - p.weights.rest
-        + round(HOLES_QUANTIZING * p.weights.dense)
-        + max(p.stats, TEMPORARY_PER_WEIGHT * p.largest_layer, p.weights.rest // 2),
+        "quantize": p.quantizing,
         "generate": quantized + holes,
         "benchmark": both + p.denoiser // 2 + holes,  # float, the same in bfloat16, and quantized
         # the observers, and the file read back, or those of two processes

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from viditq.estimate.memory import TEMPORARY_PER_WEIGHT, UNCOUNTED, Peak
+from viditq.estimate.memory import ROWS_PER_WEIGHT, UNCOUNTED, Peak
 from viditq.files import stored_entries
 from viditq.job import Job
 from viditq.mapped import DTYPES as DTYPES_STORED
@@ -45,7 +45,7 @@ def encoder_bytes(job: Job) -> dict[str, EncoderBytes]:
             artifact=artifact_bytes(quantized, plan, _stored_dtypes(e.adapter, name), meta),
             held=weight_bytes(quantized).resident,
             decoded=largest * run_dtype(e.adapter, name).itemsize,
-            temporary=largest * TEMPORARY_PER_WEIGHT,
+            temporary=largest * ROWS_PER_WEIGHT,
         )
     return found
 
