@@ -170,7 +170,7 @@ def die(place: str) -> None:
     elif place == "before the artifact is there":
         correct.attach_corrections = kill
     else:
-        correct.save_denoiser = after(correct.save_denoiser)
+        correct.save_with = after(correct.save_with)
 
 
 def test_the_seed_counts(run: Callable[..., Any], stochastic: tuple[Path, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from viditq.assets import SHIPPED
 from viditq.files import read_json
 from viditq.job import Job
 from viditq.quant import CalibrationStats
+from viditq.quant.calibration.observers import REDUCTIONS, Observer
 from viditq.stages import diagnose, quantize
 from viditq.stages.incoherence import write_incoherence
 
@@ -104,6 +105,7 @@ def test_a_layer_that_was_never_called_is_said_to_have_no_values(
 ) -> None:
     stats = statistics(finished_run, shared_cache)
     first, second = list(read(finished_run)["layers"])[:2]
+    stats.layers[second] = Observer({field: getattr(stats.layers[second], field).clone() for field in REDUCTIONS})
     stats.layers[second].keys.fill_(torch.iinfo(torch.int64).max)
     stats.layers[second].count.zero_()
     width = stats.layers[first].minimum.shape[1]

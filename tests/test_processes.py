@@ -84,7 +84,7 @@ def test_two_processes_of_our_own(run: Run, alone: Path, tmp_path: Path) -> None
     assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)] == handlers, "a later run has its own"
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_torchrun(count: int, shrunk: list[str], alone: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
     arguments = command(shrunk, tmp_path, "trainer=ddp_cpu")

@@ -161,8 +161,11 @@ def test_there_is_nothing_to_spare_without_a_gpu(offload: str, configure: Callab
 
 
 def test_unknown_offloads_are_refused(configure: Callable[..., Any]) -> None:
-    with pytest.raises(UserError, match="offload='disk' is unknown; choose null or one of model, sequential"):
-        build(configure("experiment=smoke", "trainer.offload=disk"))
+    with pytest.raises(UserError, match="offload='attic' is unknown; choose null or one of model, sequential, disk"):
+        build(configure("experiment=smoke", "trainer.offload=attic"))
+    with pytest.raises(UserError, match="'much' is no number of bytes"):
+        build(configure("experiment=smoke", "trainer.offload=disk", "trainer.memory_budget=much"))
+    assert build(configure("experiment=smoke", "trainer.offload=disk")).memory_budget == 10**9
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
