@@ -59,8 +59,8 @@ class ConvRotSpec(TransformSpec):
         if not any(in_features % size == 0 for size in self._sizes):
             allowed = " or ".join(str(size) for size in self._sizes)
             raise UserError(
-                f"convrot cannot rotate {layer}: its {in_features} inputs do not divide into groups of {allowed}; choose "
-                "another group_size, or leave it in float by a rule (keep_float)"
+                f"convrot cannot rotate {layer}: its {in_features} inputs do not divide into groups of {allowed}; "
+                "choose another group_size, or leave it in float by a rule (keep_float)"
             )
 
     def group_of(self, in_features: int) -> int:
