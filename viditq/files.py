@@ -117,6 +117,17 @@ def stored_entries(path: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def stored_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says of the whole; empty where it says nothing, or is none."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length <= path.stat().st_size else {}
+            return dict(header.get("__metadata__", {}))
+    except (OSError, ValueError, AttributeError, struct.error):
+        return {}
+
+
 def _holds_all_tensors(path: Path) -> bool:
     stored_entries(path)
     return True

@@ -1,6 +1,7 @@
 """Key maps there and back: what diffusers' own converters make of the release's names is the model again, to the bit.
 
-Only the first axis matters to them, so tensors have one column; widths are the real ones where a converter takes no other.
+Only the first axis matters to them, so tensors have one column; widths are the real ones where a converter knows
+no others.
 """
 
 from collections.abc import Callable, Mapping
@@ -135,7 +136,7 @@ def test_parts_are_joined_in_their_order_and_halves_swapped() -> None:
         "blocks.0.qk.bias": Origin(("b.0.q.bias", "b.0.k.bias")),
         "final.weight": Origin(("out.weight",), swapped=True),
     }
-    with pytest.raises(UserError, match="would lack a part: there is b.0.q.weight alone"):
+    with pytest.raises(UserError, match=r"would lack a part: there is .*q.weight alone"):
         names.origins(["b.0.q.weight"])
-    with pytest.raises(UserError, match="would both be called final.weight"):
+    with pytest.raises(UserError, match=r"would both be called final\.weight"):
         names.origins(["out.weight", "final.weight"])
