@@ -122,6 +122,8 @@ class Writer:
     def __init__(self, path: Path, header_bytes: int) -> None:
         """header_bytes: that it may take at most (`header_bound`)."""
         self._file, self._entries = path.open("wb"), dict[str, Any]()
+        self.metadata: dict[str, str] = {}
+        """What the header says of the whole file; it may be added to until the end."""
         self._room = header_bytes + -header_bytes % 8  # tensors start at a multiple of 8
         self._file.seek(8 + self._room)
         self._end = 0
@@ -132,7 +134,8 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         with self._file as file:
             if error is None:
-                header = json.dumps(self._entries, separators=(",", ":")).encode()
+                entries = ({"__metadata__": self.metadata} if self.metadata else {}) | self._entries
+                header = json.dumps(entries, separators=(",", ":")).encode()
                 assert len(header) <= self._room
                 file.seek(0)
                 file.write(struct.pack("<Q", self._room) + header.ljust(self._room))

@@ -1,0 +1,1 @@
+"""Artifacts in the file formats of other programs: one module for each."""
