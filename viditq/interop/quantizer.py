@@ -63,7 +63,7 @@ class ViditqConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.quant_method = Method(quant_method)
         self.format_version = format_version
-        self.plan: dict[str, Any] = json.loads(_plan(plan).to_json())
+        self.plan: dict[str, Any] = json.loads(plan_of(plan).to_json())
         self.timestep_scale, self.dtype, self.float_dtype = timestep_scale, dtype, float_dtype
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -72,7 +72,8 @@ class ViditqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return fields
 
 
-def _plan(given: QuantPlan | Mapping[str, Any] | str | Path) -> QuantPlan:
+def plan_of(given: QuantPlan | Mapping[str, Any] | str | Path) -> QuantPlan:
+    """From any form that a ViditqConfig takes."""
     if isinstance(given, QuantPlan):
         return given
     if isinstance(given, Mapping):
@@ -80,6 +81,11 @@ def _plan(given: QuantPlan | Mapping[str, Any] | str | Path) -> QuantPlan:
     if not Path(given).expanduser().is_file():
         raise UserError(f"plan={str(given)!r} is no file; give a QuantPlan, its fields, or the path of a plan.json")
     return QuantPlan.from_json(Path(given).expanduser().read_text())
+
+
+def timestep_argument(scale: float | Mapping[str, Any] | None) -> str:
+    """The argument of a denoiser's forward that holds the timestep."""
+    return str(scale.get("argument", "timestep")) if isinstance(scale, Mapping) else "timestep"
 
 
 class ViditqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -137,7 +143,7 @@ class ViditqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if stored is None:  # a float model, which is quantized once it is there
             self.pre_quantized = False
             return
-        context = build_quantized(model, _plan(config.plan), "fake", config.timestep_scale)
+        context = build_quantized(model, plan_of(config.plan), "fake", config.timestep_scale)
         del model.save_pretrained  # by which other QuantLinears refuse to be saved
         self._layers = quant_linears(model)
         for name, layer in self._layers.items():
@@ -191,7 +197,7 @@ class ViditqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
         config = self.quantization_config
         if self._stored is None:
-            quantize_denoiser(model, _plan(config.plan), None, "fake", config.timestep_scale)
+            quantize_denoiser(model, plan_of(config.plan), None, "fake", config.timestep_scale)
             del model.save_pretrained
             self._dtypes = {name: dtype_name(layer.dtype) for name, layer in quant_linears(model).items()}
             config.dtype, config.float_dtype = dtype_name(model.dtype), None
@@ -203,9 +209,7 @@ class ViditqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             config.dtype, config.float_dtype = dtype_name(self._cast), None
         if config.float_dtype not in (None, config.dtype):
             inner, outer = getattr(torch, config.float_dtype), getattr(torch, config.dtype)
-            scale = config.timestep_scale
-            argument = scale.get("argument", "timestep") if isinstance(scale, Mapping) else "timestep"
-            DtypeBoundary(model, inner, outer, argument)
+            DtypeBoundary(model, inner, outer, timestep_argument(config.timestep_scale))
         model.config.quantization_config = config
         self._stored, self._layers = None, {}
 
