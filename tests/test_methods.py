@@ -118,6 +118,20 @@ def test_quarot(quantized) -> None:
     close(out, rows(inputs(500) @ matrix) @ rows(weight @ matrix).T + bias)
 
 
+def test_convrot(quantized) -> None:
+    """Rotated in groups of 64 by the regular matrix; symmetric: codes of -7 to 7 around a zero of 0."""
+    weight, bias, _, out = quantized("convrot")
+    order_4 = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    group = torch.kron(order_4, torch.kron(order_4, order_4))
+    matrix = torch.block_diag(group, group)
+
+    def symmetric(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 7
+        return (x / scale).round() * scale
+
+    close(out, symmetric(inputs(500) @ matrix) @ symmetric(weight @ matrix).T + bias)
+
+
 def test_viditq(quantized) -> None:
     weight, bias, linear, out = quantized("viditq")
     amax = torch.stack([inputs(level) for level in LEVELS]).flatten(0, 2).abs().amax(0)

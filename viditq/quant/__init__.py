@@ -17,7 +17,17 @@ from viditq.quant.execution.linear import QuantLinear
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.ranges import GridFit, LpSearch, MinMax, NormalSteps, Percentile
 from viditq.quant.methods.rounding import AdaRound, BlockAdaRound, Gptq, Nearest
-from viditq.quant.methods.transforms import Chain, Rotate, RotateSpec, SalienceSpec, Smooth, SmoothSpec, Transform
+from viditq.quant.methods.transforms import (
+    Chain,
+    ConvRot,
+    ConvRotSpec,
+    Rotate,
+    RotateSpec,
+    SalienceSpec,
+    Smooth,
+    SmoothSpec,
+    Transform,
+)
 from viditq.quant.reconstruction.collect import BlockInputs
 from viditq.quant.reconstruction.learn import BlockReconstruction
 from viditq.quant.reconstruction.store import BlockStore
@@ -32,6 +42,8 @@ __all__ = [
     "CalibrationStats",
     "Calibrator",
     "Chain",
+    "ConvRot",
+    "ConvRotSpec",
     "Diagnosis",
     "Gptq",
     "GridFit",

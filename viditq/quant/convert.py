@@ -240,6 +240,8 @@ def _checked_linears(denoiser: nn.Module, plan: QuantPlan, backend: Backend) -> 
             if scheme is None:
                 continue
             check_supported(backend, name, scheme)
+            for transform in scheme.transforms:
+                transform.check(name, linears[name].in_features)
             check_rank(scheme.low_rank, linears[name].in_features, linears[name].out_features, name)
             for spec in (scheme.weight, scheme.activation):
                 if spec is not None:

@@ -14,7 +14,7 @@ from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends import Backend
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import dequantize_weight, fake_quantize_activation, static_qparams
-from viditq.quant.methods.transforms import Chain, Rotate, Smooth
+from viditq.quant.methods.transforms import Chain, ConvRot, Rotate, Smooth
 from viditq.quant.numerics.hadamard import random_signs
 
 FORMATS = Path(__file__).parents[3] / "conf/quant/format"
@@ -93,10 +93,12 @@ def assert_agrees(backend: Backend, variant: Variant, x: Tensor, bias: Tensor | 
 
 
 def chains(in_features: int) -> Iterator[tuple[str, Chain]]:
-    """No transform, each, and both."""
+    """No transform, each, both, and the other rotation where it divides the width."""
     scale = torch.rand(in_features) + 0.3
     rotate = Rotate(random_signs(in_features, 0))
     yield "none", Chain()
     yield "smooth", Chain([Smooth(scale)])
     yield "rotate", Chain([rotate])
     yield "both", Chain([Smooth(scale), rotate])
+    if in_features % 16 == 0:
+        yield "convrot", Chain([ConvRot(16 if in_features % 64 else 64)])

@@ -40,7 +40,7 @@ def test_a_chain_does_not_change_the_output(problem, names, dtype):
     x, weight = x.to(dtype), weight.to(dtype)
     kept = x.clone()
     y = F.linear(chain.activation(x), chain.weight(weight))
-    torch.testing.assert_close(y, F.linear(x, weight), rtol=1e-4, atol=1e-3 if dtype == torch.float32 else 1e-9)
+    torch.testing.assert_close(y, F.linear(x, weight), rtol=1e-4, atol=4e-3 if dtype == torch.float32 else 1e-9)
     assert torch.equal(x, kept)
 
 
@@ -50,7 +50,7 @@ def test_bounds_hold_and_the_empty_one_has_the_same_tensors(problem, name):
     transform = random_transform(name, weight, stats_of(x))
     y = transform.activation(x)
     bounds = transform.bounds(x.amin((0, 1)), x.amax((0, 1)))
-    assert (bounds is None) == (name == "rotate")
+    assert (bounds is None) == (name in ("rotate", "convrot"))
     if bounds is not None:
         assert (y >= bounds[0] - 1e-5).all() and (y <= bounds[1] + 1e-5).all()
     empty = TRANSFORMS.get(name)().empty(32)

@@ -63,6 +63,9 @@ class TransformSpec(NamedSpec):
         """This description with the values of one segment; raises UserError when their number differs."""
         raise NotImplementedError
 
+    def check(self, layer: str, in_features: int) -> None:
+        """Raises UserError where a Linear of this name and width cannot be transformed."""
+
     def fit(self, weight_OC: Tensor, stats: Any, scheme: Any) -> Any:
         """The Transform for one weight; `stats` (SegmentStats) may be None unless `needs_stats`.
 

@@ -121,7 +121,7 @@ def _paley_two(prime: int) -> Tensor:
     return torch.kron(core, plus) + torch.kron(eye, diagonal)
 
 
-def _constant(function: T) -> T:
+def constant(function: T) -> T:
     """`torch.compiler.assume_constant_result` without its import of the compiler, which takes longer than torch's.
 
     torch.compile looks behind lru_cache and would build a factor at every call.
@@ -131,7 +131,7 @@ def _constant(function: T) -> T:
 
 
 @lru_cache(maxsize=64)
-@_constant
+@constant
 def _factor(order: int, whole: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A factor as used; the one that comes first carries the norm 1 / sqrt(n) (its own where H is block-diagonal)."""
     with torch.inference_mode(False):
@@ -141,7 +141,7 @@ def _factor(order: int, whole: int, dtype: torch.dtype, device: torch.device) ->
 
 
 @lru_cache(maxsize=64)
-@_constant
+@constant
 def _dense(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return matrix(order).to(device, dtype)

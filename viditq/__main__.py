@@ -1,0 +1,68 @@
+"""`python -m viditq export RUN --to TARGET [--out FILE] [--requantize]`: hand a quantized model to another program."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from viditq.cli import guarded
+from viditq.errors import UserError
+from viditq.export.targets import TARGETS, Target, target_of
+
+ARTIFACT, META = "quantized", "meta.json"
+
+
+def export(args: argparse.Namespace) -> None:
+    """Everything that can be seen without torch is checked before the target's module is imported."""
+    target = target_of(args.to)
+    artifact = _artifact(args.run)
+    if args.requantize and not target.requantizes:
+        raise UserError(f"--requantize changes nothing: --to {args.to} takes every artifact as it is, or not at all.")
+    out = _place(args.out, artifact, args.to, target)
+    print(f"viditq: exporting {artifact} to {args.to}", flush=True)
+    module = target.load()
+    if target.requantizes:
+        module.export(artifact, out, args.requantize)
+    else:
+        module.export(artifact, out)
+    print(out)
+
+
+def _artifact(run: str) -> Path:
+    """The artifact of a run's folder, or itself."""
+    folder = Path(run).expanduser()
+    found = folder / ARTIFACT if (folder / ARTIFACT).is_dir() else folder
+    if not (found / META).is_file():
+        what = "holds no quantized model" if folder.is_dir() else "is no folder"
+        raise UserError(f"{folder} {what}: give the folder of a run whose stage quantize is done, or its {ARTIFACT}")
+    return found
+
+
+def _place(out: str | None, artifact: Path, name: str, target: Target) -> Path:
+    """What is written; beside the artifact unless told."""
+    place = artifact.parent / "exports" / f"{name}{target.suffix}" if out is None else Path(out).expanduser()
+    if target.suffix and (place.suffix != target.suffix or place.is_dir()):
+        raise UserError(f"--out {place}: --to {name} writes one file, whose name ends in {target.suffix}")
+    if not target.suffix and place.is_file():
+        raise UserError(f"--out {place}: --to {name} writes a folder, and this is a file")
+    if not place.name or artifact.resolve() in (place.resolve(), *place.resolve().parents):
+        raise UserError(f"--out {place} lies in the artifact, which an export does not change; choose another place")
+    return place
+
+
+def main(words: list[str] | None = None) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser("python -m viditq", description="Hand a quantized model to another program.")
+    command = parser.add_subparsers(required=True, metavar="export").add_parser("export", help="write another format")
+    command.add_argument("run", metavar="RUN", help="a run's folder, or its artifact (RUN/quantized)")
+    known = "; ".join(f"{name}: {target.what}" for name, target in TARGETS.items())
+    command.add_argument("--to", required=True, metavar="TARGET", help=known)
+    command.add_argument("--out", help="the file or folder to write; without it, one in the run's folder `exports`")
+    command.add_argument("--requantize", action="store_true", help="convert what the target cannot hold exactly")
+    args = parser.parse_args(words)
+    return guarded(DictConfig({"debug": False}), lambda: export(args), choice="--out PLACE")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Exact or refused: what a program's format cannot hold of a plan, found before anything is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from viditq.errors import UserError
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.scheme import LayerScheme
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a layer cannot go. field: of its scheme, such as activation.symmetric. preset: the nearest that can."""
+
+    layer: str
+    field: str
+    value: object
+    why: str
+    preset: str
+
+    def __str__(self) -> str:
+        return f"{self.layer} has {self.field}={self.value!r}, {self.why}"
+
+
+RefusalOf = Callable[[LayerScheme, str], Refusal | None]
+
+
+def refusals(plan: QuantPlan, refusal: RefusalOf, preset: str, by_segment: bool = False) -> dict[str, Refusal]:
+    """Layer -> why it cannot go, of those that cannot.
+
+    refusal: of one scheme of one layer. preset: the nearest for what differs by noise level, which the format holds
+    only if `by_segment`.
+    """
+    found: dict[str, Refusal] = {}
+    for layer, names in plan.layers.items():
+        schemes = [plan.schemes[name] for name in dict.fromkeys(names) if name is not None]
+        differs = len({*names}) > 1 or (len(names) > 1 and any(scheme.per_segment for scheme in schemes))
+        if differs and not by_segment:
+            why = "and is quantized anew for each range of noise levels, which the format does not know"
+            found[layer] = Refusal(layer, "segments", list(plan.edges), why, preset)
+            continue
+        first = next(filter(None, (refusal(scheme, layer) for scheme in schemes)), None)
+        if first is not None:
+            found[layer] = first
+    return found
+
+
+def raise_refused(target: str, found: dict[str, Refusal], requantizes: bool) -> None:
+    """UserError for the first of them, if any."""
+    if not found:
+        return
+    first = next(iter(found.values()))
+    others = f" ({len(found) - 1} more layers cannot go either)" if len(found) > 1 else ""
+    how = ", or export with --requantize, which converts and says what that costs" if requantizes else ""
+    raise UserError(
+        f"--to {target} cannot hold this model exactly: {first}{others}. The nearest that it can hold is "
+        f"{first.preset}: quantize with that{how}."
+    )
