@@ -36,12 +36,13 @@ def load_quantized(
     """Load a quantized pipeline, ready for `pipeline("a prompt")`.
 
     path: an artifact (<run>/quantized), the run's folder, a quantized pipeline in diffusers' layout (`python -m viditq
-    export --to diffusers`), or the id of one of these on the Hugging Face hub, there of `revision`. backend: what multiplies (docs/backends.md): auto = for
-    each layer the fastest that is exact on this CPU; fake = emulation, also on a GPU; native; portable. model_path:
-    the float pipeline's folder on this machine, for its VAE, text encoder and scheduler, where it is not the one
-    recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights may take (on a CPU): they stay in
-    their files, and as many layers as fit are kept ready; None = all of them. The model's settings (steps, guidance,
-    size) are defaults of the call. Raises UserError for damaged or missing files, and for a budget that is too small.
+    export --to diffusers`), or the id of one of these on the Hugging Face hub, there of `revision`. backend: what
+    multiplies (docs/backends.md): auto = for each layer the fastest that is exact on this CPU; fake = emulation, also
+    on a GPU; native; portable. model_path: the float pipeline's folder on this machine, for its VAE, text encoder and
+    scheduler, where it is not the one recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights
+    may take (on a CPU): they stay in their files, and as many layers as fit are kept ready; None = all of them. The
+    model's settings (steps, guidance, size) are defaults of the call. Raises UserError for damaged or missing files,
+    and for a budget that is too small.
     """
     budget = num_bytes(memory_budget)
     given = str(path)

@@ -9,7 +9,19 @@ from viditq.files import atomic, read_json, write_json
 from viditq.models.weight_files import DIFFUSERS, TRANSFORMERS, variant_of, weight_files
 
 # Endings of weights; those of other libraries, and other precisions, are left out.
-WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".onnx_data", ".ckpt", ".pt", ".pth", ".gguf", ".index.json")
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".onnx_data",
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".index.json",
+)
 
 
 def copy_part(source: Path, target: Path, variant: str | None, dtype: str) -> None:

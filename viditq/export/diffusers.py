@@ -48,14 +48,13 @@ def export(artifact: Path, out: Path) -> None:
     if work.exists() and not (is_whole(work / KEY) and read_json(work / KEY) == key):
         shutil.rmtree(work)
     write_json(work / KEY, key)
-    tensors = StoredTensors(artifact, meta)
-    plan = QuantPlan.from_json((artifact / PLAN).read_text())
-    index = adapter.index()
+    index, several = adapter.index(), len(adapter.denoiser_names) > 1
     for name, entry in index.items():
         if not isinstance(entry, list) or entry[0] is None:
             continue
         if name in adapter.denoiser_names:
-            _write_denoiser(work / name, name, adapter, plan, meta, tensors)
+            config = read_json(adapter.part_folder(name, weights=False) / "config.json")
+            write_part(work / name, config, _dtype_of(adapter, name), artifact, f"{name}." if several else "")
         elif name == "scheduler":
             scheduler = adapter.make_scheduler()
             scheduler.save_pretrained(work / name)
@@ -98,28 +97,31 @@ def _description(meta: Mapping[str, Any], adapter: ModelAdapter, key: Mapping[st
     return {"format_version": VERSION, "model": model, "base": adapter.path, "key": dict(key)}
 
 
-def _write_denoiser(
-    folder: Path, name: str, adapter: ModelAdapter, plan: QuantPlan, meta: Mapping[str, Any], tensors: StoredTensors
-) -> None:
-    prefix = f"{name}." if len(adapter.denoiser_names) > 1 else ""
-    mine = _without_prefix(meta, prefix)
+def write_part(folder: Path, config: Mapping[str, Any], dtype: str, artifact: Path, prefix: str = "") -> None:
+    """One denoiser's folder, of which the files that are whole stay.
+
+    config: what its config.json says of the float model. dtype: of its pipeline. prefix: what begins the names of its
+    tensors in the artifact. Raises UserError for a tensor that is not as it was written.
+    """
+    meta = read_meta(artifact)
+    tensors, told = StoredTensors(artifact, meta), _without_prefix(meta, prefix)
     own = {n.removeprefix(prefix): t for n, t in tensors.state().items() if n.startswith(prefix)}
-    own = {n: t for n, t in own.items() if n not in mine.equal}
+    own = {n: t for n, t in own.items() if n not in told.equal}
     shards = in_shards([(n, t.nbytes) for n, t in own.items()], SHARD_BYTES)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"{STEM}.safetensors" if len(shards) == 1 else f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         if not is_whole(folder / file):
             tensors.check(f"{prefix}{n}" for n in names)
-            _write_shard(folder / file, {n: own[n] for n in names}, mine)
+            _write_shard(folder / file, {n: own[n] for n in names}, told)
     if len(shards) > 1:
-        total = sum(t.nbytes for t in own.values())
-        write_json(folder / f"{STEM}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    config = read_json(adapter.part_folder(name, weights=False) / "config.json")
-    part = ViditqConfig(_plan_of(plan, prefix), adapter.timestep_scale, _dtype_of(adapter, name), meta["float_dtype"])
-    write_json(folder / "config.json", {**config, "quantization_config": part.to_dict()})
+        metadata = {"total_size": sum(t.nbytes for t in own.values())}
+        write_json(folder / f"{STEM}.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+    plan = _plan_of(QuantPlan.from_json((artifact / PLAN).read_text()), prefix)
+    quantization = ViditqConfig(plan, meta["timestep_scale"], dtype, meta.get("float_dtype"))
+    write_json(folder / "config.json", {**config, "quantization_config": quantization.to_dict()})
 
 
 def _dtype_of(adapter: ModelAdapter, name: str) -> str:

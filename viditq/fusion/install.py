@@ -57,7 +57,7 @@ def fuse_blocks(denoiser: nn.Module) -> dict[str, int]:
 
 def unfuse_blocks(denoiser: nn.Module) -> None:
     """Every block runs as its own class again."""
-    plain = {fused: block for block, fused in ADAPTERS.items()}
+    plain: dict[type, type[nn.Module]] = {fused: block for block, fused in ADAPTERS.items()}
     for block in denoiser.modules():
         if type(block) in plain:
             block.__class__ = plain[type(block)]  # type: ignore[assignment]

@@ -31,7 +31,7 @@ def dequantize(model: Any) -> Any:
         weight_OC = weights[name]
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight_OC, requires_grad=False)
-        linear.bias = layer.bias
+        linear.register_parameter("bias", layer.bias)
         path, _, key = name.rpartition(".")
         setattr(model.get_submodule(path), key, linear)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):

@@ -72,7 +72,7 @@ class QuantizedParts:
     plan: QuantPlan
     meta: dict[str, Any]
     tensors: StoredTensors
-    dtype: str
+    dtype: str | None
     float_dtype: str | None
 
     @classmethod

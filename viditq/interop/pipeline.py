@@ -31,7 +31,7 @@ def load_exported(folder: Path, backend: str, memory_budget: int | None) -> Any:
     parts = QuantizedParts.of_folder(folder, names)
     if description is None:
         denoiser = parts.fill(_build(folder, names), backend, memory_budget)
-        dtype = DTYPES[parts.dtype]
+        dtype = DTYPES[parts.dtype or "float32"]
     else:
         adapter = ModelAdapter.from_dict(description | {"path": str(folder)})
         denoiser = parts.fill(adapter.build_denoiser(), backend, memory_budget)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,15 @@ from viditq.quant.description.plan import QuantPlan
 from viditq.quant.execution.linear import QuantLinear, quant_linears
 
 VERSION = 1
-FOLLOWS = ("weight", "bias", "low_rank_up", "low_rank_down")  # of a QuantLinear: what is in the type of its float Linear
+FOLLOWS = (
+    "weight",
+    "bias",
+    "low_rank_up",
+    "low_rank_down",
+)  # of a QuantLinear: what is in the type of its float Linear
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """What diffusers takes a method's name from."""
 
     VIDITQ = METHOD

@@ -1,8 +1,8 @@
 """What the files of a quantized part say beside its tensors, in the header of each file.
 
-`viditq` in a file's `__metadata__` is JSON: digests (name -> sha256 of the bytes), widened (name -> the type it runs in,
-where it is stored in another), equal (name -> the tensor that it equals, which is stored once), dtypes (layer -> the
-type of the Linear that it stands for). All of it is about that file's tensors, or about all of them in each file.
+`viditq` in a file's `__metadata__` is JSON: digests (name -> sha256 of the bytes), widened (name -> the type that it
+runs in, where it is stored in another), equal (name -> the tensor that it equals, which is stored once), dtypes (layer
+-> the type of the Linear that it stands for). It tells of that file's tensors, or in each file of all of them.
 """
 
 from __future__ import annotations
