@@ -37,6 +37,7 @@ FLOORS: list[list[str]] = [
             "export",
             "finished",
             "gate",
+            "interop",
             "job",
         ],
         *["loading", "nulls", "provenance", "runner", "settled", "signatures", "stages", "summary", "sweeps"],

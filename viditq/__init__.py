@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from viditq.interop.register import register
+
 if TYPE_CHECKING:
     from viditq.loading import load_quantized
 
 __all__ = ["load_quantized"]
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,15 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from viditq.assets import is_hub_id
 from viditq.errors import UserError
 from viditq.fusion.install import fuse_blocks
+from viditq.interop.folder import is_pipeline
+from viditq.interop.pipeline import load_exported
 from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
+from viditq.models.hub import fetch_whole
 from viditq.models.sampler_noise import check_shrinkable, shrink_noise
 from viditq.models.text_encoders import build_encoder
 from viditq.quant.artifact import load_denoiser, read_meta
@@ -23,19 +27,31 @@ from viditq.quant.text_encoder import BACKEND
 
 
 def load_quantized(
-    path: str | Path, backend: str = "auto", model_path: str | None = None, memory_budget: int | str | None = None
+    path: str | Path,
+    backend: str = "auto",
+    model_path: str | None = None,
+    memory_budget: int | str | None = None,
+    revision: str = "main",
 ) -> Any:
     """Load a quantized pipeline, ready for `pipeline("a prompt")`.
 
-    path: an artifact (<run>/quantized) or the run's folder. backend: what multiplies (docs/backends.md): auto = for
-    each layer the fastest that is exact on this CPU; fake = emulation, also on a GPU; native; portable. model_path:
-    the float pipeline's folder on this machine, for its VAE, text encoder and scheduler, where it is not the one
-    recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights may take (on a CPU): they stay in
-    their files, and as many layers as fit are kept ready; None = all of them. The model's settings (steps, guidance,
-    size) are defaults of the call. Raises UserError for damaged or missing files, and for a budget that is too small.
+    path: an artifact (<run>/quantized), the run's folder, a quantized pipeline in diffusers' layout (`python -m viditq
+    export --to diffusers`), or the id of one of these on the Hugging Face hub, there of `revision`. backend: what
+    multiplies (docs/backends.md): auto = for each layer the fastest that is exact on this CPU; fake = emulation, also
+    on a GPU; native; portable. model_path: the float pipeline's folder on this machine, for its VAE, text encoder and
+    scheduler, where it is not the one recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights
+    may take (on a CPU): they stay in their files, and as many layers as fit are kept ready; None = all of them. The
+    model's settings (steps, guidance, size) are defaults of the call. Raises UserError for damaged or missing files,
+    and for a budget that is too small.
     """
     budget = num_bytes(memory_budget)
-    return load_artifact(artifact_folder(path), backend, complete=True, model_path=model_path, memory_budget=budget)
+    given = str(path)
+    folder = artifact_folder(fetch_whole(given, revision) if is_hub_id(given) else path)
+    if not is_pipeline(folder):
+        return load_artifact(folder, backend, complete=True, model_path=model_path, memory_budget=budget)
+    if model_path is not None:
+        raise UserError(f"{folder} is a whole pipeline: leave out model_path={model_path!r}.")
+    return load_exported(folder, backend, budget)
 
 
 def artifact_folder(path: str | Path) -> Path:

@@ -30,6 +30,7 @@ class Target:
 
 
 TARGETS = {
+    "diffusers": Target("viditq.export.diffusers", "a whole pipeline's folder; every scheme goes"),
     "comfyui": Target("viditq.export.comfyui", "one file with the original release's names", ".safetensors", True),
 }
 

@@ -53,3 +53,12 @@ def fuse_blocks(denoiser: nn.Module) -> dict[str, int]:
     for (name, reason), count in reasons.items():
         logger.info("%d of %s run unfused: %s", count, name, reason)
     return dict(fused)
+
+
+def unfuse_blocks(denoiser: nn.Module) -> None:
+    """Every block runs as its own class again."""
+    plain: dict[type, type[nn.Module]] = {fused: block for block, fused in ADAPTERS.items()}
+    for block in denoiser.modules():
+        if type(block) in plain:
+            block.__class__ = plain[type(block)]  # type: ignore[assignment]
+            del block.fusion

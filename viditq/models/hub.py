@@ -35,6 +35,11 @@ def _snapshot(hub_id: str, revision: str, *patterns: str) -> Path:
         return Path(folder)
 
 
+def fetch_whole(hub_id: str, revision: str) -> Path:
+    """The folder of everything that a repository holds. Raises UserError that says how to get it."""
+    return _snapshot(hub_id, revision, "*")
+
+
 @contextmanager
 def _explained(hub_id: str, revision: str) -> Iterator[None]:
     """The hub's errors as UserErrors that say what to do."""

@@ -39,19 +39,23 @@ class StoredTensors:
     The names are those of the denoiser's state: a tensor that equals another is stored once.
     """
 
-    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
-        self._folder, self._digests, self._equal = folder, meta.get("digests"), meta["equal"]
+    def __init__(self, folder: Path, meta: Mapping[str, Any], files: Mapping[Path, str] | None = None) -> None:
+        """meta: digests, equal and widened. files: path -> what begins the names of its tensors; None = those of the
+        artifact.
+        """
+        self.folder, self._digests, self._equal = folder, meta.get("digests"), meta["equal"]
         self._stored: dict[str, Tensor] = {}
-        self._files: dict[str, str] = {}
-        for name in model_files(folder):
+        self._files: dict[str, Path] = {}
+        files = {folder / name: "" for name in model_files(folder)} if files is None else files
+        for path, prefix in files.items():
             try:
-                found = mapped_tensors(folder / name)
+                found = {f"{prefix}{name}": tensor for name, tensor in mapped_tensors(path).items()}
             except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{folder / name} is truncated or was altered ({error}); {AGAIN}") from error
+                raise UserError(f"{path} is truncated or was altered ({error}); {AGAIN}") from error
             self._stored |= found
-            self._files |= dict.fromkeys(found, name)
+            self._files |= dict.fromkeys(found, path)
         for name in {} if self._digests is None else self._stored.keys() ^ self._digests.keys():
-            raise UserError(f"{folder / self._files.get(name, MODEL)} was altered ({name} is not as told); {AGAIN}")
+            raise UserError(f"{self._files.get(name, folder)} was altered ({name} is not as told); {AGAIN}")
         self._checked: set[str] = set()
         widened = meta["widened"]
         self.runs: dict[str, torch.dtype] = {
@@ -76,8 +80,7 @@ class StoredTensors:
         for name in (self._equal.get(name, name) for name in names):
             if name in self._stored and name not in self._checked:
                 if tensor_digest(self._stored[name]) != self._digests[name]:
-                    path = self._folder / self._files[name]
-                    raise UserError(f"{path} was altered (the sha256 of {name} does not match); {AGAIN}")
+                    raise UserError(f"{self._files[name]} was altered (the sha256 of {name} does not match); {AGAIN}")
                 self._checked.add(name)
 
     def check_all(self) -> None:
@@ -110,26 +113,41 @@ def load_denoiser(
     meta = read_meta(folder)
     plan = QuantPlan.from_json((folder / PLAN).read_text())
     denoiser = build()
+    context = fill(denoiser, plan, meta, StoredTensors(folder, meta), backend, memory_budget)
+    return denoiser, plan, meta, context
+
+
+def fill(
+    denoiser: nn.Module,
+    plan: QuantPlan,
+    meta: Mapping[str, Any],
+    stored: StoredTensors,
+    backend: str,
+    memory_budget: int | None,
+) -> StepContext:
+    """QuantLinears in a denoiser that was just built, on stored tensors; returns its context.
+
+    meta: timestep_scale and dtypes. The rest, and errors: as of `load_denoiser`.
+    """
     context = build_quantized(denoiser, plan, backend, meta["timestep_scale"])
     for name, layer in quant_linears(denoiser).items():
         for variant in layer.variants:
             variant.dtype = getattr(torch, meta["dtypes"][name])
-    stored = StoredTensors(folder, meta)
     tensors = stored.state()
     if memory_budget is None:
         stored.check_all()
         tensors = stored.run_state()
     attach_empty(denoiser, tensors, context)
-    _check_fits(denoiser, tensors, folder)
+    _check_fits(denoiser, tensors, stored.folder)
     denoiser.load_state_dict(tensors, assign=True)
     on_meta = [name for name, t in (*denoiser.named_parameters(), *denoiser.named_buffers()) if t.is_meta]
     assert not on_meta, f"build() left non-persistent buffers on meta: {on_meta[:3]}"
     if memory_budget is not None:
         Residency(memory_budget, stored.check).attach(denoiser, quant_linears(denoiser), stored.runs)
-        return denoiser, plan, meta, context
+        return context
     for layer in quant_linears(denoiser).values():
         layer.prepare()
-    return denoiser, plan, meta, context
+    return context
 
 
 def model_files(folder: Path) -> list[str]:

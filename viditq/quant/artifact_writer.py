@@ -98,7 +98,7 @@ class ArtifactWriter:
             write_json(self._record(index), record)
 
     def _add(self, file: Writer, content: Content, record: dict[str, Any]) -> None:
-        equal = _equal_variants(content.tensors, content.dtypes)
+        equal = equal_variants(content.tensors, content.dtypes)
         # the widest type first, so that what follows begins at a multiple of its element's size
         dtypes = {name: content.casts.get(name, t.dtype) for name, t in content.tensors.items() if name not in equal}
         for name in sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name)):
@@ -106,8 +106,8 @@ class ArtifactWriter:
             file.add(name, content.tensors[name], digest, dtypes[name])
             record["digests"][name] = digest.hexdigest()
         record["equal"] |= equal | dict(content.equal)
-        record["widened"] |= {name: _dtype_name(dtype) for name, dtype in content.runs.items()}
-        record["dtypes"] |= {name: _dtype_name(dtype) for name, dtype in content.dtypes.items()}
+        record["widened"] |= {name: dtype_name(dtype) for name, dtype in content.runs.items()}
+        record["dtypes"] |= {name: dtype_name(dtype) for name, dtype in content.dtypes.items()}
 
     def finish(self, plan: QuantPlan, meta: Mapping[str, Any], timestep_scale: TimestepScaleLike) -> None:
         """Write what is said of the whole, and put it in its place; every shard is there."""
@@ -185,11 +185,11 @@ def _contents(denoiser: nn.Module) -> Iterator[Content]:
     for name, tensor in state.items():
         if inside[name] is None:
             tensor = tensor.detach().cpu()
-            half = _fits_half(tensor)
+            half = fits_half(tensor)
             yield Content({name: tensor.half() if half else tensor}, {name: tensor.dtype} if half else {})
     for prefix, name in prefixes.items():
         tensors = {n: t.detach().cpu() for n, t in state.items() if inside[n] == prefix}
-        narrow = {n: t.half() for n, t in tensors.items() if _fits_half(t)}
+        narrow = {n: t.half() for n, t in tensors.items() if fits_half(t)}
         runs = {n: tensors[n].dtype for n in narrow}
         yield Content(tensors | narrow, runs, {prefix: layers[name].dtype} if prefix == name else {})
 
@@ -240,7 +240,7 @@ def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
     (folder / META).write_text(json.dumps(full, indent=1) + "\n")
 
 
-def _equal_variants(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, str]:
+def equal_variants(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, str]:
     """Tensor -> the one of an earlier variant of its Linear that it equals."""
     equal: dict[str, str] = {}
     for layer in layers:
@@ -261,7 +261,8 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
 
 
-def _fits_half(tensor: Tensor) -> bool:
+def fits_half(tensor: Tensor) -> bool:
+    """Whether float16 holds a float32 tensor exactly."""
     return tensor.dtype == torch.float32 and torch.equal(tensor.half().float(), tensor)
 
 
@@ -270,7 +271,8 @@ def _context_of(denoiser: nn.Module) -> StepContext:
     return layers[0].context if layers else StepContext((0, 1))
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As meta.json has it: float32, bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 

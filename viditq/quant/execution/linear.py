@@ -59,6 +59,13 @@ class QuantLinear(nn.Module):
         for backend, variant in zip(self.backends, self.variants, strict=True):
             backend.prepare(cast(Variant, variant))
 
+    def use(self, backend: Backend) -> None:
+        """Another backend from now on, which supports all of its schemes."""
+        for variant in self.variants:
+            cast(Variant, variant).take_back()
+        self.backends = [backend.resolve(cast(Variant, variant).scheme) for variant in self.variants]
+        self.prepare()
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., O]."""
         index = self.current_index()

@@ -128,6 +128,19 @@ class Variant(nn.Module):
         self.held, self.qweight = held, None
         self.weight_scale = self.weight_zero_point = None
 
+    def take_back(self) -> None:
+        """Only what is stored is left, whatever a backend has made of it."""
+        quantized = self.quantized_weight() if self.held is not None else None
+        if quantized is not None:
+            assert self.scheme.weight is not None
+            self.qweight = pack(quantized.codes, self.scheme.weight.bits)
+            self.weight_scale, self.weight_zero_point = quantized.scale, quantized.zero_point
+        self.held = None
+        self.derived.clear()
+        for name in self._non_persistent_buffers_set:
+            self._buffers.pop(name)
+        self._non_persistent_buffers_set.clear()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Variant:
         """What is held follows the model to another device; its types are its layout's and stay."""
         super()._apply(fn, recurse)

@@ -1,0 +1,37 @@
+"""Which backend multiplies, after a model has been loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import Tensor, nn
+
+from viditq.fusion.install import fuse_blocks, unfuse_blocks
+from viditq.quant.execution.backends import check_supported, get_backend
+from viditq.quant.execution.linear import QuantLinear, quant_linears
+from viditq.quant.execution.variant import Variant
+
+
+def set_backend(denoiser: nn.Module, backend: str) -> None:
+    """Let `backend` (docs/backends.md) multiply from now on, and fuse the blocks that it can.
+
+    Layers that are not on a CPU are emulated where backend=auto. Raises UserError for a backend that cannot run a
+    layer, before anything is changed.
+    """
+    chosen, emulation = get_backend(backend), get_backend("fake")
+    layers = quant_linears(denoiser)
+    for name, layer in layers.items():
+        for variant in layer.variants:
+            check_supported(chosen, name, cast(Variant, variant).scheme)
+    unfuse_blocks(denoiser)
+    for layer in layers.values():
+        elsewhere = any(tensor.device.type != "cpu" for tensor in _tensors(layer))
+        layer.use(emulation if elsewhere and backend == "auto" else chosen)
+    fuse_blocks(denoiser)
+
+
+def _tensors(layer: QuantLinear) -> Iterator[Tensor]:
+    yield from layer.buffers()
+    for variant in layer.variants:
+        yield from cast(Variant, variant).held_tensors()
