@@ -1,4 +1,4 @@
-"""The same schemes in comfy-kitchen's arithmetic: run as a script, with that library installed, it writes the golden file anew.
+"""The same schemes in comfy-kitchen's arithmetic; as a script, with that library installed, it writes the golden file.
 
 pip install comfy-kitchen==0.2.40 packaging && python tests/export/kitchen.py
 """

@@ -44,7 +44,7 @@ def dequantize(model: Any) -> Any:
 
 def float_weight(name: str, layer: QuantLinear) -> Tensor:
     """[O, C]: what a layer multiplies its float input by; raises UserError where that depends on the noise level."""
-    found = [_float_weight(cast(Variant, variant)) for variant in layer.variants]
+    found = [variant_weight(cast(Variant, variant)) for variant in layer.variants]
     if any(not torch.equal(weight_OC, found[0]) for weight_OC in found[1:]):
         raise UserError(
             f"{name} has {len(found)} weights for ranges of noise levels, which no float model holds: dequantize() is "
@@ -53,8 +53,8 @@ def float_weight(name: str, layer: QuantLinear) -> Tensor:
     return found[0]
 
 
-def _float_weight(variant: Variant) -> Tensor:
-    """With T(x) = x M: linear(T(x), W) = linear(x, W M^T)."""
+def variant_weight(variant: Variant) -> Tensor:
+    """[O, C] that stands for its codes, branch and chain: with T(x) = x M, linear(T(x), W) = linear(x, W M^T)."""
     weight_OC = variant.dequantized_weight().float()
     if variant.low_rank_up is not None:
         weight_OC = weight_OC + variant.low_rank_up.float() @ variant.low_rank_down.float()

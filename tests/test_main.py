@@ -1,0 +1,74 @@
+"""`python -m viditq`: what is wrong with a command line is said at once, in one message, with status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from viditq.__main__ import main
+from viditq.export.targets import TARGETS
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """As far as what is checked first looks at it."""
+    folder = tmp_path / "run" / "quantized"
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text("{}")
+    return folder
+
+
+def test_bad_words_are_refused_without_torch(tmp_path: Path) -> None:
+    lines = f"""
+import sys
+from viditq.__main__ import main
+assert main(["export", {str(tmp_path)!r}, "--to", "comfyui"]) == 2
+assert main(["export", {str(tmp_path)!r}, "--to", "comfy"]) == 2
+assert not {{"torch", "diffusers", "hydra.main"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    assert "holds no quantized model" in done.stderr and "close names: comfyui" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--to", "comfyu"], "close names: comfyui"),
+        (["--to", "gguf"], "--to gguf is unknown; known names: comfyui, diffusers"),
+        (["--to", "comfyui", "--out", "x.gguf"], "whose name ends in .safetensors"),
+        (["--to", "comfyui", "--out", "x"], "whose name ends in .safetensors"),
+        (["--to", "diffusers", "--requantize"], "--requantize changes nothing"),
+        (["--to", "comfyui", "--out", "HERE/quantized/x.safetensors"], "lies in the artifact"),
+        (["--to", "diffusers", "--out", "HERE/quantized"], "lies in the artifact"),
+        (["--to", "diffusers", "--out", "HERE/quantized/meta.json"], "writes a folder, and this is a file"),
+    ],
+)
+def test_each_wrong_word_has_its_message(words, message, artifact: Path, capsys) -> None:
+    words = [word.replace("HERE", str(artifact.parent)) for word in words]
+    assert main(["export", str(artifact), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nothing", "file"])
+def test_what_is_no_run_is_refused(name: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["export", str(tmp_path / name), "--to", "comfyui"]) == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_a_damaged_artifact_has_the_artifact_s_message(artifact: Path, capsys) -> None:
+    assert main(["export", str(artifact.parent), "--to", "comfyui"]) == 2
+    assert "plan.json is missing" in capsys.readouterr().err
+
+
+def test_the_help_tells_every_target(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in TARGETS)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_has_its_function(name: str) -> None:
+    assert callable(TARGETS[name].load().export)

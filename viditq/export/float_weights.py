@@ -1,0 +1,42 @@
+"""The float weights that an artifact's codes stand for, a layer at a time.
+
+Legend: O out_features, C in_features.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from viditq.interop.dequantize import variant_weight
+from viditq.quant.artifact import StoredTensors
+from viditq.quant.convert import build_quantized
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.linear import quant_linears
+from viditq.quant.execution.variant import Variant
+
+
+class FloatWeights:
+    """denoiser: as it was built, on the meta device; its Linears are replaced."""
+
+    def __init__(self, denoiser: nn.Module, plan: QuantPlan, tensors: StoredTensors) -> None:
+        build_quantized(denoiser, plan)
+        self._layers, self._tensors, self._state = quant_linears(denoiser), tensors, tensors.state()
+
+    def of(self, layer: str) -> Tensor:
+        """float32 [O, C], from before the chain; the mean of those for several noise levels, which all stand for it."""
+        if layer not in self._layers:
+            self._tensors.check([f"{layer}.weight"])
+            return self._state[f"{layer}.weight"].float()
+        prefix = f"{layer}.variants."
+        found = {n.removeprefix(prefix): tensor for n, tensor in self._state.items() if n.startswith(prefix)}
+        self._tensors.check(f"{prefix}{name}" for name in found)
+        variants = self._layers[layer].variants
+        variants.load_state_dict(found, assign=True)
+        weights = []
+        for variant in variants:
+            cast(Variant, variant).dtype = torch.float32
+            weights.append(variant_weight(cast(Variant, variant)))
+        return torch.stack(weights).mean(0) if len(weights) > 1 else weights[0]
