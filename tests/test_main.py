@@ -25,7 +25,7 @@ import sys
 from viditq.__main__ import main
 assert main(["export", {str(tmp_path)!r}, "--to", "comfyui"]) == 2
 assert main(["export", {str(tmp_path)!r}, "--to", "comfy"]) == 2
-assert not {{"torch", "diffusers", "hydra.main"}} & sys.modules.keys()
+assert not {{"torch", "diffusers", "transformers"}} & sys.modules.keys()
 """
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
     assert "holds no quantized model" in done.stderr and "close names: comfyui" in done.stderr
