@@ -71,7 +71,7 @@ def _refuse(meta: Mapping[str, Any], adapter: ModelAdapter) -> None:
     if meta.get("text_encoders"):
         raise UserError(
             f"--to diffusers: {meta['text_encoders'][0]} is quantized (quant/text_encoder), and transformers, which "
-            "loads text encoders, does not know viditq. Quantize with quant/text_encoder=none, or load the artifact with "
+            "loads text encoders, does not know viditq. Quantize with quant/text_encoder=none, or load the artifact by "
             "viditq.load_quantized."
         )
     if meta.get("correction") == "ptqd" and check_shrinkable(adapter.make_scheduler(), adapter.call):
