@@ -28,6 +28,7 @@ FLOORS: list[list[str]] = [
             "",
             "__main__",
             "callbacks",
+            "card",
             "checks",
             "cli",
             "config",

@@ -26,6 +26,9 @@ def export(args: argparse.Namespace) -> None:
         module.export(artifact, out, args.requantize)
     else:
         module.export(artifact, out)
+    from viditq.card import export_card  # torch is there by now
+
+    export_card(artifact, out, args.to).write()
     print(out)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from random_pixart import CONFIG, outputs, random_model
 from diffusers import AutoModel, PixArtTransformer2DModel
+from random_pixart import CONFIG, outputs, random_model
 from safetensors.torch import load_file, save_file
 
 from viditq.errors import UserError

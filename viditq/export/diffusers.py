@@ -70,9 +70,9 @@ def export(artifact: Path, out: Path) -> None:
 def _refuse(meta: Mapping[str, Any], adapter: ModelAdapter) -> None:
     if meta.get("text_encoders"):
         raise UserError(
-            f"--to diffusers: {meta['text_encoders'][0]} is quantized (quant/text_encoder), and text encoders belong to "
-            "transformers, which does not know viditq. Quantize with quant/text_encoder=none, or load the artifact "
-            "with viditq.load_quantized."
+            f"--to diffusers: {meta['text_encoders'][0]} is quantized (quant/text_encoder), and transformers, which "
+            "loads text encoders, does not know viditq. Quantize with quant/text_encoder=none, or load the artifact by "
+            "viditq.load_quantized."
         )
     if meta.get("correction") == "ptqd" and check_shrinkable(adapter.make_scheduler(), adapter.call):
         raise UserError(

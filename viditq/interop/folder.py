@@ -38,7 +38,7 @@ def quantized_parts(folder: Path) -> list[str]:
     parts = [name for name, entry in index.items() if isinstance(entry, list) and _quantization(folder / name)]
     if not parts:
         raise UserError(
-            f"{folder} is a pipeline without parts that viditq quantized. Load it with DiffusionPipeline.from_pretrained, "
+            f"{folder} is a pipeline without parts that viditq quantized. Load it with diffusers' own from_pretrained, "
             "or give the folder of a run, of an artifact, or of an export."
         )
     return parts

@@ -68,13 +68,7 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
 
     What it does to text follows `adapter.encode`: `adapter.call` is for embeddings made before.
     """
-    cls = type(pipeline)
-    of_call = inspect.signature(pipeline.__call__).parameters
-    of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
-    defaults = {k: v for k, v in call_settings(adapter, pipeline).items() if k not in of_text}
-    defaults |= {k: v for k, v in adapter.encode.items() if k in of_call}
-    if adapter.negative_prompt is not None:
-        defaults["negative_prompt"] = adapter.negative_prompt
+    cls, defaults = type(pipeline), text_settings(adapter, pipeline)
 
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +76,15 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
 
     pipeline.__class__ = type(cls.__name__, (cls,), {"__call__": call})
     return pipeline
+
+
+def text_settings(adapter: ModelAdapter, pipeline: Any) -> dict[str, Any]:
+    """Arguments of the call of a pipeline (or of its class) that is given a text, but for the text."""
+    of_call = inspect.signature(pipeline.__call__).parameters
+    of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
+    settings = {k: v for k, v in call_settings(adapter, pipeline).items() if k not in of_text}
+    settings |= {k: v for k, v in adapter.encode.items() if k in of_call}
+    return settings | ({} if adapter.negative_prompt is None else {"negative_prompt": adapter.negative_prompt})
 
 
 def _call(

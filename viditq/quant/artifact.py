@@ -30,6 +30,7 @@ FORMAT_VERSION, READABLE = 3, (2, 3)
 AGAIN = "delete the folder and quantize again"
 META, PLAN, MODEL = "meta.json", "plan.json", "model.safetensors"
 INDEX = f"{MODEL}.index.json"
+CARD, PICTURES = "README.md", ("comparison.gif", "comparison.png")  # for its readers; no part of the model
 OWN_KEYS = ("format_version", "timestep_scale", "dtypes", "widened", "equal", "digests", "sha256")
 
 
@@ -221,8 +222,9 @@ def denoiser_bytes(folder: Path) -> int:
 
 
 def size_bytes(folder: str | Path) -> int:
-    """Bytes of all files of an artifact."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    """Bytes of all files of an artifact but for its card."""
+    files = (path for path in Path(folder).rglob("*") if path.name not in (CARD, *PICTURES) and path.is_file())
+    return sum(path.stat().st_size for path in files)
 
 
 def _check_fits(denoiser: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:

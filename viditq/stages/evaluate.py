@@ -16,6 +16,7 @@ from viditq.job import Job
 from viditq.metrics.verdict import verdicts
 from viditq.quant.artifact import denoiser_bytes
 from viditq.run_dir import read_seconds
+from viditq.stages.card import update_card
 from viditq.stages.text_encoders import told
 from viditq.summary import summarize
 
@@ -26,6 +27,7 @@ def evaluate(job: Job) -> str:
     """Compare the pairs, each process its share; writes metrics.json and per_prompt.json."""
     run_dir, processes = job.run_dir, job.processes
     if processes.first_does(lambda: is_whole(run_dir.metrics) and is_whole(run_dir.per_prompt)):
+        update_card(job)
         return f"already done ({run_dir.metrics})"
     metrics = job.experiment.make_metrics()
     with job.timed(run_dir.path, "evaluate"):
@@ -42,6 +44,7 @@ def evaluate(job: Job) -> str:
         }
         _write(job, results, shared, floors, labels)
     processes.wait()
+    update_card(job)
     return f"{len(results)} metrics ({run_dir.metrics})"
 
 

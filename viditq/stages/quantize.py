@@ -23,6 +23,7 @@ from viditq.quant.reconstruction.learn import BlockReconstruction
 from viditq.quant.reconstruction.store import BlockStore
 from viditq.quant.streaming import Streaming
 from viditq.stages.calibrate import observe
+from viditq.stages.card import update_card
 from viditq.stages.correct import correct, uncorrected
 from viditq.stages.incoherence import calibrated_incoherence, quantized_weights, restore_incoherence
 from viditq.stages.text_encoders import quantize_encoders
@@ -32,7 +33,9 @@ TELL_SECONDS = 10
 
 def quantize(job: Job) -> str:
     """The denoiser, then the text encoders where that is asked for."""
-    return "; ".join([_denoiser(job), *quantize_encoders(job)])
+    lines = [_denoiser(job), *quantize_encoders(job)]
+    update_card(job)
+    return "; ".join(lines)
 
 
 def _denoiser(job: Job) -> str:

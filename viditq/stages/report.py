@@ -20,15 +20,19 @@ from viditq.report.pictures import comparison_gif, comparison_picture
 from viditq.report.plan_view import summarize_plan
 from viditq.report.ranking import Ranking, rank_pairs
 from viditq.run_dir import RunDir
+from viditq.stages.card import update_card
 
 
 def report(job: Job) -> str:
     """Draw and write, on the first process."""
     run_dir = job.run_dir
     if job.processes.first_does(lambda: all(map(is_whole, (run_dir.picture, run_dir.page))) and _has_drawn(run_dir)):
+        update_card(job)
         return f"already done ({run_dir.page})"
     with job.timed(run_dir.path, "report"):
-        return job.processes.first_does(lambda: _report(job))
+        line = job.processes.first_does(lambda: _report(job))
+    update_card(job)
+    return line
 
 
 def _has_drawn(run_dir: RunDir) -> bool:

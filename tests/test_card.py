@@ -1,0 +1,65 @@
+"""README.md beside artifacts and exports: when it is written, and when it is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard as HubCard
+
+from viditq.__main__ import main
+from viditq.card import Card, export_card
+from viditq.report.model_card import mark_of
+
+
+def test_a_run_writes_it_and_says_the_verdict(finished_run: Path) -> None:
+    folder = finished_run / "quantized"
+    text = (folder / "README.md").read_text()
+    assert "W4 channel, A8 token, smooth, for each of 2 ranges of noise levels: 40 layers" in text
+    assert "| PSNR, higher is better |" in text and "(comparison.png)" in text
+    assert (folder / "comparison.png").read_bytes() == (finished_run / "comparison.png").read_bytes()
+    assert HubCard.load(folder / "README.md").data.library_name == "diffusers"
+    assert "base_model" not in HubCard.load(folder / "README.md").data.to_dict()  # shipped with the package
+
+
+def test_the_verdict_comes_later_and_changes_by_hand_stay(
+    run: Callable[..., Any], run_copy: Path, shared_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = run_copy / "quantized" / "README.md"
+    before = card.read_text()
+    for path in (card, run_copy / "metrics.json", run_copy / "comparison.png"):
+        path.unlink()
+    (run_copy / "quantized" / "comparison.png").unlink()
+    run(run_copy, shared_cache, "stages=[quantize]")
+    assert "Not measured yet" in card.read_text()
+    run(run_copy, shared_cache, "stages=[evaluate,report]")
+    assert card.read_text().count("\n") == before.count("\n") and "| PSNR" in card.read_text()
+    card.write_text("# Mine\n")
+    (run_copy / "metrics.json").unlink()
+    run(run_copy, shared_cache, "stages=[evaluate,report]")
+    assert card.read_text() == "# Mine\n"
+    assert "was changed by hand, and stays as it is" in capsys.readouterr().out
+
+
+def test_an_export_has_one_of_its_own(run_copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["export", str(run_copy), "--to", "diffusers", "--out", str(out)]
+    assert main(arguments) == 0
+    text = (out / "README.md").read_text()
+    mark = mark_of(text)
+    assert mark is not None and mark["ours"] and mark["command"].startswith("viditq.runner.run")
+    assert "DiffusionPipeline.from_pretrained" in text and "num_inference_steps=2" in text
+    assert (out / "comparison.png").is_file()
+    (out / "README.md").write_text("# Mine\n")
+    assert main(arguments) == 0
+    assert (out / "README.md").read_text() == "# Mine\n"
+
+
+def test_beside_a_single_file(finished_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"123")
+    card: Card = export_card(finished_run / "quantized", file, "comfyui")
+    card.write()
+    assert card.path == tmp_path / "model.README.md" and "| all of this export | 3 bytes |" in card.path.read_text()
