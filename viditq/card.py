@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,4 +79,7 @@ def _mark(path: Path) -> dict[str, Any] | None:
 
 
 def _size(place: Path) -> int:
-    return size_bytes(place) if place.is_dir() else place.stat().st_size
+    if place.is_dir():
+        return size_bytes(place)
+    several = place.parent.glob(f"{glob.escape(place.stem)}.*{place.suffix}")  # one of each denoiser
+    return sum(path.stat().st_size for path in ([place] if place.exists() else several))

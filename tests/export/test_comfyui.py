@@ -64,6 +64,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[dict[str, Tensor]], Mapping
 }
 
 
+BITS = {"average_weight_bits": 8.0, "average_activation_bits": 8.0, "float_size_bytes": 1}
 W8A8, ROTATED = Recipe(W8, TOKEN), Recipe(W8, TOKEN, ConvRotSpec(16))  # where all widths divide into groups of 16
 
 
@@ -74,7 +75,7 @@ def artifact_of(adapter: ModelAdapter, recipe: Recipe, folder: Path) -> Path:
     floats = [name for name, role in adapter.linear_roles(names).items() if role == "float"]
     plan = recipe.with_rules([*(Rule(name, keep_float=True) for name in floats), *recipe.rules]).resolve(names)
     quantize_denoiser(denoiser, plan, None, timestep_scale=adapter.timestep_scale)
-    save_denoiser(folder, denoiser, plan, {"model": adapter.to_dict(), "float_dtype": None})
+    save_denoiser(folder, denoiser, plan, {"model": adapter.to_dict(), "float_dtype": None} | BITS)
     return folder
 
 
@@ -90,6 +91,8 @@ def test_a_file_is_the_model_under_the_release_s_names(name: str, configure: Con
     assert main(["export", str(artifact), "--to", "comfyui", "--out", f"{tmp_path}/out.safetensors"]) == 0
     denoiser, _, _, _ = load_denoiser(artifact, adapter.build_denoiser)
     parts = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {"": denoiser}
+    card = (tmp_path / "out.README.md").read_text()
+    assert "ComfyUI/models/diffusion_models" in card and "0.00 MB" not in card.split("all of this export")[1][:20]
     for part, module in parts.items():
         file = tmp_path / (f"out.{part}.safetensors" if part else "out.safetensors")
         check_file(file, module, convert)

@@ -1,4 +1,4 @@
-"""What quantizing layers again costs: their outputs and the denoiser's beside the artifact's, on one step of a prompt."""
+"""What quantizing layers again costs: their outputs and the denoiser's beside the artifact's, in one step."""
 
 from __future__ import annotations
 
