@@ -294,6 +294,21 @@ def test_what_differs_by_noise_level_does_not_go_and_what_is_alike_does(tmp_path
         raise_refused("comfyui", refusals(both, refusal, "one segment"), True)
 
 
+def test_a_layer_that_the_plan_names_and_leaves_in_float_stays_so(tmp_path: Path) -> None:
+    adapter = tiny_adapter()
+    denoiser = adapter.denoiser_of(adapter.load())
+    names, scheme = linear_names(denoiser), LayerScheme(W8, TOKEN)
+    kept = denoiser.get_submodule("transformer_blocks.1.ff.net.2").weight.detach().clone()
+    plan = QuantPlan((0.0, 1.0), {"w8a8": scheme}, {n: ("w8a8",) for n in names if ".ff." in n})
+    plan = replace(plan, layers={**plan.layers, "transformer_blocks.1.ff.net.2": (None,)})
+    quantize_denoiser(denoiser, plan, None)
+    save_denoiser(tmp_path / "quantized", denoiser, plan, {"model": adapter.to_dict(), "float_dtype": None} | BITS)
+    assert main(["export", str(tmp_path / "quantized"), "--to", "comfyui"]) == 0
+    tensors = load_file(tmp_path / "exports" / "comfyui.safetensors")
+    assert torch.equal(tensors["blocks.1.mlp.fc2.weight"].float(), kept)
+    assert "blocks.1.mlp.fc2.comfy_quant" not in tensors and "blocks.1.mlp.fc1.comfy_quant" in tensors
+
+
 def test_a_corrected_output_does_not_go(tiny, tmp_path: Path, capsys) -> None:
     folder = Path(shutil.copytree(tiny("int8"), tmp_path / "quantized"))
     meta = json.loads((folder / "meta.json").read_text()) | {"correction": "ptqd_mean"}

@@ -55,10 +55,16 @@ class ComfyFile:
         self.state = {n.removeprefix(self.prefix): t for n, t in tensors.state().items() if n.startswith(self.prefix)}
         self.shapes, self.extra = shapes_of(denoiser), extra_tensors(adapter, denoiser)
         self.schemes: dict[str, LayerScheme] = {}
+        self.stored_as: dict[str, str] = {}
         for layer, names in plan.layers.items():
-            used = next(filter(None, names), None)
-            if layer.startswith(self.prefix) and used is not None:
-                self.schemes[layer.removeprefix(self.prefix)] = plan.schemes[used]
+            if not layer.startswith(self.prefix):
+                continue
+            own, used = layer.removeprefix(self.prefix), next(filter(None, names), None)
+            if used is not None:
+                self.schemes[own] = plan.schemes[used]
+            else:  # a plan may name what it leaves in float
+                self.stored_as[f"{own}.weight"] = f"{own}.variants.0.weight"
+                self.state[f"{own}.weight"] = self.state.pop(f"{own}.variants.0.weight")
         self.refused = {layer.removeprefix(self.prefix) for layer in refused}
         self.again: dict[str, LayerScheme] = {}
         floats = [name for name in self.state if ".variants." not in name]
@@ -121,7 +127,7 @@ class ComfyFile:
         return [Entry(target, dtype, shape, partial(self._float, origin, dtype))]
 
     def _float(self, origin: Origin, dtype: torch.dtype) -> Tensor:
-        self.tensors.check(f"{self.prefix}{name}" for name in origin.names)
+        self.tensors.check(f"{self.prefix}{self.stored_as.get(name, name)}" for name in origin.names)
         parts = [self.state[name].to(dtype) for name in origin.names]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return torch.cat(rows.chunk(2)[::-1]) if origin.swapped else rows
