@@ -22,7 +22,7 @@ from viditq.export.release_names import Origin
 from viditq.export.releases import release_of
 from viditq.export.requantize import quantized_again, scheme_again
 from viditq.files import atomic
-from viditq.mapped import Writer, header_bound
+from viditq.mapped import Writer, header_bound, release
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import StoredTensors
 from viditq.quant.convert import shapes_of
@@ -56,6 +56,7 @@ class ComfyFile:
         self.shapes, self.extra = shapes_of(denoiser), extra_tensors(adapter, denoiser)
         self.schemes: dict[str, LayerScheme] = {}
         self.stored_as: dict[str, str] = {}
+        self.looked_at: list[Tensor] = []
         for layer, names in plan.layers.items():
             if not layer.startswith(self.prefix):
                 continue
@@ -112,6 +113,8 @@ class ComfyFile:
                 tensor = entry.make()
                 assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
                 file.add(entry.name, tensor)
+                release(self.looked_at)
+                self.looked_at = []
 
     def _entries(self, target: str, origin: Origin) -> list[Entry]:
         layer = target.removesuffix(".weight")
@@ -128,6 +131,7 @@ class ComfyFile:
 
     def _float(self, origin: Origin, dtype: torch.dtype) -> Tensor:
         self.tensors.check(f"{self.prefix}{self.stored_as.get(name, name)}" for name in origin.names)
+        self.looked_at += [self.state[name] for name in origin.names]
         parts = [self.state[name].to(dtype) for name in origin.names]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return torch.cat(rows.chunk(2)[::-1]) if origin.swapped else rows
@@ -144,8 +148,11 @@ class ComfyFile:
     def _stored(self, layer: str, bits: int) -> QuantizedWeight:
         fields = [f"{layer}.variants.0.{field}" for field in ("qweight", "weight_scale", "weight_zero_point")]
         self.tensors.check(f"{self.prefix}{name}" for name in fields if name in self.state)
-        codes = unpack(self.state[fields[0]], bits, self.shapes[layer][1])
-        return QuantizedWeight(codes, self.state[fields[1]], self.state.get(fields[2]))
+        found = [self.state.get(name) for name in fields]
+        self.looked_at += [tensor for tensor in found if tensor is not None]
+        qweight, scale, zero_point = found
+        assert qweight is not None and scale is not None
+        return QuantizedWeight(unpack(qweight, bits, self.shapes[layer][1]), scale, zero_point)
 
 
 def _layers_of(origin: Origin) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq.interop.dequantize import variant_weight
+from viditq.mapped import release
 from viditq.quant.artifact import StoredTensors
 from viditq.quant.convert import build_quantized
 from viditq.quant.description.plan import QuantPlan
@@ -39,4 +40,5 @@ class FloatWeights:
         for variant in variants:
             cast(Variant, variant).dtype = torch.float32
             weights.append(variant_weight(cast(Variant, variant)))
+        release(found.values())
         return torch.stack(weights).mean(0) if len(weights) > 1 else weights[0]
