@@ -78,4 +78,6 @@ def _mark(path: Path) -> dict[str, Any] | None:
 
 
 def _size(place: Path) -> int:
-    return size_bytes(place) if place.is_dir() else place.stat().st_size
+    """Of a folder, a file, or the files of several denoisers, whose names stand before the ending."""
+    files = [place] if place.is_file() else place.parent.glob(f"{place.stem}.*{place.suffix}")
+    return size_bytes(place) if place.is_dir() else sum(path.stat().st_size for path in files)
