@@ -1,19 +1,26 @@
 """Quantize image and video diffusion transformers, and judge what it cost."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from viditq.interop.register import register
 
 if TYPE_CHECKING:
+    from viditq.interop.backend import set_backend
+    from viditq.interop.quantizer import ViditqConfig
     from viditq.loading import load_quantized
 
-__all__ = ["load_quantized"]
+__all__ = ["ViditqConfig", "load_quantized", "set_backend"]
+# Imported when asked for: they pull in diffusers, which neither `viditq.quant` nor a refused command line needs.
+_PLACES = {
+    "ViditqConfig": "viditq.interop.quantizer",
+    "load_quantized": "viditq.loading",
+    "set_backend": "viditq.interop.backend",
+}
 register()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_quantized":  # imported when asked for: it pulls in diffusers, which `viditq.quant` does not need
-        from viditq.loading import load_quantized
-
-        return load_quantized
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'viditq' has no attribute {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,6 @@ def _mark(path: Path) -> dict[str, Any] | None:
 
 
 def _size(place: Path) -> int:
-    if place.is_dir():
-        return size_bytes(place)
-    several = place.parent.glob(f"{glob.escape(place.stem)}.*{place.suffix}")  # one of each denoiser
-    return sum(path.stat().st_size for path in ([place] if place.exists() else several))
+    """Of a folder, a file, or the files of several denoisers, whose names stand before the ending."""
+    files = [place] if place.is_file() else place.parent.glob(f"{place.stem}.*{place.suffix}")
+    return size_bytes(place) if place.is_dir() else sum(path.stat().st_size for path in files)

@@ -182,6 +182,14 @@ def test_backends_are_chosen_after_loading(part: Path, expected: torch.Tensor) -
     assert torch.equal(outputs(model), expected)
 
 
+def test_layers_elsewhere_than_on_a_cpu_are_emulated(part: Path) -> None:
+    """`meta` stands for a GPU."""
+    model = PixArtTransformer2DModel.from_pretrained(part)
+    assert model.transformer_blocks[0].attn1.to_q.backend_names != "fake"
+    set_backend(model.to("meta"), "auto")
+    assert {layer.backend_names for layer in model.modules() if isinstance(layer, QuantLinear)} == {"fake"}
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ class Target:
 
 TARGETS = {
     "diffusers": Target("viditq.export.diffusers", "a whole pipeline's folder; every scheme goes"),
+    "torchao": Target("viditq.export.torchao", "a whole pipeline's folder, for diffusers with torchao, without viditq"),
     "comfyui": Target("viditq.export.comfyui", "one file with the original release's names", ".safetensors", True),
 }
 

@@ -142,6 +142,15 @@ LOADING = {
         "",
         "For other programs: `python -m viditq export FOLDER --to diffusers` (and more: `--help`).",
     ),
+    "torchao": (
+        "```python",
+        "import torch",
+        "from diffusers import DiffusionPipeline  # needs the package torchao, 0.18 or later",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("FOLDER", dtype={dtype})  # or the id of the repository',
+        "out = pipeline({call}).{result}",
+        "```",
+    ),
     "diffusers": (
         "```python",
         "import torch",
