@@ -226,7 +226,9 @@ def test_the_whole_model_computes_what_ours_does(recipe: str, tiny, tmp_path: Pa
 
 @pytest.mark.parametrize("recipe", HELD)
 def test_the_whole_model_in_comfy_kitchen_s_arithmetic(recipe: str, tiny, tmp_path: Path) -> None:
-    """Each layer on the inputs that the library's own layers before it make; codes on an edge part in the end."""
+    """Each layer on the inputs that the library's own layers before it make. In the end what integers give without a
+    rotation is equal; else codes on an edge between two part, and what follows with them.
+    """
     pytest.importorskip("comfy_kitchen")
     artifact, out = tiny(recipe), tmp_path / "out.safetensors"
     assert main(["export", str(artifact), "--to", "comfyui", "--out", str(out)]) == 0
@@ -237,9 +239,12 @@ def test_the_whole_model_in_comfy_kitchen_s_arithmetic(recipe: str, tiny, tmp_pa
         errors.append(relative(theirs, comfy_linear(fields, marker, x, bias)))
         return theirs
 
-    theirs, ours = output_of(as_read(out, both)), output_of(load_denoiser(artifact, tiny_adapter().build_denoiser)[0])
+    theirs = output_of(as_read(out, both))
     assert len(errors) >= 24 and max(errors) < 1e-4 and sorted(errors)[len(errors) // 2] < 1e-6
-    assert relative(theirs, ours) < 0.6 * relative(ours, output_of(float_denoiser()))
+    backend = "fake" if recipe == "int4_weight_only" else "portable"
+    ours = output_of(load_denoiser(artifact, tiny_adapter().build_denoiser, backend)[0])
+    rotated = recipe in ("int8_convrot", "int4_convrot", "mixed")
+    assert relative(theirs, ours) < (relative(ours, output_of(float_denoiser())) if rotated else 1e-6)
 
 
 def test_parts_of_one_tensor_may_differ_in_bits_but_not_be_float(tiny, tmp_path: Path, capsys) -> None:
@@ -292,6 +297,15 @@ def test_what_differs_by_noise_level_does_not_go_and_what_is_alike_does(tmp_path
     assert refusals(both, refusal, "one segment")["a"].field == "segments"
     with pytest.raises(UserError, match="a has segments"):
         raise_refused("comfyui", refusals(both, refusal, "one segment"), True)
+
+
+def test_a_width_that_no_format_has_is_refused(tmp_path: Path, configure: Configure, capsys) -> None:
+    save(videos.wan21, tmp_path / "model")
+    overrides = [f"model.path='{tmp_path}/model'", "model.num_frames=5", "name=x"]
+    adapter: ModelAdapter = instantiate(configure("model=wan2.1_1.3b", *overrides).model, _convert_="all")
+    artifact = artifact_of(adapter, Recipe(QuantSpec(4, False, "channel"), None), tmp_path / "quantized")
+    assert main(["export", str(artifact), "--to", "comfyui"]) == 2
+    assert "blocks.0.attn1.to_q has in_features=24, which divide into no groups" in capsys.readouterr().err
 
 
 def test_a_layer_that_the_plan_names_and_leaves_in_float_stays_so(tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ class ComfyFile:
         return markers(scheme, in_features)[0]
 
     def _unlike(self, parts: Sequence[str]) -> Refusal:
+        """Of parts that have no format in common, or of one for whose width there is none."""
+        if len(parts) == 1:
+            width, layer = self.shapes[parts[0]][1], f"{self.prefix}{parts[0]}"
+            why = "which divide into no groups that the formats have"
+            return Refusal(layer, "in_features", width, why, nearest(self.schemes[parts[0]]))
         other = next((p for p in parts if p not in self.schemes), parts[-1])
         first = next(p for p in parts if p in self.schemes)
         why = f"but lies in one tensor with {self.prefix}{first}, which is quantized in another way"

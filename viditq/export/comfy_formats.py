@@ -11,6 +11,7 @@ Legend: N outputs, K inputs, G groups of inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ INT8, W4A8, AWQ = "int8_tensorwise", "asym_w4a8_int8", "awq_w4a16"
 W4A8_GROUP = 16  # inputs that share an s_rel, as the kernels have it
 S_REL = 8.0  # 4-bit codes become int8 ones of this many; 16 would take -8 to -128, which is cut off
 AWQ_GROUPS = (64, 32, 16)
+F32 = torch.float32
 BY_ROW = ("channel", "tensor")
 
 
@@ -132,44 +134,38 @@ def common_marker(offered: Sequence[Sequence[Marker]]) -> Marker | None:
 def _awq_group(weight: QuantSpec, in_features: int) -> int | None:
     """Inputs that share a scale in the file; None where none of its groups fits."""
     if weight.group_size is not None:
-        return weight.group_size if in_features % weight.group_size == 0 else None
+        return weight.group_size if in_features % 2 == 0 else None
     return next((size for size in AWQ_GROUPS if in_features % size == 0), None)
 
 
 def entries(prefix: str, marker: Marker, parts: Sequence[Rows], in_features: int, swapped: bool) -> list[Entry]:
-    """The tensors of one Linear `prefix` but its bias; parts: its rows in turn."""
+    """The tensors of one Linear `prefix` but its bias; parts: its rows in turn; swapped: their halves change places."""
     n, kind = sum(part.out_features for part in parts), marker["format"]
-
-    def made(dtype: torch.dtype, shape: tuple[int, ...], of: Callable[[Rows], Tensor]) -> Any:
-        def make() -> Tensor:
-            rows = torch.cat([of(part) for part in parts])
-            rows = torch.cat(rows.chunk(2)[::-1]) if swapped else rows
-            return rows.T.contiguous() if kind == AWQ and dtype == torch.float32 else rows
-
-        return dtype, shape, make
+    groups = in_features // marker.get("group_size", in_features)
 
     def entry(name: str, dtype: torch.dtype, shape: tuple[int, ...], of: Callable[[Rows], Tensor]) -> Entry:
-        return Entry(f"{prefix}.{name}", *made(dtype, shape, of))
+        return Entry(f"{prefix}.{name}", dtype, shape, partial(_together, parts, swapped, of))
 
     if kind == INT8:
-        return [
-            entry("weight", torch.int8, (n, in_features), _signed),
-            entry("weight_scale", torch.float32, (n, 1), lambda rows: _scale(rows).expand(rows.out_features, 1)),
-        ]
-    codes = entry("weight", torch.int8, (n, in_features // 2), lambda rows: _nibbles(rows, kind))
+        return [entry("weight", torch.int8, (n, in_features), _signed), entry("weight_scale", F32, (n, 1), _row_scale)]
+    codes = entry("weight", torch.int8, (n, in_features // 2), _signed_nibbles if kind == W4A8 else _nibbles)
     if kind == W4A8:
-        groups = in_features // W4A8_GROUP
-        return [
-            codes,
-            entry("weight_s_rel", torch.float8_e4m3fn, (n, groups), lambda rows: _s_rel(rows, groups)),
-            entry("weight_s_channel", torch.float32, (n,), lambda rows: _s_channel(rows)),
-        ]
-    groups = in_features // marker["group_size"]
-    return [
-        codes,
-        entry("weight_scale", torch.float32, (groups, n), lambda rows: _by_group(_scale(rows), rows, groups)),
-        entry("weight_zeros", torch.float32, (groups, n), lambda rows: _by_group(_zeros(rows), rows, groups)),
-    ]
+        s_rel = entry("weight_s_rel", torch.float8_e4m3fn, (n, groups), partial(_s_rel, groups=groups))
+        return [codes, s_rel, entry("weight_s_channel", F32, (n,), _s_channel)]
+    scale, zeros = (
+        entry(name, F32, (n, groups), partial(_by_group, groups=groups, of=of))
+        for name, of in (("weight_scale", _scale), ("weight_zeros", _zeros))
+    )
+    return [codes, _transposed(scale), _transposed(zeros)]
+
+
+def _together(parts: Sequence[Rows], swapped: bool, of: Callable[[Rows], Tensor]) -> Tensor:
+    rows = torch.cat([of(part) for part in parts])
+    return torch.cat(rows.chunk(2)[::-1]) if swapped else rows
+
+
+def _transposed(entry: Entry) -> Entry:
+    return entry._replace(shape=entry.shape[::-1], make=lambda: entry.make().T.contiguous())
 
 
 def _middle(spec: QuantSpec) -> int:
@@ -181,14 +177,22 @@ def _signed(rows: Rows) -> Tensor:
     return (rows.read().codes.to(torch.int16) - _middle(rows.spec)).to(torch.int8)
 
 
-def _nibbles(rows: Rows, kind: str) -> Tensor:
-    """Even columns in the low nibble; 8 stands for 0 beside int8 activations."""
-    shift = 8 - _middle(rows.spec) if kind == W4A8 else 0
+def _nibbles(rows: Rows, shift: int = 0) -> Tensor:
+    """Even columns in the low nibble."""
     return pack(rows.read().codes + shift, 4).view(torch.int8)
+
+
+def _signed_nibbles(rows: Rows) -> Tensor:
+    """The same with 8 for 0, whatever the bits."""
+    return _nibbles(rows, 8 - _middle(rows.spec))
 
 
 def _scale(rows: Rows) -> Tensor:
     return rows.read().scale.float()
+
+
+def _row_scale(rows: Rows) -> Tensor:
+    return _scale(rows).expand(rows.out_features, 1)
 
 
 def _s_rel(rows: Rows, groups: int) -> Tensor:
@@ -205,7 +209,8 @@ def _zeros(rows: Rows) -> Tensor:
     return (8 - zero.float()) * quantized.scale.float()
 
 
-def _by_group(values: Tensor, rows: Rows, groups: int) -> Tensor:
+def _by_group(rows: Rows, groups: int, of: Callable[[Rows], Tensor]) -> Tensor:
     """[N, G] of a scale in whichever shape it is stored."""
+    values = of(rows)
     values_NG = values.reshape(len(values), -1)
     return values_NG.repeat_interleave(groups // values_NG.shape[1], 1).expand(rows.out_features, groups)
