@@ -282,6 +282,21 @@ def test_requantize_converts_what_must_be_and_says_what_it_costs(recipe, layers,
     assert cost["output_error"] / 4 < error < 4 * cost["output_error"]
 
 
+@pytest.mark.parametrize("name", ["flux_dev", "wan2.2", "pixart_sigma"])
+def test_requantize_in_bfloat16_and_with_two_denoisers(name: str, tmp_path: Path, configure: Configure, capsys) -> None:
+    save(MODELS[name][0], tmp_path / "model")
+    overrides = ["model.height=16", "model.width=16", *(["model.num_frames=5"] if name == "wan2.2" else [])]
+    cfg = configure(f"model={name}", f"model.path='{tmp_path}/model'", "name=x", *overrides)
+    adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
+    asymmetric = Recipe(QuantSpec(8, False, "channel"), QuantSpec(8, False, "token", dynamic=True))
+    artifact = artifact_of(adapter, asymmetric, tmp_path / "quantized")
+    assert main(["export", str(artifact), "--to", "comfyui", "--requantize"]) == 0
+    assert "quantized again" in capsys.readouterr().out
+    for file in (tmp_path / "exports").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert 0 < json.loads(opened.metadata()["viditq_requantized"])["output_error"] < 0.2
+
+
 def test_what_differs_by_noise_level_does_not_go_and_what_is_alike_does(tmp_path: Path, capsys) -> None:
     adapter = tiny_adapter()
     alike = artifact_of(adapter, Recipe(W8, TOKEN, segments=(0, 0.5, 1)), tmp_path / "quantized")

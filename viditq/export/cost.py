@@ -72,7 +72,8 @@ def _replace_outputs(
     def replaced(name: str, layer: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         variant = variant_again(weights, name, again[name])
         fake.prepare(variant)
-        new = fake.linear(variant, args[0].float(), layer.bias).to(out.dtype)
+        bias = None if layer.bias is None else layer.bias.float()
+        new = fake.linear(variant, args[0].float(), bias).to(out.dtype)
         cost.layers.setdefault(name, _relative(new, out))
         return new
 
