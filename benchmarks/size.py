@@ -116,7 +116,7 @@ def build(name: str, blocks: int, folder: Path) -> None:
 
 def overrides(name: str, folder: Path, more: list[str]) -> list[str]:
     """Of every command; a later one of the same key counts."""
-    (folder / "prompts.txt").write_text("a small red circle on a white background\n")
+    (folder / "prompts.txt").write_text("a small red circle on a white background\na green field\n")
     return [
         *(f"model={MODELS[name]['model']}", f"model.path='{folder / 'model'}'", "quant=w4a8"),
         *("data=prompt_file", f"data.path='{folder / 'prompts.txt'}'", "data.num_prompts=1"),
