@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import sys
 import time
@@ -23,6 +22,7 @@ from viditq.estimate.probe import Probe, probe, probe_on_meta
 from viditq.estimate.searching import searching
 from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
+from viditq.memory import give_back
 from viditq.models.checks import DTYPES
 from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
@@ -113,6 +113,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
         processes=trainer.num_devices * trainer.num_nodes,
+        float_denoisers=float_denoisers,
         measuring=min(e.adapter.calibration_batch_size, len(e.data.calibration_prompts)) / batch,
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
@@ -185,7 +186,7 @@ def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: t
     quantized_weights = {f"{name}.weight" for name in plan.layers}
     kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
     del pipeline, denoiser  # the two need not fit side by side
-    gc.collect()
+    give_back()
 
     def quantized_probe(backend: str) -> Probe:
         quantized = made_up_quantized(e.adapter, plan, kept, dtype, backend)

@@ -9,22 +9,24 @@ from dataclasses import dataclass
 
 from viditq.quant.sizes import WeightBytes
 
-# Of the dense weights: glibc's heap keeps the holes of temporaries between them (MALLOC_MMAP_THRESHOLD_ avoids it).
+# Of the dense weights, while they are made: glibc's heap keeps the holes of temporaries between them until `give_back`.
 HOLES, HOLES_QUANTIZING = 0.4, 0.2
 # Bytes for each weight of a block while its roundings are learned: the block twice, soft roundings with their gradient
 # and the optimizer's two moments, what they are computed from, temporaries.
 LEARNING_PER_WEIGHT = 72
-# What every stage adds, beside what is counted: code loaded when it is first used, stacks of threads, and the heap's
-# holes between activations; most was seen while calibrating tiny_video (57 MB), whose activations are 30 MB.
-UNCOUNTED = 64 * 2**20
-HOLES_COMPUTING = 0.25  # of the activations
+# What every stage adds, beside what is counted: code loaded when it is first used (18 MB), workspace of matrix
+# products, stacks of threads. What a quantized denoiser adds: the code of the kernels (48 MB of mapped files).
+UNCOUNTED, KERNELS = 64 * 2**20, 48 * 2**20
+# The heap's holes between activations: as much again (on models of 10 to 70 M parameters twice that, with
+# MALLOC_MMAP_THRESHOLD_ half), but tensors of 32 MiB and more lie outside of it and leave none.
+HOLES_AT_MOST = 256 * 2**20
 TEMPORARY_PER_WEIGHT = 21  # while a weight is quantized: float32 copies, scaled and rounded, int16 and uint8 codes
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """denoiser, rest, text: weights as loaded (rest: VAE and others). file: the largest with weights of the denoiser,
-    whose pages are in memory while it is loaded. step, decode: activations.
+    """denoiser, rest, text: weights as loaded (rest: VAE and others, float_denoisers among them). file: the largest
+    with weights of a denoiser, whose pages are in memory while it is loaded. step, decode: activations.
 
     stats: calibration statistics. observed: those gathered while diagnosing, where nothing is calibrated. weights: the
     quantized denoiser. largest_layer: weights of the largest Linear. learned_block: of the largest block whose
@@ -45,6 +47,7 @@ class Pieces:
     learned_block: int = 0
     processes: int = 1
     measuring: float = 1.0
+    float_denoisers: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,14 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     models = p.denoiser + p.rest
     quantized = p.weights.resident + p.rest
     both = models + quantized
-    holes = round(HOLES * p.weights.dense)
-    loading = dict.fromkeys(("reference", "noise_floor", "calibrate"), models + p.file)
+    # beside the prepared weights what the artifact's file holds: packed codes, the rest in half
+    reading = p.weights.resident + round(HOLES * p.weights.dense) + p.weights.codes + p.weights.rest // 2
+    loading = dict.fromkeys(("reference", "noise_floor", "calibrate"), models + p.file) | {
+        "generate": reading,
+        "diagnose": models + max(p.file, reading),
+        "benchmark": models + max(models + p.file, p.denoiser // 2 + reading),  # in half it is loaded in whole
+    }
+    kernels = dict.fromkeys(("generate", "diagnose", "benchmark"), KERNELS)
     # what is on the CPU whatever computes; and beside it, on the device that computes
     on_cpu = {
         "prompts": p.text,
@@ -77,15 +86,16 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         # the observers beside the model; then, where there are several processes, the files of two
         "calibrate": p.stats + (models if p.processes == 1 else max(models, p.stats)),
         "quantize": p.denoiser
+        + p.float_denoisers
         + p.stats
         + p.weights.resident
         - p.weights.rest
         + round(HOLES_QUANTIZING * p.weights.dense)
         + max(p.stats, TEMPORARY_PER_WEIGHT * p.largest_layer, p.weights.rest // 2),
-        "generate": quantized + holes,
-        "benchmark": both + p.denoiser // 2 + holes,  # float, the same in bfloat16, and quantized
+        "generate": quantized,
+        "benchmark": both + p.denoiser // 2,  # float, the same in bfloat16, and quantized
         # the observers, and the file read back, or those of two processes
-        "diagnose": both + holes + (2 if p.processes == 1 else 3) * p.observed,
+        "diagnose": both + (2 if p.processes == 1 else 3) * p.observed,
     }
     computing = {
         "prompts": 0,
@@ -98,11 +108,11 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "benchmark": p.step,
     }
     if not gpu:
-        holes_of = {stage: round(HOLES_COMPUTING * size) for stage, size in computing.items()}
-        return {
-            stage: Peak(UNCOUNTED + max(size + computing[stage] + holes_of[stage], loading.get(stage, 0)))
-            for stage, size in on_cpu.items()
-        }
+        found = {}
+        for stage, size in on_cpu.items():
+            computed = size + computing[stage] + min(computing[stage], HOLES_AT_MOST)
+            found[stage] = Peak(UNCOUNTED + kernels.get(stage, 0) + max(computed, loading.get(stage, 0)))
+        return found
     resident = {
         "prompts": 0,
         "reference": models,
@@ -121,6 +131,8 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         resident["calibrate"] += p.stats
     resident["diagnose"] += p.observed
     return {
-        stage: Peak(UNCOUNTED + max(size, loading.get(stage, 0)), resident[stage] + computing[stage])
+        stage: Peak(
+            UNCOUNTED + kernels.get(stage, 0) + max(size, loading.get(stage, 0)), resident[stage] + computing[stage]
+        )
         for stage, size in on_cpu.items()
     }

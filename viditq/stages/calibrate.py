@@ -1,6 +1,5 @@
 """Stage `calibrate`: the float model samples the calibration prompts with observers attached."""
 
-import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,7 @@ from viditq.engine.partials import PARTIAL, Partials, State
 from viditq.engine.sampling import Calibration, batches_of, run_batches
 from viditq.files import is_whole
 from viditq.job import Job
+from viditq.memory import give_back
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.observers import CalibrationStats
 from viditq.quant.convert import linear_names
@@ -89,7 +89,7 @@ def merge_states(mine: State, theirs: State) -> State:
 
 def _observe(job: Job, wanted: list[str], partials: Partials) -> None:
     _sample(job, wanted, partials)
-    gc.collect()  # the model and the observers go, which Lightning's modules and trainers hold in a ring
+    give_back()  # the model and the observers go, which Lightning's modules and trainers hold in a ring
     job.processes.wait()
     if not job.processes.first:
         return

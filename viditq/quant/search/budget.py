@@ -20,7 +20,8 @@ class Budget:
     weight_bits, activation_bits: as `QuantPlan` averages them, segments by their share of the sampling steps; a
     low-rank branch's numbers count 16 bits each. size_bytes: of the stored weights of these Linears (codes, scales,
     zero points, low-rank branches), equal weights of several segments once, and of whole denoisers that are left in
-    float (16 bits). latency: relative to all in float, a mean over weights and sampling steps of `latency_costs` (scheme such as w4a8 -> cost, branch and all; float = 1).
+    float (16 bits). latency: relative to all in float, a mean over weights and sampling steps of `latency_costs`
+    (scheme such as w4a8 -> cost, branch and all; float = 1).
     """
 
     weight_bits: float | None = None
