@@ -114,8 +114,8 @@ def weight_bytes(quantized: nn.Module, backend: str | None = None) -> WeightByte
                 held = (given or own).weight_bytes(variant.scheme, *shape, layer.dtype)
                 stored = (variant.qweight, variant.weight_scale, variant.weight_zero_point)
                 dense += held - tensor_bytes(part for part in stored if part is not None)
-    saved, inside = set(quantized.state_dict()), tuple(f"{name}." for name in quant_linears(quantized))
-    computed = (b for name, b in quantized.named_buffers() if name not in saved and not name.startswith(inside))
+    saved, within = set(quantized.state_dict()), tuple(f"{name}." for name in quant_linears(quantized))
+    computed = (b for name, b in quantized.named_buffers() if name not in saved and not name.startswith(within))
     return WeightBytes(**counts, dense=dense, buffers=tensor_bytes(computed))
 
 
