@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ def test_killed_in_the_fit_and_repeated(run: Callable[..., Any], stochastic: tup
             try:
                 die(place)
                 run(tmp_path / place, cache, *PTQD)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL, place

@@ -6,6 +6,7 @@ Legend: O out_features, C in_features, r rank of the low-rank branch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -118,10 +119,18 @@ def _multiplied(fitted: FittedWeight, size: Tensor) -> FittedWeight:
 
 def empty_fit(scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> FittedWeight:
     """The same shapes and types on the meta device."""
+    alike = _empty_fit(scheme.weight, scheme.low_rank, out_features, in_features, dtype)
+    return FittedWeight(*(None if part is None else torch.empty_like(part) for part in alike))
+
+
+@lru_cache(maxsize=1024)  # quantizing without values takes milliseconds, and most layers are like another
+def _empty_fit(
+    spec: QuantSpec | None, rank: int | None, out_features: int, in_features: int, dtype: torch.dtype
+) -> FittedWeight:
     weight_OC = torch.empty(out_features, in_features, dtype=dtype, device="meta")
-    if scheme.weight is None:
+    if spec is None:
         return FittedWeight(weight_OC)
-    fitted, rank = _packed(quantize_weight(weight_OC, scheme.weight), scheme.weight), scheme.low_rank
+    fitted = _packed(quantize_weight(weight_OC, spec), spec)
     if rank is None:
         return fitted
     return fitted._replace(up=weight_OC.new_empty(out_features, rank), down=weight_OC.new_empty(rank, in_features))
