@@ -42,7 +42,7 @@ class Spread:
         """Count these in; room: for as many numbers, overwritten."""
         magnitude = torch.abs(x, out=room)
         self.amax = max(self.amax, float(magnitude.amax()))
-        self.total += float(magnitude.sum(dtype=torch.float32))
+        self.total += float(magnitude.sum())
         self.count += x.numel()
 
     @property
