@@ -8,7 +8,7 @@
 The weights are written shard by shard in bfloat16, so that they are never held; text encoders and VAE are tiny. Every
 task runs in a process of its own on one thread; its peak is that of the process and its children (ru_maxrss counts
 mapped pages too, which the system may take back; `anonymous` is what it may not). A task may be a stage of a run: one
-prompt, few tokens and one step, in `trainer.offload=disk`, unless `--overrides` says otherwise.
+prompt, few tokens and one step, in `trainer.offload=disk`, unless `--overrides` says otherwise; `chain` is all of them in one process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,8 @@ def command(task: str, name: str, folder: Path, more: list[str], tokens: int) ->
     if task in FORWARDS:
         return [sys.executable, __file__, name, "--folder", str(folder), "--forward", task, "--tokens", str(tokens)]
     run = [sys.executable, str(ROOT / "run.py"), *overrides(name, folder, more)]
+    if task == "chain":
+        return run
     return [*run, "estimate=meta" if task == "meta" else f"stages=[{'quantize' if task == 'again' else task}]"]
 
 
@@ -202,15 +205,44 @@ def measured(argv: list[str], cwd: Path) -> dict[str, Any]:
     return {"cpu": seconds, "rss": usage.ru_maxrss * 1024, "anon": peaks[0], "lines": lines}
 
 
+def chain(argv: list[str], cwd: Path) -> Iterator[str]:
+    """A whole run as one process: a row for each stage as it ends, the first with Python and its libraries."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    before, peaks, stop, said = 0.0, [0], threading.Event(), []
+    threading.Thread(target=lambda: _watch(process.pid, peaks, stop), daemon=True).start()
+    for line in process.stdout:
+        said.append(line)
+        if found := re.match(r"\[\d+/\d+\] (\w+): (.*)", line):
+            now, rss = _cpu_seconds(process.pid), _status(process.pid)["VmHWM"]
+            yield (
+                f"{found[1]:12s} peak {rss / 1e6:6.0f} MB, anonymous {peaks[0] / 1e6:6.0f} MB, "
+                f"{now - before:6.1f} CPU s  {found[2]}"
+            )
+            before, peaks[0] = now, 0
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew
+    stop.set()
+    if process.wait():
+        raise SystemExit("".join(said[-15:]))
+
+
+def _status(pid: int) -> dict[str, int]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _watch(pid: int, peaks: list[int], stop: threading.Event) -> None:
     while not stop.wait(0.05):
         try:
-            status = Path(f"/proc/{pid}/status").read_text()
+            peaks[0] = max(peaks[0], _status(pid).get("RssAnon", 0))
         except OSError:
             return
-        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        if "RssAnon" in fields:
-            peaks[0] = max(peaks[0], int(fields["RssAnon"].split()[0]) * 1024)
 
 
 def rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
@@ -225,6 +257,9 @@ def rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
         if args.tasks[0] not in FORWARDS:
             shutil.rmtree(here / "run", ignore_errors=True)
         for task in args.tasks:
+            if task == "chain":
+                yield from chain(command(task, args.model, here, args.overrides, args.tokens), here)
+                continue
             m = measured(command(task, args.model, here, args.overrides, args.tokens), here)
             said = m["lines"][-1] if task in FORWARDS and m["lines"] else ""
             yield (
