@@ -20,22 +20,23 @@ ALONE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # nobody but
 
 
 class Visit:
-    """A module's large tensors: in the type they run in from the start of its forward to its end."""
+    """A module's large tensors: in the type they run in (`runs`) from the start of its forward to its end."""
 
     def __init__(
         self, module: nn.Module, names: Mapping[str, str], runs: Mapping[str, torch.dtype], check: Check
     ) -> None:
         """names: of the module's own parameters -> in the model; check: is told those about to be read."""
-        self._names, self._runs, self._check = names, runs, check
+        self._names, self._check = names, check
         self._stored = {key: module.get_parameter(key) for key in names}
+        self.runs = {key: runs.get(name, self._stored[key].dtype) for key, name in names.items()}
         add_hook(module.register_forward_pre_hook, self._come)
         add_hook(module.register_forward_hook, self._go, always_call=True)
 
     def _come(self, module: nn.Module, args: Any) -> None:
         self._check(self._names.values())
-        for key, name in self._names.items():
-            if name in self._runs:
-                module._parameters[key] = made_real(self._stored[key], self._runs[name])
+        for key, stored in self._stored.items():
+            if self.runs[key] != stored.dtype:
+                module._parameters[key] = made_real(stored, self.runs[key])
 
     def _go(self, module: nn.Module, args: Any, output: Any) -> None:
         module._parameters.update(self._stored)
@@ -45,6 +46,13 @@ class Visit:
 def is_visit(hook: Any) -> bool:
     """Whether a hook is a Visit's, which is there for whoever calls the module, and watches nothing."""
     return isinstance(hook, Hook) and isinstance(getattr(hook.function, "__self__", None), Visit)
+
+
+def runs_in(linear: nn.Linear) -> torch.dtype:
+    """The type in which a Linear computes, whatever its weight is stored in."""
+    hooks: Iterable[Any] = linear._forward_pre_hooks.values()
+    visits: list[Visit] = [hook.function.__self__ for hook in hooks if is_visit(hook)]
+    return next((v.runs["weight"] for v in visits if "weight" in v.runs), linear.weight.dtype)
 
 
 def leave_on_disk(
