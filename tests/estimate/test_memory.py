@@ -33,7 +33,7 @@ def test_on_a_cpu_everything_is_in_one_memory() -> None:
     # while the artifact is read: codes, scales and dense weights, holes, what the file holds of codes and of the rest
     assert found["generate"].ram == UNCOUNTED + KERNELS + 1200 + 400 + 100 + 40
     assert peaks(NATIVE, False, None, 9)["generate"].ram == UNCOUNTED + KERNELS + 200 + 300 + 70 + 70
-    assert found["calibrate"].ram == UNCOUNTED + 1500 + 20 + 40 + 40
+    assert found["calibrate"].ram == UNCOUNTED + 1500 + 20 + 40 + 4 * 40
     assert found["quantize"].ram == UNCOUNTED + 25
 
 
@@ -50,14 +50,15 @@ def test_buffers_are_in_memory_too() -> None:
 
 def test_calibrating_holds_the_model_or_the_statistics_of_another_process_whichever_is_more() -> None:
     much = replace(PIECES, stats=2000)
-    assert peaks(much, False, None, 9)["calibrate"].ram == UNCOUNTED + 1500 + 2000 + 40 + 40
-    assert peaks(replace(much, processes=2), False, None, 9)["calibrate"].ram == UNCOUNTED + 2 * 2000 + 40 + 40
+    assert peaks(much, False, None, 9)["calibrate"].ram == UNCOUNTED + 1500 + 2000 + 40 + 4 * 40
+    assert peaks(replace(much, processes=2), False, None, 9)["calibrate"].ram == UNCOUNTED + 2 * 2000 + 40 + 4 * 40
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_file_that_is_loaded_may_be_what_takes_most(gpu: bool) -> None:
     found = peaks(replace(PIECES, file=600), gpu, None, 9)
     assert found["reference"].ram == found["calibrate"].ram == UNCOUNTED + 1500 + 600
+    assert found["noise_floor"].ram == UNCOUNTED + 1500 + 600 + 600  # and the denoiser in half
     assert found["generate"] == peaks(PIECES, gpu, None, 9)["generate"]  # which reads the artifact instead
 
 
