@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.mapped import mapped_tensors
 from viditq.models.adapter import ModelAdapter
-from viditq.models.contents import check_part
+from viditq.models.contents import check_contents, check_finite, check_part
 from viditq.models.dtypes import DTYPES
 from viditq.models.parts import models_of
 from viditq.models.weight_files import COPY_AGAIN, DAMAGED, TRANSFORMERS, variant_of, weight_files
+from viditq.on_disk import leave_on_disk
 
 ENCODER = "text_encoder"
 
@@ -78,6 +80,25 @@ def map_encoder(adapter: ModelAdapter, name: str) -> tuple[nn.Module, dict[str, 
     runs = _loaded(cls, folder, hollow, run_dtype(adapter, name), device_map="meta").state_dict()
     found = {key: runs[key].dtype for key, tensor in encoder.state_dict().items() if runs[key].dtype != tensor.dtype}
     return encoder.eval().requires_grad_(False), found
+
+
+def load_text_from_disk(adapter: ModelAdapter) -> Any:
+    """`adapter.load_text_part()` whose encoders leave their weights in their files; embeddings are equal to the bit."""
+    check_contents(adapter)
+    return adapter.load_text_part(encoders_on_disk(adapter))
+
+
+def encoders_on_disk(adapter: ModelAdapter, but: Collection[str] = ()) -> dict[str, nn.Module]:
+    """The float text encoders by name (those of transformers, without `but`), whose layers have their weights while
+    they compute. Raises UserError for damaged files, and for numbers that are not finite."""
+    found = {}
+    for name, cls in models_of(adapter.index()).items():
+        if name.startswith(ENCODER) and name not in but and issubclass(cls, transformers.PreTrainedModel):
+            encoder, runs = map_encoder(adapter, name)
+            check_finite(name, adapter.folder, encoder, runs)
+            leave_on_disk(encoder, runs, hide=True)
+            found[name] = encoder
+    return found
 
 
 def _mapped(files: list[Path]) -> dict[str, Tensor]:
