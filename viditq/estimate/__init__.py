@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import sys
 import time
@@ -26,6 +25,7 @@ from viditq.estimate.searching import searching
 from viditq.estimate.text_encoders import EncoderBytes, encoder_bytes, peak_while_encoding, peak_while_quantizing
 from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
+from viditq.memory import give_back
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
@@ -197,7 +197,7 @@ def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: t
     quantized_weights = {f"{name}.weight" for name in plan.layers}
     kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
     del pipeline, denoiser  # the two need not fit side by side
-    gc.collect()
+    give_back()
 
     def quantized_probe(backend: str) -> Probe:
         quantized = made_up_quantized(e.adapter, plan, kept, dtype, backend)

@@ -79,7 +79,7 @@ def weights_table(estimate: Estimate) -> Table:
         ("scales", w.scales),
         ("zero points", w.zero_points),
         ("transforms, static ranges", w.transforms),
-        ("left in float, in memory", w.rest),
+        ("left in float, in memory", w.rest + w.buffers),
         ("what the backend adds to the codes, in memory", w.dense),
     ):
         table.add_row(f"  {label}", size(nbytes), "")
