@@ -1,6 +1,5 @@
 """From an artifact back to a pipeline, without statistics, prompts or the denoiser's float weights."""
 
-import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from viditq.byte_numbers import num_bytes
 from viditq.errors import UserError
 from viditq.fusion.install import fuse_blocks
 from viditq.models.adapter import ModelAdapter
@@ -43,18 +43,6 @@ def artifact_folder(path: str | Path) -> Path:
     """The artifact that a path names: itself, or the one of a run's folder."""
     folder = Path(path).expanduser()
     return folder / "quantized" if (folder / "quantized").is_dir() else folder
-
-
-def num_bytes(value: int | str | None) -> int | None:
-    """A number of bytes, or a number with a unit: "600MB", "1.5 GB", "2GiB". Raises UserError for anything else."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*", str(value), re.IGNORECASE)
-    if found is None or isinstance(value, bool) or float(found[1]) == 0:
-        raise UserError(f"{value!r} is no number of bytes: give such as 800_000_000, 800MB or 1.5GB.")
-    unit = (found[2] or "B").lower()
-    base = 1024 if "i" in unit else 1000
-    return int(float(found[1]) * base ** "bkmgt".index(unit[0]))
 
 
 def load_artifact(

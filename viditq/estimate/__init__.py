@@ -13,19 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from viditq.engine.offload import offload_pipeline
+from viditq.engine.offload import DISK, offload_pipeline
+from viditq.errors import UserError
 from viditq.estimate import parts
+from viditq.estimate.all_peaks import Use, all_peaks
 from viditq.estimate.backends import Held, refusals
-from viditq.estimate.memory import Peak, Pieces, held_while_quantizing, larger, peaks
+from viditq.estimate.from_disk import Budgeted, OnDisk, on_disk, together
+from viditq.estimate.memory import Peak, Pieces, held_while_quantizing
 from viditq.estimate.mock import made_up_quantized, seconds_to_quantize
 from viditq.estimate.passes import Passes
 from viditq.estimate.probe import Probe, probe, probe_on_meta
 from viditq.estimate.readers import leaders
 from viditq.estimate.searching import searching
-from viditq.estimate.text_encoders import EncoderBytes, encoder_bytes, peak_while_encoding, peak_while_quantizing
+from viditq.estimate.text_encoders import EncoderBytes, encoder_bytes
 from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
 from viditq.memory import give_back
+from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
@@ -70,32 +74,53 @@ class Estimate:
     peaks: Mapping[str, Peak]
     disk: Mapping[str, int]
     remarks: tuple[str, ...]
-    encoders: Mapping[str, EncoderBytes] = field(default_factory=dict)
+    encoders: Mapping[str, EncoderBytes]
+    use: Use
 
 
-def estimate(job: Job, mode: Any) -> Estimate:
+@dataclass(frozen=True)
+class Known:
+    """What estimates of one model have in common, whatever is quantized. base: as of `Estimate`."""
+
+    base: int
+    texts: parts.TextShapes
+    sizes: Mapping[str, tuple[int, int]]
+    text_on_disk: Mapping[str, OnDisk]
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter) -> Known:
+        """From configurations alone."""
+        return cls(resident_bytes(), parts.TextShapes(adapter), parts.sizes(adapter), parts.text_on_disk(adapter))
+
+
+def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | None = None) -> Estimate:
     """The estimate of a run.
 
     mode: True = two denoiser forwards of a whole batch are computed, on the run's device, with embeddings of
-    made-up values; "meta" = from the model's configuration alone, without its weights and without durations.
-    Raises UserError for a model whose shapes "meta" cannot follow.
+    made-up values; "meta" = from the model's configuration alone, without its weights and without durations. known,
+    on_meta: from estimates of other settings of this model, and of its batches. Raises UserError for a model whose
+    shapes "meta" cannot follow, and where True would load what trainer.offload=disk leaves in its files.
     """
     e, plan, trainer = job.experiment, _plan(job), job.experiment.make_trainer()
-    base = resident_bytes()
+    if mode is True and e.offload == DISK:
+        raise UserError(
+            f"estimate=true loads whole models, and trainer.offload={DISK} is for those that do not fit. Give "
+            "estimate=meta, which loads nothing."
+        )
+    known = known or Known.of(e.adapter)
     skeleton = e.adapter.build_denoiser()
     linears: dict[str, Any] = {name: skeleton.get_submodule(name) for name in linear_names(skeleton)}
     in_features = {name: linear.in_features for name, linear in linears.items()}
     dtype = DTYPES[e.quant.float_dtype or e.adapter.dtype]
     quantized = laid_out(e.adapter.build_denoiser().to(dtype), plan, e.adapter.timestep_scale, e.backend)
-    texts = parts.TextShapes(e.adapter)
+    texts, sizes = known.texts, known.sizes
     embeds = texts.embeds(e.data.prompts[0])
     batch = min(e.batch_size, job.num_prompts)
     if mode == "meta":
-        on_meta = probe_on_meta(e.adapter, parts.hollow_pipeline(e.adapter), embeds, batch)
+        on_meta = on_meta or probe_on_meta(e.adapter, parts.hollow_pipeline(e.adapter), embeds, batch)
         seen = _Seen(on_meta, backends=refusals(plan) if plan.layers else {})
     else:
         seen = _measured(job, trainer, embeds, batch, dtype)
-    sizes = parts.sizes(e.adapter)
     float_bytes = {name: size for name, (_, size) in sizes.items()}
     denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
     float_denoisers = sum(float_bytes[name] for name in e.adapter.float_denoisers)
@@ -122,6 +147,7 @@ def estimate(job: Job, mode: Any) -> Estimate:
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
         processes=trainer.num_devices * trainer.num_nodes,
         measuring=min(e.adapter.calibration_batch_size, len(e.data.calibration_prompts)) / batch,
+        encoding=texts.encoding,
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"
@@ -132,13 +158,19 @@ def estimate(job: Job, mode: Any) -> Estimate:
     if job.searches and "search" in works:
         counter = Counter(job, texts, seen.load_seconds)
         works["search"] = searching(job, counter, seen.float_model, seen.quantized or seen.float_model)
-    most = peaks(pieces, gpu, getattr(trainer, "offload", None), layer_bytes)
-    if e.quant.correction is not None:  # its fit holds what the diagnosis holds
-        most["quantize"] = larger(most["quantize"], most["diagnose"])
     encoders = encoder_bytes(job)
-    if encoders:
-        most["quantize"] = larger(most["quantize"], peak_while_quantizing(encoders))
-        most["generate"] = larger(most["generate"], peak_while_encoding(encoders))
+    left = [name for name in known.text_on_disk if name not in encoders]
+    budgeted = Budgeted(
+        denoiser=on_disk(skeleton.to(e.adapter.torch_dtype), stored),
+        floor=on_disk(skeleton.to(DTYPES[e.floor_dtype]), stored),
+        text=together(known.text_on_disk.values()),
+        quantized=on_disk(quantized, stored),
+        encoders=together(one.on_disk for one in encoders.values()),
+        left=together(known.text_on_disk[name] for name in left),
+        float_text=sum(float_bytes[name] for name in left),
+        budget=e.memory_budget or 0,
+    )
+    stages, using = all_peaks(job, pieces, budgeted, encoders, gpu, layer_bytes)
     held = {"float": Held(denoiser_bytes + float_denoisers, seen.float_model.forward_seconds)}
     held |= {
         name: one if one.why else replace(one, nbytes=weight_bytes(quantized, name).resident + float_denoisers)
@@ -156,14 +188,15 @@ def estimate(job: Job, mode: Any) -> Estimate:
         held=held,
         artifact=artifact,
         stats=stats,
-        base=base,
+        base=known.base,
         probe=seen.float_model,
         quantized_probe=seen.quantized,
         works=works,
-        peaks=most,
+        peaks=stages,
         disk=_disk(job, works, seen.float_model, artifact, stats, texts, encoders),
         remarks=tuple(_remarks(mode, gpu, job.searches)),
         encoders=encoders,
+        use=using,
     )
 
 

@@ -44,7 +44,7 @@ class Residency:
             if layer.bias is not None:
                 layer.bias = made_real(layer.bias, runs.get(f"{name}.bias", layer.bias.dtype))
                 small += layer.bias.nbytes
-        largest = {name: _largest(layer) for name, layer in layers.items()}
+        largest = {name: largest_bytes(layer) for name, layer in layers.items()}
         if largest:  # what comes is made while what goes is still there
             passing = max(passing, 2 * max(largest.values()))
         self._room = max(self.budget - small - passing, 0)
@@ -101,7 +101,7 @@ def _taken(variant: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _largest(layer: Any) -> int:
+def largest_bytes(layer: Any) -> int:
     """Bytes of the variant that takes most once it is prepared."""
     shape = (layer.out_features, layer.in_features)
     pairs = zip(layer.backends, layer.variants, strict=True)
