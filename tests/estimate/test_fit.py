@@ -69,12 +69,15 @@ def test_what_is_typed_gives_the_peaks_that_were_told(job: Make, monkeypatch: py
 def test_other_widths_are_those_of_the_configuration(
     configure: Callable[..., Any], given: list[str], tmp_path: Path
 ) -> None:
-    cfg = ["model=tiny_image", f"cache_dir='{tmp_path}'", "logger=none", *given]
-    for candidate in list(candidates(build(configure(*cfg)), gpu=False))[1:]:
-        if any(word.startswith(("bits", "quant")) and "text_encoder" not in word for word in candidate.overrides):
-            composed = build(configure(*cfg, *candidate.overrides))
-            assert composed.plan == candidate.experiment.plan, candidate.overrides
-            assert composed.encoder_plans == candidate.experiment.encoder_plans
+    cfg = ["model=tiny_image", f"cache_dir='{tmp_path}'", "logger=none", "name=x", *given]
+    found = [*candidates(build(configure(*cfg)), gpu=False)]
+    widths = [c for c in found if c.overrides and c.overrides[-1].startswith(("bits=", "quant=w", "quant.weight"))]
+    assert len(widths) == (2 if given in (["quant=none"], ["quant=w6a6"]) else 1)
+    for candidate in widths:
+        kept = [word for word in cfg if word.split("=")[0] != candidate.overrides[0].split("=")[0]]
+        composed = build(configure(*kept, *candidate.overrides))
+        assert composed.plan == candidate.experiment.plan, candidate.overrides
+        assert composed.encoder_plans == candidate.experiment.encoder_plans
 
 
 def test_where_the_plan_is_given_only_text_encoders_and_places_are_left(job: Make) -> None:

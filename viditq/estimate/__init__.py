@@ -289,7 +289,7 @@ def _disk(
 
 
 def _remarks(mode: Any, gpu: bool, searches: bool) -> list[str]:
-    lines = ["Not counted: what a text encoder or a metric's network computes with, kernels' own workspace, caches."]
+    lines = ["Not counted: what a metric's network computes with, kernels' own workspace, caches."]
     if mode == "meta":
         lines += [
             "From the configuration alone: no durations; attention is taken as fused (its matrix is never formed).",
