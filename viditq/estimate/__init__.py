@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from viditq.engine.offload import DISK, offload_pipeline
+from viditq.engine.offload import DISK
 from viditq.errors import UserError
 from viditq.estimate import parts
 from viditq.estimate.all_peaks import Use, all_peaks
 from viditq.estimate.backends import Held, refusals
 from viditq.estimate.from_disk import Budgeted, OnDisk, on_disk, together
 from viditq.estimate.memory import Peak, Pieces, held_while_quantizing
-from viditq.estimate.mock import made_up_quantized, seconds_to_quantize
 from viditq.estimate.passes import Passes
-from viditq.estimate.probe import Probe, probe, probe_on_meta
+from viditq.estimate.probe import Probe, probe_on_meta
 from viditq.estimate.readers import leaders
 from viditq.estimate.searching import searching
+from viditq.estimate.seen import Seen, measured, plan_of
 from viditq.estimate.text_encoders import EncoderBytes, encoder_bytes
 from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
-from viditq.memory import give_back
 from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
-from viditq.models.generate import DtypeBoundary
-from viditq.models.text import PromptEmbeds
 from viditq.quant.calibration.context import denoisers_of
 from viditq.quant.convert import linear_names
-from viditq.quant.description.plan import QuantPlan
-from viditq.quant.execution.backends import Unavailable
 from viditq.quant.sizes import (
     WeightBytes,
     artifact_bytes,
@@ -101,7 +92,7 @@ def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | N
     on_meta: from estimates of other settings of this model, and of its batches. Raises UserError for a model whose
     shapes "meta" cannot follow, and where True would load what trainer.offload=disk leaves in its files.
     """
-    e, plan, trainer = job.experiment, _plan(job), job.experiment.make_trainer()
+    e, plan, trainer = job.experiment, plan_of(job), job.experiment.make_trainer()
     if mode is True and e.offload == DISK:
         raise UserError(
             f"estimate=true loads whole models, and trainer.offload={DISK} is for those that do not fit. Give "
@@ -118,9 +109,9 @@ def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | N
     batch = min(e.batch_size, job.num_prompts)
     if mode == "meta":
         on_meta = on_meta or probe_on_meta(e.adapter, parts.hollow_pipeline(e.adapter), embeds, batch)
-        seen = _Seen(on_meta, backends=refusals(plan) if plan.layers else {})
+        seen = Seen(on_meta, backends=refusals(plan) if plan.layers else {})
     else:
-        seen = _measured(job, trainer, embeds, batch, dtype)
+        seen = measured(job, trainer, embeds, batch, dtype)
     float_bytes = {name: size for name, (_, size) in sizes.items()}
     denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
     float_denoisers = sum(float_bytes[name] for name in e.adapter.float_denoisers)
@@ -198,70 +189,6 @@ def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | N
         encoders=encoders,
         use=using,
     )
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What was found by running."""
-
-    float_model: Probe
-    quantized: Probe | None = None
-    load_seconds: float = 0.0
-    quantize_seconds: float | None = None
-    backends: Mapping[str, Held] = field(default_factory=dict)
-
-
-def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: torch.dtype) -> _Seen:
-    e, plan, device = job.experiment, _plan(job), trainer.strategy.root_device
-    synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def probed(pipeline: Any) -> Probe:
-        _place(pipeline, trainer)
-        return probe(e.adapter, pipeline, embeds, batch, synchronize)
-
-    start = time.perf_counter()
-    pipeline = e.adapter.load()
-    loading = time.perf_counter() - start
-    denoiser = e.adapter.denoiser_of(pipeline)
-    seconds = seconds_to_quantize(denoiser, plan) if plan.layers else None
-    float_model = probed(pipeline)
-    if not plan.layers:
-        return _Seen(float_model, None, loading, seconds)
-    quantized_weights = {f"{name}.weight" for name in plan.layers}
-    kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
-    del pipeline, denoiser  # the two need not fit side by side
-    give_back()
-
-    def quantized_probe(backend: str) -> Probe:
-        quantized = made_up_quantized(e.adapter, plan, kept, dtype, backend)
-        if e.quant.float_dtype not in (None, e.adapter.dtype):
-            DtypeBoundary(quantized, dtype, e.adapter.torch_dtype, e.adapter.timestep_argument)
-        return probed(e.adapter.load(quantized))
-
-    mine = quantized_probe(e.backend)
-    backends = refusals(plan)
-    for name in [name for name, one in backends.items() if not one.why]:
-        try:
-            seen = mine if name == e.backend else quantized_probe(name)
-            backends[name] = Held(0, seen.forward_seconds)
-        except Unavailable as error:
-            backends[name] = Held(0, why=error.reason)
-    return _Seen(float_model, mine, loading, seconds, backends)
-
-
-def _plan(job: Job) -> QuantPlan:
-    """The plan of the run; while it has yet to be searched, the one that the search starts from."""
-    return job.plan if not job.searches or job.run_dir.plan.is_file() else job.experiment.plan
-
-
-def _place(pipeline: Any, trainer: Any) -> None:
-    offload, device = getattr(trainer, "offload", None), trainer.strategy.root_device
-    if offload is not None:
-        offload_pipeline(pipeline, offload, device)
-    else:
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.to(device)
 
 
 def _disk(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from viditq.estimate.memory import KERNELS, UNCOUNTED, Peak, Pieces, peaks, with_holes
 from viditq.on_disk import comes_and_goes, held_by_call
@@ -47,9 +47,10 @@ def on_disk(model: nn.Module, stored: Mapping[str, torch.dtype]) -> OnDisk:
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            kept = torch.empty_like(parameter, dtype=stored.get(f"{prefix}.{key}" if prefix else key), device="meta")
+            kept = _as_stored(parameter, stored.get(f"{prefix}.{key}" if prefix else key))
             if comes_and_goes(module, kept):
-                largest = max(largest, held_by_call(module, parameter, parameter.dtype) + _read(module, kept))
+                read = held_by_call(module, kept, torch.promote_types(kept.dtype, parameter.dtype))
+                largest = max(largest, held_by_call(module, parameter, parameter.dtype) + read)
             else:
                 always += parameter.nbytes
         always += tensor_bytes(buffer for buffer in module._buffers.values() if buffer is not None)
@@ -59,8 +60,10 @@ def on_disk(model: nn.Module, stored: Mapping[str, torch.dtype]) -> OnDisk:
     return OnDisk(always, largest)
 
 
-def _read(module: nn.Module, kept: torch.Tensor) -> int:
-    return 0 if isinstance(module, nn.Embedding) else kept.nbytes
+def _as_stored(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """On meta; where its type is not known in the narrowest, so that rather too much counts as always in memory."""
+    narrow = torch.bfloat16 if parameter.is_floating_point() else parameter.dtype
+    return torch.empty_like(parameter, dtype=dtype or narrow, device="meta")
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,14 @@ def peaks_from_disk(p: Pieces, b: Budgeted) -> dict[str, Peak]:
     found = peaks(p, gpu=False, offload=None, largest_layer_bytes=0)
     observed, sampling, measured = p.stats - p.spared, max(p.step, p.decode), round(p.step * max(p.measuring, 1.0))
     taken = KERNELS + b.taken(p.weights.resident)
-    statistics = observed if p.processes == 1 else max(observed, 2 * observed - b.denoiser.always)
+    models = p.rest + b.denoiser.least
     held = {
         "prompts": b.text.least + with_holes(p.encoding),
-        "reference": p.rest + b.denoiser.least + with_holes(sampling),
+        "reference": models + with_holes(sampling),
         "noise_floor": p.rest + b.floor.least + with_holes(max(2 * p.step, p.decode)),
-        "calibrate": p.rest + b.denoiser.least + statistics + with_holes(measured),
+        "calibrate": observed + (models if p.processes == 1 else max(models, observed)) + with_holes(measured),
         "generate": max(p.rest + taken + with_holes(sampling), b.encoders.least + with_holes(p.encoding)),
-        "diagnose": p.rest
-        + b.denoiser.least
-        + taken
-        + (2 if p.processes == 1 else 3) * p.observed
-        + with_holes(2 * measured),
+        "diagnose": models + taken + (2 if p.processes == 1 else 3) * p.observed + with_holes(2 * measured),
     }
     del found["benchmark"]
     return found | {stage: Peak(UNCOUNTED + PAGES + size) for stage, size in held.items()}
