@@ -33,7 +33,7 @@ def test_on_a_cpu_everything_is_in_one_memory() -> None:
     # while the artifact is read: codes, scales and dense weights, holes, what the file holds of codes and of the rest
     assert found["generate"].ram == UNCOUNTED + KERNELS + 1200 + 400 + 100 + 40
     assert peaks(NATIVE, False, None, 9)["generate"].ram == UNCOUNTED + KERNELS + 200 + 300 + 70 + 70
-    assert found["calibrate"].ram == UNCOUNTED + 1500 + 20 + 40 + 40
+    assert found["calibrate"].ram == UNCOUNTED + 1500 + 20 + 40 + 4 * 40
     assert found["quantize"].ram == UNCOUNTED + 25
 
 
@@ -50,8 +50,8 @@ def test_buffers_are_in_memory_too() -> None:
 
 def test_calibrating_holds_the_model_or_the_statistics_of_another_process_whichever_is_more() -> None:
     much = replace(PIECES, stats=2000)
-    assert peaks(much, False, None, 9)["calibrate"].ram == UNCOUNTED + 1500 + 2000 + 40 + 40
-    assert peaks(replace(much, processes=2), False, None, 9)["calibrate"].ram == UNCOUNTED + 2 * 2000 + 40 + 40
+    assert peaks(much, False, None, 9)["calibrate"].ram == UNCOUNTED + 1500 + 2000 + 40 + 4 * 40
+    assert peaks(replace(much, processes=2), False, None, 9)["calibrate"].ram == UNCOUNTED + 2 * 2000 + 40 + 4 * 40
 
 
 @pytest.mark.parametrize("gpu", [False, True])

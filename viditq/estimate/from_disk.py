@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from viditq.estimate.memory import KERNELS, UNCOUNTED, Peak, Pieces, peaks, with_holes
+from viditq.estimate.memory import HOLES_OBSERVING, KERNELS, UNCOUNTED, Peak, Pieces, peaks, with_holes
 from viditq.on_disk import comes_and_goes, held_by_call
 from viditq.quant.execution.linear import quant_linears
 from viditq.quant.execution.residency import largest_bytes
@@ -100,7 +100,9 @@ def peaks_from_disk(p: Pieces, b: Budgeted) -> dict[str, Peak]:
         "prompts": b.text.least + with_holes(p.encoding),
         "reference": models + with_holes(sampling),
         "noise_floor": p.rest + b.floor.least + with_holes(max(2 * p.step, p.decode)),
-        "calibrate": observed + (models if p.processes == 1 else max(models, observed)) + with_holes(measured),
+        "calibrate": observed
+        + (models if p.processes == 1 else max(models, observed))
+        + with_holes(measured, HOLES_OBSERVING),
         "generate": max(p.rest + taken + with_holes(sampling), b.encoders.least + with_holes(p.encoding)),
         "diagnose": models + taken + (2 if p.processes == 1 else 3) * p.observed + with_holes(2 * measured),
     }

@@ -19,9 +19,10 @@ LEARNING_PER_WEIGHT = 72
 # What every stage adds, beside what is counted: code loaded when it is first used (18 MB), workspace of matrix
 # products, stacks of threads. What a quantized denoiser adds: the code of the kernels (48 MB of mapped files).
 UNCOUNTED, KERNELS = 64 * 2**20, 48 * 2**20
-# The heap's holes between activations: as much again (on models of 10 to 70 M parameters twice that, with
-# MALLOC_MMAP_THRESHOLD_ half), but tensors of 32 MiB and more lie outside of it and leave none.
-HOLES_AT_MOST = 256 * 2**20
+# The heap's holes between activations: as much again, and four times as much where what is observed of inputs stays
+# between them (tiny_video: 122 MB for 23 MB of activations, none with MALLOC_MMAP_THRESHOLD_=1000000, which costs
+# time); but tensors of 32 MiB and more lie outside of the heap and leave none.
+HOLES_OBSERVING, HOLES_AT_MOST = 4, 256 * 2**20
 # For each weight of a Linear that is quantized as a whole: float32 copies, scaled and rounded, int16 and uint8 codes;
 # of one that is quantized some rows at a time: its codes, those of the one before, pages of its file.
 WHOLE_PER_WEIGHT, ROWS_PER_WEIGHT = 21, 4
@@ -71,9 +72,9 @@ def larger(one: Peak, other: Peak) -> Peak:
     return Peak(max(one.ram, other.ram), vram)
 
 
-def with_holes(computing: int) -> int:
-    """Activations, and what the heap keeps between them."""
-    return computing + min(computing, HOLES_AT_MOST)
+def with_holes(computing: int, times: int = 1) -> int:
+    """Activations, and what the heap keeps between them: so many times as much."""
+    return computing + min(times * computing, HOLES_AT_MOST)
 
 
 def held_while_quantizing(plan: QuantPlan, shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -130,7 +131,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     if not gpu:
         found = {}
         for stage, size in on_cpu.items():
-            computed = size + with_holes(computing[stage])
+            computed = size + with_holes(computing[stage], HOLES_OBSERVING if stage == "calibrate" else 1)
             found[stage] = Peak(UNCOUNTED + kernels.get(stage, 0) + max(computed, loading.get(stage, 0)))
         return found
     resident = {
