@@ -139,6 +139,7 @@ def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | N
         processes=trainer.num_devices * trainer.num_nodes,
         measuring=min(e.adapter.calibration_batch_size, len(e.data.calibration_prompts)) / batch,
         encoding=texts.encoding,
+        text_file=parts.text_file_bytes(e.adapter, float_bytes),
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"

@@ -125,5 +125,6 @@ def use(p: Pieces, text: int, encoders: int, gpu: bool) -> Peak:
     whole = p.rest + p.weights.resident + text + encoders
     loading = peaks(replace(p, step=0, decode=0), gpu, None, 0)["generate"].ram
     computing = max(p.encoding, p.step, p.decode)
-    called = UNCOUNTED + KERNELS + whole + (0 if gpu else with_holes(computing))
+    file = p.text_file if text else 0
+    called = UNCOUNTED + KERNELS + whole + max(file, 0 if gpu else with_holes(computing))
     return Peak(max(loading, called), whole + computing if gpu else None)

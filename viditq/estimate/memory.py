@@ -38,7 +38,8 @@ class Pieces:
     while diagnosing, where nothing is calibrated. weights: the quantized denoiser. quantizing: what one Linear takes
     then (`held_while_quantizing`). learned_block: weights of the largest block whose roundings are learned together.
     processes: how many share the work. measuring: the batch of calibration and diagnosis, in batches of generation.
-    encoding: what the text encoders compute with.
+    encoding: what the text encoders compute with. text_file: the files of the largest, whose pages are there as well
+    while it is loaded.
     """
 
     denoiser: int
@@ -56,6 +57,7 @@ class Pieces:
     measuring: float = 1.0
     spared: int = 0
     encoding: int = 0
+    text_file: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     kernels = dict.fromkeys(("generate", "diagnose", "benchmark"), KERNELS)
     # what is on the CPU whatever computes; and beside it, on the device that computes
     on_cpu = {
-        "prompts": p.text + with_holes(p.encoding),
+        "prompts": p.text + max(p.text_file, with_holes(p.encoding)),
         "reference": models,
         "noise_floor": models,
         # the observers beside the model; then, where there are several processes, the files of two

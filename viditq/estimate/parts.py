@@ -132,11 +132,18 @@ def _assembled(adapter: ModelAdapter, parts: Mapping[str, Any]) -> Any:
 
 
 def weight_files(adapter: ModelAdapter, part: str) -> list[Path]:
-    """The safetensors files of a denoiser in the variant that is loaded, as far as they are here."""
+    """The safetensors files of a part in the variant that is loaded, as far as they are here."""
     folder = adapter.part_folder(part, weights=False)
     mark = variant_of(folder, adapter.variant) or ""
     marks = {path: "".join(path.name.split(".")[1:-1]) for path in sorted(folder.glob("*.safetensors"))}
     return [path for path, own in marks.items() if own.startswith(mark) and bool(own) == bool(mark)]
+
+
+def text_file_bytes(adapter: ModelAdapter, loaded: Mapping[str, int]) -> int:
+    """Bytes of the files of the largest text encoder; loaded: part -> bytes as loaded, for those that are not here."""
+    texts = [part for part in loaded if part.startswith(TEXT)]
+    files = {part: sum(path.stat().st_size for path in weight_files(adapter, part)) for part in texts}
+    return max((files[part] or loaded[part] for part in texts), default=0)
 
 
 def largest_file(adapter: ModelAdapter) -> int:

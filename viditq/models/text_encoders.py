@@ -75,7 +75,8 @@ def map_encoder(adapter: ModelAdapter, name: str) -> tuple[nn.Module, dict[str, 
     check_part(cls, folder, adapter.variant, lenient=False)
     tensors = _mapped(weight_files(folder, TRANSFORMERS, variant))
     stored = _common(tensors)
-    encoder = _loaded(cls, folder, tensors, stored)
+    encoder = _loaded(_uncast(cls), folder, tensors, stored)
+    encoder.__class__ = cls
     hollow = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
     runs = _loaded(cls, folder, hollow, run_dtype(adapter, name), device_map="meta").state_dict()
     found = {key: runs[key].dtype for key, tensor in encoder.state_dict().items() if runs[key].dtype != tensor.dtype}
@@ -121,6 +122,11 @@ def _common(tensors: dict[str, Tensor]) -> torch.dtype:
         if tensor.is_floating_point():
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
     return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _uncast(cls: Any) -> Any:
+    """The class without its wish for float32 in some layers, which would copy those that are stored in float16."""
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_get_dtype_plan": lambda self, dtype: {}})
 
 
 def _loaded(cls: Any, folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, **where: Any) -> nn.Module:
