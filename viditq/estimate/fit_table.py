@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from viditq.config import STAGES
 from viditq.estimate.fit import Fit, Row, asked
 from viditq.estimate.memory import Peak
 from viditq.estimate.table import new_table, size
@@ -36,7 +37,7 @@ def show_fit(console: Console, fit: Fit, words: Sequence[str]) -> None:
 def _peaks(fit: Fit, title: str, of: Callable[[Peak], int]) -> Table:
     """Stages down, settings across."""
     table = new_table(f"{title}, GB", "", *(str(number) for number in range(1, len(fit.rows) + 1)))
-    for stage in dict.fromkeys(stage for row in fit.rows for stage in row.stages):
+    for stage in (stage for stage in STAGES if any(stage in row.stages for row in fit.rows)):
         cells = (row.stages.get(stage) for row in fit.rows)
         table.add_row(stage, *("-" if peak is None else _gb(of(peak)) for peak in cells))
     table.add_row(LOADED, *(_gb(of(row.use)) for row in fit.rows))
