@@ -14,6 +14,7 @@ from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, remove_temporary, unfinished, write_json
 from viditq.loading import in_dtype, load_artifact
+from viditq.memory import give_back
 from viditq.models.stored_embeds import read_embeds
 from viditq.models.text import PromptEmbeds
 from viditq.models.text_encoders import load_text_from_disk
@@ -213,7 +214,9 @@ class Job:
 
     def let_go_of_float(self) -> None:
         """Before a stage that needs the memory and not the float model."""
-        self._float_pipeline = None
+        if self._float_pipeline is not None:
+            self._float_pipeline = None
+            give_back()  # now: the next one would be loaded beside it
 
     def load_quantized(self, folder: Path | None = None) -> Any:
         """The pipeline around the artifact in `folder` (None = the run's)."""

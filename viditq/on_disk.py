@@ -20,7 +20,7 @@ ALONE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # nobody but
 
 
 class Visit:
-    """A module's large tensors: in the type they run in from the start of its forward to its end.
+    """A module's large tensors: in the type they run in (`runs`) from the start of its forward to its end.
 
     An embedding is looked up as it is stored, and what was found is cast.
     """
@@ -30,11 +30,12 @@ class Visit:
     ) -> None:
         """names: of the module's own parameters -> in the model; check: is told those about to be read; hide: as of
         `leave_on_disk`."""
-        self._names, self._runs, self._check = names, runs, check
+        self._names, self._check = names, check
         self._stored = {key: module.get_parameter(key) for key in names}
+        self.runs = {key: runs.get(name, self._stored[key].dtype) for key, name in names.items()}
         self._resting = dict(self._stored)
         if hide:
-            self._resting |= {k: stand_in(self._stored[k], runs[n]) for k, n in names.items() if n in runs}
+            self._resting |= {k: stand_in(t, self.runs[k]) for k, t in self._stored.items() if t.dtype != self.runs[k]}
         module._parameters.update(self._resting)
         add_hook(module.register_forward_pre_hook, self._come)
         add_hook(module.register_forward_hook, self._go, always_call=True)
@@ -42,19 +43,15 @@ class Visit:
     def _come(self, module: nn.Module, args: Any) -> None:
         self._check(self._names.values())
         module._parameters.update(self._stored)
-        if type(module) is nn.Embedding:
-            return
-        for key, name in self._names.items():
-            if name in self._runs:
-                module._parameters[key] = made_real(self._stored[key], self._runs[name])
+        for key, stored in () if type(module) is nn.Embedding else self._stored.items():
+            if self.runs[key] != stored.dtype:
+                module._parameters[key] = made_real(stored, self.runs[key])
 
     def _go(self, module: nn.Module, args: Any, output: Any) -> Any:
         module._parameters.update(self._resting)
         release(self._stored.values())
-        found = [self._runs[name] for name in self._names.values() if name in self._runs]
-        if type(module) is nn.Embedding and found and output is not None:  # None: its forward has failed
-            return output.to(found[0])
-        return output
+        failed = output is None
+        return output if type(module) is not nn.Embedding or failed else output.to(self.runs["weight"])
 
 
 def stand_in(stored: Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -70,6 +67,13 @@ def is_stand_in(parameter: Tensor) -> bool:
 def is_visit(hook: Any) -> bool:
     """Whether a hook is a Visit's, which is there for whoever calls the module, and watches nothing."""
     return isinstance(hook, Hook) and isinstance(getattr(hook.function, "__self__", None), Visit)
+
+
+def runs_in(linear: nn.Linear) -> torch.dtype:
+    """The type in which a Linear computes, whatever its weight is stored in."""
+    hooks: Iterable[Any] = linear._forward_pre_hooks.values()
+    visits: list[Visit] = [hook.function.__self__ for hook in hooks if is_visit(hook)]
+    return next((v.runs["weight"] for v in visits if "weight" in v.runs), linear.weight.dtype)
 
 
 def leave_on_disk(

@@ -119,7 +119,8 @@ def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | N
     text_bytes = sum(size for name, size in float_bytes.items() if name.startswith(parts.TEXT))
     leader_of = leaders(in_features, seen.float_model.inputs, denoisers_of(skeleton))
     passes = Passes.of(job, in_features, leader_of)
-    stats = stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, leader_of) if job.needs_stats else 0
+    rows = e.num_buckets, e.rows_per_bucket
+    stats = stats_bytes(in_features, *rows, leader_of, e.adapter.torch_dtype) if job.needs_stats else 0
     stats += passes.all_bytes
     numel = {name: linear.weight.numel() for name, linear in linears.items()}
     diagnosed = {name: in_features[name] for name in plan.layers} if e.diagnosis_prompts and not job.needs_stats else {}
@@ -134,7 +135,7 @@ def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | N
         spared=passes.all_bytes - passes.most_bytes,
         weights=weight_bytes(quantized),
         quantizing=held_while_quantizing(plan, {n: (m.out_features, m.in_features) for n, m in linears.items()}),
-        observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
+        observed=stats_bytes(diagnosed, *rows, dtype=e.adapter.torch_dtype),
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
         processes=trainer.num_devices * trainer.num_nodes,
         measuring=min(e.adapter.calibration_batch_size, len(e.data.calibration_prompts)) / batch,

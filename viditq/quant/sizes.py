@@ -178,17 +178,21 @@ def safetensors_bytes(entries: Mapping[str, Entry]) -> int:
 
 
 def stats_bytes(
-    in_features: Mapping[str, int], num_buckets: int, rows_per_bucket: int, leaders: Mapping[str, str] | None = None
+    in_features: Mapping[str, int],
+    num_buckets: int,
+    rows_per_bucket: int,
+    leaders: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> int:
     """Size of the file of calibration statistics of these Linears (name -> in_features), without second moments.
 
     leaders: Linear -> the first that reads the same inputs; none where it is not known, so that it is the most that
-    the file can take.
+    the file can take. dtype: in which the model computes.
     """
     leaders = leaders or {name: name for name in in_features}
     entries: dict[str, Entry] = {}
     for layer in dict.fromkeys(leaders.values()):
-        tensors = blank_state((), num_buckets, in_features[layer], rows_per_bucket, "meta")
+        tensors = blank_state((), num_buckets, in_features[layer], rows_per_bucket, "meta", dtype)
         entries |= {f"{layer}/{field}": (t.dtype, tuple(t.shape)) for field, t in tensors.items()}
     entries |= {name: (t.dtype, tuple(t.shape)) for name, t in shared_tensor(leaders).items()}
     return safetensors_bytes(entries)
