@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from viditq.assets import check_pipeline, is_hub_id, resolve
+from viditq.byte_numbers import num_bytes
 from viditq.config import (
     ALL_KEYS,
     STAGES,
@@ -23,6 +24,7 @@ from viditq.config import (
     RootConfig,
     check_name,
     check_overrides,
+    only_estimates,
 )
 from viditq.engine.wandb_settings import check_wandb
 from viditq.errors import UserError
@@ -91,6 +93,8 @@ def check_values_alone(cfg: DictConfig) -> Alone:
     since = time.time_ns()
     _check_keys(cfg)
     check_mode(cfg.estimate)
+    if num_bytes(cfg.fit, "fit=") is not None and cfg.estimate:
+        raise UserError(f"fit={cfg.fit} and estimate={cfg.estimate} each tell something else. Leave one of them out.")
     if HydraConfig.initialized():
         check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
     stages = _stages(cfg.stages)
@@ -107,7 +111,7 @@ def check_values_alone(cfg: DictConfig) -> Alone:
         raise UserError(f"unknown backend {cfg.backend!r}; known names: {', '.join(BACKENDS)}")
     _check_devices(cfg.trainer)
     _check_metrics(cfg.metric)
-    if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not cfg.estimate:
+    if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not only_estimates(cfg):
         check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
     conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
     check_model(cfg.model, _rules(cfg.quant))

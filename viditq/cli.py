@@ -24,7 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from viditq.checks import check, check_values_alone
-from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process
+from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates
 from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
 from viditq.finished import find_finished
@@ -130,7 +130,7 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
         return run(cfg, folder, checked=checked)
 
     status = guarded(cfg, work, job)
-    if cfg.estimate and job is None:
+    if only_estimates(cfg) and job is None:
         from viditq.estimate.traces import remove_traces
 
         remove_traces(folder)

@@ -17,6 +17,7 @@ from viditq.loading import in_dtype, load_artifact
 from viditq.memory import give_back
 from viditq.models.stored_embeds import read_embeds
 from viditq.models.text import PromptEmbeds
+from viditq.models.text_encoders import load_text_from_disk
 from viditq.quant.artifact import broken_file
 from viditq.quant.calibration.observers import STATS_LAYOUT
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
@@ -183,6 +184,12 @@ class Job:
         return load
 
     # Models ----------------------------------------------------------------------------------------------------------
+
+    def load_text(self) -> Any:
+        """The pipeline with its tokenizers and float text encoders only; with trainer.offload=disk their weights, too,
+        stay in their files."""
+        adapter = self.experiment.adapter
+        return load_text_from_disk(adapter) if self.experiment.offload == DISK else adapter.load_text_part()
 
     def load_float(self, denoiser_dtype: str | None = None) -> Any:
         """The float pipeline, without its text part; denoiser_dtype: that its denoisers compute in (None = their own).

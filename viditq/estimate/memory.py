@@ -38,6 +38,8 @@ class Pieces:
     while diagnosing, where nothing is calibrated. weights: the quantized denoiser. quantizing: what one Linear takes
     then (`held_while_quantizing`). learned_block: weights of the largest block whose roundings are learned together.
     processes: how many share the work. measuring: the batch of calibration and diagnosis, in batches of generation.
+    encoding: what the text encoders compute with. text_file: the files of the largest, whose pages are there as well
+    while it is loaded.
     """
 
     denoiser: int
@@ -54,6 +56,8 @@ class Pieces:
     processes: int = 1
     measuring: float = 1.0
     spared: int = 0
+    encoding: int = 0
+    text_file: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ def larger(one: Peak, other: Peak) -> Peak:
     """The peak of two pieces of work one after the other."""
     vram = None if one.vram is None or other.vram is None else max(one.vram, other.vram)
     return Peak(max(one.ram, other.ram), vram)
+
+
+def with_holes(computing: int, times: int = 1) -> int:
+    """Activations, and what the heap keeps between them: so many times as much."""
+    return computing + min(times * computing, HOLES_AT_MOST)
 
 
 def held_while_quantizing(plan: QuantPlan, shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -92,8 +101,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     both = models + quantized
     # beside the prepared weights what the artifact's files hold: packed codes, the rest in half
     reading = p.weights.resident + round(HOLES * p.weights.dense) + p.weights.codes + p.weights.rest // 2
-    loading = dict.fromkeys(("reference", "calibrate"), models + p.file) | {
-        "noise_floor": models + p.file + p.denoiser // 2,  # the same in bfloat16, which is made from it
+    loading = dict.fromkeys(("reference", "noise_floor", "calibrate"), models + p.file) | {
         "generate": reading,
         "diagnose": models + max(p.file, reading),
         "benchmark": models + max(models + p.file, p.denoiser // 2 + reading),  # in half it is loaded in whole
@@ -101,7 +109,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     kernels = dict.fromkeys(("generate", "diagnose", "benchmark"), KERNELS)
     # what is on the CPU whatever computes; and beside it, on the device that computes
     on_cpu = {
-        "prompts": p.text,
+        "prompts": p.text + max(p.text_file, with_holes(p.encoding)),
         "reference": models,
         "noise_floor": models,
         # the observers beside the model; then, where there are several processes, the files of two
@@ -125,8 +133,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     if not gpu:
         found = {}
         for stage, size in on_cpu.items():
-            holes = computing[stage] * (HOLES_OBSERVING if stage == "calibrate" else 1)
-            computed = size + computing[stage] + min(holes, HOLES_AT_MOST)
+            computed = size + with_holes(computing[stage], HOLES_OBSERVING if stage == "calibrate" else 1)
             found[stage] = Peak(UNCOUNTED + kernels.get(stage, 0) + max(computed, loading.get(stage, 0)))
         return found
     resident = {

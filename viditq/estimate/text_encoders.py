@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from viditq.estimate.from_disk import OnDisk, on_disk, together
 from viditq.estimate.memory import ROWS_PER_WEIGHT, UNCOUNTED, Peak
 from viditq.files import stored_entries
 from viditq.job import Job
@@ -20,7 +22,7 @@ from viditq.quant.text_encoder import BACKEND
 @dataclass(frozen=True)
 class EncoderBytes:
     """float16: of its parameters in two bytes each. artifact: on disk. held: in memory, as codes. decoded: its largest
-    Linear's weight while it is called. temporary: what quantizing it takes.
+    Linear's weight while it is called. temporary: what quantizing it takes. on_disk: where it lies in its files.
     """
 
     float16: int
@@ -28,6 +30,7 @@ class EncoderBytes:
     held: int
     decoded: int
     temporary: int
+    on_disk: OnDisk
 
 
 def encoder_bytes(job: Job) -> dict[str, EncoderBytes]:
@@ -46,17 +49,18 @@ def encoder_bytes(job: Job) -> dict[str, EncoderBytes]:
             held=weight_bytes(quantized).resident,
             decoded=largest * run_dtype(e.adapter, name).itemsize,
             temporary=largest * ROWS_PER_WEIGHT,
+            on_disk=together([on_disk(quantized, {}), OnDisk(0, largest * run_dtype(e.adapter, name).itemsize)]),
         )
     return found
 
 
-def peak_while_encoding(encoders: dict[str, EncoderBytes]) -> Peak:
-    """All of them at once, on a CPU."""
-    held = sum(one.held for one in encoders.values()) + max(one.decoded for one in encoders.values())
-    return Peak(UNCOUNTED + held, 0)
+def held_while_encoding(encoders: Mapping[str, EncoderBytes]) -> int:
+    """Bytes of all of them at once, with what one layer takes."""
+    decoded = max((one.decoded for one in encoders.values()), default=0)
+    return sum(one.held for one in encoders.values()) + decoded
 
 
-def peak_while_quantizing(encoders: dict[str, EncoderBytes]) -> Peak:
+def peak_while_quantizing(encoders: Mapping[str, EncoderBytes]) -> Peak:
     """One of its Linears after another."""
     return Peak(UNCOUNTED + max(one.temporary for one in encoders.values()), 0)
 
