@@ -8,7 +8,8 @@
 The weights are written shard by shard in bfloat16, so that they are never held; text encoders and VAE are tiny. Every
 task runs in a process of its own on one thread; its peak is that of the process and its children (ru_maxrss counts
 mapped pages too, which the system may take back; `anonymous` is what it may not). A task may be a stage of a run: one
-prompt, few tokens and one step, in `trainer.offload=disk`, unless `--overrides` says otherwise; `chain` is all of them in one process.
+prompt, few tokens and one step, in `trainer.offload=disk`, unless `--overrides` says otherwise; `chain` is all of them
+in one process.
 """
 
 from __future__ import annotations

@@ -101,9 +101,7 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     both = models + quantized
     # beside the prepared weights what the artifact's files hold: packed codes, the rest in half
     reading = p.weights.resident + round(HOLES * p.weights.dense) + p.weights.codes + p.weights.rest // 2
-    loading = dict.fromkeys(("reference", "calibrate"), models + p.file) | {
-        # once more, and in bfloat16, which is made from it tensor by tensor and leaves holes as dense weights do
-        "noise_floor": models + p.file + round((1 + HOLES) * p.denoiser / 2),
+    loading = dict.fromkeys(("reference", "noise_floor", "calibrate"), models + p.file) | {
         "generate": reading,
         "diagnose": models + max(p.file, reading),
         "benchmark": models + max(models + p.file, p.denoiser // 2 + reading),  # in half it is loaded in whole
