@@ -40,8 +40,7 @@ def all_peaks(
         most = peaks_from_disk(p, b)
     else:
         most = peaks(p, gpu, e.offload, largest_layer_bytes)
-        wider = _in_other_type(most["reference"], p, e.adapter.dtype, e.floor_dtype)
-        most["noise_floor"] = larger(most["noise_floor"], wider)
+        most["noise_floor"] = _in_other_type(most["noise_floor"], p, e.adapter.dtype, e.floor_dtype)
         if encoders:
             most["generate"] = larger(most["generate"], Peak(UNCOUNTED + encoding + with_holes(p.encoding), 0))
     if e.quant.correction is not None:  # its fit holds what the diagnosis holds
@@ -53,7 +52,7 @@ def all_peaks(
 
 
 def _in_other_type(peak: Peak, p: Pieces, dtype: str, floor_dtype: str) -> Peak:
-    """The noise floor's second half as a reference by the denoiser in another type, cast once it is loaded."""
+    """The noise floor's second half has the denoiser in another type, to which it is cast once it is loaded."""
     more = max(DTYPES[floor_dtype].itemsize / DTYPES[dtype].itemsize - 1, 0)
     weights, activations = round(more * p.denoiser), round(more * p.step)
     if peak.vram is None:
