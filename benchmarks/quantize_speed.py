@@ -57,8 +57,8 @@ def quantize_block(
     for count, weight_OC in weights:
         chain = Chain([t.fit(weight_OC, None, scheme) for t in scheme.transforms])
         for _ in range(count):
-            moments_CC = moments[weight_OC.shape[1]] if scheme.needs_moments else None
-            Variant.fit(scheme, weight_OC, chain, None, moments_CC)
+            made = moments[weight_OC.shape[1]].clone if scheme.needs_moments else None
+            Variant.fit(scheme, weight_OC, chain, None, made)
     return time.perf_counter() - start, time.process_time() - busy
 
 

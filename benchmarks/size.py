@@ -3,10 +3,13 @@
     python benchmarks/size.py flux --blocks 2 38              # FLUX.1: so many single blocks, half as many double ones
     python benchmarks/size.py wan --blocks 2 8 40             # Wan 14B
     python benchmarks/size.py pixart --blocks 28 --tasks quantize load budget --folder /data --keep
+    python benchmarks/size.py wan --blocks 2 8 --tasks prompts reference calibrate quantize
 
 The weights are written shard by shard in bfloat16, so that they are never held; text encoders and VAE are tiny. Every
 task runs in a process of its own on one thread; its peak is that of the process and its children (ru_maxrss counts
-mapped pages too, which the system may take back; `anonymous` is what it may not).
+mapped pages too, which the system may take back; `anonymous` is what it may not). A task may be a stage of a run: one
+prompt, few tokens and one step, in `trainer.offload=disk`, unless `--overrides` says otherwise; `chain` is all of them
+in one process.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "axes_dims_rope": [16, 56, 56],
         },
         "blocks": [1, 38],
+        "small": ["model.height=256", "model.width=256"],
     },
     "wan": {
         "model": "wan2.1_14b",
@@ -50,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "rope_max_seq_len": 1024,
         },
         "blocks": [1, 40],
+        "small": ["model.height=256", "model.width=256", "model.num_frames=5"],
     },
     "pixart": {
         "model": "pixart_sigma",
@@ -61,8 +67,10 @@ MODELS: dict[str, dict[str, Any]] = {
             "cross_attention_dim": 1152,
         },
         "blocks": [28],
+        "small": ["model.height=256", "model.width=256"],
     },
 }
+FORWARDS = ("load", "budget", "unbounded")
 TASKS = ("quantize", "load", "budget", "unbounded", "again", "meta")
 SHARD = 2 * 10**9
 STD = 0.02
@@ -109,25 +117,25 @@ def build(name: str, blocks: int, folder: Path) -> None:
 
 
 def overrides(name: str, folder: Path, more: list[str]) -> list[str]:
-    (folder / "prompts.txt").write_text("a small red circle on a white background\n")
+    """Of every command; a later one of the same key counts."""
+    (folder / "prompts.txt").write_text("a small red circle on a white background\na green field\n")
     return [
         *(f"model={MODELS[name]['model']}", f"model.path='{folder / 'model'}'", "quant=w4a8"),
         *("data=prompt_file", f"data.path='{folder / 'prompts.txt'}'", "data.num_prompts=1"),
         *("data.num_calibration_prompts=1", "logger=none", "metric=psnr", "name=size", "batch_size=1"),
-        *("noise_floor.num_prompts=0", f"cache_dir='{folder / 'cache'}'", f"hydra.run.dir='{folder / 'run'}'"),
+        *("model.num_steps=1", "trainer.offload=disk", *MODELS[name]["small"], "noise_floor.num_prompts=0"),
+        *(f"cache_dir='{folder / 'cache'}'", f"hydra.run.dir='{folder / 'run'}'"),
         *more,
     ]
 
 
 def command(task: str, name: str, folder: Path, more: list[str], tokens: int) -> list[str]:
+    if task in FORWARDS:
+        return [sys.executable, __file__, name, "--folder", str(folder), "--forward", task, "--tokens", str(tokens)]
     run = [sys.executable, str(ROOT / "run.py"), *overrides(name, folder, more)]
-    if task in ("quantize", "again"):
-        return [*run, "stages=[quantize]"]
-    if task == "meta":
-        return [*run, "estimate=meta"]
-    if task == "calibrate":
-        return [*run, "stages=[prompts,calibrate]", "model.num_steps=1"]
-    return [sys.executable, __file__, name, "--folder", str(folder), "--forward", task, "--tokens", str(tokens)]
+    if task == "chain":
+        return run
+    return [*run, "estimate=meta" if task == "meta" else f"stages=[{'quantize' if task == 'again' else task}]"]
 
 
 def forward(task: str, name: str, folder: Path, tokens: int) -> None:
@@ -198,15 +206,44 @@ def measured(argv: list[str], cwd: Path) -> dict[str, Any]:
     return {"cpu": seconds, "rss": usage.ru_maxrss * 1024, "anon": peaks[0], "lines": lines}
 
 
+def chain(argv: list[str], cwd: Path) -> Iterator[str]:
+    """A whole run as one process: a row for each stage as it ends, the first with Python and its libraries."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    before, peaks, stop, said = 0.0, [0], threading.Event(), []
+    threading.Thread(target=lambda: _watch(process.pid, peaks, stop), daemon=True).start()
+    for line in process.stdout:
+        said.append(line)
+        if found := re.match(r"\[\d+/\d+\] (\w+): (.*)", line):
+            now, rss = _cpu_seconds(process.pid), _status(process.pid)["VmHWM"]
+            yield (
+                f"{found[1]:12s} peak {rss / 1e6:6.0f} MB, anonymous {peaks[0] / 1e6:6.0f} MB, "
+                f"{now - before:6.1f} CPU s  {found[2]}"
+            )
+            before, peaks[0] = now, 0
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew
+    stop.set()
+    if process.wait():
+        raise SystemExit("".join(said[-15:]))
+
+
+def _status(pid: int) -> dict[str, int]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _watch(pid: int, peaks: list[int], stop: threading.Event) -> None:
     while not stop.wait(0.05):
         try:
-            status = Path(f"/proc/{pid}/status").read_text()
+            peaks[0] = max(peaks[0], _status(pid).get("RssAnon", 0))
         except OSError:
             return
-        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        if "RssAnon" in fields:
-            peaks[0] = max(peaks[0], int(fields["RssAnon"].split()[0]) * 1024)
 
 
 def rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
@@ -218,11 +255,14 @@ def rows(args: argparse.Namespace, folder: Path) -> Iterator[str]:
             found = json.loads(measured(build_argv, here)["lines"][-1])
             (here / "parameters").write_text(str(found["parameters"]))
         parameters = int((here / "parameters").read_text())
+        if args.tasks[0] not in FORWARDS:
+            shutil.rmtree(here / "run", ignore_errors=True)
         for task in args.tasks:
-            if task == "quantize":
-                shutil.rmtree(here / "run", ignore_errors=True)
+            if task == "chain":
+                yield from chain(command(task, args.model, here, args.overrides, args.tokens), here)
+                continue
             m = measured(command(task, args.model, here, args.overrides, args.tokens), here)
-            said = m["lines"][-1] if task in ("load", "budget", "unbounded") and m["lines"] else ""
+            said = m["lines"][-1] if task in FORWARDS and m["lines"] else ""
             yield (
                 f"{args.model:7s} {parameters / 1e9:6.2f} B  {task:10s} peak {m['rss'] / 1e6:7.0f} MB, anonymous "
                 f"{m['anon'] / 1e6:7.0f} MB, {m['cpu']:7.1f} CPU s  {said}"
@@ -235,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--blocks", type=int, nargs="+", help="sizes to try")
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="these, or stages of a run")
     parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration, such as quant/smoothing=none")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--folder", type=Path, help="where everything goes (default: a temporary folder)")

@@ -58,7 +58,7 @@ def search_all(overrides: list[str], budgets: list[float], out: Path) -> None:
         cfg = configured([*overrides, *budget, "quant.policy.curve=[0]"])
         folder = out / cfg.model.name / ("plan" if bits is None else f"weight_bits_{bits:g}")
         run(cfg, folder, CHOICE)
-        if cfg.estimate:  # nothing was searched
+        if config.only_estimates(cfg):  # nothing was searched
             continue
         found = read_json(folder / "search.json")
         points += found["curve"]

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import viditq.models.adapter
+import viditq.runner  # noqa: F401
 from viditq.config import STAGES
 
 TESTS = runpy.run_path(str(Path(__file__).with_name("conftest.py")))

@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from viditq import config
+from viditq.memory import set_aside
 
 ROOT = Path(__file__).parents[1]
 # Two prompts and two steps (noise levels 0.999 and 0.666); batches of one, so that there is something to resume.
@@ -33,4 +34,5 @@ def run_shrunk(folder: Path, cache: Path, *overrides: str) -> dict[str, Any] | N
     """`runner.run` of the shrunk smoke experiment."""
     from viditq.runner import run
 
+    set_aside()
     return run(compose_config(*SHRUNK, f"cache_dir='{cache}'", *overrides), folder)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from viditq import cli
+from viditq import checks, cli
 from viditq.cli import quoting
 from viditq.config import RANKS
+from viditq.quant.description import registry
 
 ROOT = Path(__file__).parents[1]
 FIRST = "viditq: reading the configuration\n"
@@ -36,10 +37,12 @@ BAD = {
     "model.pipeline=PixArtTransformer2DModel": False,
     "model.pipeline=StableDiffusion3Pipeline": False,
     "model.pipeline=FluxImg2ImgPipeline": False,
+    "backend=nope": False,
+    "trainer.accelerator=nope": False,
+    "trainer.devices=x": False,
     "quant.weight.bits=17": True,
     "quant.segments=[0,0.5]": True,
     "data.num_prompts=0": True,
-    "backend=nope": True,
 }
 REFUSE = """
 import sys
@@ -74,6 +77,10 @@ def test_bad_values_are_refused_before_what_takes_long_is_imported(tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_backends_that_are_known_without_torch_are_all() -> None:
+    assert tuple(sorted(checks.BACKENDS)) == tuple(sorted(registry.BACKENDS.names()))
+
+
 def test_a_first_line_and_none_where_others_read_the_output() -> None:
     assert run_py("experiment=smoke", "foo=1").stdout == FIRST
     assert run_py("experiment=smoke", "--cfg", "job").stdout.startswith("name: smoke\n")
@@ -105,7 +112,7 @@ while True:
 }
 LOOP = """
 import signal, sys, time
-from viditq import cli
+from viditq import checks, cli
 class Slow:
     def __del__(self): time.sleep(0.05)
 def main():

@@ -180,6 +180,7 @@ def test_a_changed_file_is_a_doubt(copy: Run, what: str) -> None:
         "logger=csv",
         "backend=fake",
         "estimate=true",
+        "fit=16GB",
         "benchmark.max_seconds=1",
         "+trainer.log_every_n_steps=9",
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 
 from viditq.cli import user_message
 from viditq.errors import UserError
@@ -59,36 +60,25 @@ def test_folder_that_another_process_works_in(run: Run, run_copy: Path, shared_c
     run(run_copy, shared_cache)
 
 
-def test_same_command_twice_at_once(configure: Callable, tmp_path: Path) -> None:
+def test_same_command_twice_at_once(tmp_path: Path) -> None:
     """One works, the other is told; afterwards the run is complete."""
     where = [f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache", "data.num_prompts=8", "logger=none"]
-    command = [sys.executable, "run.py", "experiment=smoke", *where]
-    both = [subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in "12"]
-    errors = [process.communicate()[1] for process in both]
-    codes = [process.returncode for process in both]
-    assert 0 in codes
-    for code, error in zip(codes, errors, strict=True):
+    both = [Forked(tmp_path, name, "experiment=smoke", *where) for name in "12"]
+    ends = [run.ended() for run in both]
+    assert 0 in [code for code, _, _ in ends], ends
+    for code, _, error in ends:
         assert code == 0 or (code == 2 and "Another process is working on" in error and "Traceback" not in error)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["prompts"] == 8
 
 
-def test_run_waits_for_another_at_the_shared_cache(run: Run, tmp_path: Path, finished_run: Path) -> None:
+def test_run_waits_for_another_at_the_shared_cache(shrunk: list[str], tmp_path: Path, finished_run: Path) -> None:
     """Two experiments at once: the reference and the statistics are made once, the second finds them."""
-    shrunk = ["experiment=smoke", "model.num_steps=2", "data.num_prompts=2", "quant.segments=[0.0,0.8,1.0]"]
-    shrunk += ["batch_size=1", "++model.calibration_batch_size=1", "logger=none", f"cache_dir={tmp_path}/cache"]
     runs = {"a": [], "b": ["quant.weight.bits=8"]}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "run.py", *shrunk, *extra, f"hydra.run.dir={tmp_path}/{name}"],
-            env=environment(),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name, extra in runs.items()
-    ]
-    outs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outs
+    where = f"cache_dir={tmp_path}/cache"
+    forks = [Forked(tmp_path, n, *shrunk, where, *more, f"hydra.run.dir={tmp_path}/{n}") for n, more in runs.items()]
+    ends = [fork.ended() for fork in forks]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    outs = [out for _, out, _ in ends]
     made = "".join(outs)
     assert made.count("2 of 2 float samples generated") == 1 and made.count("2 prompts observed") <= 2
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())["metrics"]
@@ -125,10 +115,11 @@ def test_run_goes_on_when_the_full_disk_has_room_again(
     assert {k: v for k, v in metrics.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
 
 
-def test_read_only_output(run: Run, small_disk: Path, shared_cache: Path, finished_run: Path) -> None:
+def test_read_only_output(small_disk: Path, tmp_path: Path) -> None:
     """A file system that is mounted read-only: refused with a remedy by the command line's guard."""
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    command = [sys.executable, "run.py", "experiment=smoke", f"hydra.run.dir={small_disk}/run", "logger=none"]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "read-only" in done.stderr and "hydra.run.dir=FOLDER" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, error = Forked(
+        tmp_path, "run", "experiment=smoke", f"hydra.run.dir={small_disk}/run", "logger=none"
+    ).ended()
+    assert code == 2 and "read-only" in error and "hydra.run.dir=FOLDER" in error
+    assert "Traceback" not in error

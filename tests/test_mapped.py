@@ -9,7 +9,7 @@ from torch import nn
 
 from viditq import mapped
 from viditq.mapped import Writer, header_bound, in_pieces, is_finite, mapped_tensors, release
-from viditq.on_disk import SMALL_BYTES, leave_on_disk
+from viditq.on_disk import SMALL_BYTES, leave_on_disk, runs_in
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -105,6 +105,7 @@ def test_weights_on_disk_come_in_the_type_they_run_in_and_go(tmp_path: Path) -> 
     always, largest = leave_on_disk(model, dict.fromkeys(model.state_dict(), torch.float32), read.extend)
     assert (always, largest) == ((32 + width) * 4, width * 16 * 4)
     assert model.fc.weight.dtype == torch.bfloat16 and model.norm.weight.dtype == torch.float32
+    assert runs_in(model.fc) == runs_in(plain.fc) == torch.float32
     x = torch.randn(3, 16)
     with torch.no_grad():
         assert torch.equal(model(x), plain(x)) and torch.equal(model(x), plain(x))

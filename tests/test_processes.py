@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +62,8 @@ def assert_same(found: Any, expected: Any, where: str) -> None:
 
 def assert_same_run(folder: Path, alone: Path) -> None:
     """Samples to the bit, statistics and numbers to 1e-5."""
-    names = sorted(path.relative_to(alone) for path in alone.rglob("*.png") if path.parent.name != "run")
+    drawn = ("run", "quantized")  # what is drawn, and its copy beside the model's card
+    names = sorted(path.relative_to(alone) for path in alone.rglob("*.png") if path.parent.name not in drawn)
     assert len(names) == 5 + 5 + 2 * 3
     for name in names:
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
@@ -104,31 +106,24 @@ def workers(parent: int) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def running(shrunk: list[str], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run in two processes that has made its first sample."""
-    arguments = command(shrunk, tmp_path, "trainer=ddp_cpu", "data.num_prompts=40")
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    while not list(tmp_path.rglob("*.png")):
-        assert process.poll() is None, process.communicate()[1]
+def running(shrunk: list[str], tmp_path: Path) -> Iterator[Forked]:
+    """A run that has just started its two processes."""
+    fork = Forked(tmp_path, "run", *command(shrunk, tmp_path, "trainer=ddp_cpu", "data.num_prompts=40")[1:])
+    while len(workers(fork.pid)) < 2:
+        assert fork.process.is_alive(), fork.ended()
         time.sleep(0.02)
-    yield process
-    process.kill()
+    yield fork
+    fork.process.kill()
 
 
-def test_a_process_that_dies_ends_the_run_with_a_message(
-    running: subprocess.Popen[str], run: Run, tmp_path: Path
-) -> None:
+def test_a_process_that_dies_ends_the_run_with_a_message(running: Forked, run: Run, tmp_path: Path) -> None:
     victim = workers(running.pid)[1]
+    while not list(tmp_path.rglob("*.png")):
+        assert running.process.is_alive(), running.ended()
+        time.sleep(0.02)
     victim.kill()
-    _, err = running.communicate(timeout=120)
-    assert running.returncode == 2
+    code, _, err = running.ended(timeout=120)
+    assert code == 2
     assert "was ended by SIGKILL" in err and "run the same command again" in err and "Traceback" not in err
     assert not psutil.pid_exists(victim.pid) and not workers(running.pid)
     made = len(list(tmp_path.rglob("*.png")))
@@ -137,7 +132,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(
     assert metrics["prompts"] == 40
 
 
-def test_workers_end_with_the_command_that_started_them(running: subprocess.Popen[str]) -> None:
+def test_workers_end_with_the_command_that_started_them(running: Forked) -> None:
     """Killed, it cannot stop them itself."""
     started = workers(running.pid)
     assert len(started) == 2
@@ -162,16 +157,15 @@ def test_a_worker_whose_launcher_is_gone_before_it_can_ask_ends_too(tmp_path: Pa
 
 
 def test_bad_input_is_refused_before_processes_start(shrunk: list[str], tmp_path: Path) -> None:
-    arguments = command(shrunk, tmp_path, "trainer=ddp_cpu", "seed=-1")
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("error: seed=-1") == 1 and "Traceback" not in done.stderr
+    code, _, err = Forked(tmp_path, "run", *command(shrunk, tmp_path, "trainer=ddp_cpu", "seed=-1")[1:]).ended()
+    assert code == 2 and err.count("error: seed=-1") == 1 and "Traceback" not in err
 
 
 def test_an_error_in_a_process_is_said_once(shrunk: list[str], tmp_path: Path) -> None:
     """A prompt that is too long is seen while prompts are encoded, by the first process."""
     (tmp_path / "long.txt").write_text("a red circle\n" + "red " * 40 + "\n")
     overrides = ["trainer=ddp_cpu", "data=prompt_file", f"data.path={tmp_path}/long.txt", "metric=[psnr]"]
-    arguments = [word for word in command(shrunk, tmp_path, *overrides) if "noise_floor" not in word]
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr
-    assert "Shorten it" in done.stderr and "Traceback" not in done.stderr
+    arguments = [word for word in command(shrunk, tmp_path, *overrides)[1:] if "noise_floor" not in word]
+    code, _, err = Forked(tmp_path, "run", *arguments).ended()
+    assert code == 2 and err.count("error: ") == 1, err
+    assert "Shorten it" in err and "Traceback" not in err

@@ -18,10 +18,13 @@ from viditq.files import read_json, read_tensors
 from viditq.job import Job
 from viditq.loading import load_quantized
 from viditq.models.text import encode_prompt
+from viditq.on_disk import is_visit
 from viditq.quant.artifact import denoiser_bytes, read_meta, size_bytes, verify
 from viditq.quant.execution.linear import backend_counts
 from viditq.run_dir import RunDir
 from viditq.stages.embedding_error import embedding_errors, mean_errors
+from viditq.stages.prompts import prompts as encode_all
+from viditq.stages.text_encoders import encode
 
 STAGES = "stages=[prompts,reference,calibrate,quantize,generate,evaluate,report]"
 ASKED = ("quant/text_encoder=w4", STAGES, "noise_floor.num_prompts=0", "metric=psnr")
@@ -89,6 +92,33 @@ def test_it_is_loaded_without_the_float_encoders_weights(encoded: Path, job: Job
     assert made.keys() == kept.keys() and all(torch.equal(made[name], kept[name]) for name in kept)
     with pytest.raises(UserError, match="save_pretrained writes float models only"):
         pipeline.text_encoder.save_pretrained(tmp_path / "saved")
+
+
+def test_within_a_budget_no_encoder_is_in_memory(
+    encoded: Path, finished_run: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that quantizes them, and of one that does not; their embeddings are equal to the bit."""
+    monkeypatch.setattr("viditq.on_disk.SMALL_BYTES", 1000)
+    prompts = job.experiment.data.prompts
+    for folder, entry in ((encoded, job.quantized_embeds), (finished_run, job.embeds)):
+        pipeline = load_quantized(folder, memory_budget="20MB")
+        assert any(is_visit(hook) for m in pipeline.text_encoder.modules() for hook in m._forward_hooks.values())
+        made, kept = encode_prompt(job.experiment.adapter, pipeline, prompts[0]), job.load_embeds(prompts, entry)(0)
+        assert made.keys() == kept.keys() and all(torch.equal(made[name], kept[name]) for name in kept)
+
+
+def test_encoding_from_disk_gives_the_same_embeddings(
+    encoded: Path, configure: Callable[..., Any], shrunk: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage prompts by the float encoder, and stage generate by the quantized one."""
+    monkeypatch.setattr("viditq.on_disk.SMALL_BYTES", 1000)
+    cfg = configure(*shrunk, *ASKED, f"cache_dir='{tmp_path}'", "trainer.offload=disk", "trainer.memory_budget=20MB")
+    experiment = build(cfg)
+    job = Job(experiment, RunDir(Path(shutil.copytree(encoded, tmp_path / "run")), experiment.tracked))
+    encode_all(job)
+    job.run_dir.embedding_errors.unlink()
+    encode(job)
+    assert read_json(job.run_dir.embedding_errors) == read_json(encoded / "text_encoder.json")
 
 
 def test_only_what_is_missing_or_damaged_is_made_again(

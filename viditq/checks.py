@@ -1,5 +1,6 @@
 """What of a configuration can be refused before diffusers and Lightning are imported, which takes many seconds."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from viditq.assets import check_pipeline, is_hub_id, resolve
+from viditq.byte_numbers import num_bytes
 from viditq.config import (
     ALL_KEYS,
     STAGES,
@@ -22,6 +24,7 @@ from viditq.config import (
     RootConfig,
     check_name,
     check_overrides,
+    only_estimates,
 )
 from viditq.engine.wandb_settings import check_wandb
 from viditq.errors import UserError
@@ -49,6 +52,8 @@ NUMBERS: Mapping[str, tuple[int, int | None]] = {
     "diagnosis.num_prompts": (0, None),
     "benchmark.rounds": (5, None),  # engine.timing.MIN_ROUNDS
 }
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+BACKENDS = ("auto", "fake", "native", "portable", "weight_only")  # quant.execution.backends
 OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logger; the rest are settings
 
 
@@ -77,9 +82,6 @@ def check(cfg: DictConfig, alone: Alone | None = None) -> Checked:
     """
     alone = check_values_alone(cfg) if alone is None else alone
     # From here on torch is needed, which takes a second.
-    from viditq.quant.execution.backends import get_backend
-
-    get_backend(cfg.backend)
     check_nulls(cfg.quant, "quant")
     quant = instantiate(cfg.quant, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
@@ -91,6 +93,8 @@ def check_values_alone(cfg: DictConfig) -> Alone:
     since = time.time_ns()
     _check_keys(cfg)
     check_mode(cfg.estimate)
+    if num_bytes(cfg.fit, "fit=") is not None and cfg.estimate:
+        raise UserError(f"fit={cfg.fit} and estimate={cfg.estimate} each tell something else. Leave one of them out.")
     if HydraConfig.initialized():
         check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
     stages = _stages(cfg.stages)
@@ -103,9 +107,11 @@ def check_values_alone(cfg: DictConfig) -> Alone:
     check_name("name", cfg.name)
     check_name("model.name", cfg.model.name)
     cache_dir = check_folder(cfg.cache_dir, "cache_dir=FOLDER")
+    if cfg.backend not in BACKENDS:
+        raise UserError(f"unknown backend {cfg.backend!r}; known names: {', '.join(BACKENDS)}")
     _check_devices(cfg.trainer)
     _check_metrics(cfg.metric)
-    if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not cfg.estimate:
+    if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not only_estimates(cfg):
         check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
     conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
     check_model(cfg.model, _rules(cfg.quant))
@@ -168,6 +174,16 @@ def _check_metrics(metrics: Any) -> None:
 
 
 def _check_devices(trainer: Any) -> None:
+    """What Lightning would refuse only once it is imported, which takes seven seconds."""
+    accelerator = trainer.get("accelerator", "auto")
+    if accelerator not in ACCELERATORS:
+        raise UserError(
+            f"trainer.accelerator={accelerator} is unknown. Use trainer=cpu or trainer=gpu; known are "
+            f"{', '.join(ACCELERATORS)}."
+        )
+    devices = trainer.get("devices", 1)
+    if isinstance(devices, str) and not re.fullmatch(r"auto|-1|\d+(\s*,\s*\d*)*", devices):
+        raise UserError(f"trainer.devices={devices} must be how many, or which ones, such as [0,2], or auto.")
     for key in ("devices", "num_nodes"):
         value = trainer.get(key)
         all_gpus = key == "devices" and value == -1 and trainer.get("accelerator") != "cpu"

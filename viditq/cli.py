@@ -24,10 +24,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from viditq.checks import check, check_values_alone
-from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process
+from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates
 from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
 from viditq.finished import find_finished
+from viditq.memory import set_aside
 from viditq.run_dir import CHOICE, RunDir
 from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs
 
@@ -125,10 +126,11 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
         checked = check(cfg, alone)
         from viditq.runner import run  # takes many seconds, which neither a bad value nor a finished run waits for
 
+        set_aside()
         return run(cfg, folder, checked=checked)
 
     status = guarded(cfg, work, job)
-    if cfg.estimate and job is None:
+    if only_estimates(cfg) and job is None:
         from viditq.estimate.traces import remove_traces
 
         remove_traces(folder)

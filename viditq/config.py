@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from viditq.errors import UserError
 
@@ -75,6 +75,7 @@ class RootConfig:
     cache_dir: str = "outputs/_cache"
     debug: bool = False
     estimate: Any = False
+    fit: Any = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     noise_floor: NoiseFloorConfig = field(default_factory=NoiseFloorConfig)
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
@@ -154,9 +155,14 @@ def nodes() -> int:
     return int(os.environ.get("SLURM_NNODES", 1))
 
 
-def unless(estimate: Any, value: Any) -> Any:
+def unless(estimate: Any, fit: Any, value: Any) -> Any:
     """`value`, or nothing where the run is only estimated."""
-    return None if estimate else value
+    return None if estimate or fit is not None else value
+
+
+def only_estimates(cfg: DictConfig) -> bool:
+    """Whether nothing is run, and nothing written."""
+    return bool(cfg.estimate) or cfg.fit is not None
 
 
 def register() -> None:

@@ -13,11 +13,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 
+from viditq.byte_numbers import num_bytes
 from viditq.checks import OF_LOGGERS, Checked, check
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.gate import Gate
-from viditq.loading import num_bytes
 from viditq.models.adapter import ModelAdapter
 from viditq.models.attention import check_device
 from viditq.models.checks import GUESSED
@@ -39,7 +39,7 @@ from viditq.quant.text_encoder import text_encoder_plan
 from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
-UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "cache_dir", "batch_size", "gate", "benchmark")
+UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "fit", "cache_dir", "batch_size", "gate", "benchmark")
 MOST_BUCKETS = 1000  # as many as there are timesteps
 
 
@@ -108,7 +108,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     assert isinstance(tracked, dict)
     check_nulls(cfg.model, "model", but=GUESSED)  # told by check_values, which knows what is guessed
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
-    _check_model(adapter, data, lenient=cfg.estimate == "meta")
+    _check_model(adapter, data, lenient=cfg.estimate == "meta" or cfg.fit is not None)
     (plan, roles), weights = _plan(adapter, quant), adapter.weights_fingerprint()
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from viditq.config import RANKS
+from viditq.config import RANKS, only_estimates
 from viditq.files import lock, write_json
 from viditq.provenance import versions
 from viditq.run_dir import BEFORE_CONFIG, RunDir
@@ -80,7 +80,9 @@ def write_finished(
 
 def find_finished(cfg: DictConfig, folder: Path, stages: Sequence[str]) -> Finished | None:
     """The record of the run in `folder`, if all of these stages are done beyond doubt; None = look for yourself."""
-    if cfg.estimate or any(name in os.environ for name in RANKS):  # one of several processes looks with the others
+    if only_estimates(cfg) or any(
+        name in os.environ for name in RANKS
+    ):  # one of several processes looks with the others
         return None
     with suppress(OSError, AttributeError, TypeError, Doubt):  # a file is gone, or the record holds something else
         if record := _read(folder):

@@ -14,8 +14,10 @@ from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, remove_temporary, unfinished, write_json
 from viditq.loading import in_dtype, load_artifact
+from viditq.memory import give_back
 from viditq.models.stored_embeds import read_embeds
 from viditq.models.text import PromptEmbeds
+from viditq.models.text_encoders import load_text_from_disk
 from viditq.quant.artifact import broken_file
 from viditq.quant.calibration.observers import STATS_LAYOUT
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
@@ -183,6 +185,12 @@ class Job:
 
     # Models ----------------------------------------------------------------------------------------------------------
 
+    def load_text(self) -> Any:
+        """The pipeline with its tokenizers and float text encoders only; with trainer.offload=disk their weights, too,
+        stay in their files."""
+        adapter = self.experiment.adapter
+        return load_text_from_disk(adapter) if self.experiment.offload == DISK else adapter.load_text_part()
+
     def load_float(self, denoiser_dtype: str | None = None) -> Any:
         """The float pipeline, without its text part; denoiser_dtype: that its denoisers compute in (None = their own).
 
@@ -206,7 +214,9 @@ class Job:
 
     def let_go_of_float(self) -> None:
         """Before a stage that needs the memory and not the float model."""
-        self._float_pipeline = None
+        if self._float_pipeline is not None:
+            self._float_pipeline = None
+            give_back()  # now: the next one would be loaded beside it
 
     def load_quantized(self, folder: Path | None = None) -> Any:
         """The pipeline around the artifact in `folder` (None = the run's)."""

@@ -1,6 +1,5 @@
 """From an artifact back to a pipeline, without statistics, prompts or the denoiser's float weights."""
 
-import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from viditq.assets import is_hub_id
+from viditq.byte_numbers import num_bytes
 from viditq.errors import UserError
 from viditq.fusion.install import fuse_blocks
 from viditq.interop.folder import is_pipeline
@@ -18,7 +18,7 @@ from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
 from viditq.models.hub import fetch_whole
 from viditq.models.sampler_noise import check_shrinkable, shrink_noise
-from viditq.models.text_encoders import build_encoder
+from viditq.models.text_encoders import build_encoder, encoders_on_disk
 from viditq.quant.artifact import load_denoiser, read_meta
 from viditq.quant.correction.ptqd import corrections_of, latest_variance
 from viditq.quant.execution.denoiser import refuse_to_save
@@ -40,9 +40,10 @@ def load_quantized(
     multiplies (docs/backends.md): auto = for each layer the fastest that is exact on this CPU; fake = emulation, also
     on a GPU; native; portable. model_path: the float pipeline's folder on this machine, for its VAE, text encoder and
     scheduler, where it is not the one recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights
-    may take (on a CPU): they stay in their files, and as many layers as fit are kept ready; None = all of them. The
-    model's settings (steps, guidance, size) are defaults of the call. Raises UserError for damaged or missing files,
-    and for a budget that is too small.
+    may take (on a CPU): they stay in their files, and as many layers as fit are kept ready; those of text encoders,
+    which are called once, stay in their files until a layer computes; None = all of them are in memory. The model's
+    settings (steps, guidance, size) are defaults of the call. Raises UserError for damaged or missing files, and for a
+    budget that is too small.
     """
     budget = num_bytes(memory_budget)
     given = str(path)
@@ -58,18 +59,6 @@ def artifact_folder(path: str | Path) -> Path:
     """The artifact that a path names: itself, or the one of a run's folder."""
     folder = Path(path).expanduser()
     return folder / "quantized" if (folder / "quantized").is_dir() else folder
-
-
-def num_bytes(value: int | str | None) -> int | None:
-    """A number of bytes, or a number with a unit: "600MB", "1.5 GB", "2GiB". Raises UserError for anything else."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)?\s*", str(value), re.IGNORECASE)
-    if found is None or isinstance(value, bool) or float(found[1]) == 0:
-        raise UserError(f"{value!r} is no number of bytes: give such as 800_000_000, 800MB or 1.5GB.")
-    unit = (found[2] or "B").lower()
-    base = 1024 if "i" in unit else 1000
-    return int(float(found[1]) * base ** "bkmgt".index(unit[0]))
 
 
 def load_artifact(
@@ -90,22 +79,30 @@ def load_artifact(
     fuse_blocks(denoiser)
     if float_dtype not in (None, adapter.dtype):
         DtypeBoundary(denoiser, DTYPES[float_dtype], adapter.torch_dtype, adapter.timestep_argument)
-    encoders = load_encoders(folder, adapter, meta.get("text_encoders", [])) if complete else {}
+    encoders: dict[str, Any] = {}
+    if complete:
+        encoders = load_encoders(folder, adapter, meta.get("text_encoders", []), memory_budget is not None)
+        encoders |= {} if memory_budget is None else encoders_on_disk(adapter, but=encoders)
     pipeline = adapter.load_complete(denoiser, encoders) if complete else adapter.load(denoiser)
     if meta.get("correction") == "ptqd":
         _tell_sampler(folder, adapter, pipeline, denoiser)
-    if quant_linears(denoiser) or encoders:
+    if quant_linears(denoiser) or meta.get("text_encoders"):
         pipeline.save_pretrained = partial(refuse_to_save, f"a copy of {folder}, and viditq.load_quantized(copy)")
     return with_settings(adapter, pipeline) if complete else pipeline
 
 
-def load_encoders(folder: Path, adapter: ModelAdapter, names: Iterable[str]) -> dict[str, Any]:
-    """The quantized text encoders of an artifact by name, whose weights stay codes until their layers are called."""
+def load_encoders(folder: Path, adapter: ModelAdapter, names: Iterable[str], on_disk: bool = False) -> dict[str, Any]:
+    """The quantized text encoders of an artifact by name, whose weights stay codes until their layers are called.
+
+    on_disk: and in their files, embedding tables too.
+    """
     encoders: dict[str, Any] = {}
     for name in names:
         if not (folder / name).is_dir():
             raise UserError(f"{folder} is no whole quantized model: {name} is missing. Run the stage quantize again.")
-        encoder: Any = load_denoiser(folder / name, partial(build_encoder, adapter, name), BACKEND)[0]
+        encoder: Any = load_denoiser(
+            folder / name, partial(build_encoder, adapter, name), BACKEND, 0 if on_disk else None
+        )[0]
         encoder.tie_weights()
         encoders[name] = encoder.eval().requires_grad_(False)
     return encoders

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from viditq.byte_numbers import num_bytes
 from viditq.checks import Checked, check
 from viditq.config import COMMAND_VARIABLE, shorten
 from viditq.console import conclude, print_heading, print_stage, show_lines, terminal
@@ -20,6 +21,8 @@ from viditq.engine.processes import Processes, environment, joined
 from viditq.engine.threads import sharing_cores
 from viditq.errors import UserError
 from viditq.estimate import estimate
+from viditq.estimate.fit import propose
+from viditq.estimate.fit_table import show_fit
 from viditq.estimate.table import show
 from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
@@ -51,6 +54,9 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
     if cfg.estimate:
         tell(experiment, run_dir, cfg.estimate)
         return None
+    if (limit := num_bytes(cfg.fit)) is not None:
+        tell_fit(experiment, run_dir, limit)
+        return None
     count = processes_to_launch(experiment)
     if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
         try_metrics(experiment)
@@ -78,6 +84,16 @@ def tell(experiment: Experiment, run_dir: RunDir, mode: Any) -> None:
     with sharing_cores() as cores:
         cores.follow()
         show(terminal(), experiment.name, experiment.adapter.name, estimate(Job(experiment, run_dir), mode))
+
+
+def tell_fit(experiment: Experiment, run_dir: RunDir, limit: int) -> None:
+    """Print which settings fit `limit` bytes."""
+    if sweep_name() is not None:
+        raise UserError("fit tells of one run: leave out -m, and choose no experiment that is a sweep (bench).")
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    with sharing_cores() as cores:
+        cores.follow()
+        show_fit(terminal(), propose(Job(experiment, run_dir), limit), words)
 
 
 def processes_to_launch(experiment: Experiment) -> int:

@@ -113,9 +113,14 @@ def test_lightning_moves_nothing_and_the_stages_agree(
         trainer.offload = offload  # as on a GPU: the constructor refuses it here
         arguments = (adapter, loaded(adapter, None, None), lambda i: embeds, 0)
         clips: list[Tensor] = []
-        module = Generation(*arguments, sink=lambda i, clip: clips.append(clip))
+
+        def sink(index: int, clip: Tensor) -> None:
+            assert (len(list(module.parameters())) == 0) == (offload is not None)
+            clips.append(clip)
+
+        module = Generation(*arguments, sink=sink)
         run_batches(trainer, module, [[0]])
-        assert (len(list(module.parameters())) == 0) == (offload is not None)
+        assert module.pipeline is None and not len(module.parts)  # nothing stays in Lightning's ring
         partials = SimpleNamespace(load=lambda rank: SimpleNamespace(done=frozenset(), state={}), save=lambda *_: None)
         pipeline = loaded(adapter, None, None)
         calibrator = Calibrator(pipeline.transformer, linear_names(pipeline.transformer))

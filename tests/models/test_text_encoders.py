@@ -13,7 +13,7 @@ from zoo import text
 
 from viditq.errors import UserError
 from viditq.loading import load_encoders
-from viditq.models.text_encoders import build_encoder, encoder_names, map_encoder
+from viditq.models.text_encoders import build_encoder, encoder_names, encoders_on_disk, map_encoder
 from viditq.quant.artifact import StoredTensors, load_denoiser, read_meta, verify
 from viditq.quant.convert import Conversion, linear_names, quantize_denoiser
 from viditq.quant.description.plan import QuantPlan
@@ -183,3 +183,56 @@ def test_a_language_models_tied_head_stays_in_float(tmp_path: Path) -> None:
     quantize_denoiser(other, plans[0], None)
     assert mine.lm_head.weight is mine.get_input_embeddings().weight
     assert all(map(torch.equal, outputs(mine), outputs(other)))
+
+
+# From disk ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "run"),
+    [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_disk_an_encoder_computes_the_same_to_the_bit(
+    kind: str, file: str, run: str, stored: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it asks its layers' weights which type they are of, as T5 does."""
+    monkeypatch.setattr("viditq.on_disk.SMALL_BYTES", 64)
+    adapter = stored(kind, file, run)
+    mapped = map_encoder(adapter, NAME)[0].state_dict().values()
+    assert {t.dtype for t in mapped if t.is_floating_point()} == {
+        getattr(torch, file)
+    }  # T5 asks for float32 in float16
+    expected, (found,) = of_float(adapter), encoders_on_disk(adapter).values()
+    at_rest = {name: p.data_ptr() for name, p in found.named_parameters()}
+    assert found.dtype == expected.dtype == getattr(torch, run) and found.device == expected.device
+    assert all(torch.equal(mine, other) for mine, other in zip(outputs(found), outputs(expected), strict=True))
+    assert at_rest == {name: p.data_ptr() for name, p in found.named_parameters()}
+    layers = [m.weight for m in found.modules() if isinstance(m, nn.Linear) and m.weight.nbytes > 64]
+    types = [m.weight.dtype for m in expected.modules() if isinstance(m, nn.Linear) and m.weight.nbytes > 64]
+    assert layers and [w.dtype for w in layers] == types
+    hidden = [bool(w.isnan().all()) for w in layers]
+    assert any(hidden) == (file != run or (kind in ("t5", "umt5") and run == "float16"))
+
+
+@pytest.mark.parametrize("kind", ("t5", "umt5", "clip", "qwen3"))
+def test_on_disk_a_quantized_encoder_computes_the_same_to_the_bit(
+    kind: str, stored: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("viditq.on_disk.SMALL_BYTES", 64)
+    adapter = stored(kind, "bfloat16", "float32")
+    expected = streamed(adapter, tmp_path / "artifact")
+    found = load_encoders(tmp_path / "artifact", adapter, [NAME], on_disk=True)[NAME]
+    assert found.dtype == expected.dtype
+    assert all(torch.equal(mine, other) for mine, other in zip(outputs(found), outputs(expected), strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_on_disk_numbers_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
+    """1e6 is none in float16, which it runs in."""
+    _, encoder = text.t5()
+    with torch.no_grad():
+        encoder.encoder.block[0].layer[1].DenseReluDense.wi.weight[0, 0] = bad
+    encoder.save_pretrained(tmp_path / NAME)
+    with pytest.raises(UserError, match=r"DenseReluDense\.wi\.weight of .* contains NaN or inf as float16"):
+        encoders_on_disk(adapter_of(tmp_path, type(encoder), "float16"))

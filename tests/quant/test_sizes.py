@@ -119,6 +119,9 @@ def test_statistics_are_counted_to_the_byte(tmp_path: Path) -> None:
     stats = CalibrationStats({n: Observer(blank_state((), 5, width, 3, "cpu")) for n, width in widths.items()})
     stats.save(tmp_path / "stats.safetensors")
     assert stats_bytes(widths, 5, 3) == (tmp_path / "stats.safetensors").stat().st_size
+    half = {n: Observer(blank_state((), 5, width, 3, "cpu", torch.bfloat16)) for n, width in widths.items()}
+    CalibrationStats(half).save(tmp_path / "half.safetensors")
+    assert stats_bytes(widths, 5, 3, dtype=torch.bfloat16) == (tmp_path / "half.safetensors").stat().st_size
     leaders = {"first": "first", "second.third": "first"}
     CalibrationStats({name: stats.layers[leader] for name, leader in leaders.items()}).save(
         tmp_path / "shared.safetensors"

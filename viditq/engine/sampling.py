@@ -54,6 +54,10 @@ class PipelineModule(L.LightningModule):
         self.parts = nn.ModuleDict()
         offload_pipeline(self.pipeline, offload, device)
 
+    def let_go(self) -> None:
+        """Drop the models: Lightning's modules and trainers lie in a ring, in which they would stay beside the next."""
+        self.pipeline, self.parts = None, nn.ModuleDict()
+
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Stop at SIGTERM: Lightning only takes note of it, and heeds it in training alone. Share the cores anew."""
         follow_cores()
@@ -214,3 +218,4 @@ def run_batches(trainer: L.Trainer, module: PipelineModule, batches: Sequence[An
         module.offload(offload, trainer.strategy.root_device)
     loader = DataLoader(_Batches(batches), batch_size=None, collate_fn=lambda batch: batch)
     trainer.predict(module, loader, return_predictions=False)
+    module.let_go()

@@ -1,6 +1,5 @@
 """How long functions take beside each other, and how much memory one of them needs while it runs."""
 
-import ctypes
 import random
 import re
 import statistics
@@ -10,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from viditq.memory import give_back
 
 MIN_ROUNDS = 5  # fewer say nothing about a median
 MEMORY = Path("/proc/meminfo")
@@ -59,8 +60,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier work has freed would hide what this needs
+    give_back()  # what earlier work has freed would hide what this needs
     try:
         CLEAR.write_text(RESET_PEAK)
         before = _bytes_of(STATUS, "VmRSS")

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from viditq.engine.offload import offload_pipeline
+from viditq.engine.offload import DISK
+from viditq.errors import UserError
 from viditq.estimate import parts
+from viditq.estimate.all_peaks import Use, all_peaks
 from viditq.estimate.backends import Held, refusals
-from viditq.estimate.memory import Peak, Pieces, held_while_quantizing, larger, peaks
-from viditq.estimate.mock import made_up_quantized, seconds_to_quantize
+from viditq.estimate.from_disk import Budgeted, OnDisk, on_disk, together
+from viditq.estimate.memory import Peak, Pieces, held_while_quantizing
 from viditq.estimate.passes import Passes
-from viditq.estimate.probe import Probe, probe, probe_on_meta
+from viditq.estimate.probe import Probe, probe_on_meta
 from viditq.estimate.readers import leaders
 from viditq.estimate.searching import searching
-from viditq.estimate.text_encoders import EncoderBytes, encoder_bytes, peak_while_encoding, peak_while_quantizing
+from viditq.estimate.seen import Seen, measured, plan_of
+from viditq.estimate.text_encoders import EncoderBytes, encoder_bytes
 from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
+from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
-from viditq.models.generate import DtypeBoundary
-from viditq.models.text import PromptEmbeds
 from viditq.quant.calibration.context import denoisers_of
 from viditq.quant.convert import linear_names
-from viditq.quant.description.plan import QuantPlan
-from viditq.quant.execution.backends import Unavailable
 from viditq.quant.sizes import (
     WeightBytes,
     artifact_bytes,
@@ -70,32 +65,53 @@ class Estimate:
     peaks: Mapping[str, Peak]
     disk: Mapping[str, int]
     remarks: tuple[str, ...]
-    encoders: Mapping[str, EncoderBytes] = field(default_factory=dict)
+    encoders: Mapping[str, EncoderBytes]
+    use: Use
 
 
-def estimate(job: Job, mode: Any) -> Estimate:
+@dataclass(frozen=True)
+class Known:
+    """What estimates of one model have in common, whatever is quantized. base: as of `Estimate`."""
+
+    base: int
+    texts: parts.TextShapes
+    sizes: Mapping[str, tuple[int, int]]
+    text_on_disk: Mapping[str, OnDisk]
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter) -> Known:
+        """From configurations alone."""
+        return cls(resident_bytes(), parts.TextShapes(adapter), parts.sizes(adapter), parts.text_on_disk(adapter))
+
+
+def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | None = None) -> Estimate:
     """The estimate of a run.
 
     mode: True = two denoiser forwards of a whole batch are computed, on the run's device, with embeddings of
-    made-up values; "meta" = from the model's configuration alone, without its weights and without durations.
-    Raises UserError for a model whose shapes "meta" cannot follow.
+    made-up values; "meta" = from the model's configuration alone, without its weights and without durations. known,
+    on_meta: from estimates of other settings of this model, and of its batches. Raises UserError for a model whose
+    shapes "meta" cannot follow, and where True would load what trainer.offload=disk leaves in its files.
     """
-    e, plan, trainer = job.experiment, _plan(job), job.experiment.make_trainer()
-    base = resident_bytes()
+    e, plan, trainer = job.experiment, plan_of(job), job.experiment.make_trainer()
+    if mode is True and e.offload == DISK:
+        raise UserError(
+            f"estimate=true loads whole models, and trainer.offload={DISK} is for those that do not fit. Give "
+            "estimate=meta, which loads nothing."
+        )
+    known = known or Known.of(e.adapter)
     skeleton = e.adapter.build_denoiser()
     linears: dict[str, Any] = {name: skeleton.get_submodule(name) for name in linear_names(skeleton)}
     in_features = {name: linear.in_features for name, linear in linears.items()}
     dtype = DTYPES[e.quant.float_dtype or e.adapter.dtype]
     quantized = laid_out(e.adapter.build_denoiser().to(dtype), plan, e.adapter.timestep_scale, e.backend)
-    texts = parts.TextShapes(e.adapter)
+    texts, sizes = known.texts, known.sizes
     embeds = texts.embeds(e.data.prompts[0])
     batch = min(e.batch_size, job.num_prompts)
     if mode == "meta":
-        on_meta = probe_on_meta(e.adapter, parts.hollow_pipeline(e.adapter), embeds, batch)
-        seen = _Seen(on_meta, backends=refusals(plan) if plan.layers else {})
+        on_meta = on_meta or probe_on_meta(e.adapter, parts.hollow_pipeline(e.adapter), embeds, batch)
+        seen = Seen(on_meta, backends=refusals(plan) if plan.layers else {})
     else:
-        seen = _measured(job, trainer, embeds, batch, dtype)
-    sizes = parts.sizes(e.adapter)
+        seen = measured(job, trainer, embeds, batch, dtype)
     float_bytes = {name: size for name, (_, size) in sizes.items()}
     denoiser_bytes = sum(float_bytes[name] for name in e.adapter.denoiser_names)
     float_denoisers = sum(float_bytes[name] for name in e.adapter.float_denoisers)
@@ -103,7 +119,8 @@ def estimate(job: Job, mode: Any) -> Estimate:
     text_bytes = sum(size for name, size in float_bytes.items() if name.startswith(parts.TEXT))
     leader_of = leaders(in_features, seen.float_model.inputs, denoisers_of(skeleton))
     passes = Passes.of(job, in_features, leader_of)
-    stats = stats_bytes(in_features, e.num_buckets, e.rows_per_bucket, leader_of) if job.needs_stats else 0
+    rows = e.num_buckets, e.rows_per_bucket
+    stats = stats_bytes(in_features, *rows, leader_of, e.adapter.torch_dtype) if job.needs_stats else 0
     stats += passes.all_bytes
     numel = {name: linear.weight.numel() for name, linear in linears.items()}
     diagnosed = {name: in_features[name] for name in plan.layers} if e.diagnosis_prompts and not job.needs_stats else {}
@@ -118,10 +135,12 @@ def estimate(job: Job, mode: Any) -> Estimate:
         spared=passes.all_bytes - passes.most_bytes,
         weights=weight_bytes(quantized),
         quantizing=held_while_quantizing(plan, {n: (m.out_features, m.in_features) for n, m in linears.items()}),
-        observed=stats_bytes(diagnosed, e.num_buckets, e.rows_per_bucket),
+        observed=stats_bytes(diagnosed, *rows, dtype=e.adapter.torch_dtype),
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
         processes=trainer.num_devices * trainer.num_nodes,
         measuring=min(e.adapter.calibration_batch_size, len(e.data.calibration_prompts)) / batch,
+        encoding=texts.encoding,
+        text_file=parts.text_file_bytes(e.adapter, float_bytes),
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"
@@ -132,13 +151,19 @@ def estimate(job: Job, mode: Any) -> Estimate:
     if job.searches and "search" in works:
         counter = Counter(job, texts, seen.load_seconds)
         works["search"] = searching(job, counter, seen.float_model, seen.quantized or seen.float_model)
-    most = peaks(pieces, gpu, getattr(trainer, "offload", None), layer_bytes)
-    if e.quant.correction is not None:  # its fit holds what the diagnosis holds
-        most["quantize"] = larger(most["quantize"], most["diagnose"])
     encoders = encoder_bytes(job)
-    if encoders:
-        most["quantize"] = larger(most["quantize"], peak_while_quantizing(encoders))
-        most["generate"] = larger(most["generate"], peak_while_encoding(encoders))
+    left = [name for name in known.text_on_disk if name not in encoders]
+    budgeted = Budgeted(
+        denoiser=on_disk(skeleton.to(e.adapter.torch_dtype), stored),
+        floor=on_disk(skeleton.to(DTYPES[e.floor_dtype]), stored),
+        text=together(known.text_on_disk.values()),
+        quantized=on_disk(quantized, stored),
+        encoders=together(one.on_disk for one in encoders.values()),
+        left=together(known.text_on_disk[name] for name in left),
+        float_text=sum(float_bytes[name] for name in left),
+        budget=e.memory_budget or 0,
+    )
+    stages, using = all_peaks(job, pieces, budgeted, encoders, gpu, layer_bytes)
     held = {"float": Held(denoiser_bytes + float_denoisers, seen.float_model.forward_seconds)}
     held |= {
         name: one if one.why else replace(one, nbytes=weight_bytes(quantized, name).resident + float_denoisers)
@@ -156,79 +181,16 @@ def estimate(job: Job, mode: Any) -> Estimate:
         held=held,
         artifact=artifact,
         stats=stats,
-        base=base,
+        base=known.base,
         probe=seen.float_model,
         quantized_probe=seen.quantized,
         works=works,
-        peaks=most,
+        peaks=stages,
         disk=_disk(job, works, seen.float_model, artifact, stats, texts, encoders),
         remarks=tuple(_remarks(mode, gpu, job.searches)),
         encoders=encoders,
+        use=using,
     )
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What was found by running."""
-
-    float_model: Probe
-    quantized: Probe | None = None
-    load_seconds: float = 0.0
-    quantize_seconds: float | None = None
-    backends: Mapping[str, Held] = field(default_factory=dict)
-
-
-def _measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: torch.dtype) -> _Seen:
-    e, plan, device = job.experiment, _plan(job), trainer.strategy.root_device
-    synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def probed(pipeline: Any) -> Probe:
-        _place(pipeline, trainer)
-        return probe(e.adapter, pipeline, embeds, batch, synchronize)
-
-    start = time.perf_counter()
-    pipeline = e.adapter.load()
-    loading = time.perf_counter() - start
-    denoiser = e.adapter.denoiser_of(pipeline)
-    seconds = seconds_to_quantize(denoiser, plan) if plan.layers else None
-    float_model = probed(pipeline)
-    if not plan.layers:
-        return _Seen(float_model, None, loading, seconds)
-    quantized_weights = {f"{name}.weight" for name in plan.layers}
-    kept = {n: t.to("cpu", dtype) for n, t in denoiser.state_dict().items() if n not in quantized_weights}
-    del pipeline, denoiser  # the two need not fit side by side
-    gc.collect()
-
-    def quantized_probe(backend: str) -> Probe:
-        quantized = made_up_quantized(e.adapter, plan, kept, dtype, backend)
-        if e.quant.float_dtype not in (None, e.adapter.dtype):
-            DtypeBoundary(quantized, dtype, e.adapter.torch_dtype, e.adapter.timestep_argument)
-        return probed(e.adapter.load(quantized))
-
-    mine = quantized_probe(e.backend)
-    backends = refusals(plan)
-    for name in [name for name, one in backends.items() if not one.why]:
-        try:
-            seen = mine if name == e.backend else quantized_probe(name)
-            backends[name] = Held(0, seen.forward_seconds)
-        except Unavailable as error:
-            backends[name] = Held(0, why=error.reason)
-    return _Seen(float_model, mine, loading, seconds, backends)
-
-
-def _plan(job: Job) -> QuantPlan:
-    """The plan of the run; while it has yet to be searched, the one that the search starts from."""
-    return job.plan if not job.searches or job.run_dir.plan.is_file() else job.experiment.plan
-
-
-def _place(pipeline: Any, trainer: Any) -> None:
-    offload, device = getattr(trainer, "offload", None), trainer.strategy.root_device
-    if offload is not None:
-        offload_pipeline(pipeline, offload, device)
-    else:
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.to(device)
 
 
 def _disk(
@@ -256,7 +218,7 @@ def _disk(
 
 
 def _remarks(mode: Any, gpu: bool, searches: bool) -> list[str]:
-    lines = ["Not counted: what a text encoder or a metric's network computes with, kernels' own workspace, caches."]
+    lines = ["Not counted: what a metric's network computes with, kernels' own workspace, caches."]
     if mode == "meta":
         lines += [
             "From the configuration alone: no durations; attention is taken as fused (its matrix is never formed).",

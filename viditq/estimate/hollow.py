@@ -16,6 +16,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from viditq.estimate.live import LiveBytes
+
 MAX_LAYERS = 4  # of a text encoder: shapes of embeddings do not depend on how many it has
 LAYER_KEYS = ("num_layers", "num_hidden_layers", "num_decoder_layers", "n_layer")
 
@@ -53,8 +55,9 @@ def as_zeros(value: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape), value)
 
 
-def answer_from_meta(module: nn.Module) -> None:
-    """Lets a hollow module answer zeros of the shapes that its twin on meta returns, wherever these can be followed."""
+def answer_from_meta(module: nn.Module, tell: Callable[[int], None] = lambda nbytes: None) -> None:
+    """Lets a hollow module answer zeros of the shapes that its twin on meta returns, wherever these can be followed;
+    tell: is told the most bytes that tensors took meanwhile."""
     forward, twin, signature = module.forward, twin_on_meta(module), inspect.signature(module.forward)
 
     @functools.wraps(forward)
@@ -62,7 +65,10 @@ def answer_from_meta(module: nn.Module) -> None:
         given = signature.bind(*args, **kwargs)
         given.arguments.pop("attention_mask", None)  # its values are looked at, and change no shape
         try:
-            return as_zeros(twin(*as_meta(given.args), **as_meta(given.kwargs)))
+            with LiveBytes() as live:
+                found = twin(*as_meta(given.args), **as_meta(given.kwargs))
+            tell(live.peak)
+            return as_zeros(found)
         except (RuntimeError, NotImplementedError):  # it looks at values
             return forward(*args, **kwargs)
 

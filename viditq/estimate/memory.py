@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.sizes import WeightBytes
 
-# Of the dense weights: glibc's heap keeps the holes of temporaries between them (MALLOC_MMAP_THRESHOLD_ avoids it).
+# Of the dense weights, while they are made: glibc's heap keeps the holes of temporaries between them until `give_back`.
 HOLES = 0.4
 # Bytes for each weight of a block while its roundings are learned: the block twice, soft roundings with their gradient
 # and the optimizer's two moments, what they are computed from, temporaries.
 LEARNING_PER_WEIGHT = 72
-# What every stage adds, beside what is counted: code loaded when it is first used, stacks of threads, and the heap's
-# holes between activations; most was seen while calibrating tiny_video (57 MB), whose activations are 30 MB.
-UNCOUNTED = 64 * 2**20
-HOLES_COMPUTING = 0.25  # of the activations
+# What every stage adds, beside what is counted: code loaded when it is first used (18 MB), workspace of matrix
+# products, stacks of threads. What a quantized denoiser adds: the code of the kernels (48 MB of mapped files).
+UNCOUNTED, KERNELS = 64 * 2**20, 48 * 2**20
+# The heap's holes between activations: as much again, and four times as much where what is observed of inputs stays
+# between them (tiny_video: 122 MB for 23 MB of activations, none with MALLOC_MMAP_THRESHOLD_=1000000, which costs
+# time); but tensors of 32 MiB and more lie outside of the heap and leave none.
+HOLES_OBSERVING, HOLES_AT_MOST = 4, 256 * 2**20
 # For each weight of a Linear that is quantized as a whole: float32 copies, scaled and rounded, int16 and uint8 codes;
 # of one that is quantized some rows at a time: its codes, those of the one before, pages of its file.
 WHOLE_PER_WEIGHT, ROWS_PER_WEIGHT = 21, 4
@@ -35,6 +38,8 @@ class Pieces:
     while diagnosing, where nothing is calibrated. weights: the quantized denoiser. quantizing: what one Linear takes
     then (`held_while_quantizing`). learned_block: weights of the largest block whose roundings are learned together.
     processes: how many share the work. measuring: the batch of calibration and diagnosis, in batches of generation.
+    encoding: what the text encoders compute with. text_file: the files of the largest, whose pages are there as well
+    while it is loaded.
     """
 
     denoiser: int
@@ -51,6 +56,8 @@ class Pieces:
     processes: int = 1
     measuring: float = 1.0
     spared: int = 0
+    encoding: int = 0
+    text_file: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,11 @@ def larger(one: Peak, other: Peak) -> Peak:
     """The peak of two pieces of work one after the other."""
     vram = None if one.vram is None or other.vram is None else max(one.vram, other.vram)
     return Peak(max(one.ram, other.ram), vram)
+
+
+def with_holes(computing: int, times: int = 1) -> int:
+    """Activations, and what the heap keeps between them: so many times as much."""
+    return computing + min(times * computing, HOLES_AT_MOST)
 
 
 def held_while_quantizing(plan: QuantPlan, shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -87,20 +99,26 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
     models, observed = p.denoiser + p.rest, p.stats - p.spared
     quantized = p.weights.resident + p.rest
     both = models + quantized
-    holes = round(HOLES * p.weights.dense)
-    loading = dict.fromkeys(("reference", "noise_floor", "calibrate"), models + p.file)
+    # beside the prepared weights what the artifact's files hold: packed codes, the rest in half
+    reading = p.weights.resident + round(HOLES * p.weights.dense) + p.weights.codes + p.weights.rest // 2
+    loading = dict.fromkeys(("reference", "noise_floor", "calibrate"), models + p.file) | {
+        "generate": reading,
+        "diagnose": models + max(p.file, reading),
+        "benchmark": models + max(models + p.file, p.denoiser // 2 + reading),  # in half it is loaded in whole
+    }
+    kernels = dict.fromkeys(("generate", "diagnose", "benchmark"), KERNELS)
     # what is on the CPU whatever computes; and beside it, on the device that computes
     on_cpu = {
-        "prompts": p.text,
+        "prompts": p.text + max(p.text_file, with_holes(p.encoding)),
         "reference": models,
         "noise_floor": models,
         # the observers beside the model; then, where there are several processes, the files of two
         "calibrate": observed + (models if p.processes == 1 else max(models, observed)),
         "quantize": p.quantizing,
-        "generate": quantized + holes,
-        "benchmark": both + p.denoiser // 2 + holes,  # float, the same in bfloat16, and quantized
+        "generate": quantized,
+        "benchmark": both + p.denoiser // 2,  # float, the same in bfloat16, and quantized
         # the observers, and the file read back, or those of two processes
-        "diagnose": both + holes + (2 if p.processes == 1 else 3) * p.observed,
+        "diagnose": both + (2 if p.processes == 1 else 3) * p.observed,
     }
     computing = {
         "prompts": 0,
@@ -113,11 +131,11 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         "benchmark": p.step,
     }
     if not gpu:
-        holes_of = {stage: round(HOLES_COMPUTING * size) for stage, size in computing.items()}
-        return {
-            stage: Peak(UNCOUNTED + max(size + computing[stage] + holes_of[stage], loading.get(stage, 0)))
-            for stage, size in on_cpu.items()
-        }
+        found = {}
+        for stage, size in on_cpu.items():
+            computed = size + with_holes(computing[stage], HOLES_OBSERVING if stage == "calibrate" else 1)
+            found[stage] = Peak(UNCOUNTED + kernels.get(stage, 0) + max(computed, loading.get(stage, 0)))
+        return found
     resident = {
         "prompts": 0,
         "reference": models,
@@ -136,6 +154,8 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         resident["calibrate"] += observed
     resident["diagnose"] += p.observed
     return {
-        stage: Peak(UNCOUNTED + max(size, loading.get(stage, 0)), resident[stage] + computing[stage])
+        stage: Peak(
+            UNCOUNTED + kernels.get(stage, 0) + max(size, loading.get(stage, 0)), resident[stage] + computing[stage]
+        )
         for stage, size in on_cpu.items()
     }

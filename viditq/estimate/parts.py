@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from viditq.errors import UserError
+from viditq.estimate.from_disk import OnDisk, on_disk
 from viditq.estimate.hollow import answer_from_meta, hollowed, on_meta, shallow
 from viditq.files import read_json
 from viditq.models.adapter import ModelAdapter
@@ -22,6 +23,7 @@ from viditq.models.parts import TEXT, models_of
 from viditq.models.registry import find_class
 from viditq.models.stored_embeds import NEGATIVE
 from viditq.models.text import PromptEmbeds, encode_prompt
+from viditq.models.text_encoders import ENCODER
 from viditq.models.weight_files import COPY_AGAIN, stored_tensors, variant_of
 from viditq.quant.sizes import module_bytes, tensor_bytes
 
@@ -71,6 +73,8 @@ class TextShapes:
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter
         self._by_length: dict[int, PromptEmbeds] = {}
+        self.encoding = 0
+        """Bytes that an encoder has taken beside its weights, at most, for what was asked for; 0 = not known."""
 
     @cached_property
     def _pipeline(self) -> Any:
@@ -79,10 +83,13 @@ class TextShapes:
             cls = models_of(self.adapter.index()).get(part)
             if part.startswith("text_") and cls is not None:
                 parts[part] = hollowed(on_meta_part(self.adapter, part, cls, few_layers=True))
-                answer_from_meta(parts[part])
+                answer_from_meta(parts[part], self._tell)
             elif not part.startswith(TEXT):
                 parts[part] = None
         return _assembled(self.adapter, parts)
+
+    def _tell(self, nbytes: int) -> None:
+        self.encoding = max(self.encoding, nbytes)
 
     def embeds(self, prompt: str) -> PromptEmbeds:
         """Random values in place of the encoder's; masks and labels are the real ones. Prompts of equally many tokens
@@ -125,11 +132,18 @@ def _assembled(adapter: ModelAdapter, parts: Mapping[str, Any]) -> Any:
 
 
 def weight_files(adapter: ModelAdapter, part: str) -> list[Path]:
-    """The safetensors files of a denoiser in the variant that is loaded, as far as they are here."""
+    """The safetensors files of a part in the variant that is loaded, as far as they are here."""
     folder = adapter.part_folder(part, weights=False)
     mark = variant_of(folder, adapter.variant) or ""
     marks = {path: "".join(path.name.split(".")[1:-1]) for path in sorted(folder.glob("*.safetensors"))}
     return [path for path, own in marks.items() if own.startswith(mark) and bool(own) == bool(mark)]
+
+
+def text_file_bytes(adapter: ModelAdapter, loaded: Mapping[str, int]) -> int:
+    """Bytes of the files of the largest text encoder; loaded: part -> bytes as loaded, for those that are not here."""
+    texts = [part for part in loaded if part.startswith(TEXT)]
+    files = {part: sum(path.stat().st_size for path in weight_files(adapter, part)) for part in texts}
+    return max((files[part] or loaded[part] for part in texts), default=0)
 
 
 def largest_file(adapter: ModelAdapter) -> int:
@@ -137,6 +151,17 @@ def largest_file(adapter: ModelAdapter) -> int:
     names = [*adapter.denoiser_names, *adapter.float_denoisers]
     files = [path for part in names for path in weight_files(adapter, part)]
     return max((path.stat().st_size for path in files), default=0)
+
+
+def text_on_disk(adapter: ModelAdapter) -> dict[str, OnDisk]:
+    """Part -> what it takes where it lies in its files, of the text parts; those that cannot lie there as a whole."""
+    found = {}
+    for part, cls in models_of(adapter.index()).items():
+        if part.startswith(TEXT):
+            module = on_meta_part(adapter, part, cls)
+            streamed = part.startswith(ENCODER) and issubclass(cls, transformers.PreTrainedModel)
+            found[part] = on_disk(module, {}) if streamed else OnDisk(module_bytes(module))
+    return found
 
 
 def stored_dtypes(adapter: ModelAdapter) -> dict[str, torch.dtype]:

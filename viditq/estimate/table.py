@@ -48,7 +48,8 @@ def show(console: Console, name: str, model: str, estimate: Estimate) -> None:
         console.print(remark, style="dim", markup=False)
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """An empty table."""
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -57,7 +58,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def parts_table(estimate: Estimate) -> Table:
     """The pipeline's models."""
-    table = _table("Models, as loaded", "part", "parameters", "bytes")
+    table = new_table("Models, as loaded", "part", "parameters", "bytes")
     for part, (count, nbytes) in estimate.parts.items():
         mark = " (denoiser)" if part in estimate.denoisers else ""
         table.add_row(f"{part}{mark}", f"{count:,}", size(nbytes))
@@ -67,7 +68,7 @@ def parts_table(estimate: Estimate) -> Table:
 def weights_table(estimate: Estimate) -> Table:
     """The denoiser before and after."""
     w, stored = estimate.weights, estimate.artifact + estimate.left_in_float
-    table = _table("Denoiser's weights", "", "bytes", "against 16 bits")
+    table = new_table("Denoiser's weights", "", "bytes", "against 16 bits")
     table.add_row("16 bits each", size(estimate.float16), "1.00x")
     smaller = f"{estimate.float16 / stored:.2f}x smaller"
     if estimate.left_in_float:
@@ -79,7 +80,7 @@ def weights_table(estimate: Estimate) -> Table:
         ("scales", w.scales),
         ("zero points", w.zero_points),
         ("transforms, static ranges", w.transforms),
-        ("left in float, in memory", w.rest),
+        ("left in float, in memory", w.rest + w.buffers),
         ("what the backend adds to the codes, in memory", w.dense),
     ):
         table.add_row(f"  {label}", size(nbytes), "")
@@ -88,7 +89,7 @@ def weights_table(estimate: Estimate) -> Table:
 
 def encoders_table(estimate: Estimate) -> Table:
     """The text encoders before and after, and the whole pipeline's artifact."""
-    table = _table("Text encoders' weights", "part", "16 bits each", "on disk", "in memory", "against 16 bits")
+    table = new_table("Text encoders' weights", "part", "16 bits each", "on disk", "in memory", "against 16 bits")
     for name, one in estimate.encoders.items():
         smaller = f"{one.float16 / one.artifact:.2f}x smaller"
         table.add_row(name, size(one.float16), size(one.artifact), size(one.held), smaller)
@@ -102,7 +103,7 @@ def encoders_table(estimate: Estimate) -> Table:
 
 def backends_table(estimate: Estimate) -> Table:
     """The denoiser in memory and a step of it, in float and by each backend."""
-    table = _table("Denoiser in memory, by backend", "backend", "bytes", "against 16 bits", "a step", "")
+    table = new_table("Denoiser in memory, by backend", "backend", "bytes", "against 16 bits", "a step", "")
     table.columns[-1].no_wrap = False  # a refusal is long
     for name, held in estimate.held.items():
         if held.why:
@@ -116,7 +117,7 @@ def stages_table(estimate: Estimate) -> Table:
     """Samples, forwards, time and memory of each stage."""
     gpu = any(peak.vram is not None for peak in estimate.peaks.values())
     memory = ("peak VRAM", "RAM") if gpu else ("peak RAM",)
-    table = _table("Stages", "stage", "samples", "forwards", "time", *memory, "")
+    table = new_table("Stages", "stage", "samples", "forwards", "time", *memory, "")
     total = 0.0
     for stage, work in estimate.works.items():
         peak = estimate.peaks.get(stage) if work.note not in (DONE, LEFT_OUT) else None
@@ -140,7 +141,7 @@ def stages_table(estimate: Estimate) -> Table:
 
 def disk_table(estimate: Estimate) -> Table:
     """What the run leaves on disk."""
-    table = _table("On disk", "", "bytes")
+    table = new_table("On disk", "", "bytes")
     for what, nbytes in estimate.disk.items():
         table.add_row(what, size(nbytes))
     return table

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from viditq.estimate.from_disk import OnDisk, on_disk, together
 from viditq.estimate.memory import ROWS_PER_WEIGHT, UNCOUNTED, Peak
 from viditq.files import stored_entries
 from viditq.job import Job
@@ -19,15 +21,18 @@ from viditq.quant.text_encoder import BACKEND
 
 @dataclass(frozen=True)
 class EncoderBytes:
-    """float16: of its parameters in two bytes each. artifact: on disk. held: in memory, as codes. decoded: its largest
-    Linear's weight while it is called. temporary: what quantizing it takes.
+    """float16: of its parameters in two bytes each. artifact: on disk. held: in memory, as codes. floats: in the
+    file, of what stays in float, whose pages are there as well where it runs in a wider type. decoded: its largest
+    Linear's weight while it is called. temporary: what quantizing it takes. on_disk: where it lies in its files.
     """
 
     float16: int
     artifact: int
     held: int
+    floats: int
     decoded: int
     temporary: int
+    on_disk: OnDisk
 
 
 def encoder_bytes(job: Job) -> dict[str, EncoderBytes]:
@@ -40,23 +45,27 @@ def encoder_bytes(job: Job) -> dict[str, EncoderBytes]:
         float16 = sum(2 * parameter.numel() for parameter in encoder.parameters())
         quantized = laid_out(encoder, plan, backend=BACKEND)
         meta = {"part": name, "model": e.adapter.to_dict(), "weights": e.weights}
+        artifact = artifact_bytes(quantized, plan, _stored_dtypes(e.adapter, name), meta)
+        weights = weight_bytes(quantized)
         found[name] = EncoderBytes(
             float16=float16,
-            artifact=artifact_bytes(quantized, plan, _stored_dtypes(e.adapter, name), meta),
-            held=weight_bytes(quantized).resident,
+            artifact=artifact,
+            held=weights.resident,
+            floats=max(artifact - (weights.resident - weights.rest), 0),
             decoded=largest * run_dtype(e.adapter, name).itemsize,
             temporary=largest * ROWS_PER_WEIGHT,
+            on_disk=together([on_disk(quantized, {}), OnDisk(0, largest * run_dtype(e.adapter, name).itemsize)]),
         )
     return found
 
 
-def peak_while_encoding(encoders: dict[str, EncoderBytes]) -> Peak:
-    """All of them at once, on a CPU."""
-    held = sum(one.held for one in encoders.values()) + max(one.decoded for one in encoders.values())
-    return Peak(UNCOUNTED + held, 0)
+def held_while_encoding(encoders: Mapping[str, EncoderBytes]) -> int:
+    """Bytes of all of them at once, with what one layer takes."""
+    decoded = max((one.decoded for one in encoders.values()), default=0)
+    return sum(one.held + one.floats for one in encoders.values()) + decoded
 
 
-def peak_while_quantizing(encoders: dict[str, EncoderBytes]) -> Peak:
+def peak_while_quantizing(encoders: Mapping[str, EncoderBytes]) -> Peak:
     """One of its Linears after another."""
     return Peak(UNCOUNTED + max(one.temporary for one in encoders.values()), 0)
 

@@ -18,6 +18,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import DtypeBoundary, with_settings
 from viditq.models.registry import find_class
+from viditq.models.text_encoders import encoders_on_disk
 from viditq.quant.execution.denoiser import refuse_to_save
 
 
@@ -44,7 +45,8 @@ def load_exported(folder: Path, backend: str, memory_budget: int | None) -> Any:
         found = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {names[0]: denoiser}
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **found)
     else:
-        pipeline = with_settings(adapter, adapter.load_complete(denoiser))
+        encoders = {} if memory_budget is None else encoders_on_disk(adapter)
+        pipeline = with_settings(adapter, adapter.load_complete(denoiser, encoders))
     pipeline.save_pretrained = partial(refuse_to_save, f"a copy of {folder}, and viditq.load_quantized(copy)")
     return pipeline
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.files import read_json
+from viditq.memory import give_back
 from viditq.models import contents, parts, roles
 from viditq.models.attention import check_attention, check_dispatches, set_attention
 from viditq.models.checks import check_arguments, check_call, check_values, given_to_call
@@ -225,7 +225,7 @@ class ModelAdapter:
                 contents.check_finite(name, folder, component.eval().requires_grad_(False))
             if name in (*self.denoisers, *self.float_denoisers) and component is not None:
                 set_attention(self.attention, component)
-        gc.collect()
+        give_back()
         return pipeline
 
     def _denoisers_elsewhere(self, components: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from viditq.models.weight_files import (
     variant_of,
     weight_files,
 )
+from viditq.on_disk import is_stand_in
 
 HEADS = ("lm_head.",)  # of a language model whose trunk alone encodes text
 
@@ -224,13 +225,18 @@ def _check_scales(folder: Path, files: list[Path], tensors: Mapping[str, Tensor]
             )
 
 
-def check_finite(part: str, folder: Path, module: nn.Module) -> None:
-    """Raises UserError for NaN or infinity among the weights of a part that was loaded."""
+def check_finite(part: str, folder: Path, module: nn.Module, runs: Mapping[str, torch.dtype] | None = None) -> None:
+    """Raises UserError for NaN or infinity among the weights of a part that was loaded.
+
+    runs: types of those that compute in another than they have. What stands in for a weight in its file was checked
+    before.
+    """
     for name, parameter in module.named_parameters():
-        if not is_finite(parameter.detach()):
-            dtype = str(parameter.dtype).removeprefix("torch.")
+        run = (runs or {}).get(name, parameter.dtype)
+        if not is_stand_in(parameter) and not is_finite(parameter.detach(), run):
+            dtype = str(run).removeprefix("torch.")
             remedy = "A wider type does not help: the numbers are stored so. Copy the model's folder again."
-            if parameter.dtype == torch.float16:  # the one type with a smaller range than those stored in
+            if run == torch.float16:  # the one type with a smaller range than those stored in
                 key = f"model.dtype (or model.component_dtypes.{part})"
                 remedy = f"Or, if it was stored in a type of wider range, load it so: {key}=bfloat16 or float32."
             raise UserError(f"{part}.{name} of {folder} contains NaN or inf as {dtype}. Check the checkpoint. {remedy}")

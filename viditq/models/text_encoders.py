@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.mapped import mapped_tensors
 from viditq.models.adapter import ModelAdapter
-from viditq.models.contents import check_part
+from viditq.models.contents import check_contents, check_finite, check_part
 from viditq.models.dtypes import DTYPES
 from viditq.models.parts import models_of
 from viditq.models.weight_files import COPY_AGAIN, DAMAGED, TRANSFORMERS, variant_of, weight_files
+from viditq.on_disk import leave_on_disk
 
 ENCODER = "text_encoder"
 
@@ -73,11 +75,31 @@ def map_encoder(adapter: ModelAdapter, name: str) -> tuple[nn.Module, dict[str, 
     check_part(cls, folder, adapter.variant, lenient=False)
     tensors = _mapped(weight_files(folder, TRANSFORMERS, variant))
     stored = _common(tensors)
-    encoder = _loaded(cls, folder, tensors, stored)
+    encoder = _loaded(_uncast(cls), folder, tensors, stored)
+    encoder.__class__ = cls
     hollow = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
     runs = _loaded(cls, folder, hollow, run_dtype(adapter, name), device_map="meta").state_dict()
     found = {key: runs[key].dtype for key, tensor in encoder.state_dict().items() if runs[key].dtype != tensor.dtype}
     return encoder.eval().requires_grad_(False), found
+
+
+def load_text_from_disk(adapter: ModelAdapter) -> Any:
+    """`adapter.load_text_part()` whose encoders leave their weights in their files; embeddings are equal to the bit."""
+    check_contents(adapter)
+    return adapter.load_text_part(encoders_on_disk(adapter))
+
+
+def encoders_on_disk(adapter: ModelAdapter, but: Collection[str] = ()) -> dict[str, nn.Module]:
+    """The float text encoders by name (those of transformers, without `but`), whose layers have their weights while
+    they compute. Raises UserError for damaged files, and for numbers that are not finite."""
+    found = {}
+    for name, cls in models_of(adapter.index()).items():
+        if name.startswith(ENCODER) and name not in but and issubclass(cls, transformers.PreTrainedModel):
+            encoder, runs = map_encoder(adapter, name)
+            check_finite(name, adapter.folder, encoder, runs)
+            leave_on_disk(encoder, runs, hide=True)
+            found[name] = encoder
+    return found
 
 
 def _mapped(files: list[Path]) -> dict[str, Tensor]:
@@ -100,6 +122,11 @@ def _common(tensors: dict[str, Tensor]) -> torch.dtype:
         if tensor.is_floating_point():
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
     return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _uncast(cls: Any) -> Any:
+    """The class without its wish for float32 in some layers, which would copy those that are stored in float16."""
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_get_dtype_plan": lambda self, dtype: {}})
 
 
 def _loaded(cls: Any, folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, **where: Any) -> nn.Module:

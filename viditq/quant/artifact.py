@@ -107,7 +107,7 @@ def load_denoiser(
 
     build: returns the float denoiser; its parameters may be on meta, its non-persistent buffers must be real.
     memory_budget: bytes that its weights may take in memory (on a CPU): they stay in their files, and what a backend
-    makes of them is made when a layer is called; None = all of it is made here, and kept.
+    makes of them is made when a layer is called; 0 = for that call alone; None = all of it is made here, and kept.
     Raises UserError for a missing, truncated or altered file (with a budget: when the tensor is first read).
     """
     folder = Path(folder)

@@ -226,8 +226,8 @@ def fit_variant(
         segment = seen(per_segment=True)
         assert segment is not None and scheme.activation is not None
         grid = static_grid(chain, segment, scheme.activation, scheme.activation_ranges, weight_OC)
-    moments_CC = stats.moments.of(name) if scheme.moments_for(name) and stats is not None else None
-    return Variant.fit(scheme, weight_OC, chain, grid, moments_CC, dtype)
+    moments = partial(stats.moments.of, name) if scheme.moments_for(name) and stats is not None else None
+    return Variant.fit(scheme, weight_OC, chain, grid, moments, dtype)
 
 
 def _checked_linears(denoiser: nn.Module, plan: QuantPlan, backend: Backend) -> dict[str, nn.Linear]:

@@ -37,6 +37,7 @@ class WeightBytes:
 
     transforms: of the chains, static activation ranges and low-rank branches. rest: what stays in float. dense: what
     the backend adds to the codes (not stored): dequantized weights of fake, nothing or its own layout of another.
+    buffers: what the model computes for itself when it is built, such as positions (not stored).
     """
 
     codes: int
@@ -45,6 +46,7 @@ class WeightBytes:
     transforms: int
     rest: int
     dense: int
+    buffers: int = 0
 
     @property
     def stored(self) -> int:
@@ -54,7 +56,7 @@ class WeightBytes:
     @property
     def resident(self) -> int:
         """What a process holds once the backend has prepared it."""
-        return self.stored + self.dense
+        return self.stored + self.dense + self.buffers
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -112,7 +114,9 @@ def weight_bytes(quantized: nn.Module, backend: str | None = None) -> WeightByte
                 held = (given or own).weight_bytes(variant.scheme, *shape, layer.dtype)
                 stored = (variant.qweight, variant.weight_scale, variant.weight_zero_point)
                 dense += held - tensor_bytes(part for part in stored if part is not None)
-    return WeightBytes(**counts, dense=dense)
+    saved, within = set(quantized.state_dict()), tuple(f"{name}." for name in quant_linears(quantized))
+    computed = (b for name, b in quantized.named_buffers() if name not in saved and not name.startswith(within))
+    return WeightBytes(**counts, dense=dense, buffers=tensor_bytes(computed))
 
 
 def _parents(prefix: str) -> list[str]:
@@ -174,17 +178,21 @@ def safetensors_bytes(entries: Mapping[str, Entry]) -> int:
 
 
 def stats_bytes(
-    in_features: Mapping[str, int], num_buckets: int, rows_per_bucket: int, leaders: Mapping[str, str] | None = None
+    in_features: Mapping[str, int],
+    num_buckets: int,
+    rows_per_bucket: int,
+    leaders: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> int:
     """Size of the file of calibration statistics of these Linears (name -> in_features), without second moments.
 
     leaders: Linear -> the first that reads the same inputs; none where it is not known, so that it is the most that
-    the file can take.
+    the file can take. dtype: in which the model computes.
     """
     leaders = leaders or {name: name for name in in_features}
     entries: dict[str, Entry] = {}
     for layer in dict.fromkeys(leaders.values()):
-        tensors = blank_state((), num_buckets, in_features[layer], rows_per_bucket, "meta")
+        tensors = blank_state((), num_buckets, in_features[layer], rows_per_bucket, "meta", dtype)
         entries |= {f"{layer}/{field}": (t.dtype, tuple(t.shape)) for field, t in tensors.items()}
     entries |= {name: (t.dtype, tuple(t.shape)) for name, t in shared_tensor(leaders).items()}
     return safetensors_bytes(entries)

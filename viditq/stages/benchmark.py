@@ -1,6 +1,5 @@
 """Stage `benchmark`: time and memory of a step of the denoiser, float and quantized side by side."""
 
-import gc
 import random
 import time
 from functools import partial
@@ -16,6 +15,7 @@ from viditq.engine.timing import MIN_ROUNDS, free_bytes, interleaved, peak_bytes
 from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.loading import in_dtype, load_artifact
+from viditq.memory import give_back
 from viditq.models.compiling import compiled_twin
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
@@ -89,7 +89,7 @@ def _benchmark(job: Job) -> str:
     e, device = job.experiment, job.experiment.make_trainer().strategy.root_device
     call, denoisers = _denoisers(job, device)
     counts = backend_counts(denoisers[QUANTIZED])
-    gc.collect()  # the rest of the pipelines
+    give_back()  # the rest of the pipelines
     work = {name: partial(_computed, call, denoiser, device) for name, denoiser in denoisers.items()}
     steps, peaks = {}, {}
     for name, step in work.items():

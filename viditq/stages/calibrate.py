@@ -1,6 +1,5 @@
 """Stage `calibrate`: the float model samples the calibration prompts with observers attached."""
 
-import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from torch import nn
 from viditq.engine.partials import PARTIAL, Partials, State
 from viditq.engine.sampling import Calibration, batches_of, run_batches
 from viditq.job import Job
+from viditq.memory import give_back
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.moment_passes import MomentPass
 from viditq.quant.calibration.observers import CalibrationStats
@@ -70,7 +70,7 @@ def merge_states(mine: State, theirs: State) -> State:
 
 def _observe(job: Job, this: Pass, partials: Partials) -> None:
     _sample(job, this, partials)
-    gc.collect()  # the model and the observers go, which Lightning's modules and trainers hold in a ring
+    give_back()  # the model and the observers go, which Lightning's modules and trainers hold in a ring
     job.processes.wait()
     if not job.processes.first:
         return

@@ -27,7 +27,7 @@ def _encode(job: Job, missing: list[str]) -> int:
     for prompt in (prompt for prompt in missing if prompt in ready):
         write_embeds(job.embeds_path(prompt), in_model_dtype(adapter, ready[prompt]))
     if to_encode:
-        pipeline = adapter.load_text_part()
+        pipeline = job.load_text()
         check_prompts(adapter, pipeline, to_encode)
         for prompt in to_encode:
             write_embeds(job.embeds_path(prompt), encode_prompt(adapter, pipeline, prompt))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from viditq.engine.offload import DISK
 from viditq.files import is_whole, read_json, write_json, write_tensors
 from viditq.job import Job
 from viditq.loading import load_encoders
@@ -85,7 +86,8 @@ def encode(job: Job) -> None:
 def _encode(job: Job, prompts: list[str]) -> None:
     adapter = job.experiment.adapter
     if prompts:
-        pipeline = adapter.load_text_part(load_encoders(job.artifact, adapter, job.experiment.encoder_plans))
+        encoders = load_encoders(job.artifact, adapter, job.experiment.encoder_plans, job.experiment.offload == DISK)
+        pipeline = adapter.load_text_part(encoders)
         check_prompts(adapter, pipeline, prompts)
     for prompt in prompts:
         write_tensors(job.embeds_path(prompt, job.quantized_embeds), encode_prompt(adapter, pipeline, prompt))

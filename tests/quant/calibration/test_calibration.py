@@ -289,6 +289,28 @@ def test_the_bytes_stated_up_front_hold(denoiser, calibrated):
         assert sum(value.nbytes for value in state.values()) == stated == calibrator.max_bytes
 
 
+def test_each_layer_keeps_rows_in_the_type_that_it_computes_in(make_denoiser, calibrated):
+    """proj_in's inputs stay in bfloat16 though another Linear of its width computes in float32."""
+
+    class Mixed(make_denoiser):
+        def __init__(self):
+            super().__init__(torch.bfloat16)
+            self.wide = nn.Linear(8, 16)
+
+        def forward(self, hidden_states, timestep):
+            return super().forward(hidden_states, timestep) + self.wide(hidden_states.float() / 3).mean()
+
+    model, names = Mixed(), ["proj_in", "wide", "blocks.0.fc1"]
+    stats = calibrated(model, [1, 2], STEPS, names)
+    assert [stats.layers[name].rows.dtype for name in names] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert torch.equal(stats.segment("wide", 0, 1).rows, stats.segment("proj_in", 0, 1).rows / 3)
+    calibrator = Calibrator(model, names)
+    calibrator.load_state(stats.to_tensors())
+    again = calibrator.stats.to_tensors()
+    assert all(torch.equal(again[key], value) for key, value in stats.to_tensors().items() if "@" not in key)
+    assert all(again[f"{name}/rows"].dtype == stats.layers[name].rows.dtype for name in names)
+
+
 STATIC = Recipe(QuantSpec(8, granularity="channel"), QuantSpec(8), SmoothSpec())
 ROUNDED = Recipe(QuantSpec(8, granularity="channel"), None, rounding=Gptq())
 

@@ -80,6 +80,35 @@ def test_every_dtype(dtype):
     assert torch.equal(bank.observers["layer"].maximum[0], x.amax((0, 1)).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_take_the_bytes_of_their_inputs(dtype, tmp_path):
+    narrow, wide = ObserverBank(["layer"], 2, 6, 5, "cpu", dtype), ObserverBank(["layer"], 2, 6, 5)
+    inputs = [torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(4)]
+    for i, x in enumerate(inputs):
+        update(narrow, i % 2, x, i)
+        update(wide, i % 2, x, i)
+    assert narrow.observers["layer"].rows.dtype == dtype and wide.observers["layer"].rows.dtype == torch.float32
+    stats, same = CalibrationStats(narrow.observers), CalibrationStats(wide.observers)
+    stats.save(tmp_path / "stats.safetensors")
+    for found in (stats, CalibrationStats.load(tmp_path / "stats.safetensors")):
+        one, other = found.segment("layer", 0, 1), same.segment("layer", 0, 1)
+        assert one.rows.dtype == torch.float32 and torch.equal(one.rows, other.rows)
+        assert torch.equal(one.rows_like(lambda level: 1 - level), other.rows_like(lambda level: 1 - level))
+        assert torch.equal(one.amax("percentile", 90), other.amax("percentile", 90))
+
+
+def test_a_wider_input_loses_nothing():
+    """As under autocast; what was kept before stays as it was."""
+    bank, wide = ObserverBank(["a", "b"], 1, 6, 8, "cpu", torch.bfloat16), ObserverBank(["a", "b"], 1, 6, 8)
+    for name, dtype in (("a", torch.bfloat16), ("b", torch.float32), ("a", torch.float16), ("b", torch.float64)):
+        x = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(len(name))).to(dtype)
+        for each in (bank, wide):
+            each.update({(name, 0): summary_of(x, torch.arange(4), torch.arange(4) + 10 * x.element_size(), 0.5)})
+    for name in ("a", "b"):
+        assert bank.observers[name].rows.dtype == torch.float32
+        assert torch.equal(bank.observers[name].rows, wide.observers[name].rows)
+
+
 def test_layers_added_at_once_are_as_if_added_one_by_one(data: list[Tensor]) -> None:
     names = ["a", "b", "c"]
     together, alone = ObserverBank(names, 4, 6, 5), {name: ObserverBank([name], 4, 6, 5) for name in names}

@@ -39,7 +39,12 @@ def test_a_loud_channel_is_tamed(denoiser, calibrated):
 
 
 def test_edges(denoiser):
-    assert incoherence_of(torch.zeros(3, 3)) == 0
-    assert incoherence_of(torch.ones(3, 3)) == 1
+    same = {"raw": lambda x: x}
+    assert incoherence_of(same, torch.zeros(3, 3)) == {"raw": 0}
+    assert incoherence_of(same, torch.ones(3, 3)) == {"raw": 1}
+    assert incoherence_of({}, torch.ones(3, 3)) == {}
+    x = torch.randn(4000, 300)  # more than one piece
+    x[3777, 2] = -40
+    assert incoherence_of(same, x)["raw"] == pytest.approx(float(40 / x.abs().mean()), rel=1e-6)
     with pytest.raises(UserError, match="the statistics lack the layer proj_in"):
         incoherence(CalibrationStats({}), {"proj_in": denoiser.proj_in.weight})

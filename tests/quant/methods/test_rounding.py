@@ -11,7 +11,7 @@ from viditq.quant import AdaRound, Chain, Gptq, MinMax, Nearest, QuantSpec, Rota
 from viditq.quant.description.registry import ROUNDINGS
 from viditq.quant.methods.quantizer import dequantize_weight, weight_grid
 from viditq.quant.methods.rounding.adaround import row_errors
-from viditq.quant.methods.rounding.gptq import damped, inverse_root
+from viditq.quant.methods.rounding.gptq import damped_diagonal, inverse_root
 
 SPECS = [QuantSpec(b, s, g, k) for b in (2, 4) for s in (False, True) for g, k in [("channel", None), ("group", 32)]]
 SPECS += [QuantSpec(3, granularity="tensor")]
@@ -92,9 +92,13 @@ def test_gptq_is_the_plain_loop_with_exact_inverses(descending, spec):
 
 def test_the_root_of_the_inverse():
     x = correlated(300, 48)
-    hessian = damped(x.T @ x, 0.01)
-    root = inverse_root(hessian)
-    assert torch.equal(root, root.triu())
+    hessian, order = x.T @ x, torch.randperm(48)
+    before = hessian.clone()
+    diagonal = damped_diagonal(hessian.diagonal(), 0.01)
+    root = inverse_root(hessian, diagonal, order)
+    assert torch.equal(root, root.triu()) and torch.equal(hessian, before)
+    hessian.diagonal().copy_(diagonal)
+    hessian = hessian[order][:, order]
     torch.testing.assert_close(root.T @ root, torch.linalg.inv(hessian.double()).float(), rtol=1e-3, atol=1e-7)
 
 

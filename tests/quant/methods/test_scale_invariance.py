@@ -152,7 +152,7 @@ def test_roundings_and_branches(name, factor, of_inputs):
     moments = x.T @ x if scheme.needs_moments else None
 
     def fitted(weight: Tensor, moments: Tensor | None) -> Tensor:
-        found = Variant.fit(scheme, weight, Chain(), None, moments)
+        found = Variant.fit(scheme, weight, Chain(), None, None if moments is None else moments.clone)
         out = found.dequantized_weight()
         return out if found.low_rank_up is None else out + found.low_rank_up @ found.low_rank_down
 

@@ -78,7 +78,7 @@ def layer_of(scheme: LayerScheme, dtype: torch.dtype, x: torch.Tensor | None = N
     linear.weight.data = outlying()
     linear = linear.to(dtype)
     moments = None if x is None else x.float().T @ x.float()
-    variant = Variant.fit(scheme, linear.weight, Chain(), None, moments)
+    variant = Variant.fit(scheme, linear.weight, Chain(), None, None if moments is None else moments.clone)
     layer = QuantLinear("layer", linear.bias, [variant], [0], 40, StepContext((0, 1)), get_backend("fake"))
     layer.prepare()
     return linear, layer

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from viditq.errors import UserError
+from viditq.on_disk import runs_in
 from viditq.quant.calibration.context import Attachment, TimestepScaleLike, denoisers_of
 from viditq.quant.calibration.input_groups import InputGroups
 from viditq.quant.calibration.moments import Moments, matrix_bytes, of_moments
-from viditq.quant.calibration.observer_bank import ObserverBank
+from viditq.quant.calibration.observer_bank import ObserverBank, kept_as
 from viditq.quant.calibration.observers import (
     NUM_BUCKETS,
     REDUCTIONS,
@@ -34,8 +35,8 @@ from viditq.quant.calibration.step_rows import StepRows, checked_linears, rows_o
 
 PENDING_BYTES = 2**22  # that what inputs have shown may take at a step's end before it is added to the statistics
 
-Kind = tuple[str, int, torch.device]
-"""Layers that could share statistics: denoiser, width, device."""
+Kind = tuple[str, int, torch.device, torch.dtype]
+"""Layers that could share statistics: denoiser, width, device, type that they compute in."""
 
 
 class Like(NamedTuple):
@@ -110,7 +111,10 @@ class Calibrator:
         for leader in self._groups.members:
             leaders.setdefault(self._kind_of[leader], []).append(leader)
         num_buckets, num_rows = self._sizes
-        self._banks = {k: ObserverBank(names, num_buckets, k[1], num_rows, k[2]) for k, names in leaders.items()}
+        self._banks = {
+            (prefix, width, device, dtype): ObserverBank(names, num_buckets, width, num_rows, device, dtype)
+            for (prefix, width, device, dtype), names in leaders.items()
+        }
         self._hold_observers()
 
     def _hold_observers(self) -> None:
@@ -127,9 +131,11 @@ class Calibrator:
     @property
     def max_bytes(self) -> int:
         """What the statistics can take in memory and in their file: all of it but what layers turn out to share."""
-        widths = [linear.in_features for linear in self._linears.values()]
         num_buckets, num_rows = self._sizes
-        states = [blank_state((), num_buckets, width, num_rows, "meta") for width in widths]
+        states = [
+            blank_state((), num_buckets, width, num_rows, "meta", kept_as(dtype))
+            for _, width, _, dtype in self._kind_of.values()
+        ]
         fixed = sum(tensor.nbytes for state in states for tensor in state.values())
         return fixed + sum(matrix_bytes(self._linears[name].in_features) for name in self._summed)
 
@@ -150,6 +156,8 @@ class Calibrator:
         for name, kind in self._kind_of.items():
             groups.setdefault((kind, id(given.layers[name])), []).append(name)
         self._group(groups)
+        for leader in self._groups.members:
+            self._banks[self._kind_of[leader]].hold_rows_as(given.layers[leader].rows.dtype)
         for leader in self._groups.members:
             observer = self._banks[self._kind_of[leader]].observers[leader]
             for field in REDUCTIONS:
@@ -247,4 +255,4 @@ class Calibrator:
 def kind_of(denoiser: nn.Module, name: str, linear: nn.Linear) -> Kind:
     """What layers that share statistics have in common."""
     prefix = next(prefix for prefix in denoisers_of(denoiser) if name.startswith(prefix))
-    return prefix, linear.in_features, linear.weight.device
+    return prefix, linear.in_features, linear.weight.device, runs_in(linear)

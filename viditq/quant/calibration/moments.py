@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from viditq.errors import UserError, close_names
+from viditq.mapped import release
 
 PREFIX = "@moments"  # no module has such a name
 SQUARED = (1e-16, 1e16)  # magnitudes whose squares can be summed up in float32
@@ -56,10 +57,18 @@ class Moments:
             total_CC[c : c + strip, c:].addmm_(rows_nC[:, c : c + strip].T, rows_nC[:, c:], alpha=weight)
 
     def of(self, layer: str) -> Tensor:
-        """X^T X [C, C] of the inputs of `layer`."""
+        """X^T X [C, C] of the inputs of `layer`, a new tensor; nothing else of its size is made."""
         self.check(layer)
-        upper_CC = self.sums[self.leader[layer]].triu()
-        return upper_CC + upper_CC.triu(1).T
+        upper_CC = self.sums[self.leader[layer]]
+        whole_CC = torch.empty_like(upper_CC)
+        for c in range(0, len(upper_CC), STRIP):
+            strip_nC = whole_CC[c : c + STRIP, c:]
+            strip_nC.copy_(upper_CC[c : c + STRIP, c:].triu())
+            square_nn = strip_nC[:, : len(strip_nC)]
+            square_nn += square_nn.triu(1).T
+            whole_CC[c + STRIP :, c : c + STRIP] = strip_nC[:, STRIP:].T
+            release([upper_CC[c : c + STRIP]])
+        return whole_CC
 
     @property
     def missing(self) -> list[str]:

@@ -16,8 +16,16 @@ from viditq.quant.calibration.observers import NO_KEY, REDUCTIONS, Observer, Sum
 ADDED = [field for field in REDUCTIONS if field not in ("rows", "keys")]
 
 
+def kept_as(dtype: torch.dtype) -> torch.dtype:
+    """The type in which rows of inputs are kept: they are four fifths of the statistics."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+
+
 class ObserverBank:
-    """observers: those of the Linears `names`, by name; their states are slices of this bank's."""
+    """observers: those of the Linears `names`, by name; their states are slices of this bank's.
+
+    dtype: of most inputs; rows are kept in it, or in a wider one where it does not hold them.
+    """
 
     def __init__(
         self,
@@ -26,16 +34,26 @@ class ObserverBank:
         in_features: int,
         rows_per_bucket: int,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._places = {name: place for place, name in enumerate(names)}
         self._num_buckets = num_buckets
-        self._state = blank_state((len(names),), num_buckets, in_features, rows_per_bucket, device)
+        self._state = blank_state((len(names),), num_buckets, in_features, rows_per_bucket, device, kept_as(dtype))
         self.observers = {name: Observer(self._slice(place)) for name, place in self._places.items()}
 
     def to(self, device: torch.device) -> None:
         """Moves the state of all observers."""
         self._state = {field: state.to(device) for field, state in self._state.items()}
         self._hold()
+
+    def hold_rows_as(self, dtype: torch.dtype) -> None:
+        """Keep rows in a type that also holds those of `dtype` to the bit (float64: as float32)."""
+        rows = self._state["rows"]
+        wide = torch.promote_types(rows.dtype, kept_as(dtype))
+        if wide != rows.dtype:
+            with torch.inference_mode(False):
+                self._state["rows"] = rows.to(wide)
+            self._hold()
 
     def grow(self, sources: Mapping[str, str]) -> None:
         """Adds Linears (name -> the one here whose state so far is also theirs)."""
@@ -69,6 +87,8 @@ class ObserverBank:
             return False
         if self._state["count"].device != total_uC.device:  # made before the model moved, or its weights are offloaded
             self.to(total_uC.device)
+        for dtype in {summary.rows.dtype for summary in summaries}:
+            self.hold_rows_as(dtype)
         numbers = {id(summary): number for number, summary in enumerate(summaries)}
         which = [numbers[id(summary)] for summary in seen.values()]
         places = [self._places[name] * self._num_buckets + bucket for name, bucket in seen]

@@ -91,9 +91,14 @@ def _extremes(x_LNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def blank_state(
-    leading: tuple[int, ...], num_buckets: int, in_features: int, rows_per_bucket: int, device: torch.device | str
+    leading: tuple[int, ...],
+    num_buckets: int,
+    in_features: int,
+    rows_per_bucket: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """State of `leading` observers that have seen nothing."""
+    """State of `leading` observers that have seen nothing; dtype: of the rows."""
     buckets = (*leading, num_buckets)
     channels, rows = (*buckets, in_features), (*buckets, rows_per_bucket)
     return {
@@ -103,7 +108,7 @@ def blank_state(
         "count": torch.zeros(buckets, dtype=torch.int64, device=device),
         "lowest_level": torch.full(buckets, torch.inf, dtype=torch.float64, device=device),
         "highest_level": torch.full(buckets, -torch.inf, dtype=torch.float64, device=device),
-        "rows": torch.zeros(*rows, in_features, device=device),
+        "rows": torch.zeros(*rows, in_features, dtype=dtype, device=device),
         "keys": torch.full(rows, NO_KEY, device=device),
     }
 
@@ -113,7 +118,7 @@ class Observer:
 
     minimum, maximum [K, C]: over everything. amax_sum [K, C] float64 and count [K]: sum over samples of a
     sample's amax over its tokens. lowest_level, highest_level [K] float64: of the steps. rows [K, R, C] with keys
-    [K, R]: the input rows of the lowest keys.
+    [K, R]: the input rows of the lowest keys, in a type that holds all of them to the bit.
     """
 
     minimum: Tensor
@@ -187,9 +192,9 @@ class SegmentStats:
 
     @property
     def rows(self) -> Tensor:
-        """Input rows [n, C] kept from the segment."""
+        """Input rows [n, C] kept from the segment, as float32."""
         observer, buckets = self._observer, self._buckets
-        return observer.rows[buckets][observer.keys[buckets] != NO_KEY]
+        return observer.rows[buckets][observer.keys[buckets] != NO_KEY].float()
 
     @property
     def bucket_amax(self) -> Tensor:
@@ -209,7 +214,7 @@ class SegmentStats:
         for bucket, weight in zip(self._buckets, weights, strict=True):
             rows = observer.rows[bucket][observer.keys[bucket] != NO_KEY]
             kept.append(rows[: max(round(len(rows) * weight / max(weights)), 1)])
-        return torch.cat(kept)
+        return torch.cat(kept).float()
 
     def amax(self, aggregate: str = "ema", percentile: float = 99.9, ema_from: str = "noise") -> Tensor:
         """Magnitude of each channel.

@@ -125,6 +125,11 @@ class Recipe:
         how = (self.ranges, self.activation_ranges, self.low_rank)
         return Recipe(self.weight, self.activation, self.smoothing, self.rounding, self.edges, rules, *how)
 
+    def with_formats(self, weight: QuantSpec | None, activation: QuantSpec | None) -> Recipe:
+        """This recipe with other formats in place of its own."""
+        how = (self.ranges, self.activation_ranges, self.low_rank)
+        return Recipe(weight, activation, self.smoothing, self.rounding, self.edges, self.rules, *how)
+
     def _schemes(self, rule: Rule | None) -> list[LayerScheme] | None:
         """One scheme per segment under `rule`; None = float."""
         if rule is not None and rule.keep_float:

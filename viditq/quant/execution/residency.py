@@ -24,7 +24,7 @@ class Residency:
     """Bytes for weights, shared by all layers of one denoiser. Raises UserError where not even one of them fits."""
 
     def __init__(self, budget: int, check: Callable[[Iterable[str]], None]) -> None:
-        """check: is told the names of tensors that are about to be read."""
+        """budget: 0 = none of them stays. check: is told the names of tensors that are about to be read."""
         self.budget, self._check = budget, check
         self._room = 0  # for those that stay
         self._at_home: dict[Any, dict[str, Tensor | None]] = {}  # buffers as they were mapped, of those made real
@@ -38,17 +38,17 @@ class Residency:
         layers: its QuantLinears by name. runs: types of tensors that compute in another than they are stored in.
         """
         self._runs = runs
-        small, passing = leave_on_disk(denoiser, runs, self._check, skip=layers.values())
+        small, passing = leave_on_disk(denoiser, runs, self._check, skip=layers.values(), hide=not self.budget)
         for name, layer in layers.items():
             layer.residency, layer.stored_name = self, name
             if layer.bias is not None:
                 layer.bias = made_real(layer.bias, runs.get(f"{name}.bias", layer.bias.dtype))
                 small += layer.bias.nbytes
-        largest = {name: _largest(layer) for name, layer in layers.items()}
+        largest = {name: largest_bytes(layer) for name, layer in layers.items()}
         if largest:  # what comes is made while what goes is still there
             passing = max(passing, 2 * max(largest.values()))
-        self._room = self.budget - small - passing
-        if self._room < 0:
+        self._room = max(self.budget - small - passing, 0)
+        if 0 < self.budget < small + passing:
             raise UserError(
                 f"memory_budget={self.budget} is too little for this model: what is always in memory takes {small} "
                 f"bytes, and what computes up to {passing}. Give at least {small + passing}."
@@ -101,7 +101,7 @@ def _taken(variant: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _largest(layer: Any) -> int:
+def largest_bytes(layer: Any) -> int:
     """Bytes of the variant that takes most once it is prepared."""
     shape = (layer.out_features, layer.in_features)
     pairs = zip(layer.backends, layer.variants, strict=True)

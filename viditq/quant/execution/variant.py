@@ -84,15 +84,16 @@ class Variant(nn.Module):
         weight_OC: Tensor,
         chain: Chain,
         input_grid: Grid | None = None,
-        moments_CC: Tensor | None = None,
+        moments: Callable[[], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Variant:
-        """From the float weight, before the chain; moments_CC: X^T X of the inputs, before the chain.
+        """From the float weight, before the chain.
 
+        moments: makes X^T X [C, C] of the inputs before the chain, which then is let go of as soon as possible.
         dtype: in which the float layer computes, where its weight is stored in another; None = the weight's.
         """
         dtype = dtype or weight_OC.dtype
-        fitted = fit_weight(weight_OC, chain, scheme, moments_CC, dtype)
+        fitted = fit_weight(weight_OC, chain, scheme, moments, dtype)
         return cls(scheme, fitted, chain, weight_OC.shape[1], dtype, input_grid)
 
     @property

@@ -5,6 +5,7 @@ Legend: O out_features, C in_features, r rank of the low-rank branch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,24 +37,28 @@ class FittedWeight(NamedTuple):
 
 
 def fit_weight(
-    weight_OC: Tensor, chain: Chain, scheme: LayerScheme, moments_CC: Tensor | None, dtype: torch.dtype
+    weight_OC: Tensor,
+    chain: Chain,
+    scheme: LayerScheme,
+    moments: Callable[[], Tensor] | None,
+    dtype: torch.dtype,
 ) -> FittedWeight:
     """What is stored of a weight; in pieces of a few rows where rows have nothing to do with each other.
 
-    weight_OC: before the chain, in whatever type its file has. moments_CC: X^T X of the chain's inputs, where the
-    rounding needs them. dtype: in which the float layer would compute; a wider weight is rounded to it first.
+    weight_OC: before the chain, in whatever type its file has. moments: makes X^T X [C, C] of the chain's inputs, where
+    the rounding needs them. dtype: in which the float layer would compute; a wider weight is rounded to it first.
     """
     if scheme.weight is None:
         weight_OC = weight_OC.detach().to(dtype)
         return FittedWeight(chain.weight(weight_OC.float()).to(dtype) if chain else weight_OC)
-    if scheme.rows_apart and moments_CC is None:
+    if scheme.rows_apart and moments is None:
         return _fit_rows(weight_OC.detach(), chain, scheme, scheme.weight, dtype)
     behind_OC = chain.weight(weight_OC.detach().to(dtype).float())
-    if scheme.low_rank is None and moments_CC is None:
+    if scheme.low_rank is None and moments is None:
         return _packed(_rounded(behind_OC, scheme, scheme.weight, None), scheme.weight)
-    size = power_of_two(behind_OC.abs().amax())
-    if moments_CC is not None:  # only what they say of inputs beside each other counts
-        moments_CC = chain.moments(moments_CC.to(behind_OC.device)).float()
+    size, moments_CC = power_of_two(behind_OC.abs().amax()), None
+    if moments is not None:  # only what they say of inputs beside each other counts
+        moments_CC = chain.moments(moments().to(behind_OC.device)).float()
         moments_CC = moments_CC / power_of_two(moments_CC.diagonal().amax())
     return _multiplied(_fit_at_unit_size(behind_OC / size, scheme, scheme.weight, moments_CC, dtype), size)
 

@@ -50,41 +50,58 @@ class Gptq(RoundingSpec):
 
     def quantize(self, weight_OC: Tensor, spec: QuantSpec, grid: Grid, moments_CC: Any) -> QuantizedWeight:
         weight_OC = weight_OC.detach().float()
-        damped_CC = damped(moments_CC.float(), self.damping)
-        order = torch.arange(len(damped_CC), device=damped_CC.device)
+        moments_CC = moments_CC.float()
+        diagonal_C = damped_diagonal(moments_CC.diagonal(), self.damping)
+        order = torch.arange(len(diagonal_C), device=diagonal_C.device)
         if self.descending:
-            order = damped_CC.diagonal().argsort(descending=True, stable=True)
+            order = diagonal_C.argsort(descending=True, stable=True)
         scale_OC, zero_OC = (per_weight(part, weight_OC, spec.group_size) for part in grid)
         weight_CO, scale_CO, zero_CO = (t.T[order] for t in (weight_OC, scale_OC, zero_OC))
-        root_CC, limits = inverse_root(damped_CC[order][:, order]), code_range(spec.bits, spec.symmetric)
+        root_CC, limits = inverse_root(moments_CC, diagonal_C, order), code_range(spec.bits, spec.symmetric)
         codes_CO = _rounded(weight_CO, scale_CO, zero_CO, root_CC, limits)
         codes_OC = torch.empty_like(codes_CO).index_copy_(0, order, codes_CO).T
         return stored(codes_OC.contiguous(), grid, spec)
 
 
-def damped(moments_CC: Tensor, damping: float) -> Tensor:
-    """A positive definite copy: inputs that are always 0 get mean(diag) on the diagonal (1 where all are), then all get
-    damping x mean(diag) more.
+def damped_diagonal(diagonal_C: Tensor, damping: float) -> Tensor:
+    """What makes H positive definite: inputs that are always 0 get mean(diag) on the diagonal (1 where all are), then
+    all get damping x mean(diag) more.
     """
-    out, diagonal = moments_CC.clone(), moments_CC.diagonal()
-    dead = diagonal <= 0
-    out.diagonal()[dead] = diagonal.mean() if not dead.all() else 1.0
-    out.diagonal().add_(damping * out.diagonal().mean())
-    return out
+    out, dead = diagonal_C.clone(), diagonal_C <= 0
+    out[dead] = diagonal_C.mean() if not dead.all() else 1.0
+    return out.add_(damping * out.mean())
 
 
-def inverse_root(moments_CC: Tensor) -> Tensor:
-    """Upper triangular U with H^-1 = U^T U, without forming H^-1: U = R^-1 where H = R R^T, R upper triangular."""
-    root, failed = torch.linalg.cholesky_ex(moments_CC.flip(0, 1))
+def inverse_root(moments_CC: Tensor, diagonal_C: Tensor, order: Tensor) -> Tensor:
+    """Upper triangular U with H^-1 = U^T U, without forming H^-1: U = R^-1 where H = R R^T, R upper triangular.
+
+    H has the columns and rows of `moments_CC` in this order, and `diagonal_C` on its diagonal. Two more of its size are
+    held at once: it can be a gigabyte.
+    """
+    root, failed = _cholesky(moments_CC, diagonal_C, order, torch.float32)
     if failed:  # rounding of float32 sums can cost the last of positive definiteness
-        root, failed = torch.linalg.cholesky_ex(moments_CC.double().flip(0, 1))
+        del root
+        root, failed = _cholesky(moments_CC, diagonal_C, order, torch.float64)
     if failed:
         raise UserError(
             "GPTQ cannot invert the second moments of a layer: its inputs are too alike for so small a damping "
             "(quant.rounding.damping). Give 0.01, or ten times what was given."
         )
+    root = root.flip(0, 1)
     eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    return torch.linalg.solve_triangular(root.flip(0, 1), eye, upper=True).float()
+    return torch.linalg.solve_triangular(root, eye, upper=True, out=eye).float()
+
+
+def _cholesky(moments_CC: Tensor, diagonal_C: Tensor, order: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The lower factor of H with its last row and column first, and whether there is none."""
+    backwards = order.flip(0)
+    flipped_CC = torch.empty_like(moments_CC, dtype=dtype).T  # by columns, as LAPACK has it
+    for c in range(0, len(order), BLOCK):
+        flipped_CC[:, c : c + BLOCK] = moments_CC.index_select(1, backwards[c : c + BLOCK])[backwards]
+    flipped_CC.diagonal().copy_(diagonal_C[backwards])
+    failed = torch.empty((), dtype=torch.int32, device=order.device)
+    torch.linalg.cholesky_ex(flipped_CC, out=(flipped_CC, failed))
+    return flipped_CC, failed
 
 
 def _rounded(weight_CO: Tensor, scale_CO: Tensor, zero_CO: Tensor, root_CC: Tensor, limits: tuple[int, int]) -> Tensor:

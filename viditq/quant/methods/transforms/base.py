@@ -44,7 +44,9 @@ class Chain(nn.ModuleList):
         return weight_OC
 
     def moments(self, moments_CC: Tensor) -> Tensor:
-        """X'^T X' of the chain's outputs X' given X^T X of its inputs: M^T H M with X' = X M."""
+        """X'^T X' of the chain's outputs X' given X^T X of its inputs: M^T H M with X' = X M; itself when empty."""
+        if not len(self):
+            return moments_CC
         return self.activation(self.activation(moments_CC).T.contiguous())
 
     def bounds(self, minimum_C: Tensor, maximum_C: Tensor) -> tuple[Tensor, Tensor] | None:

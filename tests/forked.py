@@ -1,0 +1,45 @@
+"""`run.py` in a fork of this process, where what takes many seconds to import is there already."""
+
+import os
+import runpy
+import signal
+import sys
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Forked:
+    """`run.py ARGUMENTS...`, with what it prints in the files `<name>.out` and `<name>.err` of a folder."""
+
+    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+        import viditq.runner  # noqa: F401  # before the fork, which is what this is for
+
+        self._files = [folder / f"{name}.{end}" for end in ("out", "err")]
+        self.process: ForkProcess = get_context("fork").Process(target=_run, args=(self._files, arguments))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def ended(self, timeout: float = 300) -> tuple[int, str, str]:
+        """Exit status (negative: a signal's number), standard output and standard error."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it still runs"
+        out, err = (file.read_text() for file in self._files)
+        return self.process.exitcode, out, err
+
+
+def _run(files: list[Path], arguments: tuple[str, ...]) -> None:
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.chdir(ROOT)
+    sys.argv = ["run.py", *arguments]
+    runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
