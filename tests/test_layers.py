@@ -25,7 +25,7 @@ FLOORS: list[list[str]] = [
     ["engine", "fusion", "tiny", "run_dir"],
     [
         *["", "callbacks", "checks", "cli", "config", "console", "estimate", "experiment", "finished", "gate", "job"],
-        *["loading", "nulls", "provenance", "runner", "settled", "signatures", "stages", "summary", "sweeps"],
+        *["loading", "lora", "nulls", "provenance", "runner", "settled", "signatures", "stages", "summary", "sweeps"],
         *["trial", "worker"],
     ],
 ]
