@@ -96,6 +96,7 @@ def test_every_file_is_there(finished_run: Path, shared_cache: Path) -> None:
     files |= {"errors.json", "incoherence.json", "incoherence.png", "report.html", "executed.json", "speed.json"}
     files |= {"finished.json"}
     files |= {f"quantized/{name}" for name in ("plan.json", "meta.json", "model.safetensors")}
+    files |= {f"quantized/{name}" for name in ("README.md", "comparison.png")}
     files |= {"samples/000000.png", "samples/000001.png"}
     files |= {"samples/.000000.png.sha256", "samples/.000001.png.sha256"}
     assert set(contents(finished_run)) == files

@@ -9,8 +9,17 @@ if TYPE_CHECKING:
     from viditq.interop.backend import set_backend
     from viditq.interop.quantizer import ViditqConfig
     from viditq.loading import load_quantized
+    from viditq.lora import add_lora, lora_scales, remove_lora, set_lora_scale
 
-__all__ = ["ViditqConfig", "load_quantized", "set_backend"]
+__all__ = [
+    "ViditqConfig",
+    "add_lora",
+    "load_quantized",
+    "lora_scales",
+    "remove_lora",
+    "set_backend",
+    "set_lora_scale",
+]
 # Imported when asked for: they pull in diffusers, which neither `viditq.quant` nor a refused command line needs.
 _PLACES = {
     "ViditqConfig": "viditq.interop.quantizer",
@@ -21,6 +30,6 @@ register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(import_module(_PLACES[name]), name)
+    if name in __all__:
+        return getattr(import_module(_PLACES.get(name, "viditq.lora")), name)
     raise AttributeError(f"module 'viditq' has no attribute {name!r}")

@@ -53,6 +53,7 @@ class Card:
             pictures=[path.name for path in found],
             command=next((mark["command"] for mark in (mine, theirs) if mark and mark.get("command")), command),
             target=target,
+            component_dtypes=adapter.component_dtypes,
             exported_size=None if target is None else _size(place),
         ).text()
 

@@ -87,6 +87,14 @@ def test_every_scheme_loads_to_the_bit_and_is_saved_again(
     assert torch.equal(outputs(again), outputs(expected))
 
 
+def test_a_denoiser_of_which_nothing_is_quantized(make_part: Make, tmp_path: Path) -> None:
+    _, part = make_part(Recipe())
+    model = PixArtTransformer2DModel.from_pretrained(part)
+    assert torch.equal(outputs(model), outputs(random_model()))
+    model.save_pretrained(tmp_path / "again")
+    assert_same_state(PixArtTransformer2DModel.from_pretrained(tmp_path / "again"), model)
+
+
 @pytest.fixture(scope="module")
 def part(make_part: Make) -> Path:
     return make_part(RECIPES["timestep_aware"])[1]

@@ -97,6 +97,12 @@ def test_an_export_says_how_its_program_loads_it() -> None:
     assert "frames[0]" in replace(CARD, target="diffusers", modality="video").text()
 
 
+def test_parts_of_other_types() -> None:
+    text = replace(CARD, target="torchao", component_dtypes={"vae": "float32"}).text()
+    assert 'dtype={"default": torch.bfloat16, "vae": torch.float32})' in text and "import viditq" not in text
+    assert "models/diffusion_models" in replace(CARD, target="comfyui").text()
+
+
 def test_recipes_in_words() -> None:
     assert recipe_words(PLAN) == [
         "W4 group 64, A8 token symmetric: 2 layers",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.fusion.install import unfuse_blocks
 from viditq.hooks import Hook
+from viditq.lora.branch import branches
 from viditq.quant.calibration.context import StepContext
 from viditq.quant.correction.ptqd import corrections_of
 from viditq.quant.execution.linear import QuantLinear, quant_linears
@@ -24,6 +25,8 @@ def dequantize(model: Any) -> Any:
     """
     if corrections_of(model):
         raise UserError("dequantize() would lose what quant.correction takes back of the output; load the float model")
+    if any(branches(module) for module in model.modules()):
+        raise UserError("dequantize() would lose the LoRA that was added; remove it first (viditq.remove_lora)")
     layers = quant_linears(model)
     weights = {name: float_weight(name, layer) for name, layer in layers.items()}
     unfuse_blocks(model)
@@ -37,6 +40,7 @@ def dequantize(model: Any) -> Any:
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number in [n for n, hook in hooks.items() if _tells_noise_level(hook)]:
             del hooks[number]
+    model.__dict__.pop("load_lora_adapter", None)  # which quantized ones refuse
     del model.config.quantization_config
     model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "quantization_config"})
     return model

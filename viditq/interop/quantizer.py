@@ -149,7 +149,7 @@ class ViditqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             self.pre_quantized = False
             return
         context = build_quantized(model, plan_of(config.plan), "fake", config.timestep_scale)
-        del model.save_pretrained  # by which other QuantLinears refuse to be saved
+        model.__dict__.pop("save_pretrained", None)  # by which other QuantLinears refuse to be saved
         self._layers = quant_linears(model)
         for name, layer in self._layers.items():
             self._dtypes[name] = stored.dtypes[name] if self._cast is None else dtype_name(self._run(f"{name}.weight"))
@@ -203,7 +203,7 @@ class ViditqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if self._stored is None:
             quantize_denoiser(model, plan_of(config.plan), None, "fake", config.timestep_scale)
-            del model.save_pretrained
+            model.__dict__.pop("save_pretrained", None)
             self._dtypes = {name: dtype_name(layer.dtype) for name, layer in quant_linears(model).items()}
             config.dtype, config.float_dtype = dtype_name(model.dtype), None
         else:

@@ -56,7 +56,8 @@ class StoredTensors:
             self._stored |= found
             self._files |= dict.fromkeys(found, path)
         for name in {} if self._digests is None else self._stored.keys() ^ self._digests.keys():
-            raise UserError(f"{self._files.get(name, folder)} was altered ({name} is not as told); {AGAIN}")
+            path = self._files.get(name, next(iter(files), folder))
+            raise UserError(f"{path} was altered ({name} is not as told); {AGAIN}")
         self._checked: set[str] = set()
         widened = meta["widened"]
         self.runs: dict[str, torch.dtype] = {

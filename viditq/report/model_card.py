@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +34,7 @@ class ModelCard:
     plan.json, meta.json and metrics.json have them; metrics None before they are measured. settings: of the pipeline's
     call. size: bytes of the artifact's denoiser. pictures: file names in the same folder. command: that made it; None =
     not known. target: the program that it is exported for; None = the artifact itself. exported_size: bytes of that.
+    component_dtypes: of the parts that have another dtype.
     """
 
     base: str
@@ -51,6 +52,7 @@ class ModelCard:
     command: str | None
     target: str | None = None
     exported_size: int | None = None
+    component_dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
         """The whole file."""
@@ -114,10 +116,12 @@ class ModelCard:
 
     def _words(self) -> dict[str, str]:
         given = "207" if self.by_class else '"a prompt"'
+        dtypes = {"default": self.dtype, **self.component_dtypes}
+        by_part = ", ".join(f'"{name}": torch.{dtype}' for name, dtype in dtypes.items())
         call = ", ".join([given, *(f"{name}={value!r}" for name, value in self.settings.items())])
         return {
             "pipeline": self.pipeline,
-            "dtype": f"torch.{self.dtype}",
+            "dtype": f"{{{by_part}}}" if self.component_dtypes else f"torch.{self.dtype}",
             "given": given,
             "call": call,
             "result": RESULTS[self.modality],
@@ -141,6 +145,10 @@ LOADING = {
         "```",
         "",
         "For other programs: `python -m viditq export FOLDER --to diffusers` (and more: `--help`).",
+    ),
+    "comfyui": (
+        "Put the file into ComfyUI's `models/diffusion_models` and choose it in the node Load Diffusion Model; VAE and "
+        "text encoders are those of the float model.",
     ),
     "torchao": (
         "```python",

@@ -26,6 +26,8 @@ def settle(denoiser: nn.Module, context: StepContext) -> None:
         if hasattr(part, "save_pretrained") and quant_linears(part):
             refuse = partial(refuse_to_save, "viditq.quant.save_denoiser(folder, denoiser, plan, {})")
             part.save_pretrained = refuse  # type: ignore[assignment]
+        if hasattr(part, "load_lora_adapter") and quant_linears(part):
+            part.load_lora_adapter = refuse_lora  # type: ignore[assignment]
 
 
 def _leave_fast_path(module: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
@@ -42,3 +44,8 @@ def refuse_to_save(instead: str, *_: Any, **__: Any) -> NoReturn:
         "save_pretrained writes float models only: what it wrote of this quantized one could not be loaded again. "
         f"Use {instead}."
     )
+
+
+def refuse_lora(*_: Any, **__: Any) -> NoReturn:
+    """Raises UserError in place of diffusers' own, which ends in PEFT's refusal of layers that it does not know."""
+    raise UserError("A quantized model takes a LoRA by viditq.add_lora(pipeline, path), not by load_lora_weights.")

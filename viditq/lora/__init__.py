@@ -1,0 +1,91 @@
+"""LoRA on a quantized pipeline: an exact branch beside the codes, several at once, removable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from viditq.errors import UserError
+from viditq.lora.branch import LoraBranch, attach, branches, detach
+from viditq.lora.files import Update, read_lora
+from viditq.quant.execution.linear import QuantLinear
+
+__all__ = ["add_lora", "lora_scales", "remove_lora", "set_lora_scale"]
+
+
+def add_lora(
+    pipeline: Any, path: str | Path, scale: float = 1.0, name: str | None = None, weight_name: str | None = None
+) -> str:
+    """Add a LoRA to a pipeline; returns its name.
+
+    W x becomes W x + scale (alpha / r) B A x for every Linear that the file names, quantized or not: what the float
+    model would gain, whatever the codes are (Hu et al. 2021, arXiv 2106.09685). Blocks that hold such a Linear run
+    unfused. pipeline: of `load_quantized`, of diffusers after `import viditq`, or a float one. path: a .safetensors
+    file or a folder with one, in the layout of diffusers, PEFT or, where diffusers converts it, of the model's release.
+    name: to remove it by; None = the file's. weight_name: of the file in the folder.
+    Raises UserError for files that hold no LoRA, or one of another model, before anything is changed.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < float("inf"):
+        raise UserError(f"scale={scale!r} is no number: give such as 1.0 or 0.7.")
+    updates, file = read_lora(pipeline, Path(path).expanduser(), weight_name)
+    name = file.stem.replace(".", "_") if name is None else name
+    if not name or "." in name:
+        raise UserError(f"name={name!r} cannot name a LoRA: give a word without dots.")
+    if name in lora_scales(pipeline):
+        raise UserError(f"A LoRA {name!r} is there already. Remove it (viditq.remove_lora), or give another name=.")
+    linears = [(update, _linear(pipeline, update, file)) for update in updates]
+    for update, linear in linears:
+        attach(linear, name, update, float(scale))
+    return name
+
+
+def set_lora_scale(pipeline: Any, name: str, scale: float) -> None:
+    """Make a LoRA stronger or weaker; 0 leaves it in place without effect. Raises UserError for an unknown name."""
+    for branch in _named(pipeline, name):
+        branch.scale = float(scale)
+
+
+def remove_lora(pipeline: Any, name: str | None = None) -> None:
+    """Remove a LoRA, or (None) all: samples are again what they were before. Raises UserError for an unknown name."""
+    if name is not None:
+        _named(pipeline, name)
+    for module in _modules(pipeline):
+        for branch in branches(module):
+            if name in (None, branch.name):
+                detach(module, branch)
+
+
+def lora_scales(pipeline: Any) -> dict[str, float]:
+    """Name -> scale of every LoRA, in the order in which they were added."""
+    return {branch.name: branch.scale for module in _modules(pipeline) for branch in branches(module)}
+
+
+def _named(pipeline: Any, name: str) -> list[LoraBranch]:
+    found = [branch for module in _modules(pipeline) for branch in branches(module) if branch.name == name]
+    if not found:
+        known = ", ".join(lora_scales(pipeline)) or "none"
+        raise UserError(f"There is no LoRA {name!r}. There are: {known}.")
+    return found
+
+
+def _modules(pipeline: Any) -> list[nn.Module]:
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    return [module for part in parts for module in part.modules()]
+
+
+def _linear(pipeline: Any, update: Update, file: Path) -> QuantLinear | nn.Linear:
+    """The Linear that an update is for; raises where it is none, or of another width."""
+    part: nn.Module = getattr(pipeline, update.component)
+    linear = part.get_submodule(update.layer)
+    where = f"{update.component}.{update.layer}"
+    if not isinstance(linear, QuantLinear | nn.Linear):
+        raise UserError(f"{file} changes {where}, a {type(linear).__name__}: only Linears can take a LoRA here.")
+    given = (update.up_Or.shape[0], update.down_rC.shape[1])
+    if given != (linear.out_features, linear.in_features):
+        raise UserError(
+            f"{file} is for another model: it changes {where} as one of {given[1]} to {given[0]} channels, and here it "
+            f"has {linear.in_features} to {linear.out_features}."
+        )
+    return linear
