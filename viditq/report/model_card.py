@@ -172,10 +172,6 @@ LOADING = {
         '`viditq.load_quantized("FOLDER")` gives the same samples, with these settings as defaults; it takes a '
         "`memory_budget`.",
     ),
-    "comfyui": (
-        "Copy the file into `ComfyUI/models/diffusion_models` and choose it in Load Diffusion Model; text encoder and "
-        "VAE are the original model's. ComfyUI 0.33 or later; W4A16 layers (awq_w4a16) need one of November 2026.",
-    ),
 }
 
 
