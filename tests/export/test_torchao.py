@@ -128,7 +128,7 @@ def test_diffusers_with_torchao_computes_the_same(
         (Recipe(W8S, A8, low_rank=4), r"low_rank=4"),
         (Recipe(QuantSpec(8, granularity="tensor"), A8), r"weight\.granularity='tensor'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "recipe",
 )
 def test_what_torchao_cannot_hold_is_refused(recipe: Recipe, message: str) -> None:
     plan = recipe.resolve(["x"])
