@@ -4,7 +4,7 @@
 # Expected: a Linear answers in the type of its input, as torch's does; and codes of a bfloat16 activation are those of the same numbers in float32,
 # between -127 and 127, since the scale is the row's largest magnitude over 127.
 # Seen with comfy-kitchen 0.2.40 and torch 2.13.0 (CPU, eager): without out_dtype the answer to float32 is bfloat16, a relative error of some 2e-3 that
-# no message mentions; quantize_int8_rowwise of bfloat16 gives other codes than of the same numbers in float32 in a few percent of places,
+# no message mentions; quantize_int8_rowwise of bfloat16 gives other codes than of the same numbers in float32 in one place of ten,
 # some of them -128, while the scale that it returns is the float32 one. Name out_dtype, and widen activations before comparing.
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
