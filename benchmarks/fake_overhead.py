@@ -34,7 +34,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate
 from viditq.models.text import PromptEmbeds, encode_prompt
 from viditq.quant.calibration.calibrator import Calibrator
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import linear_names, quantize_denoiser
 from viditq.quant.reconstruction.collect import BlockInputs
 from viditq.quant.reconstruction.joint_calibrator import JointCalibrator

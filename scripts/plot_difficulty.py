@@ -27,7 +27,7 @@ from viditq.cli import guarded_main
 from viditq.experiment import build
 from viditq.files import atomic, write_json
 from viditq.job import Job
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.run_dir import RunDir
 from viditq.runner import quiet_libraries
 from viditq.stages.calibrate import observe

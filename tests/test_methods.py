@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from viditq.quant import Calibrator, QuantLinear, quantize_denoiser
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.numerics.hadamard import rotate
 
 S, N, C, G = 4, 6, 128, 64

@@ -10,7 +10,7 @@ import torch
 
 from viditq.engine.partials import Partials
 from viditq.errors import UserError
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.stages import calibrate
 
 Run = Callable[..., Any]

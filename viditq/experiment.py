@@ -26,6 +26,7 @@ from viditq.models.contents import check_contents
 from viditq.models.roles import FLOAT, USUAL
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedule import noise_levels
+from viditq.models.schedulers import make_scheduler
 from viditq.models.text import check_encodes
 from viditq.models.text_encoders import build_encoder, encoder_names
 from viditq.nulls import check_nulls
@@ -114,7 +115,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
     _check_segments(adapter, plan, cfg.calibration.num_buckets)
     if quant.shrinks_noise:
-        check_shrinkable(adapter.make_scheduler(), adapter.call)
+        check_shrinkable(make_scheduler(adapter), adapter.call)
     if not adapter.compile:  # younger than what folders of runs hold
         tracked["model"].pop("compile", None)
     tracked["calibration"].pop("moment_bytes")  # how often the prompts are sampled, not what comes of it

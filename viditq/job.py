@@ -15,12 +15,13 @@ from viditq.experiment import Experiment
 from viditq.files import damaged_files, is_whole, lock, remove_temporary, unfinished, write_json
 from viditq.loading import in_dtype, load_artifact
 from viditq.memory import give_back
+from viditq.models.mapped_weights import load_from_disk
 from viditq.models.stored_embeds import read_embeds
 from viditq.models.text import PromptEmbeds
 from viditq.models.text_encoders import load_text_from_disk
 from viditq.quant.artifact import broken_file
-from viditq.quant.calibration.observers import STATS_LAYOUT
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
+from viditq.quant.calibration.statistics import STATS_LAYOUT
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.reconstruction.slots import LAYOUT
 from viditq.quant.search.policy import SensitivitySearch
@@ -202,7 +203,7 @@ class Job:
             return held
         self.let_go_of_float()
         if e.offload == DISK:
-            pipeline = e.adapter.load_from_disk(denoiser_dtype)
+            pipeline = load_from_disk(e.adapter, denoiser_dtype)
             return pipeline if denoiser_dtype is None else in_dtype(e.adapter, pipeline, denoiser_dtype, cast=False)
         pipeline = e.adapter.load()
         if denoiser_dtype is not None:

@@ -17,7 +17,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import generate
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.observer_bank import ObserverBank
-from viditq.quant.calibration.observers import summary_of
+from viditq.quant.calibration.summary import summary_of
 from viditq.quant.convert import linear_names, quantize_denoiser
 from viditq.quant.correction.ptqd import CorrectionFit, attach_corrections
 from viditq.quant.diagnosis.diagnosis import Diagnosis

@@ -20,6 +20,7 @@ from viditq.estimate.from_disk import on_disk
 from viditq.estimate.memory import Peak
 from viditq.experiment import Experiment, build
 from viditq.job import Job
+from viditq.models.mapped_weights import map_denoiser
 from viditq.models.text_encoders import build_encoder, map_encoder
 from viditq.on_disk import leave_on_disk
 from viditq.run_dir import RunDir
@@ -174,7 +175,7 @@ def test_bytes_on_disk_are_those_of_a_model_that_lies_there(
         build_encoder(adapter, "text_encoder"),
     ]
     for skeleton, (model, runs) in zip(
-        skeletons, (adapter.map_denoiser(), map_encoder(adapter, "text_encoder")), strict=True
+        skeletons, (map_denoiser(adapter), map_encoder(adapter, "text_encoder")), strict=True
     ):
         stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         always, largest = leave_on_disk(model, runs)

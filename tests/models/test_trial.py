@@ -14,6 +14,7 @@ from viditq.errors import UserError
 from viditq.models import schedule
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise
+from viditq.models.schedulers import make_scheduler
 from viditq.models.text import encode_prompt
 from viditq.models.timestep_scale import check_levels, levels_of, measured_scale
 from viditq.models.trial import Step, TrialError, try_out
@@ -69,7 +70,7 @@ def told_while_sampling(adapter: ModelAdapter) -> list[float]:
 def test_steps_are_those_of_sampling(model: str, make: Make) -> None:
     build, own = KNOWN[model]
     adapter = make(model, build, *own)
-    steps = try_out(adapter, adapter.make_scheduler())
+    steps = try_out(adapter, make_scheduler(adapter))
     assert list(dict.fromkeys(step.told for step in steps)) == told_while_sampling(adapter)
     levels = schedule.noise_levels(adapter)
     assert levels == pytest.approx(list(dict.fromkeys(step.level for step in steps)), abs=2e-3)
@@ -191,7 +192,7 @@ def test_levels() -> None:
 def test_what_the_pipeline_samples_is_not_refused(model: str, changes: dict[str, Any], make: Make) -> None:
     build, own = KNOWN[model]
     adapter = replace(make(model, build, *own), **changes)
-    steps = try_out(adapter, adapter.make_scheduler())
+    steps = try_out(adapter, make_scheduler(adapter))
     assert list(dict.fromkeys(step.told for step in steps)) == told_while_sampling(adapter)
 
 

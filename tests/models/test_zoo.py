@@ -29,7 +29,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import noise_generator, with_settings
 from viditq.models.stored_embeds import read_embeds, write_embeds
 from viditq.models.text import encode_prompt
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import linear_names
 from viditq.quant.description.plan import QuantPlan
 from viditq.runner import run

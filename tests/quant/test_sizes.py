@@ -13,8 +13,10 @@ from torch import nn
 
 from viditq.files import write_tensors
 from viditq.models.adapter import ModelAdapter
+from viditq.models.mapped_weights import map_denoiser
 from viditq.quant.artifact import MODEL, size_bytes
-from viditq.quant.calibration.observers import CalibrationStats, Observer, blank_state
+from viditq.quant.calibration.observers import Observer, blank_state
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import Conversion, linear_names, quantize_denoiser
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
@@ -83,7 +85,7 @@ def test_an_artifact_is_as_large_as_counted(
     adapter, denoiser = model
     plan = plan_of(configure, adapter, denoiser, SETTINGS[setting])
     counted = laid_out(adapter.build_denoiser(), plan)
-    mapped, runs = adapter.map_denoiser()
+    mapped, runs = map_denoiser(adapter)
     stored = {name: tensor.dtype for name, tensor in mapped.state_dict().items()}
     meta = {"model": adapter.to_dict()}
 

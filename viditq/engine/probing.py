@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from viditq.engine.sampling import PipelineModule
 from viditq.metrics.batch import EvalBatch, to_unit
 from viditq.models.generate import denoise, generate
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.search.candidates import Candidate, Group
 from viditq.quant.search.proxy import OneStep, ProxyErrors, proxy_errors

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from viditq.models.adapter import ModelAdapter
-from viditq.quant.calibration.observers import CalibrationStats, Observer, blank_state
+from viditq.quant.calibration.observers import Observer, blank_state
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import quantize_denoiser
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.execution.linear import quant_linears

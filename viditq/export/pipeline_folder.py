@@ -17,6 +17,7 @@ from viditq.files import is_whole, read_json, write_json
 from viditq.interop.folder import DESCRIPTION, VERSION
 from viditq.models.adapter import ModelAdapter
 from viditq.models.sampler_noise import check_shrinkable
+from viditq.models.schedulers import make_scheduler
 from viditq.quant.artifact import read_meta
 
 STEM, KEY = "diffusion_pytorch_model", "key.json"
@@ -48,7 +49,7 @@ def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePar
             config = read_json(adapter.part_folder(name, weights=False) / "config.json")
             write_part(work / name, config, _dtype_of(adapter, name), artifact, f"{name}." if several else "")
         elif name == "scheduler":
-            scheduler = adapter.make_scheduler()
+            scheduler = make_scheduler(adapter)
             scheduler.save_pretrained(work / name)
             index[name] = ["diffusers", type(scheduler).__name__]
         else:
@@ -66,7 +67,7 @@ def _refuse(target: str, meta: Mapping[str, Any], adapter: ModelAdapter) -> None
             "loads text encoders, does not know viditq. Quantize with quant/text_encoder=none, or load the artifact by "
             "viditq.load_quantized."
         )
-    if meta.get("correction") == "ptqd" and check_shrinkable(adapter.make_scheduler(), adapter.call):
+    if meta.get("correction") == "ptqd" and check_shrinkable(make_scheduler(adapter), adapter.call):
         raise UserError(
             f"--to {target}: quant.correction=ptqd makes the noise of a stochastic sampler smaller, which a pipeline "
             "that diffusers loads does not. The nearest is quant.correction=ptqd_mean."

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.interop.register import METHOD, register
 from viditq.interop.stored import Stored
+from viditq.quant.artifact import check_fits
 from viditq.quant.artifact_writer import dtype_name
 from viditq.quant.convert import build_quantized, quantize_denoiser
 from viditq.quant.correction.ptqd import NAME as CORRECTION
@@ -156,7 +157,8 @@ class ViditqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             for variant in layer.variants:
                 variant.dtype = getattr(torch, self._dtypes[name])
         attach_empty(model, stored.state(), context)
-        _check_fits(model, stored.state())
+        told = f"the files do not fit {type(model).__name__} and its plan"
+        check_fits(model, stored.state(), told, "download or export it again")
 
     def _run(self, name: str) -> torch.dtype:
         """The type that a floating-point tensor runs in."""
@@ -251,18 +253,6 @@ class ViditqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         from viditq.interop.dequantize import dequantize
 
         return dequantize(model)
-
-
-def _check_fits(model: nn.Module, found: Mapping[str, Tensor]) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    there = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    differing = sorted(n for n in wanted.keys() | there.keys() if wanted.get(n) != there.get(n))
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"the files do not fit {type(model).__name__} and its plan: {name} is {there.get(name, 'absent')} in them "
-            f"and {wanted.get(name, 'absent')} in the model; download or export it again"
-        )
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:

@@ -21,14 +21,11 @@ from viditq.models.attention import check_attention, check_dispatches, set_atten
 from viditq.models.checks import check_arguments, check_call, check_values, given_to_call
 from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
-from viditq.models.mapped_weights import map_weights, retyped
 from viditq.models.registry import find_class
-from viditq.models.samplers import make_sampler
-from viditq.models.schedulers import build_scheduler, check_samples, check_seeded
+from viditq.models.schedulers import check_scheduler, chooses_scheduler, make_scheduler
 from viditq.models.source import Source
 from viditq.models.timestep_scale import measured_scale
 from viditq.models.weight_files import COPY_AGAIN, variant_of
-from viditq.on_disk import leave_on_disk
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,7 @@ class ModelAdapter:
         parts.check_denoisers(self.denoiser_names, list(self.float_denoisers), self.index())
         check_call(find_class(self.pipeline), given_to_call(self))
         check_arguments(self, find_class(self.pipeline))
-        if self._chooses_scheduler:
-            self._check_scheduler()
+        check_scheduler(self)
         if self.timestep_scale is None:
             object.__setattr__(self, "timestep_scale", measured_scale(self))
 
@@ -174,13 +170,15 @@ class ModelAdapter:
         values: dict[str, Any] = read_json(self.folder / "model_index.json", COPY_AGAIN)
         return values
 
-    def _components(self) -> list[str]:
+    @property
+    def components(self) -> list[str]:
+        """The names of all parts."""
         return [name for name, value in self.index().items() if isinstance(value, list)]
 
     @property
     def text_parts(self) -> list[str]:
         """The parts that only encode prompts: tokenizers and text encoders."""
-        return [name for name in self._components() if name.startswith(parts.TEXT)]
+        return [name for name in self.components if name.startswith(parts.TEXT)]
 
     # Pipelines --------------------------------------------------------------------------------------------------------
 
@@ -193,7 +191,7 @@ class ModelAdapter:
         if encoders is None:
             contents.check_contents(self)  # also of what is loaded later: before anything is encoded
         return self._load(
-            {name: None for name in self._components() if name not in self.text_parts} | {**(encoders or {})}
+            {name: None for name in self.components if name not in self.text_parts} | {**(encoders or {})}
         )
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
@@ -212,9 +210,9 @@ class ModelAdapter:
         try:
             cls = find_class(self.pipeline)
             components = self._denoisers_elsewhere(components) | components
-            if self._chooses_scheduler or self.call.get("sampler") is not None:
-                components["scheduler"] = self.make_scheduler()
-            marked = any(variant_of(folder / name, self.variant) for name in self._components())
+            if chooses_scheduler(self) or self.call.get("sampler") is not None:
+                components["scheduler"] = make_scheduler(self)
+            marked = any(variant_of(folder / name, self.variant) for name in self.components)
             variant = self.variant if marked else None  # diffusers refuses one that only denoisers elsewhere have
             pipeline = cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True, **components)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
@@ -240,31 +238,6 @@ class ModelAdapter:
             if name not in components
         }
 
-    # Scheduler --------------------------------------------------------------------------------------------------------
-
-    @property
-    def _chooses_scheduler(self) -> bool:
-        return self.scheduler is not None or bool(self.scheduler_settings)
-
-    def _check_scheduler(self) -> None:
-        if self.call.get("sampler") is not None:
-            raise UserError(
-                f"model.scheduler: model.call.sampler={self.call['sampler']} chooses the scheduler already. "
-                "Leave out model.scheduler, or set model.call.sampler=null."
-            )
-        scheduler = self.make_scheduler()
-        check_samples(self, self.index()["scheduler"][1])
-        check_seeded(find_class(self.pipeline), scheduler, self.call)
-
-    def make_scheduler(self) -> Any:
-        """The scheduler that samples; raises UserError if the pipeline has none of its own."""
-        if self.call.get("sampler") is not None:
-            return make_sampler(self.call["sampler"])
-        entry = self.index().get("scheduler")
-        if not isinstance(entry, list) or entry[1] is None:
-            raise UserError(f"The pipeline in {self.folder} has no scheduler.")
-        return build_scheduler(self.folder, entry[1], self.scheduler, self.scheduler_settings)
-
     # Denoisers --------------------------------------------------------------------------------------------------------
 
     @property
@@ -288,36 +261,6 @@ class ModelAdapter:
     def float_denoisers_of(self, pipeline: Any) -> nn.ModuleDict:
         """The other denoisers of a pipeline, which are left in float on purpose."""
         return nn.ModuleDict({name: getattr(pipeline, name) for name in self.float_denoisers})
-
-    def map_denoiser(self) -> tuple[nn.Module, dict[str, torch.dtype]]:
-        """`denoiser_of` the loaded pipeline, its tensors left in their files in the types that they have there; and,
-        by name, the types in which they run where those are others.
-        """
-        others = [name for name in self._components() if name not in self.denoiser_names]
-        contents.check_contents(self, without=others)
-        denoiser = self.build_denoiser()
-        several = isinstance(denoiser, nn.ModuleDict)
-        runs: dict[str, torch.dtype] = {}
-        for name in self.denoiser_names:
-            part = denoiser.get_submodule(name) if several else denoiser
-            dtype = DTYPES[self.component_dtypes.get(name, self.dtype)]
-            found = map_weights(part, self.part_folder(name, weights=True), self.variant, dtype)
-            runs |= {f"{name}.{key}" if several else key: runs_in for key, runs_in in found.items()}
-        return denoiser.eval().requires_grad_(False), runs
-
-    def load_from_disk(self, denoiser_dtype: str | None = None) -> Any:
-        """The pipeline as `load` has it, its denoisers' weights left in their files while they do not compute.
-
-        denoiser_dtype: that the denoisers are cast to after loading. Samples are equal to the bit to those of `load`.
-        """
-        denoiser, runs = self.map_denoiser()
-        if denoiser_dtype is not None:
-            runs = retyped(denoiser, runs, DTYPES[denoiser_dtype])
-            for buffer in denoiser.buffers():  # those computed from the configuration
-                if buffer.is_floating_point():
-                    buffer.data = buffer.data.to(DTYPES[denoiser_dtype])
-        leave_on_disk(denoiser, runs)
-        return self.load(denoiser)
 
     def left_in_float_bytes(self) -> int:
         """Of the denoisers that are left in float on purpose, in 16 bits; from their config.json."""

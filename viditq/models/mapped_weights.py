@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.mapped import mapped_tensors
+from viditq.models.contents import check_contents
+from viditq.models.dtypes import DTYPES
 from viditq.models.weight_files import COPY_AGAIN, DAMAGED, DIFFUSERS, variant_of, weight_files
+from viditq.on_disk import leave_on_disk
 
 
 def map_weights(model: nn.Module, folder: Path, variant: str | None, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -67,3 +70,35 @@ def retyped(denoiser: nn.Module, runs: Mapping[str, torch.dtype], dtype: torch.d
             if dtype != tensor.dtype:
                 found[name] = dtype
     return found
+
+
+def map_denoiser(adapter: Any) -> tuple[nn.Module, dict[str, torch.dtype]]:
+    """`denoiser_of` the loaded pipeline, its tensors left in their files in the types that they have there; and, by
+    name, the types in which they run where those are others.
+    """
+    others = [name for name in adapter.components if name not in adapter.denoiser_names]
+    check_contents(adapter, without=others)
+    denoiser: nn.Module = adapter.build_denoiser()
+    several = isinstance(denoiser, nn.ModuleDict)
+    runs: dict[str, torch.dtype] = {}
+    for name in adapter.denoiser_names:
+        part = denoiser.get_submodule(name) if several else denoiser
+        dtype = DTYPES[adapter.component_dtypes.get(name, adapter.dtype)]
+        found = map_weights(part, adapter.part_folder(name, weights=True), adapter.variant, dtype)
+        runs |= {f"{name}.{key}" if several else key: runs_in for key, runs_in in found.items()}
+    return denoiser.eval().requires_grad_(False), runs
+
+
+def load_from_disk(adapter: Any, denoiser_dtype: str | None = None) -> Any:
+    """The pipeline as `adapter.load` has it, its denoisers' weights left in their files while they do not compute.
+
+    denoiser_dtype: that the denoisers are cast to after loading. Samples are equal to the bit to those of `load`.
+    """
+    denoiser, runs = map_denoiser(adapter)
+    if denoiser_dtype is not None:
+        runs = retyped(denoiser, runs, DTYPES[denoiser_dtype])
+        for buffer in denoiser.buffers():  # those computed from the configuration
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(DTYPES[denoiser_dtype])
+    leave_on_disk(denoiser, runs)
+    return adapter.load(denoiser)

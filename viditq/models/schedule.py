@@ -1,6 +1,7 @@
 """The noise levels that sampling will visit, as the denoiser is told of them."""
 
 from viditq.models.adapter import ModelAdapter
+from viditq.models.schedulers import make_scheduler
 from viditq.models.timestep_scale import check_levels, levels_of
 from viditq.models.trial import TrialError, try_out
 
@@ -11,7 +12,7 @@ def noise_levels(adapter: ModelAdapter) -> list[float] | None:
     Raises UserError where model.timestep_scale puts steps outside of [0, 1], or all of them at one level.
     """
     try:
-        steps = try_out(adapter, adapter.make_scheduler())
+        steps = try_out(adapter, make_scheduler(adapter))
     except TrialError:
         return None
     levels = levels_of(steps, adapter.timestep_scale)

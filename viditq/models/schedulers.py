@@ -8,6 +8,8 @@ from typing import Any
 import diffusers
 
 from viditq.errors import UserError
+from viditq.models.registry import find_class
+from viditq.models.samplers import make_sampler
 from viditq.models.trial import TrialError, try_out
 
 SETTING = "model.scheduler_settings"
@@ -44,7 +46,7 @@ def check_samples(adapter: Any, stored: str) -> None:
 
     stored: class of its own one. A pipeline that cannot be tried out with that either is left to say so itself.
     """
-    scheduler = adapter.make_scheduler()
+    scheduler = make_scheduler(adapter)
     try:
         try_out(adapter, scheduler)
     except TrialError as error:
@@ -76,3 +78,32 @@ def check_seeded(pipeline: type, scheduler: Any, call: Mapping[str, Any]) -> Non
             f"{type(scheduler).__name__} adds noise in its steps, and {pipeline.__name__} passes no generator on to "
             "it, so that no run could be repeated. Choose a deterministic model.scheduler."
         )
+
+
+def chooses_scheduler(adapter: Any) -> bool:
+    """Whether another scheduler is asked for than the stored one, or other settings of it."""
+    return adapter.scheduler is not None or bool(adapter.scheduler_settings)
+
+
+def check_scheduler(adapter: Any) -> None:
+    """Raises UserError for a chosen scheduler that cannot sample this model, or not with its noise."""
+    if not chooses_scheduler(adapter):
+        return
+    if adapter.call.get("sampler") is not None:
+        raise UserError(
+            f"model.scheduler: model.call.sampler={adapter.call['sampler']} chooses the scheduler already. "
+            "Leave out model.scheduler, or set model.call.sampler=null."
+        )
+    scheduler = make_scheduler(adapter)
+    check_samples(adapter, adapter.index()["scheduler"][1])
+    check_seeded(find_class(adapter.pipeline), scheduler, adapter.call)
+
+
+def make_scheduler(adapter: Any) -> Any:
+    """The scheduler that samples; raises UserError if the pipeline has none of its own."""
+    if adapter.call.get("sampler") is not None:
+        return make_sampler(adapter.call["sampler"])
+    entry = adapter.index().get("scheduler")
+    if not isinstance(entry, list) or entry[1] is None:
+        raise UserError(f"The pipeline in {adapter.folder} has no scheduler.")
+    return build_scheduler(adapter.folder, entry[1], adapter.scheduler, adapter.scheduler_settings)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from viditq.errors import UserError
+from viditq.models.schedulers import make_scheduler
 from viditq.models.trial import Step, TrialError, try_out
 
 ONE_LEVEL = 0.01  # steps that lie closer together than this are no schedule, but one read on another scale
@@ -23,7 +24,7 @@ def measured_scale(adapter: Any) -> float | dict[str, Any]:
     Raises UserError where the call cannot be tried out, or what is told is not in proportion to the noise.
     """
     try:
-        steps = try_out(adapter, adapter.make_scheduler(), max(adapter.num_steps, FEWEST))
+        steps = try_out(adapter, make_scheduler(adapter), max(adapter.num_steps, FEWEST))
     except TrialError as error:
         raise UserError(f"What {adapter.pipeline} tells its denoiser cannot be measured ({error}). {REMEDY}") from error
     check_levels([step.level for step in steps], f"{adapter.pipeline}: measured on its scheduler")

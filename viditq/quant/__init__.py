@@ -4,7 +4,8 @@ from viditq.quant.artifact import load_denoiser, size_bytes
 from viditq.quant.artifact_writer import save_denoiser
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.context import StepContext
-from viditq.quant.calibration.observers import CalibrationStats, SegmentStats
+from viditq.quant.calibration.segment_stats import SegmentStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import build_quantized, linear_names, quantize_denoiser
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec

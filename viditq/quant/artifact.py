@@ -140,7 +140,7 @@ def fill(
         stored.check_all()
         tensors = stored.run_state()
     attach_empty(denoiser, tensors, context)
-    _check_fits(denoiser, tensors, stored.folder)
+    check_fits(denoiser, tensors, f"{stored.folder} does not fit this model", "build the model it was made from")
     denoiser.load_state_dict(tensors, assign=True)
     on_meta = [name for name, t in (*denoiser.named_parameters(), *denoiser.named_buffers()) if t.is_meta]
     assert not on_meta, f"build() left non-persistent buffers on meta: {on_meta[:3]}"
@@ -228,15 +228,16 @@ def size_bytes(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _check_fits(denoiser: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], files: str, remedy: str) -> None:
+    """Raises UserError where names or shapes differ from the model's; files, remedy: for its message."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differing = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
     if differing:
         name = differing[0]
         raise UserError(
-            f"{folder} does not fit this model: {name} is {found.get(name, 'absent')} in the file and "
-            f"{wanted.get(name, 'absent')} in the model; build the model it was made from"
+            f"{files}: {name} is {found.get(name, 'absent')} in the file and {wanted.get(name, 'absent')} in the "
+            f"model; {remedy}"
         )
 
 

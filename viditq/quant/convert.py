@@ -12,8 +12,9 @@ from torch import nn
 from viditq.errors import UserError, close_names
 from viditq.mapped import is_finite
 from viditq.quant.calibration.context import StepContext, TimestepScaleLike
-from viditq.quant.calibration.observers import CalibrationStats, SegmentStats
 from viditq.quant.calibration.segment_sources import segment_sources
+from viditq.quant.calibration.segment_stats import SegmentStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.description.blocks import block_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from viditq.mapped import NAMES
 from viditq.quant.artifact import FORMAT_VERSION, META, PLAN
-from viditq.quant.calibration.observers import blank_state, shared_tensor
+from viditq.quant.calibration.observers import blank_state
+from viditq.quant.calibration.statistics import shared_tensor
 from viditq.quant.convert import build_quantized, tied_names
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme

@@ -13,7 +13,7 @@ from viditq.files import is_whole
 from viditq.job import Job
 from viditq.quant.calibration.moment_passes import end_of_range
 from viditq.quant.calibration.moments import matrix_bytes
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.calibration.step_rows import checked_linears
 from viditq.quant.reconstruction.store import BlockStore
 from viditq.run_dir import Entry

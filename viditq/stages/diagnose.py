@@ -9,7 +9,7 @@ from viditq.engine.sampling import Diagnosing, ObservedDiagnosing, batches_of, r
 from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.quant.calibration.calibrator import Calibrator
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.diagnosis import error_sums
 from viditq.quant.diagnosis import observed as observed_diagnosis
 from viditq.quant.diagnosis.diagnosis import Diagnosis

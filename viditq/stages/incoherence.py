@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from viditq.files import is_whole, write_json
 from viditq.job import Job
-from viditq.quant.calibration.observers import NO_KEY, CalibrationStats
+from viditq.models.mapped_weights import map_denoiser
+from viditq.quant.calibration.observers import NO_KEY
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.diagnosis.incoherence import SCALE, incoherence
 from viditq.stages.calibrate import observe
 
@@ -30,7 +32,7 @@ def restore_incoherence(job: Job) -> None:
 
 
 def _restore(job: Job) -> None:
-    denoiser, _ = job.experiment.adapter.map_denoiser()
+    denoiser, _ = map_denoiser(job.experiment.adapter)
     calibrated_incoherence(job, quantized_weights(job, denoiser), CalibrationStats.load(job.stats_file))
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from viditq.files import write_json
 from viditq.job import Job
 from viditq.models.dtypes import DTYPES
-from viditq.models.mapped_weights import retyped
+from viditq.models.mapped_weights import map_denoiser, retyped
 from viditq.quant.artifact import FORMAT_VERSION, size_bytes
 from viditq.quant.artifact_writer import ArtifactWriter
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.calibration.step_shares import step_shares
 from viditq.quant.convert import Conversion
 from viditq.quant.description.plan import QuantPlan
@@ -78,7 +78,7 @@ def _quantize(job: Job, folder: Path) -> str:
     e, plan, processes = job.experiment, job.plan, job.processes
     job.let_go_of_float()
     stats = CalibrationStats.load(job.stats_file) if job.needs_stats else None
-    denoiser, runs = e.adapter.map_denoiser()
+    denoiser, runs = map_denoiser(e.adapter)
     if e.quant.float_dtype is not None:
         runs = retyped(denoiser, runs, DTYPES[e.quant.float_dtype])
     if stats is not None and processes.first:

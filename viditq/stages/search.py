@@ -4,7 +4,7 @@ from typing import Any
 
 from viditq.files import is_whole
 from viditq.job import Job
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.calibration.step_shares import step_shares
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.search.allocate import Search

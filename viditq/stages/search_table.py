@@ -14,7 +14,7 @@ from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.search.allocate import Search
 from viditq.quant.search.candidates import SIDES, Candidate, candidate_plan

@@ -6,7 +6,7 @@ from viditq.errors import UserError
 from viditq.quant import CalibrationStats
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of
 from viditq.quant.calibration.observer_bank import ObserverBank
-from viditq.quant.calibration.observers import summary_of
+from viditq.quant.calibration.summary import summary_of
 
 
 def update(bank: ObserverBank, bucket: int, x_LNC: Tensor, seed: int) -> None:

@@ -8,7 +8,8 @@ import torch
 from viditq.errors import UserError
 from viditq.quant import Chain, LpSearch, NormalSteps, QuantSpec
 from viditq.quant.calibration.observer_bank import ObserverBank
-from viditq.quant.calibration.observers import SegmentStats, summary_of
+from viditq.quant.calibration.segment_stats import SegmentStats
+from viditq.quant.calibration.summary import summary_of
 from viditq.quant.methods.ranges import static_grid
 
 SPEC = QuantSpec(4, granularity="tensor")

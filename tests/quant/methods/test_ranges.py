@@ -17,7 +17,8 @@ from viditq.quant import (
     Smooth,
 )
 from viditq.quant.calibration.observer_bank import ObserverBank
-from viditq.quant.calibration.observers import SegmentStats, summary_of
+from viditq.quant.calibration.segment_stats import SegmentStats
+from viditq.quant.calibration.summary import summary_of
 from viditq.quant.description.registry import RANGES
 from viditq.quant.methods.quantizer import dequantize_weight, quantize_weight, weight_grid
 from viditq.quant.methods.ranges import static_grid

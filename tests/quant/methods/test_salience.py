@@ -8,7 +8,8 @@ from scipy.stats import rankdata, spearmanr
 
 from viditq.quant import LayerScheme, QuantSpec, SalienceSpec
 from viditq.quant.calibration.observer_bank import ObserverBank
-from viditq.quant.calibration.observers import SegmentStats, summary_of
+from viditq.quant.calibration.segment_stats import SegmentStats
+from viditq.quant.calibration.summary import summary_of
 from viditq.quant.methods.transforms.salience import ranks, spearman, weighted_salience
 
 SCHEME = LayerScheme(QuantSpec(4, granularity="channel"), None, (SalienceSpec(),))

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from viditq.quant import Chain, LayerScheme, QuantSpec, Smooth, SmoothSpec, Transform
 from viditq.quant.calibration.observer_bank import ObserverBank
-from viditq.quant.calibration.observers import SegmentStats, summary_of
+from viditq.quant.calibration.segment_stats import SegmentStats
+from viditq.quant.calibration.summary import summary_of
 from viditq.quant.description.registry import TRANSFORMS
 from viditq.quant.methods.transforms.smooth import AUTO_ALPHAS, _output_error, smooth_scale
 

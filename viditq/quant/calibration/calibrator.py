@@ -21,17 +21,11 @@ from viditq.quant.calibration.context import Attachment, TimestepScaleLike, deno
 from viditq.quant.calibration.input_groups import InputGroups
 from viditq.quant.calibration.moments import Moments, matrix_bytes, of_moments
 from viditq.quant.calibration.observer_bank import ObserverBank, kept_as
-from viditq.quant.calibration.observers import (
-    NUM_BUCKETS,
-    REDUCTIONS,
-    ROWS_PER_BUCKET,
-    CalibrationStats,
-    Summary,
-    blank_state,
-    summary_of,
-)
+from viditq.quant.calibration.observers import NUM_BUCKETS, REDUCTIONS, ROWS_PER_BUCKET, blank_state
 from viditq.quant.calibration.row_sample import Candidates
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.calibration.step_rows import StepRows, checked_linears, rows_of, with_tokens
+from viditq.quant.calibration.summary import Summary, summary_of
 
 PENDING_BYTES = 2**22  # that what inputs have shown may take at a step's end before it is added to the statistics
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from viditq.quant.calibration.observers import NO_KEY, REDUCTIONS, Observer, Summary, blank_state
+from viditq.quant.calibration.observers import NO_KEY, REDUCTIONS, Observer, blank_state
+from viditq.quant.calibration.summary import Summary
 
 ADDED = [field for field in REDUCTIONS if field not in ("rows", "keys")]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from viditq.quant.calibration.context import denoisers_of
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.description.plan import QuantPlan
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from viditq.quant.calibration.observers import CalibrationStats, Observer
+from viditq.quant.calibration.observers import Observer
+from viditq.quant.calibration.statistics import CalibrationStats
 
 Shares = tuple[float, ...]
 """Share of the steps in each segment; they sum to 1."""

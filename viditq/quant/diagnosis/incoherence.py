@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from viditq.mapped import PIECE_BYTES, release
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.methods.transforms import Chain, RotateSpec, SmoothSpec, Transform

@@ -8,7 +8,7 @@ from types import TracebackType
 from torch import Tensor
 
 from viditq.quant.calibration.calibrator import Calibrator
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.diagnosis import error_sums
 from viditq.quant.diagnosis.diagnosis import Diagnosis
 

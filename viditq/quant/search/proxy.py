@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq.quant.calibration.context import denoisers_of
-from viditq.quant.calibration.observers import CalibrationStats
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import fit_variant
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme

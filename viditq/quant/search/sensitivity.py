@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from viditq.quant.calibration.context import StepContext, TimestepScaleLike, denoisers_of
-from viditq.quant.calibration.observers import CalibrationStats
 from viditq.quant.calibration.segment_sources import segment_sources
+from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import fit_variant, quant_linear
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme

@@ -14,7 +14,7 @@ from viditq.quant.methods.ranges.min_max import MinMax
 from viditq.quant.numerics import granularity
 
 if TYPE_CHECKING:
-    from viditq.quant.calibration.observers import SegmentStats
+    from viditq.quant.calibration.segment_stats import SegmentStats
     from viditq.quant.methods.transforms.base import Chain, Transform
 
 

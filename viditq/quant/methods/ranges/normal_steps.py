@@ -15,7 +15,7 @@ from viditq.quant.description.registry import RANGES
 from viditq.quant.methods.ranges.search import LpSearch
 
 if TYPE_CHECKING:
-    from viditq.quant.calibration.observers import SegmentStats
+    from viditq.quant.calibration.segment_stats import SegmentStats
 
 
 @RANGES.register("normal_steps")

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from viditq.quant.calibration.observers import SegmentStats
+from viditq.quant.calibration.segment_stats import SegmentStats
 from viditq.quant.description.registry import TRANSFORMS
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.description.specs import TransformSpec

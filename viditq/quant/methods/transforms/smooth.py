@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.quant.calibration.observers import AGGREGATES, EMA_STARTS, SegmentStats
+from viditq.quant.calibration.segment_stats import AGGREGATES, EMA_STARTS, SegmentStats
 from viditq.quant.description.registry import TRANSFORMS
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.description.specs import TransformSpec
