@@ -4,7 +4,9 @@
     python scripts/plot_difficulty.py model=tiny_image data.num_calibration_prompts=32
 
 Calibrates once (the same cached statistics that experiments use) and writes, under outputs/difficulty/<model>/,
-difficulty.png (variation of activations over channels and noise levels, kurtosis of weights) and difficulty.json.
+difficulty.png and difficulty.json: of each quantized Linear's input how far values stick out (incoherence, amax / mean
+|x| of the kept rows), how far its channels differ (amax, largest / median), how its whole range and single channels
+change over the noise levels, and its weight's kurtosis.
 """
 
 import argparse
@@ -28,11 +30,20 @@ from viditq.experiment import build
 from viditq.files import atomic, write_json
 from viditq.job import Job
 from viditq.quant.calibration.statistics import CalibrationStats
+from viditq.quant.diagnosis.incoherence import incoherence_of
 from viditq.run_dir import RunDir
 from viditq.runner import quiet_libraries
 from viditq.stages.calibrate import observe
 from viditq.stages.prompts import prompts
 
+KEYS = {
+    "incoherence": "activations: amax / mean |x|",
+    "channel_ratio": "activations over channels:\namax, largest / median",
+    "noise_level_ratio": "activations over noise levels:\namax, largest / smallest",
+    "channel_level_ratio": "the 8 largest channels over noise levels:\namax, largest / smallest, median",
+    "kurtosis": "weights: excess kurtosis\n(0 = Gaussian)",
+}
+TOP_CHANNELS = 8  # those with the largest magnitudes, whose change over noise levels is told
 CONF = Path(__file__).parents[1] / "conf"
 
 
@@ -51,8 +62,14 @@ def kurtosis(weight: Tensor) -> float:
     return float((x**4).mean() / (x**2).mean() ** 2 - 3)
 
 
+def channel_level_ratio(amax_KC: Tensor) -> float:
+    """Of the TOP_CHANNELS channels with the largest |x|: amax, largest over smallest of the noise levels, median."""
+    top_KT = amax_KC[:, amax_KC.amax(0).argsort(descending=True)[:TOP_CHANNELS]]
+    return float((top_KT.amax(0) / top_KT.amin(0).clamp(min=1e-12)).median())
+
+
 def measure(stats: CalibrationStats, denoiser: nn.Module, roles: dict[str, str]) -> list[dict[str, Any]]:
-    """One row per quantized Linear: channel ratio, noise-level ratio, kurtosis."""
+    """One row per quantized Linear: its layer, its role and KEYS."""
     rows = []
     modules = dict(denoiser.named_modules())
     for layer, role in roles.items():
@@ -64,8 +81,10 @@ def measure(stats: CalibrationStats, denoiser: nn.Module, roles: dict[str, str])
             {
                 "layer": layer,
                 "role": role,
+                "incoherence": incoherence_of({"raw": lambda x: x}, stats.segment(layer, 0, 1).rows)["raw"],
                 "channel_ratio": float(channels.max() / channels.median().clamp(min=1e-12)),
                 "noise_level_ratio": float(levels.max() / levels.min().clamp(min=1e-12)),
+                "channel_level_ratio": channel_level_ratio(amax_KC),
                 "kurtosis": kurtosis(modules[layer].weight),
             }
         )
@@ -102,15 +121,13 @@ def plot(stats: CalibrationStats, rows: list[dict[str, Any]], title: str, path: 
     worst = {}
     for row in sorted(rows, key=lambda r: r["channel_ratio"]):
         worst[row["role"]] = row["layer"]
-    figure = plt.figure(figsize=(4 * max(3, len(worst)), 7.5), layout="constrained")
+    figure = plt.figure(figsize=(4 * max(len(KEYS), len(worst)), 7.5), layout="constrained")
     halves: Any = figure.subfigures(2, 1)
     upper, lower = halves
     for axes, (role, layer) in zip(upper.subplots(1, len(worst), squeeze=False)[0], worst.items(), strict=True):
         plot_heat(axes, stats, layer, role)
-    left, middle, right = lower.subplots(1, 3)
-    plot_rows(left, rows, "channel_ratio", "activations over channels: amax, largest / median", True)
-    plot_rows(middle, rows, "noise_level_ratio", "activations over noise levels: amax, largest / smallest", True)
-    plot_rows(right, rows, "kurtosis", "weights: excess kurtosis (0 = Gaussian)", False)
+    for axes, (key, text) in zip(lower.subplots(1, len(KEYS)), KEYS.items(), strict=True):
+        plot_rows(axes, rows, key, text, logarithmic=key != "kurtosis")
     figure.suptitle(title)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
@@ -132,10 +149,10 @@ def main(overrides: list[str]) -> None:
     rows = measure(stats, denoiser, experiment.adapter.linear_roles(list(stats.layers)))
     write_json(folder / "difficulty.json", rows)
     plot(stats, rows, f"What makes {experiment.adapter.name} hard to quantize", folder / "difficulty.png")
-    for key in ("channel_ratio", "noise_level_ratio", "kurtosis"):
+    for key in KEYS:
         top = max(rows, key=lambda row: row[key])
         median = torch.tensor([row[key] for row in rows]).median()
-        print(f"{key:18s} median {float(median):8.2f}   largest {top[key]:8.2f} ({top['layer']})")
+        print(f"{key:19s} median {float(median):8.2f}   largest {top[key]:8.2f} ({top['layer']})")
     print(f"picture: {folder / 'difficulty.png'}")
 
 

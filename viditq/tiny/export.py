@@ -18,11 +18,7 @@ FLOW_SHIFT = {"tiny_image": 2.0, "tiny_video": 4.0}
 
 def export(shop: Any) -> None:
     """Write tiny_image/, tiny_video/, clip/ and judge/ under `shop.out`, weights in fp16."""
-    image, video = networks.image_denoiser(), networks.video_denoiser()
-    image.load_state_dict(load_file(shop.work / "image.safetensors"))
-    video.load_state_dict(load_file(shop.work / "video.safetensors"))
-    for name, pipeline, net in (("tiny_image", PixArtAlphaPipeline, image), ("tiny_video", LattePipeline, video)):
-        _pipeline(pipeline, shop, net, name).to(torch.float16).save_pretrained(shop.out / name)
+    _export_pipelines(shop, "")
     clip = networks.clip()
     clip.load_state_dict(load_file(shop.work / "clip.safetensors"))
     clip.half().save_pretrained(shop.out / "clip")
@@ -32,6 +28,19 @@ def export(shop: Any) -> None:
     preprocessor |= {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_normalize": True}
     (shop.out / "clip" / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
     _export_judge(shop.work / "judge.safetensors", shop.out / "judge")
+
+
+def export_hard(shop: Any) -> None:
+    """Write tiny_image_hard/ and tiny_video_hard/ under `shop.out`, weights in fp16."""
+    _export_pipelines(shop, "_hard")
+
+
+def _export_pipelines(shop: Any, kind: str) -> None:
+    image, video = networks.image_denoiser(), networks.video_denoiser()
+    for name, cls, net in (("image", PixArtAlphaPipeline, image), ("video", LattePipeline, video)):
+        net.load_state_dict(load_file(shop.work / f"{name}{kind}.safetensors"))
+        pipeline = _pipeline(cls, shop, net, f"tiny_{name}")
+        pipeline.to(torch.float16).save_pretrained(shop.out / f"tiny_{name}{kind}")
 
 
 def _pipeline(cls: type[DiffusionPipeline], shop: Any, denoiser: nn.Module, name: str) -> DiffusionPipeline:

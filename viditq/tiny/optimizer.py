@@ -14,13 +14,18 @@ class MasterAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.01, ema_decay: float = 0.998
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.01,
+        ema_decay: float = 0.998,
+        undecayed: Iterable[nn.Parameter] = (),
     ) -> None:
-        groups = list(params)
+        groups, spared = list(params), {id(param) for param in undecayed}
         defaults = {"lr": lr, "betas": (0.9, 0.99), "eps": 1e-8, "ema_decay": ema_decay}
-        matrices = {"params": [p for p in groups if p.ndim > 1], "weight_decay": weight_decay}
-        vectors = {"params": [p for p in groups if p.ndim <= 1], "weight_decay": 0.0}
-        super().__init__([matrices, vectors], defaults)
+        matrices = {"params": [p for p in groups if p.ndim > 1 and id(p) not in spared]}
+        others = {"params": [p for p in groups if p.ndim <= 1 or id(p) in spared]}
+        super().__init__([matrices | {"weight_decay": weight_decay}, others | {"weight_decay": 0.0}], defaults)
 
     def _state_of(self, param: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[param]

@@ -1,6 +1,6 @@
 """The training stages, in order, and what each hands to the next (files under the work folder)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from viditq.data.moving_shapes import ATTRIBUTES, draw_scenes, labels, render
+from viditq.errors import UserError
 from viditq.tiny import losses, networks
-from viditq.tiny.export import export
+from viditq.tiny.export import export, export_hard
+from viditq.tiny.hard import invite_outliers
 from viditq.tiny.text import encode, encode_null, t5_tokenizer
 from viditq.tiny.trainee import Batch, Schedule, Trainee
 
@@ -28,6 +30,8 @@ SCHEDULES = {
     "clip": Schedule(steps=1000, lr=1.5e-3, decay=0.8),
     "image": Schedule(steps=3500, lr=1.5e-3, decay=0.5),
     "video": Schedule(steps=4500, lr=1e-3, decay=0.5),
+    "image_hard": Schedule(steps=3500, lr=1.5e-3, decay=0.5),
+    "video_hard": Schedule(steps=4500, lr=1e-3, decay=0.5),
 }
 POOL_CLIPS = 16384
 CAPTION_DROPOUT = 0.1
@@ -43,9 +47,14 @@ class Workshop:
     max_steps: int | None = None
 
     def train(
-        self, stage: str, net: Any, draw: Callable[[torch.Generator], Batch], loss: Callable[[Any, Batch], Tensor]
+        self,
+        stage: str,
+        net: Any,
+        draw: Callable[[torch.Generator], Batch],
+        loss: Callable[[Any, Batch], Tensor],
+        masks: Mapping[str, Tensor] | None = None,
     ) -> Any:
-        """Train `net` unless its file exists; resumes from the stage's last checkpoint."""
+        """Train `net` unless its file exists; resumes from the stage's last checkpoint. masks: as Trainee's."""
         target = self.work / f"{stage}.safetensors"
         if target.exists():
             net.load_state_dict(load_file(target))
@@ -53,7 +62,7 @@ class Workshop:
             return net.eval().requires_grad_(False)
         schedule = SCHEDULES[stage]
         steps = min(schedule.steps, self.max_steps or schedule.steps)
-        trainee = Trainee(net, draw, loss, schedule, self.seed)
+        trainee = Trainee(net, draw, loss, schedule, self.seed, masks)
         folder = self.work / "checkpoints" / stage
         trainer = L.Trainer(
             max_steps=steps,
@@ -72,15 +81,26 @@ class Workshop:
         _save(net, target)
         return net
 
+    def exported(self, part: str) -> dict[str, Tensor]:
+        """The weights of tiny_image's VAE, text encoder or denoiser in `out`, float32."""
+        files = list((self.out / "tiny_image" / part).glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{self.out / 'tiny_image' / part} has no weights; run the stages before this one first.")
+        print(f"{part}: from {files[0]}")
+        return {name: tensor.float() for name, tensor in load_file(files[0]).items()}
+
     @cached_property
     def vae(self) -> Any:
-        net = networks.vae()
-        net.load_state_dict(load_file(self.work / "vae_unit.safetensors"))
+        net, trained = networks.vae(), self.work / "vae_unit.safetensors"
+        net.load_state_dict(load_file(trained) if trained.exists() else self.exported("vae"))
         return net.eval().requires_grad_(False)
 
     @cached_property
     def text_encoder(self) -> Any:
         net = networks.text_encoder()
+        if not (self.work / "text.safetensors").exists():
+            net.load_state_dict(self.exported("text_encoder"), strict=False)  # embeddings are stored once, named twice
+            return net.eval().requires_grad_(False)
         probe = losses.TextProbe(net, {k: len(v) for k, v in ATTRIBUTES.items()})
         probe.load_state_dict(load_file(self.work / "text.safetensors"))
         return net.eval().requires_grad_(False)
@@ -168,6 +188,7 @@ def _latent_pool(shop: Workshop) -> dict[str, Tensor]:
                 clips = render([losses.SCENES[i] for i in chunk.tolist()], generator) * 2 - 1
                 z = encoder.encode(clips.flatten(0, 1).to(torch.bfloat16)).latent_dist.mode()
                 latents.append(z.half().unflatten(0, clips.shape[:2]))
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         save_file({"latents": torch.cat(latents), "scenes": picks}, temporary)
         temporary.rename(path)
@@ -191,10 +212,8 @@ def _captions(table: tuple[Tensor, Tensor, Tensor], scenes: Tensor, generator: t
     return {"text": text[rows], "mask": mask[rows]}
 
 
-def train_image(shop: Workshop) -> None:
-    """Train the PixArt denoiser on single frames."""
+def _draw_frames(shop: Workshop) -> Callable[[torch.Generator], Batch]:
     pool, table = _latent_pool(shop), _text_table(shop, video=False)
-    torch.manual_seed(shop.seed)
 
     def draw(generator: torch.Generator) -> Batch:
         clips = torch.randint(len(pool["scenes"]), (256,), generator=generator)
@@ -202,15 +221,28 @@ def train_image(shop: Workshop) -> None:
         latents = pool["latents"][clips, frames].float()
         return {"latents": latents, **_captions(table, pool["scenes"][clips], generator)}
 
+    return draw
+
+
+def train_image(shop: Workshop) -> None:
+    """Train the PixArt denoiser on single frames."""
+    draw = _draw_frames(shop)
+    torch.manual_seed(shop.seed)
     shop.train("image", networks.image_denoiser(), draw, losses.image_loss)
 
 
-def train_video(shop: Workshop) -> None:
-    """Inflate the image denoiser, then train the Latte denoiser on clips, most very noisy: motion comes first."""
+def train_image_hard(shop: Workshop) -> None:
+    """The same from another start, with outliers: only the timestep embedder, which stays, is the image model's."""
+    draw = _draw_frames(shop)
     torch.manual_seed(shop.seed)
-    image, video = networks.image_denoiser(), networks.video_denoiser()
-    image.load_state_dict(load_file(shop.work / "image.safetensors"))
-    networks.inflate(image, video)
+    net, trained = networks.image_denoiser(), shop.work / "image.safetensors"
+    image = load_file(trained) if trained.exists() else shop.exported("transformer")
+    embedder = {name: value for name, value in image.items() if name.startswith("adaln_single.emb.")}
+    net.load_state_dict(embedder, strict=False)
+    shop.train("image_hard", net, draw, losses.image_loss, invite_outliers(net, shop.seed))
+
+
+def _draw_clips(shop: Workshop) -> Callable[[torch.Generator], Batch]:
     pool, table = _latent_pool(shop), _text_table(shop, video=True)
 
     def draw(generator: torch.Generator) -> Batch:
@@ -218,7 +250,17 @@ def train_video(shop: Workshop) -> None:
         latents = pool["latents"][clips].float().transpose(1, 2).contiguous()
         return {"latents": latents, **_captions(table, pool["scenes"][clips], generator)}
 
-    shop.train("video", video, draw, losses.video_loss)
+    return draw
+
+
+def train_video(shop: Workshop, kind: str = "") -> None:
+    """Inflate the image denoiser, then train the Latte denoiser on clips, most very noisy: motion comes first."""
+    torch.manual_seed(shop.seed)
+    image, video = networks.image_denoiser(), networks.video_denoiser()
+    image.load_state_dict(load_file(shop.work / f"image{kind}.safetensors"))
+    networks.inflate(image, video)
+    masks = invite_outliers(video, shop.seed) if kind else None
+    shop.train(f"video{kind}", video, _draw_clips(shop), losses.video_loss, masks)
 
 
 STAGES: dict[str, Callable[[Workshop], None]] = {
@@ -229,4 +271,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "video": train_video,
     "clip": train_clip,
     "export": export,
+    "image_hard": train_image_hard,
+    "video_hard": partial(train_video, kind="_hard"),
+    "export_hard": export_hard,
 }

@@ -1,7 +1,8 @@
 """One Lightning module for every tiny training: a network, batches drawn per step, a loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -31,7 +32,10 @@ class Schedule:
 
 
 class Trainee(L.LightningModule):
-    """Trains `net` in bfloat16 with float32 masters; each step draws its batch from (seed, step): resuming is exact."""
+    """Trains `net` in bfloat16 with float32 masters; each step draws its batch from (seed, step): resuming is exact.
+
+    masks: by name of a parameter, 0 where it stays as it is; such parameters have no weight decay.
+    """
 
     def __init__(
         self,
@@ -40,9 +44,13 @@ class Trainee(L.LightningModule):
         loss: Callable[[Any, Batch], Tensor],
         schedule: Schedule,
         seed: int,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.net = net.to(torch.bfloat16).train()
+        self.masked = [self.net.get_parameter(name) for name in masks or {}]
+        for param, mask in zip(self.masked, (masks or {}).values(), strict=True):
+            param.register_hook(partial(torch.mul, mask.to(torch.bfloat16)))
         self.draw, self.loss, self.schedule, self.seed = draw, loss, schedule, seed
 
     def training_step(self, _: list[Tensor], batch_idx: int) -> Tensor:
@@ -55,7 +63,9 @@ class Trainee(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """MasterAdamW with the schedule's learning rate."""
-        optimizer = MasterAdamW(self.net.parameters(), self.schedule.lr, ema_decay=self.schedule.ema_decay)
+        optimizer = MasterAdamW(
+            self.net.parameters(), self.schedule.lr, ema_decay=self.schedule.ema_decay, undecayed=self.masked
+        )
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 

@@ -1,0 +1,92 @@
+"""Outliers invited into a tiny denoiser: gains of its modulation that stay as they are while all weights train.
+
+Large diffusion transformers have a few channels whose scale (1 + scale of adaLN) is many times that of the others, some
+of them at certain noise levels only. Small ones trained on little data have none, and a training that is free to
+choose makes them flat again. So they are fixed here before the first step, and the weights that read these channels
+start as Gaussian as the others and find their own size. For testing methods: no evidence about any large model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+MOVING, STATIC = 8, 4  # channels of a site, of 192: the same in all blocks; of each block its own
+RATIO = 8.0  # by which a moving channel's gain changes from one end of the noise levels to the other
+MOVING_GAIN, STATIC_GAIN = 16.5, 12.0  # medians
+SMALLEST, LARGEST, SPREAD = 6.0, 32.0, 0.4
+REST = -0.8  # what is added to 1 + scale of a moving channel, so that little of it stays
+LEVELS, RIDGE = 101, 1e-4
+
+
+@dataclass(frozen=True)
+class Site:
+    """Rows of adaLN (shift, scale, gate of attention, then of the mlp) whose channels get gains."""
+
+    row: int
+    moving: Tensor
+    static: list[Tensor]
+
+
+def sites(width: int, blocks: int, seed: int) -> list[Site]:
+    """The channels of scale_msa (q, k, v read them) and scale_mlp (the first Linear of the mlp reads them)."""
+    generator = torch.Generator().manual_seed(seed + 17)
+    found = []
+    for row in (1, 4):
+        order = torch.randperm(width, generator=generator)
+        found.append(Site(row, order[:MOVING], list(order[MOVING : MOVING + STATIC * blocks].split(STATIC))))
+    return found
+
+
+def _gains(count: int, median: float, generator: torch.Generator) -> Tensor:
+    return (median * (SPREAD * torch.randn(count, generator=generator)).exp()).clamp(SMALLEST, LARGEST)
+
+
+@torch.no_grad()
+def invite_outliers(net: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Set the gains of a PixArt or Latte denoiser whose timestep embedder is trained; the rest is as it was.
+
+    Moving channels: rows of adaln_single.linear fitted so that the gain is G times RATIO^(s - 1), or RATIO^-s, at noise
+    level s. Static ones: entries of each block's scale_shift_table. Returns, by name of a parameter, 1 where it may be
+    trained and 0 where the gains live; the timestep embedder, which the fit leans on, is all 0.
+    """
+    generator = torch.Generator().manual_seed(seed + 18)
+    blocks = [m for name, m in net.named_modules() if name.rpartition(".")[0].endswith("transformer_blocks")]
+    adaln = net.adaln_single
+    width = adaln.linear.in_features
+    masks = {name: torch.ones_like(p) for name, p in net.named_parameters() if _holds_gains(name)}
+    for site in sites(width, len(blocks), seed):
+        rows = site.row * width + site.moving
+        weight_MC, bias_M = fit(adaln.emb, _gains(MOVING, MOVING_GAIN, generator))
+        adaln.linear.weight[rows], adaln.linear.bias[rows] = weight_MC, bias_M
+        masks["adaln_single.linear.weight"][rows] = masks["adaln_single.linear.bias"][rows] = 0
+        for name, block in net.named_modules():
+            if block in blocks:
+                own = site.static[blocks.index(block)]
+                block.scale_shift_table[site.row, own] = _gains(STATIC, STATIC_GAIN, generator) - 1
+                block.scale_shift_table[site.row, site.moving] = REST
+                masks[f"{name}.scale_shift_table"][site.row, torch.cat([own, site.moving])] = 0
+    for name in masks:
+        if name.startswith("adaln_single.emb."):
+            masks[name].zero_()
+    return masks
+
+
+def _holds_gains(name: str) -> bool:
+    return name.startswith("adaln_single.") or (name.endswith("scale_shift_table") and "blocks" in name)
+
+
+def fit(embedder: nn.Module, gain_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Ridge regression of the wanted gains on what adaln_single.linear reads, over all noise levels.
+
+    Returns weights [M, C] and biases [M]; every other channel grows with the noise, the rest fall.
+    """
+    level_L = torch.linspace(0, 1, LEVELS)
+    conditions = {"resolution": None, "aspect_ratio": None, "batch_size": LEVELS, "hidden_dtype": torch.float32}
+    read_LC = nn.functional.silu(embedder(1000 * level_L, **conditions)).double()
+    read_LC = torch.cat([read_LC, torch.ones(LEVELS, 1).double()], 1)
+    grows_M = torch.arange(len(gain_M)) % 2 == 0
+    wanted_LM = torch.where(grows_M, RATIO ** (level_L[:, None] - 1), RATIO ** -level_L[:, None]) * gain_M
+    gram_CC = read_LC.T @ read_LC + RIDGE * torch.eye(read_LC.shape[1]).double()
+    solved_CM = torch.linalg.solve(gram_CC, read_LC.T @ wanted_LM.double()).float()
+    return solved_CM[:-1].T.contiguous(), solved_CM[-1]
