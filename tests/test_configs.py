@@ -92,7 +92,7 @@ def test_first_comment_is_the_command(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_builds(name: str, model: str, configure: Configure) -> None:
     experiment = build(configure(f"quant={name}", f"model={model}", "name=preset"))
-    bits = [int(digit) for digit in re.findall(r"\d", name)]
+    bits = [int(digit) for digit in re.findall(r"\d", name.partition("_")[0])]
     schemes = experiment.plan.schemes.values()
     assert all([s.bits for s in (scheme.weight, scheme.activation) if s] == bits for scheme in schemes)
     assert bool(schemes) == bool(bits)
@@ -153,7 +153,8 @@ def test_format_composes(name: str, configure: Configure) -> None:
     side = "activation" if "token" in name or "tensor" in name else "weight"
     cfg = configure("quant=w8a8", f"quant/format@quant.{side}={name}", "name=x")
     spec = instantiate(cfg.quant[side])
-    assert isinstance(spec, QuantSpec) and name.startswith(f"int{spec.bits}_")
+    label = f"fp{spec.bits}_{spec.label}" if spec.label == spec.number else f"int{spec.label}"
+    assert isinstance(spec, QuantSpec) and name.startswith(spec.label if spec.block_scale else label)
     build(cfg)
 
 

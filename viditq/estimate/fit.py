@@ -128,7 +128,7 @@ def _widths(e: Experiment) -> Iterator[Candidate]:
     if isinstance(e.quant.policy, Uniform) and recipe.weight is not None:
         label = f"denoiser in {recipe.weight.bits} bits, {label}"
     configured = Candidate(label, (), e)
-    if not isinstance(e.quant.policy, Uniform):
+    if not isinstance(e.quant.policy, Uniform) or (recipe.weight is not None and recipe.weight.is_float):
         yield configured
     elif recipe.weight is None:
         for bits in (8, 4):

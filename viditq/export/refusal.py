@@ -41,10 +41,20 @@ def refusals(plan: QuantPlan, refusal: RefusalOf, preset: str, by_segment: bool 
             why = "and is quantized anew for each range of noise levels, which the format does not know"
             found[layer] = Refusal(layer, "segments", list(plan.edges), why, preset)
             continue
-        first = next(filter(None, (refusal(scheme, layer) for scheme in schemes)), None)
+        first = next(
+            filter(None, (_float_numbers(scheme, layer) or refusal(scheme, layer) for scheme in schemes)), None
+        )
         if first is not None:
             found[layer] = first
     return found
+
+
+def _float_numbers(scheme: LayerScheme, layer: str) -> Refusal | None:
+    """No exporter of integer formats knows them."""
+    for side, spec in (("weight", scheme.weight), ("activation", scheme.activation)):
+        if spec is not None and spec.is_float:
+            return Refusal(layer, f"{side}.number", spec.number, "and the format holds integers", "quant=w8a8_sym")
+    return None
 
 
 def raise_refused(target: str, found: dict[str, Refusal], requantizes: bool) -> None:

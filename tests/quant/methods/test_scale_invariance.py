@@ -46,6 +46,7 @@ FORMATS = {
     path.stem: QuantSpec(**{k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "_target_"})
     for path in sorted(FOLDER.glob("*.yaml"))
 }
+FORMATS = {name: spec for name, spec in FORMATS.items() if not spec.is_float}  # powers of two as scales jump
 POWERS = [2.0**k for k in (-99, -1, 99)]
 FACTORS = [1e-30, 3.7e-9, 1e30]
 

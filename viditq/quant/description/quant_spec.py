@@ -12,6 +12,9 @@ from viditq.quant.description.fields import checked_fields, is_int
 
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 ACTIVATION_GRANULARITIES = ("tensor", "channel", "token", "group")
+NUMBER_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4}
+BLOCK_SCALES = {"e8m0": 1, "e4m3": 1}  # bytes of each
+LABELS = {("e4m3", "e8m0", 32): "mxfp8", ("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,9 @@ class QuantSpec:
 
     bits: 2 to 8. granularity: tensor | channel | token | group. For a weight, channel is an output channel;
     for an activation, an input channel. dynamic (activations only): scales come from the very tensor being
-    quantized.
+    quantized. number: int, or a floating-point number of `bits` bits by its exponent and mantissa: e4m3, e5m2 (8), e2m1
+    (4); such grids are symmetric. block_scale (groups of floating-point numbers only): the scales are numbers
+    themselves, e8m0 = powers of two, e4m3 = under one float32 scale of the whole tensor; None = float32.
     """
 
     bits: int
@@ -28,6 +33,8 @@ class QuantSpec:
     granularity: str = "tensor"
     group_size: int | None = None
     dynamic: bool = False
+    number: str = "int"
+    block_scale: str | None = None
 
     def __post_init__(self) -> None:
         if not is_int(self.bits) or not 2 <= self.bits <= 8:
@@ -41,6 +48,7 @@ class QuantSpec:
             allowed = ", ".join(ACTIVATION_GRANULARITIES)
             raise UserError(f"granularity={self.granularity!r} is unknown; choose one of {allowed}")
         self._check_group_size()
+        self._check_number()
 
     def _check_group_size(self) -> None:
         size = self.group_size
@@ -48,6 +56,45 @@ class QuantSpec:
             raise UserError(f"granularity=group needs group_size, a positive whole number such as 64; got {size!r}")
         if self.granularity != "group" and size is not None:
             raise UserError(f"group_size={size!r} only goes with granularity=group, not {self.granularity}")
+
+    def _check_number(self) -> None:
+        if self.number != "int" and self.number not in NUMBER_BITS:
+            raise UserError(f"number={self.number!r} is unknown; choose int or one of {', '.join(NUMBER_BITS)}")
+        if self.is_float and self.bits != NUMBER_BITS[self.number]:
+            raise UserError(f"number={self.number} has {NUMBER_BITS[self.number]} bits, not bits={self.bits}")
+        if self.is_float and not self.symmetric:
+            raise UserError(f"number={self.number} has a sign and no zero point; set symmetric=true")
+        if self.block_scale is None:
+            return
+        if self.block_scale not in BLOCK_SCALES:
+            allowed = ", ".join(BLOCK_SCALES)
+            raise UserError(
+                f"block_scale={self.block_scale!r} is unknown; choose one of {allowed}, or null for float32"
+            )
+        if not self.is_float or self.granularity != "group":
+            raise UserError(
+                f"block_scale={self.block_scale} goes with number={'|'.join(NUMBER_BITS)} and granularity=group, got "
+                f"number={self.number}, granularity={self.granularity}"
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are floating-point numbers."""
+        return self.number != "int"
+
+    @property
+    def label(self) -> str:
+        """For names and tables: 8, 4, ... of integers; mxfp8, mxfp4, nvfp4 as they are known; else such as e4m3."""
+        if not self.is_float:
+            return str(self.bits)
+        return LABELS.get((self.number, self.block_scale or "", self.group_size or 0), self.number)
+
+    @property
+    def bytes_per_scale(self) -> int:
+        """Of a stored scale with its zero point."""
+        if self.block_scale is not None:
+            return BLOCK_SCALES[self.block_scale]
+        return 4 if self.symmetric else 5
 
     def check_weight(self) -> QuantSpec:
         """Raises UserError unless this can describe a weight."""
@@ -65,6 +112,11 @@ class QuantSpec:
                 "a static activation cannot have granularity=token: tokens differ between samples; "
                 "set dynamic=true, or granularity=tensor"
             )
+        if self.block_scale is not None and not self.dynamic:
+            raise UserError(
+                f"a static activation cannot have block_scale={self.block_scale}: its blocks' scales are found at run "
+                "time; set dynamic=true"
+            )
         if self.granularity == "channel" and self.dynamic:
             raise UserError(
                 "a dynamic activation cannot have granularity=channel: its scales would mix tokens; "
@@ -73,7 +125,9 @@ class QuantSpec:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All fields; of integers those that every artifact so far has."""
+        fields = dataclasses.asdict(self)
+        return fields if self.is_float else {k: v for k, v in fields.items() if k not in ("number", "block_scale")}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> QuantSpec:
