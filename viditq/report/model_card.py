@@ -22,6 +22,10 @@ from viditq.report.wording import num_bytes
 MARK = "<!-- viditq "
 TASKS = {"image": "text-to-image", "video": "text-to-video"}
 RESULTS = {"image": "images[0]", "video": "frames[0]"}
+AVERAGES = {
+    "average_weight_bits": "average bits of a weight",
+    "average_activation_bits": "average bits of an activation",
+}
 
 NOISE = "All of the same prompts. Noise: what the float model differs by from itself under another seed."
 
@@ -73,19 +77,26 @@ class ModelCard:
         name = f"[{self.base}](https://huggingface.co/{self.base})" if self.of_hub else self.base
         what = f"for {self.target}" if self.target else "as viditq's artifact"
         lines = [f"# {self.base.split('/')[-1]}, quantized", ""]
-        lines.append(f"{name} ({self.pipeline}), its denoiser quantized by viditq, {what}.")
+        lines.append(f"{name} ({self.pipeline}), its denoiser quantized {self._by()}, {what}.")
         return "\n".join(lines)
 
+    def _by(self) -> str:
+        """Who made the codes."""
+        source = self.meta.get("imported")
+        if source is None:
+            return "by viditq"
+        return f"elsewhere ({source['program']}: {', '.join(source['files'])}) and imported by viditq"
+
     def _recipe(self) -> str:
-        rows = [
-            ("recipe", "<br>".join(recipe_words(self.plan))),
-            ("average bits of a weight", f"{self.meta['average_weight_bits']:.2f}"),
-            ("average bits of an activation", f"{self.meta['average_activation_bits']:.2f}"),
-            ("denoiser", f"{num_bytes(self.size)}, of {num_bytes(self.meta['float_size_bytes'])} in 16 bits"),
-            ("computes in", self.meta.get("float_dtype") or self.dtype),
-        ]
+        rows = [("recipe", "<br>".join(recipe_words(self.plan)))]
+        for key, what in AVERAGES.items():  # what `save_denoiser` alone has written says nothing of them
+            rows += [(what, f"{self.meta[key]:.2f}")] if key in self.meta else []
+        float_size = self.meta.get("float_size_bytes")
+        of_float = "" if float_size is None else f", of {num_bytes(float_size)} in 16 bits"
+        rows.append(("denoiser", f"{num_bytes(self.size)}{of_float}"))
         if self.exported_size is not None:
-            rows.insert(4, ("all of this export", num_bytes(self.exported_size)))
+            rows.append(("all of this export", num_bytes(self.exported_size)))
+        rows.append(("computes in", self.meta.get("float_dtype") or self.dtype))
         if self.meta.get("text_encoders"):
             rows.append(("quantized text encoders", ", ".join(self.meta["text_encoders"])))
         return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
