@@ -93,7 +93,7 @@ def refusal(scheme: LayerScheme, layer: str) -> Refusal | None:
                 why = f"and torchao has it {wanted!r} where we agree on the grid"
                 return because(f"activation.{field}", getattr(activation, field), why)
     names = [transform.name for transform in scheme.transforms]
-    if names and (names != ["smooth"] or not _multiplies(scheme)):
+    if names and (names not in (["smooth"], ["given_scale"]) or not _multiplies(scheme)):
         why = "which torchao has for symmetric weights with a scale per row alone, and only smoothing"
         return because("transforms", names, why, f"{MULTIPLIED} and quant/smoothing=static")
     return None

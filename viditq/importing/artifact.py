@@ -14,16 +14,14 @@ from torch import nn
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.importing.comfy_file import read_comfy
+from viditq.importing.conversion import ImportedConversion
 from viditq.importing.denoiser import ImportedDenoiser
 from viditq.importing.layer import ImportedLayer
 from viditq.importing.torchao_folder import read_torchao
 from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
 from viditq.quant.artifact import META, file_sha256
-from viditq.quant.convert import Conversion
-from viditq.quant.description.plan import QuantPlan
-from viditq.quant.description.scheme import LayerScheme
-from viditq.quant.execution.linear import QuantLinear
+from viditq.quant.convert import convert_in_place
 from viditq.quant.streaming import quantize_to
 from viditq.report.model_card import recipe_words
 
@@ -57,7 +55,7 @@ class ImportedModel:
             self.layers |= {f"{prefix}{n}": layer for n, layer in found.layers.items()}
             self.left_out += found.left_out
         self.denoiser.eval().requires_grad_(False)
-        self.plan = plan_of({name: layer.scheme for name, layer in self.layers.items()})
+        self.plan = self._conversion().plan
 
     def told(self) -> str:
         """What is read: layers by format, and what of the files is left out."""
@@ -73,8 +71,19 @@ class ImportedModel:
         """The artifact; a killed call goes on where it was. Raises UserError for NaN or inf, and for a full disk."""
         if is_there(folder, self.source):
             return
-        conversion = ImportedConversion(self)
-        quantize_to(folder, conversion, self.runs, self._meta())
+        quantize_to(folder, self._conversion(), self.runs, self._meta())
+
+    def fill(self, backend: str) -> nn.Module:
+        """The denoiser itself, with QuantLinears in memory; it can be used, and this object cannot any more."""
+        conversion = self._conversion(backend)
+        for name, tensor in self.denoiser.state_dict(keep_vars=True).items():
+            if name in self.runs and not tensor.is_meta:
+                tensor.data = tensor.data.to(self.runs[name])
+        convert_in_place(conversion)
+        return self.denoiser
+
+    def _conversion(self, backend: str = "fake") -> ImportedConversion:
+        return ImportedConversion(self.denoiser, self.layers, self.runs, self.adapter.timestep_scale, backend)
 
     @cached_property
     def source(self) -> dict[str, Any]:
@@ -98,36 +107,6 @@ class ImportedModel:
             "stats": None,
             "imported": self.source,
         }
-
-
-class ImportedConversion(Conversion):
-    """Its Linears' codes are there already."""
-
-    def __init__(self, model: ImportedModel) -> None:
-        super().__init__(model.denoiser, model.plan, None, "fake", model.adapter.timestep_scale, dtypes=model.runs)
-        self._imported = model.layers
-
-    def check_finite(self, names: object) -> None:
-        """Scales are checked as they are read; the Linears have no weights."""
-
-    def quantized(self, names: Sequence[str]) -> dict[str, QuantLinear]:
-        """Not prepared."""
-        layers = {name: self.empty(name) for name in names}
-        for name, layer in layers.items():
-            layer.variants[0].load_state_dict(self._imported[name].tensors(name), assign=True)
-        return layers
-
-
-def plan_of(schemes: Mapping[str, LayerScheme]) -> QuantPlan:
-    """One segment. schemes: by layer."""
-    names: dict[LayerScheme, str] = {}
-    for scheme in schemes.values():
-        if scheme not in names:
-            sides = [f"{side}{spec.bits}" for side, spec in (("w", scheme.weight), ("a", scheme.activation)) if spec]
-            same = sum(name.partition("_")[0] == "".join(sides) for name in names.values())
-            names[scheme] = "".join(sides) + (f"_{same + 1}" if same else "")
-    layers: dict[str, tuple[str | None, ...]] = {layer: (names[scheme],) for layer, scheme in schemes.items()}
-    return QuantPlan((0.0, 1.0), {name: scheme for scheme, name in names.items()}, layers)
 
 
 def is_there(folder: Path, source: Mapping[str, Any]) -> bool:
