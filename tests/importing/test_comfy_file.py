@@ -322,3 +322,17 @@ def test_wrong_words_have_their_message(
     assert main(["import", *(str(places.get(word, word)) for word in words), "--out", str(tmp_path / "out")]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not [*(tmp_path / "out").iterdir()]
+
+
+def test_a_file_is_loaded_without_an_artifact(made: Made) -> None:
+    artifact, file = made("convrot")
+    pipeline = viditq.load_quantized(file, backend="fake", model="tiny_image")
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline("a red circle", generator=generator, output_type="pt", num_inference_steps=2).images
+    assert torch.equal(images, samples(artifact, "fake"))
+    with pytest.raises(UserError, match="python -m viditq import"):
+        viditq.load_quantized(file, model="tiny_image", memory_budget="1GB")
+    with pytest.raises(UserError, match="and 2 files were given"):
+        viditq.load_quantized([file, file], model="tiny_image")
+    with pytest.raises(UserError, match="names several places"):
+        viditq.load_quantized([file, file])

@@ -7,35 +7,32 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 
 from viditq import config
 from viditq.assets import is_hub_id
-from viditq.cli import CONF
 from viditq.errors import UserError, close_names
 from viditq.models.adapter import ModelAdapter
 
+CONF = Path(__file__).parents[2] / "conf"
 
-def model_config(name: str, settings: Sequence[str] = ()) -> DictConfig:
-    """The `model` node of a configuration. settings: such as model.dtype=bfloat16. UserError for an unknown name."""
-    known = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
-    words = [f"model={name}"]
-    is_path = name not in known or name == "diffusers"
-    if is_path:
+
+def float_model(name: str, settings: Sequence[str] = (), path: str | None = None) -> ModelAdapter:
+    """Its adapter. settings: such as model.dtype=bfloat16. path: of its folder, where that is not the one of the yaml.
+
+    Raises UserError for an unknown name and what ModelAdapter refuses, Hydra's own error for unknown settings.
+    """
+    known = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
+    of_yaml = name in known and name != "diffusers"
+    if not of_yaml:
         if not (name.startswith("shipped:") or is_hub_id(name) or Path(name).expanduser().is_dir()):
             raise UserError(
-                f"--model {name}: no folder here, no id on the hub, no yaml of conf/model; {close_names(name, known)}"
+                f"the model {name}: no folder here, no id on the hub, no yaml of conf/model; {close_names(name, known)}"
             )
-        words = ["model=diffusers"]
+        path = name if path is None else path
     config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed: DictConfig = compose("config", overrides=[*words, *settings])
-    if is_path:
-        composed.model.path = name
-    return composed
-
-
-def float_model(name: str, settings: Sequence[str] = ()) -> ModelAdapter:
-    """Its adapter; errors as of `model_config`, of Hydra for settings that are not there, and of ModelAdapter."""
-    adapter: ModelAdapter = instantiate(model_config(name, settings).model, _convert_="all")
+        node = compose("config", overrides=[f"model={name if of_yaml else 'diffusers'}", *settings]).model
+    if path is not None:
+        node.path = path
+    adapter: ModelAdapter = instantiate(node, _convert_="all")
     return adapter
