@@ -33,6 +33,7 @@ from viditq.nulls import check_nulls
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixed_bucket
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.execution.backends import check_supported, get_backend
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.setting import QuantSetting
@@ -113,7 +114,9 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     (plan, roles), weights = _plan(adapter, quant), adapter.weights_fingerprint()
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
-    _check_segments(adapter, plan, cfg.calibration.num_buckets)
+    stored = quant.policy if isinstance(quant.policy, StoredArtifact) else None
+    if stored is None:
+        _check_segments(adapter, plan, cfg.calibration.num_buckets)
     if quant.shrinks_noise:
         check_shrinkable(make_scheduler(adapter), adapter.call)
     if not adapter.compile:  # younger than what folders of runs hold
@@ -124,6 +127,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         tracked["quant"].pop("text_encoder", None)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
+    inputs |= {} if stored is None else {"artifact": stored.digest}
     experiment = Experiment(
         name=cfg.name,
         seed=cfg.seed,

@@ -11,8 +11,6 @@ from viditq.assets import is_hub_id
 from viditq.byte_numbers import num_bytes
 from viditq.errors import UserError
 from viditq.fusion.install import fuse_blocks
-from viditq.importing.artifact import ImportedModel
-from viditq.importing.float_model import float_model
 from viditq.interop.folder import is_pipeline
 from viditq.interop.pipeline import load_exported
 from viditq.models.adapter import ModelAdapter
@@ -109,6 +107,9 @@ def _load_imported(
             "memory_budget needs an artifact, whose weights can stay on disk. Write one: python -m viditq import FILE "
             f"--model {model} --out FOLDER, and load that."
         )
+    from viditq.importing.artifact import ImportedModel  # brings in Hydra, which nothing else here needs
+    from viditq.importing.float_model import float_model
+
     paths = [path] if isinstance(path, str | Path) else path
     adapter = float_model(model, path=model_path)
     denoiser = ImportedModel(adapter, [Path(one).expanduser() for one in paths]).fill(backend)
