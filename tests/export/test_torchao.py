@@ -48,6 +48,7 @@ EXACT = {
     "six_bits": Recipe(W6G, A8),
     "symmetric": Recipe(W8S, A8),
     "symmetric_w4": Recipe(W4S, A8),
+    "full_range": Recipe(W8S, QuantSpec(8, True, "token", dynamic=True, full_range=True)),
     "smoothed": Recipe(W8S, A8, SmoothSpec(0.5)),
     "mixed": RECIPE,
 }
@@ -112,7 +113,8 @@ def test_diffusers_with_torchao_computes_the_same(
     assert type(theirs.transformer_blocks[0].attn1.to_q.weight).__name__ in ("Int8Tensor", "IntxUnpackedToInt8Tensor")
     expected = outputs(model).double()
     error = (outputs(theirs).double() - expected).norm() / expected.norm()
-    assert error <= (5e-5 if dtype == torch.float32 else 1e-2)  # a code of an activation may flip
+    flips = 1e-3 if name == "full_range" else 5e-5  # of codes of activations: there each largest value is at an edge
+    assert error <= (flips if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def _wrong_field(scheme: LayerScheme) -> tuple[str, str] | None:
         return "activation.granularity", "and activations have one scale a token"
     if not activation.symmetric:
         return "activation.symmetric", "and activations have no zero point"
+    if activation.full_range:
+        return "activation.full_range", "and activations are the largest over 127"
     if activation.bits != 8:
         return "activation.bits", "and activations get 8 bits"
     if not weight.symmetric:

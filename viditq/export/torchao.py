@@ -88,7 +88,8 @@ def refusal(scheme: LayerScheme, layer: str) -> Refusal | None:
     if scheme.low_rank is not None:
         return because("low_rank", scheme.low_rank, "and torchao has no branch beside the codes")
     if activation is not None:
-        for field, wanted in {"bits": 8, "symmetric": False, "granularity": "token", "dynamic": True}.items():
+        full = activation.full_range and _multiplies(scheme)  # torchao's own symmetric grid
+        for field, wanted in {"bits": 8, "symmetric": full, "granularity": "token", "dynamic": True}.items():
             if getattr(activation, field) != wanted:
                 why = f"and torchao has it {wanted!r} where we agree on the grid"
                 return because(f"activation.{field}", getattr(activation, field), why)
@@ -188,7 +189,8 @@ def _layer(
     }
     if multiplies:
         activation = {"granularity": {"_type": "PerRow", "_data": {"dim": -1}}, "reduce_range": False}
-        activation["mapping_type"] = {"_type": "MappingType", "_data": "ASYMMETRIC"}
+        symmetric = scheme.activation is not None and scheme.activation.symmetric
+        activation["mapping_type"] = {"_type": "MappingType", "_data": "SYMMETRIC" if symmetric else "ASYMMETRIC"}
         data: dict[str, Any] = {"block_size": [1, columns], "dtype": typed, "reduce_range": False}
         data["act_quant_kwargs"] = {"_type": "QuantizeTensorToInt8Kwargs", "_data": activation}
         parts |= {} if smooth is None else {"act_pre_scale": (columns,)}

@@ -31,7 +31,10 @@ from viditq.quant.methods.transforms.given_scale import GivenScaleSpec
 
 INT8, INTX = "Int8Tensor", "IntxUnpackedToInt8Tensor"
 NAMES, PLAIN = "tensor_names", "Tensor"
-TOKEN = QuantSpec(8, False, "token", dynamic=True)
+MAPPINGS = {  # of activations by token
+    "ASYMMETRIC": QuantSpec(8, False, "token", dynamic=True),
+    "SYMMETRIC": QuantSpec(8, True, "token", dynamic=True, full_range=True),
+}
 AGAIN = "download the folder again"
 
 
@@ -150,16 +153,15 @@ class TorchaoLayer:
         if told is None:
             return None
         mapping = told.get("mapping_type")
-        if mapping != "ASYMMETRIC":
-            why = "whose scale is the largest magnitude over 127.5, and ours over 127: other codes"
-            self._refuse("act_quant_kwargs.mapping_type", mapping, why)
+        if mapping not in MAPPINGS:
+            self._refuse("act_quant_kwargs.mapping_type", mapping, f"where {' and '.join(MAPPINGS)} are imported")
         if told.get("reduce_range"):
             self._refuse("act_quant_kwargs.reduce_range", True, "which narrows the codes")
         granularity = self.described["_data"]["act_quant_kwargs"]["_data"].get("granularity") or {}
         if granularity.get("_type") != "PerRow" or _plain(granularity).get("dim", -1) != -1:
             why = "where activations have a scale per token"
             self._refuse("act_quant_kwargs.granularity", granularity.get("_type"), why)
-        return TOKEN
+        return MAPPINGS[mapping]
 
     def _intx(self) -> ImportedLayer:
         target, activation = str(self._data("target_dtype")), self._data("activation_quantization")
@@ -172,7 +174,7 @@ class TorchaoLayer:
         spec, groups = self._weight(bits, not zero_point.count_nonzero())
         if not spec.symmetric and int(zero_point.amin()) < -MIDDLE[bits]:
             self._refuse("zero_point", int(zero_point.amin()), f"below the smallest code of {bits} bits")
-        scheme = LayerScheme(spec, TOKEN if activation else None)
+        scheme = LayerScheme(spec, MAPPINGS["ASYMMETRIC"] if activation else None)
         return self._made(scheme, groups, None if spec.symmetric else zero_point, None)
 
     def _made(

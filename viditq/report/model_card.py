@@ -220,7 +220,8 @@ def _format(side: str, spec: Mapping[str, Any] | None) -> str:
         return f"{side} float"
     group = f" {spec['group_size']}" if spec.get("group_size") else ""
     static = " static" if side == "A" and not spec["dynamic"] else ""
-    return f"{side}{spec['bits']} {spec['granularity']}{group}{static}{' symmetric' if spec['symmetric'] else ''}"
+    full = " of full range" if spec.get("full_range") else ""
+    return f"{side}{spec['bits']} {spec['granularity']}{group}{static}{' symmetric' if spec['symmetric'] else ''}{full}"
 
 
 def _differs(scheme: Mapping[str, Any] | None) -> bool:
