@@ -20,7 +20,7 @@ from torch import Tensor
 
 from viditq.errors import UserError, close_names
 from viditq.export.comfy_formats import AWQ, INT8, W4A8, W4A8_GROUP, Marker
-from viditq.importing.layer import MIDDLE, ImportedLayer, check_fields, check_shape, stored
+from viditq.importing.layer import MIDDLE, ImportedLayer, check_fields, check_shape, stored, unsigned
 from viditq.mapped import release
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
@@ -135,7 +135,7 @@ class ComfyLayer:
 
         def read(rows: Rows) -> dict[str, Tensor]:
             of_rows = rows.of(scale.view(-1, 1)) if by_row else scale.view(1, 1)
-            return stored(_unsigned(rows.of(codes)), 8, of_rows)
+            return stored(unsigned(rows.of(codes), 8), 8, of_rows)
 
         return scheme, read
 
@@ -156,7 +156,7 @@ class ComfyLayer:
                 return stored(codes, 4, scale * rel_NG[:, :1].float())
             values = codes.float() - 8 if codebook is None else codebook[codes.long()]
             integers = (values * rel_NG.float().repeat_interleave(size, 1)).round_().clamp_(-127, 127)
-            return stored(_unsigned(integers), 8, scale)
+            return stored(unsigned(integers.to(torch.int8), 8), 8, scale)
 
         return scheme, read
 
@@ -189,11 +189,6 @@ def check_format(layer: str, marker: Mapping[str, Any]) -> None:
         why = f"{OTHERS[str(name)]}, which viditq has not"
         raise UserError(f"{layer} is in the format {name}: {why}. Imported are {', '.join(FIELDS)}.")
     raise UserError(f"{layer} is in the format {name!r}, which is not known; {close_names(str(name), FIELDS)}")
-
-
-def _unsigned(codes: Tensor) -> Tensor:
-    """-128 .. 127 as uint8 counted from -128."""
-    return (codes.to(torch.int16) + MIDDLE[8]).to(torch.uint8)
 
 
 def _is_power_by_row(s_rel_NG: Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from viditq.errors import UserError
@@ -40,6 +41,11 @@ def stored(codes_OC: Tensor, bits: int, scale: Tensor, zero_point: Tensor | None
     """As a variant stores them. codes_OC: uint8, below 2^bits. scale, zero_point: [O, 1], [O, G, 1] or [1, 1]."""
     tensors = {"qweight": pack(codes_OC, bits), "weight_scale": scale.float()}
     return tensors if zero_point is None else {**tensors, "weight_zero_point": zero_point}
+
+
+def unsigned(codes: Tensor, bits: int) -> Tensor:
+    """int8, from -2^(bits-1) on, as uint8 counted from there; uint8 wraps around, so that nothing wider is made."""
+    return codes.view(torch.uint8) + MIDDLE[bits]
 
 
 def check_shape(name: str, tensor: Tensor, allowed: Sequence[tuple[int, ...]]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.files import read_json, stored_metadata
 from viditq.importing.denoiser import ImportedDenoiser, check_names
-from viditq.importing.layer import MIDDLE, ImportedLayer, check_fields, check_shape, stored
+from viditq.importing.layer import MIDDLE, ImportedLayer, check_fields, check_shape, stored, unsigned
 from viditq.mapped import mapped_tensors, release
 from viditq.models.weight_files import DIFFUSERS, weight_files
 from viditq.quant.convert import shapes_of
@@ -211,10 +211,9 @@ def _read(
         raise UserError(
             f"codes of int{bits} reach {int(codes_OC.amin())} to {int(codes_OC.amax())}: the file is damaged"
         )
-    codes = (codes_OC.to(torch.int16) + MIDDLE[bits]).to(torch.uint8)
-    zero = None if zero_point is None else (zero_point.to(torch.int16) + MIDDLE[bits]).to(torch.uint8).view(grid)
+    zero = None if zero_point is None else unsigned(zero_point, bits).view(grid)
     smooth = {} if smooth_C is None else {"chain.0.scale": 1 / smooth_C.float()}
-    return stored(codes, bits, scale.reshape(grid), zero) | smooth
+    return stored(unsigned(codes_OC, bits), bits, scale.reshape(grid), zero) | smooth
 
 
 def _plain(value: Any) -> Any:
