@@ -87,6 +87,8 @@ def test_what_is_no_artifact_or_of_another_model_is_refused(
         StoredArtifact(str(finished_run)).plan(None, ["other"], [])  # type: ignore[arg-type]
     with pytest.raises(Exception, match=r"quant.correction=ptqd: quant/policy=artifact takes"):  # wrapped by Hydra
         run(tmp_path / "x", shared_cache, *of(finished_run), "quant.correction=ptqd")
+    with pytest.raises(UserError, match=r"made with model.dtype=float32, and this run has bfloat16"):
+        run(tmp_path / "x", shared_cache, *of(finished_run), "model.dtype=bfloat16")
     policy = "viditq.quant.description.policy.StoredArtifact"
     with pytest.raises(UserError, match="quant/policy=artifact takes formats"):
         check_overrides(policy, ["quant/smoothing=rotate", "quant/policy=artifact"])

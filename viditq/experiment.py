@@ -117,6 +117,8 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     stored = quant.policy if isinstance(quant.policy, StoredArtifact) else None
     if stored is None:
         _check_segments(adapter, plan, cfg.calibration.num_buckets)
+    else:
+        stored.check_model(adapter.to_dict())
     if quant.shrinks_noise:
         check_shrinkable(make_scheduler(adapter), adapter.call)
     if not adapter.compile:  # younger than what folders of runs hold

@@ -269,6 +269,9 @@ REFUSED: dict[str, tuple[Callable[..., None], str]] = {
         with_tensor("x_embedder.proj.bias", torch.ones(96, dtype=torch.int8)),
         "pos_embed.proj.bias is int8 in the file and is not marked",
     ),
+    "no marker": (lambda tensors, told: told.update({LAYER: ["int8"]}), f"{LAYER} says is .*where a mapping is needed"),
+    "no json": (with_tensor(f"{LAYER}.comfy_quant", torch.ones(3, dtype=torch.uint8)), "comfy_quant says is no JSON"),
+    "odd name": (marked(format=["int8"]), "is in the format .* which is not known"),
     "two words": (
         lambda tensors, told: told.update({LAYER: {"format": "int8_tensorwise", "convrot": True}}),
         f"says two things of {LAYER}",

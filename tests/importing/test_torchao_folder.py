@@ -117,6 +117,7 @@ REFUSED: dict[str, tuple[str, str, Any, str]] = {
         {"_type": "PerTensor", "_data": {}},
         "'PerTensor'",
     ),
+    "undescribed": ("symmetric", "act_quant_kwargs", "per row", "is not described as torchao 0.18 does it"),
     "narrowed": ("symmetric", "act_quant_kwargs._data.reduce_range", True, "reduce_range=True"),
     "block": ("symmetric", "block_size", [2, 32], r"block_size=\[2, 32\]"),
     "float8": ("symmetric", "_type", "Float8Tensor", "is torchao's Float8Tensor; imported are Int8Tensor"),

@@ -60,12 +60,9 @@ class ImportedModel:
     def told(self) -> str:
         """What is read: layers by format, and what of the files is left out."""
         lines = recipe_words(json.loads(self.plan.to_json()))
-        left = (
-            f"; {len(self.left_out)} tensors that are no part of it, such as {self.left_out[0]}"
-            if self.left_out
-            else ""
-        )
-        return f"of {self.program}: {', '.join(lines)}; all else in float{left}"
+        said = f"of {self.program}: {', '.join(lines)}; all else in float"
+        count = len(self.left_out)
+        return f"{said}; {count} tensors that are no part of it, such as {self.left_out[0]}" if count else said
 
     def write(self, folder: Path) -> None:
         """The artifact; a killed call goes on where it was. Raises UserError for NaN or inf, and for a full disk."""
@@ -88,8 +85,10 @@ class ImportedModel:
     @cached_property
     def source(self) -> dict[str, Any]:
         """Where it is from, for meta.json."""
-        files = [file for path in self.paths for file in (sorted(path.glob("*.safetensors")) or [path])]
-        return {"program": self.program, "files": {path.name: file_sha256(path) for path in files}}
+        files = {path.name: path for path in self.paths if path.is_file()}
+        for folder in (path for path in self.paths if path.is_dir()):
+            files |= {f"{folder.name}/{file.name}": file for file in sorted(folder.glob("*.safetensors"))}
+        return {"program": self.program, "files": {name: file_sha256(path) for name, path in files.items()}}
 
     def _meta(self) -> dict[str, Any]:
         linears = {n: m for n, m in self.denoiser.named_modules() if isinstance(m, nn.Linear)}

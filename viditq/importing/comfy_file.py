@@ -72,12 +72,15 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], l
 def _markers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Marker]:
     """Layer -> its format, from both places."""
     beside = {
-        name.removesuffix(f".{MARKER}"): _json(path, name, bytes(tensor.tolist()))
+        name.removesuffix(f".{MARKER}"): _mapping(path, name, tensor.view(torch.uint8).numpy().tobytes())
         for name, tensor in tensors.items()
         if name.endswith(f".{MARKER}")
     }
-    told = _json(path, LAYERS, stored_metadata(path).get(LAYERS, "{}").encode()).get("layers", {})
-    header = {name.removeprefix(PREFIX): marker for name, marker in told.items()}
+    told = _mapping(path, LAYERS, stored_metadata(path).get(LAYERS, "{}"))
+    header = {
+        name.removeprefix(PREFIX): _mapping(path, f"{LAYERS} of {name}", json.dumps(marker))
+        for name, marker in _mapping(path, LAYERS, json.dumps(told.get("layers", {}))).items()
+    }
     for layer in beside.keys() & header.keys():
         if beside[layer] != header[layer]:
             raise UserError(
@@ -93,7 +96,7 @@ def _markers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Marker]:
     return found
 
 
-def _json(path: Path, where: str, text: bytes) -> dict[str, Any]:
+def _mapping(path: Path, where: str, text: str | bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -182,13 +182,13 @@ class ComfyLayer:
 
 def check_format(layer: str, marker: Mapping[str, Any]) -> None:
     """Raises UserError for a format that is not imported, or not known."""
-    name = marker.get("format")
+    name = str(marker.get("format"))
     if name in FIELDS:
         return
     if name in OTHERS:
-        why = f"{OTHERS[str(name)]}, which viditq has not"
+        why = f"{OTHERS[name]}, which viditq has not"
         raise UserError(f"{layer} is in the format {name}: {why}. Imported are {', '.join(FIELDS)}.")
-    raise UserError(f"{layer} is in the format {name!r}, which is not known; {close_names(str(name), FIELDS)}")
+    raise UserError(f"{layer} is in the format {name!r}, which is not known; {close_names(name, FIELDS)}")
 
 
 def _is_power_by_row(s_rel_NG: Tensor) -> bool:

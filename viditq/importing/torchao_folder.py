@@ -44,6 +44,8 @@ def read_torchao(folder: Path, denoiser: nn.Module) -> ImportedDenoiser:
     shapes, owned = shapes_of(denoiser), dict[str, str]()
     layers: dict[str, ImportedLayer] = {}
     for name, told in described.items():
+        if not isinstance(told, dict):
+            raise UserError(f"{folder} describes {name} as {told!r}, where torchao 0.18 has a mapping; {AGAIN}")
         if told.get("_type") == PLAIN:
             continue
         layer, _, kind = name.rpartition(".")
@@ -52,7 +54,10 @@ def read_torchao(folder: Path, denoiser: nn.Module) -> ImportedDenoiser:
         begin = f"{layer}._weight_"
         fields = {n.removeprefix(begin): t for n, t in tensors.items() if n.startswith(begin)}
         owned |= {f"{begin}{field}": name for field in fields}
-        layers[layer] = TorchaoLayer(layer, told, fields, shapes[layer]).imported()
+        try:
+            layers[layer] = TorchaoLayer(layer, told, fields, shapes[layer]).imported()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{layer} is not described as torchao 0.18 does it ({error!r}): {told}") from error
     if not layers:
         raise UserError(f"{folder} holds no quantized layer: it is a float model, which run.py quantizes")
     floats = {name: tensor for name, tensor in tensors.items() if name not in owned}

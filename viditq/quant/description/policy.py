@@ -1,10 +1,10 @@
 """Policies: which plan a denoiser gets, from a recipe alone or from a file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from viditq.assets import resolve_plan
 from viditq.errors import UserError
@@ -110,6 +110,16 @@ class StoredArtifact:
     def digest(self) -> str:
         """Of everything that the artifact holds."""
         return str(read_mapping(self.folder / "meta.json", ["sha256"])["sha256"]["meta.json"])
+
+    def check_model(self, model: Mapping[str, Any]) -> None:
+        """Raises UserError where the artifact is of another kind of model. model: as meta.json has it."""
+        mine: Mapping[str, Any] = read_mapping(self.folder / "meta.json", []).get("model", {})
+        for key in ("pipeline", "denoisers", "dtype"):
+            if key in mine and mine[key] != model[key] and [*mine[key]] != [*model[key]]:
+                raise UserError(
+                    f"{self.path} was made with model.{key}={mine[key]}, and this run has {model[key]}: give the model "
+                    f"that it was made from, with model.{key}={mine[key]}."
+                )
 
     def plan(self, recipe: Recipe, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:
         """The artifact's plan, whatever the model keeps in float elsewhere; UserError for a plan of another model."""
