@@ -146,7 +146,7 @@ def test_codes_beyond_their_bits_are_refused(tmp_path: Path) -> None:
     _, part = exported(tmp_path, EXACT["w4a8"])
     name = f"{LAYER}._weight_qdata"
     found = read(rewritten(part, "block_size", [1, 32], lambda state: state[name].fill_(100)))
-    with pytest.raises(UserError, match="codes of int4 reach 100 to 100"):
+    with pytest.raises(UserError, match=f"codes of int4 in {LAYER} reach 100 to 100"):
         found.layers[LAYER].tensors(LAYER)
 
 

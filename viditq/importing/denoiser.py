@@ -51,8 +51,8 @@ class ImportedDenoiser:
 
 def check_names(found: Sequence[str], wanted: Sequence[str], what: str) -> None:
     """Raises UserError where a file's names are not those of a model. what: the model."""
-    missing = [name for name in wanted if name not in set(found)]
-    unknown = [name for name in found if name not in set(wanted)]
+    there, known = set(found), set(wanted)
+    missing, unknown = [n for n in wanted if n not in there], [n for n in found if n not in known]
     if not missing and not unknown:
         return
     said = [f"has no {missing[0]} ({len(missing)} in all)" if missing else ""]

@@ -193,7 +193,7 @@ class TorchaoLayer:
         for name, tensor in {"scale": scale, "zero_point": zero_point}.items():
             if tensor is not None and tensor.numel() != torch.Size(grid).numel():
                 check_shape(f"{self.name}._weight_{name}", tensor, [grid])
-        read = partial(_read, scheme.weight.bits, grid, codes, scale, zero_point, smooth)
+        read = partial(_read, self.name, scheme.weight.bits, grid, codes, scale, zero_point, smooth)
         return ImportedLayer(scheme, read, [*self.fields.values()])
 
     def _grid(self, spec: QuantSpec, groups: int) -> tuple[int, ...]:
@@ -204,6 +204,7 @@ class TorchaoLayer:
 
 
 def _read(
+    layer: str,
     bits: int,
     grid: tuple[int, ...],
     codes_OC: Tensor,
@@ -212,10 +213,9 @@ def _read(
     smooth_C: Tensor | None,
 ) -> dict[str, Tensor]:
     """Signed codes, counted from the smallest."""
-    if int(codes_OC.amin()) < -MIDDLE[bits] or int(codes_OC.amax()) >= MIDDLE[bits]:
-        raise UserError(
-            f"codes of int{bits} reach {int(codes_OC.amin())} to {int(codes_OC.amax())}: the file is damaged"
-        )
+    low, high = (int(codes_OC.amin()), int(codes_OC.amax())) if bits < 8 else (0, 0)
+    if low < -MIDDLE[bits] or high >= MIDDLE[bits]:
+        raise UserError(f"codes of int{bits} in {layer} reach {low} to {high}: the file is damaged; {AGAIN}")
     zero = None if zero_point is None else unsigned(zero_point, bits).view(grid)
     smooth = {} if smooth_C is None else {"chain.0.scale": 1 / smooth_C.float()}
     return stored(unsigned(codes_OC, bits), bits, scale.reshape(grid), zero) | smooth
