@@ -121,6 +121,7 @@ def test_diffusers_with_torchao_computes_the_same(
     ("recipe", "message"),
     [
         (Recipe(W8, A8S), r"activation\.symmetric=True.* asymmetric per token"),
+        (Recipe(W8S, A8S), r"activation\.symmetric=True.* the same with .*=int8_token_full_range"),
         (Recipe(W8, QuantSpec(8)), r"activation\.granularity='tensor'"),
         (Recipe(W8, QuantSpec(4, granularity="token", dynamic=True)), r"activation\.bits=4"),
         (Recipe(None, A8), r"has weight=None"),

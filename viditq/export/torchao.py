@@ -36,6 +36,7 @@ from viditq.quant.numerics.packing import unpack
 
 EMULATED = "quant=w8a8 (or w4a8), whose activations are asymmetric per token"
 MULTIPLIED = "quant=w8a8 with quant/format@quant.weight=int8_channel_symmetric"
+FULL_RANGE = "the same with quant/format@quant.activation=int8_token_full_range, its own symmetric grid"
 CONFIG = {  # of quantizing anew, which nobody does: the tensors say what they are
     "quant_method": "torchao",
     "modules_to_not_convert": None,
@@ -92,7 +93,8 @@ def refusal(scheme: LayerScheme, layer: str) -> Refusal | None:
         for field, wanted in {"bits": 8, "symmetric": full, "granularity": "token", "dynamic": True}.items():
             if getattr(activation, field) != wanted:
                 why = f"and torchao has it {wanted!r} where we agree on the grid"
-                return because(f"activation.{field}", getattr(activation, field), why)
+                preset = FULL_RANGE if field == "symmetric" and _multiplies(scheme) else EMULATED
+                return because(f"activation.{field}", getattr(activation, field), why, preset)
     names = [transform.name for transform in scheme.transforms]
     if names and (names not in (["smooth"], ["given_scale"]) or not _multiplies(scheme)):
         why = "which torchao has for symmetric weights with a scale per row alone, and only smoothing"
