@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from viditq.export.comfy_formats import Entry, Marker, Rows, common_marker, entries, markers, nearest
+from viditq.export.comfy_formats import Marker, Rows, common_marker, entries, markers, nearest
 from viditq.export.float_weights import FloatWeights
+from viditq.export.part import Entry
+from viditq.export.part_files import nbytes
 from viditq.export.refusal import Refusal, raise_refused
 from viditq.export.release_extras import extra_tensors
 from viditq.export.release_names import Origin
@@ -110,7 +112,7 @@ class ComfyFile:
         told = {"format_version": "1.0", "layers": self.layers}
         metadata = {"format": "pt", LAYERS: json.dumps(told), MADE_BY: json.dumps(dict(key))}
         metadata |= {COST: json.dumps(dict(cost))} if cost else {}
-        room = header_bound({e.name: e.shape for e in wanted}, sum(_nbytes(e) for e in wanted))
+        room = header_bound({e.name: e.shape for e in wanted}, sum(map(nbytes, wanted)))
         with atomic(path) as temporary, Writer(temporary, room + len(json.dumps(metadata)) + 32) as file:
             file.metadata.update(metadata)
             # the widest type first, so that what follows begins at a multiple of its element's size
@@ -171,7 +173,3 @@ def _marker_entry(layer: str, marker: Marker) -> Entry:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _nbytes(entry: Entry) -> int:
-    return int(torch.Size(entry.shape).numel()) * entry.dtype.itemsize

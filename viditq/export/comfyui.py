@@ -16,14 +16,13 @@ from torch import nn
 from viditq.errors import UserError
 from viditq.export.comfy_file import MADE_BY, ComfyFile
 from viditq.export.comfy_formats import refusal
-from viditq.export.cost import measure
+from viditq.export.cost import told_cost
 from viditq.export.float_weights import FloatWeights
-from viditq.export.refusal import raise_refused, refusals
+from viditq.export.refusal import raise_refused, refusals, refuse_correction
 from viditq.files import stored_metadata
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import PLAN, StoredTensors, read_meta
 from viditq.quant.description.plan import QuantPlan
-from viditq.quant.description.scheme import LayerScheme
 
 BY_NOISE_LEVEL = "the same recipe with segments=[0, 1] and dynamic activations (quant=w8a8_sym)"
 
@@ -36,7 +35,7 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     """
     meta = read_meta(artifact)
     plan = QuantPlan.from_json((artifact / PLAN).read_text())
-    _refuse_correction(meta)
+    refuse_correction("comfyui", meta)
     refused = refusals(plan, refusal, BY_NOISE_LEVEL)
     if not requantize:
         raise_refused("comfyui", refused, True)
@@ -51,19 +50,11 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     key = {"artifact": meta["sha256"], "model": adapter.path}
     missing = [path for path in files if not _is_there(path, key)]
     again = {layer: scheme for file in files.values() for layer, scheme in file.again.items()}
-    told = _told_cost(artifact, adapter, again, weights) if missing and weights is not None and again else {}
+    told = told_cost(artifact, adapter, again, weights) if missing and weights is not None and again else {}
     for path in missing:
         files[path].write(path, key, told)
     if meta.get("text_encoders"):
         print(f"not in it: {', '.join(meta['text_encoders'])}, quantized, which ComfyUI loads from files of their own")
-
-
-def _refuse_correction(meta: Mapping[str, Any]) -> None:
-    if meta.get("correction"):
-        raise UserError(
-            f"--to comfyui cannot hold quant.correction={meta['correction']}, which changes the denoiser's output. The "
-            "nearest that it can hold is quant.correction=null: quantize without."
-        )
 
 
 def _file(out: Path, denoiser: str) -> Path:
@@ -77,18 +68,3 @@ def _is_there(path: Path, key: Mapping[str, Any]) -> bool:
     if stored_metadata(path).get(MADE_BY) == json.dumps(key):
         return True
     raise UserError(f"{path} is there already and is no export of this artifact. Delete it, or give another --out.")
-
-
-def _told_cost(
-    artifact: Path, adapter: ModelAdapter, again: Mapping[str, LayerScheme], weights: FloatWeights
-) -> dict[str, Any]:
-    """What quantizing again cost, said and returned."""
-    cost = measure(artifact, adapter, again, weights)
-    worst = max(cost.layers, key=lambda layer: cost.layers[layer])
-    mean = sum(cost.layers.values()) / len(cost.layers)
-    print(
-        f"quantized again: {len(again)} Linears, to 8 bits a weight. Relative error against the artifact, one step of "
-        f"one prompt: {cost.output:.2%} of the denoiser's output; of these layers' own {mean:.2%} in the mean, at "
-        f"most {cost.layers[worst]:.2%} ({worst})"
-    )
-    return {"layers": len(again), "output_error": cost.output, "mean_layer_error": mean}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.export.pipeline_folder import export_pipeline, shard_file, write_index
-from viditq.export.refusal import Refusal, raise_refused, refusals
+from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
 from viditq.files import atomic, is_whole, write_json
 from viditq.mapped import Writer, header_bound
 from viditq.models.registry import find_class
@@ -60,11 +60,7 @@ def export(artifact: Path, out: Path) -> None:
     meta = read_meta(artifact)
     plan = QuantPlan.from_json((artifact / PLAN).read_text())
     raise_refused("torchao", refusals(plan, refusal, "quant/smoothing=static and dynamic activations"), False)
-    if meta.get("correction"):
-        raise UserError(
-            f"--to torchao cannot hold quant.correction={meta['correction']}, which changes the denoiser's output. The "
-            "nearest that it can hold is quant.correction=null: quantize without."
-        )
+    refuse_correction("torchao", meta)
     halves = sorted(layer for layer, dtype in meta["dtypes"].items() if dtype == "float16")
     if halves:
         raise UserError(

@@ -150,6 +150,10 @@ LOADING = {
         "Put the file into ComfyUI's `models/diffusion_models` and choose it in the node Load Diffusion Model; VAE and "
         "text encoders are those of the float model.",
     ),
+    "vllm-omni": (
+        "vllm-omni serves the folder: `vllm serve FOLDER --omni`; it finds the method in the denoiser's config.json. A "
+        "GPU of compute capability 8.0 or later.",
+    ),
     "torchao": (
         "```python",
         "import torch",
