@@ -163,6 +163,15 @@ LOADING = {
         "out = pipeline({call}).{result}",
         "```",
     ),
+    "sdnq": (
+        "```python",
+        "import torch",
+        "from diffusers import DiffusionPipeline  # needs the package sdnq, 0.2.8",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("FOLDER", dtype={dtype})  # or the id of the repository',
+        "out = pipeline({call}).{result}",
+        "```",
+    ),
     "diffusers": (
         "```python",
         "import torch",
