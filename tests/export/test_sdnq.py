@@ -1,7 +1,7 @@
 """`--to sdnq`: the tensors read as SDNQ reads them, its recorded outputs, and the program itself where there is one.
 
-tests/data/golden/sdnq.safetensors: what diffusers 0.42.1 with sdnq 0.2.8 computed from the folders of RECIPES. To record
-it again: VIDITQ_SDNQ_PYTHON=PYTHON python tests/export/test_sdnq.py, where PYTHON has both.
+tests/data/golden/sdnq.safetensors: what diffusers 0.42.1 with sdnq 0.2.8 computed from the folders of RECIPES. To
+record it again: VIDITQ_SDNQ_PYTHON=PYTHON python tests/export/test_sdnq.py, where PYTHON has both.
 """
 
 from __future__ import annotations

@@ -137,9 +137,9 @@ class ComfyFile:
         return [Entry(target, dtype, shape, partial(self._float, origin, dtype))]
 
     def _float(self, origin: Origin, dtype: torch.dtype) -> Tensor:
-        self.tensors.check(f"{self.prefix}{self.stored_as.get(name, name)}" for name in origin.names)
-        self.looked_at += [self.state[name] for name in origin.names]
-        parts = [self.state[name].to(dtype) for name in origin.names]
+        found = [self.tensors.of(f"{self.prefix}{self.stored_as.get(name, name)}") for name in origin.names]
+        self.looked_at += found
+        parts = [tensor.to(dtype) for tensor in found]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return torch.cat(rows.chunk(2)[::-1]) if origin.swapped else rows
 
@@ -154,8 +154,7 @@ class ComfyFile:
 
     def _stored(self, layer: str, bits: int) -> QuantizedWeight:
         fields = [f"{layer}.variants.0.{field}" for field in ("qweight", "weight_scale", "weight_zero_point")]
-        self.tensors.check(f"{self.prefix}{name}" for name in fields if name in self.state)
-        found = [self.state.get(name) for name in fields]
+        found = [self.tensors.of(f"{self.prefix}{name}") if name in self.state else None for name in fields]
         self.looked_at += [tensor for tensor in found if tensor is not None]
         qweight, scale, zero_point = found
         assert qweight is not None and scale is not None

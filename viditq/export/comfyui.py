@@ -18,10 +18,11 @@ from viditq.export.comfy_file import MADE_BY, ComfyFile
 from viditq.export.comfy_formats import refusal
 from viditq.export.cost import told_cost
 from viditq.export.float_weights import FloatWeights
-from viditq.export.refusal import raise_refused, refusals, refuse_correction
+from viditq.export.folding import folded
+from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
 from viditq.files import stored_metadata
 from viditq.models.adapter import ModelAdapter
-from viditq.quant.artifact import PLAN, StoredTensors, read_meta
+from viditq.quant.artifact import read_meta
 from viditq.quant.description.plan import QuantPlan
 
 BY_NOISE_LEVEL = "the same recipe with segments=[0, 1] and dynamic activations (quant=w8a8_sym)"
@@ -34,13 +35,13 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     cannot hold (unless it is to be quantized again), and for files that are there already and hold something else.
     """
     meta = read_meta(artifact)
-    plan = QuantPlan.from_json((artifact / PLAN).read_text())
     refuse_correction("comfyui", meta)
-    refused = refusals(plan, refusal, BY_NOISE_LEVEL)
+    adapter = ModelAdapter.from_dict(meta["model"])
+    denoiser = adapter.build_denoiser()
+    tensors, refused = folded(artifact, meta, denoiser, _refusals, requantize)
     if not requantize:
         raise_refused("comfyui", refused, True)
-    adapter = ModelAdapter.from_dict(meta["model"])
-    denoiser, tensors = adapter.build_denoiser(), StoredTensors(artifact, meta)
+    plan = tensors.plan
     weights = FloatWeights(adapter.build_denoiser(), plan, tensors) if requantize else None
     parts = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {"": denoiser}
     files = {
@@ -55,6 +56,10 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
         files[path].write(path, key, told)
     if meta.get("text_encoders"):
         print(f"not in it: {', '.join(meta['text_encoders'])}, quantized, which ComfyUI loads from files of their own")
+
+
+def _refusals(plan: QuantPlan) -> dict[str, Refusal]:
+    return refusals(plan, refusal, BY_NOISE_LEVEL)
 
 
 def _file(out: Path, denoiser: str) -> Path:

@@ -36,8 +36,7 @@ class FloatWeights:
         if layer in self._layers and self._segment is not None:
             return self.in_segment(layer, self._segment)
         if layer not in self._layers:
-            self._tensors.check([f"{layer}.weight"])
-            return self._state[f"{layer}.weight"].float()
+            return self._tensors.of(f"{layer}.weight").float()
         weights = self._variants(layer)
         return torch.stack(weights).mean(0) if len(weights) > 1 else weights[0]
 
@@ -47,8 +46,7 @@ class FloatWeights:
 
     def _variants(self, layer: str) -> list[Tensor]:
         prefix = f"{layer}.variants."
-        found = {n.removeprefix(prefix): tensor for n, tensor in self._state.items() if n.startswith(prefix)}
-        self._tensors.check(f"{prefix}{name}" for name in found)
+        found = {n.removeprefix(prefix): self._tensors.of(n) for n in self._state if n.startswith(prefix)}
         variants = self._layers[layer].variants
         variants.load_state_dict(found, assign=True)
         weights = []

@@ -16,10 +16,11 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from viditq.export.float_weights import FloatWeights
+from viditq.export.folding import opened
 from viditq.export.requantize import quantized_again
 from viditq.mapped import release
 from viditq.models.registry import find_class
-from viditq.quant.artifact import PLAN, StoredTensors, read_meta
+from viditq.quant.artifact import read_meta
 from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
@@ -54,17 +55,17 @@ class Part:
         self, artifact: Path, prefix: str, config: Mapping[str, Any], segment: int = 0, again: Again | None = None
     ) -> None:
         """prefix: what begins its names in the artifact. config: config.json of the float denoiser."""
-        meta = read_meta(artifact)
-        self._plan = QuantPlan.from_json((artifact / PLAN).read_text())
-        self._prefix, self._segment, self._again = prefix, segment, again
-        self._tensors = StoredTensors(artifact, meta)
-        self._state = {n.removeprefix(prefix): t for n, t in self._tensors.state().items() if n.startswith(prefix)}
         with init_empty_weights(include_buffers=False):
-            self.shapes = shapes_of(find_class(config["_class_name"]).from_config(config))
+            denoiser = find_class(config["_class_name"]).from_config(config)
+        self.shapes = shapes_of(denoiser)
+        self.tensors = opened(artifact, read_meta(artifact), denoiser, prefix, again.schemes if again else ())
+        self.plan = self.tensors.plan
+        self._prefix, self._segment, self._again = prefix, segment, again
+        self._state = {n.removeprefix(prefix): t for n, t in self.tensors.state().items() if n.startswith(prefix)}
         self.schemes: dict[str, LayerScheme] = {}
         self._stored_as = {name: name for name in self._state if ".variants." not in name}
-        for layer in (full.removeprefix(prefix) for full in self._plan.layers if full.startswith(prefix)):
-            scheme = self._plan.scheme(f"{prefix}{layer}", segment)
+        for layer in (full.removeprefix(prefix) for full in self.plan.layers if full.startswith(prefix)):
+            scheme = self.plan.scheme(f"{prefix}{layer}", segment)
             if again is not None and f"{prefix}{layer}" in again.schemes:
                 scheme = again.schemes[f"{prefix}{layer}"]
             if scheme is None:  # a plan may name what it leaves in float
@@ -78,8 +79,7 @@ class Part:
         return [Entry(n, t.dtype, tuple(t.shape), partial(self._float, n)) for n, t in self.floats.items()]
 
     def _float(self, name: str) -> Tensor:
-        self._tensors.check([f"{self._prefix}{self._stored_as[name]}"])
-        return self.floats[name]
+        return self.tensors.of(f"{self._prefix}{self._stored_as[name]}")
 
     def quantized(self, layer: str) -> QuantizedWeight:
         """Codes and grid; raises UserError for a tensor that is not as it was written."""
@@ -104,11 +104,10 @@ class Part:
     def find(self, layer: str, field: str) -> Tensor | None:
         """The same, None where there is none."""
         name = f"{self._variant(layer)}.{field}"
-        self._tensors.check([f"{self._prefix}{name}"])
-        return self._state.get(name)
+        return self.tensors.of(f"{self._prefix}{name}") if name in self._state else None
 
     def _variant(self, layer: str) -> str:
-        return f"{layer}.variants.{variant_of(self._plan, f'{self._prefix}{layer}', self._segment)}"
+        return f"{layer}.variants.{variant_of(self.plan, f'{self._prefix}{layer}', self._segment)}"
 
 
 def variant_of(plan: QuantPlan, layer: str, segment: int) -> int:

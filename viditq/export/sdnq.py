@@ -19,6 +19,7 @@ from torch import Tensor
 
 from viditq.export.cost import told_cost
 from viditq.export.float_weights import FloatWeights
+from viditq.export.folding import folded
 from viditq.export.part import Again, Entry, Part
 from viditq.export.part_files import write_files
 from viditq.export.pipeline_folder import export_pipeline
@@ -26,7 +27,7 @@ from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_corre
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.sdnq_layout import packed_shape, stored_grid, stored_weight
 from viditq.models.adapter import ModelAdapter
-from viditq.quant.artifact import PLAN, StoredTensors, read_meta
+from viditq.quant.artifact import read_meta
 from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
@@ -50,17 +51,20 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     quantized again).
     """
     meta = read_meta(artifact)
-    plan = QuantPlan.from_json((artifact / PLAN).read_text())
     refuse_correction(TARGET, meta)
-    adapter = ModelAdapter.from_dict(meta["model"])
-    shapes = shapes_of(adapter.build_denoiser())
-    refused = refusals(plan, partial(refusal, shapes=shapes), f"{NEAREST} and segments=[0, 1]")
-    again = None
+    adapter, again = ModelAdapter.from_dict(meta["model"]), None
+    denoiser = adapter.build_denoiser()
+    shapes = shapes_of(denoiser)
+
+    def found(plan: QuantPlan) -> dict[str, Refusal]:
+        return refusals(plan, partial(refusal, shapes=shapes), f"{NEAREST} and segments=[0, 1]")
+
+    tensors, refused = folded(artifact, meta, denoiser, found, requantize)
     if not requantize:
         raise_refused(TARGET, refused, True)
     elif refused:
-        weights = FloatWeights(adapter.build_denoiser(), plan, StoredTensors(artifact, meta))
-        again = Again({layer: _scheme_again(plan, layer, shapes[layer]) for layer in refused}, weights)
+        weights = FloatWeights(denoiser, tensors.plan, tensors)
+        again = Again({layer: _scheme_again(tensors.plan, layer, shapes[layer]) for layer in refused}, weights)
         told_cost(artifact, adapter, again.schemes, weights)
     export_pipeline(artifact, out, TARGET, partial(write_part, again=again))
 

@@ -15,6 +15,7 @@ import torch
 
 from viditq.export.cost import told_cost
 from viditq.export.float_weights import FloatWeights
+from viditq.export.folding import folded
 from viditq.export.part import Again, Entry, Part, row_scale, signed_codes
 from viditq.export.part_files import write_files
 from viditq.export.pipeline_folder import export_pipeline
@@ -22,7 +23,7 @@ from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_corre
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.step_policy import core_of, kept_weights, step_policy
 from viditq.models.adapter import ModelAdapter
-from viditq.quant.artifact import PLAN, StoredTensors, read_meta
+from viditq.quant.artifact import read_meta
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
 
@@ -36,15 +37,14 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     quantized again).
     """
     meta = read_meta(artifact)
-    plan = QuantPlan.from_json((artifact / PLAN).read_text())
     refuse_correction(TARGET, meta)
-    core = core_of(plan)
-    refused = refusals(core.plan, refusal, BY_NOISE_LEVEL)
+    adapter, policy, again = ModelAdapter.from_dict(meta["model"]), dict[str, Any](), None
+    tensors, refused = folded(artifact, meta, adapter.build_denoiser(), _refusals, requantize)
     if not requantize:
         raise_refused(TARGET, refused, True)
-    adapter, policy, again = ModelAdapter.from_dict(meta["model"]), dict[str, Any](), None
+    plan, core = tensors.plan, core_of(tensors.plan)
     if refused or core.others:
-        weights = FloatWeights(adapter.build_denoiser(), plan, StoredTensors(artifact, meta), core.first)
+        weights = FloatWeights(adapter.build_denoiser(), plan, tensors, core.first)
         again = Again(dict.fromkeys(refused, LayerScheme(WEIGHT, ACTIVATION)), weights) if refused else None
     if core.others:
         kept_weights(TARGET, plan, core, weights, again, requantize)
@@ -52,6 +52,10 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     elif again is not None:
         told_cost(artifact, adapter, again.schemes, again.weights)
     export_pipeline(artifact, out, TARGET, partial(write_part, segment=core.first, again=again, policy=policy))
+
+
+def _refusals(plan: QuantPlan) -> dict[str, Refusal]:
+    return refusals(core_of(plan).plan, refusal, BY_NOISE_LEVEL)
 
 
 def refusal(scheme: LayerScheme, layer: str) -> Refusal | None:
