@@ -60,6 +60,7 @@ RECIPES: dict[str, Recipe] = {
     **{f"w{bits}_group16": Recipe(weights(bits, True, 16), None) for bits in (4, 6, 8)},
     **{f"w{bits}_group16_asymmetric": Recipe(weights(bits, False, 16), None) for bits in (4, 6, 8)},
     "w8_tensor": Recipe(QuantSpec(8, True), None),
+    **{f"w{bits}a8_tensor": Recipe(QuantSpec(bits, True), A8, rules=TEXT) for bits in (4, 8)},
     "w4a8_rank": Recipe(weights(4, True), A8, low_rank=4, rules=TEXT),
     "w8a8_rank": Recipe(weights(8, True), A8, low_rank=4, rules=TEXT),
     "w4_rank_group16": Recipe(weights(4, False, 16), None, low_rank=4),
@@ -259,10 +260,11 @@ def test_diffusers_with_sdnq_computes_the_same(name: str, dtype: torch.dtype, tm
     assert error < (2e-4 if dtype == torch.float32 else 2e-2)
 
 
-def record() -> None:
+def record(*names: str) -> None:
+    """All, or these anew."""
     with tempfile.TemporaryDirectory() as folder:
-        golden = {}
-        for name, recipe in RECIPES.items():
+        golden = load_file(GOLDEN) if names else {}
+        for name, recipe in RECIPES.items() if not names else [(name, RECIPES[name]) for name in names]:
             place = Path(folder) / name
             place.mkdir()
             model, part = part_of(place, recipe)
@@ -272,4 +274,4 @@ def record() -> None:
 
 
 if __name__ == "__main__":
-    record()
+    record(*sys.argv[1:])

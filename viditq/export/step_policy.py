@@ -94,7 +94,10 @@ def step_policy(adapter: ModelAdapter, plan: QuantPlan, core: Core) -> dict[str,
     segments = [interval_of(plan.edges, min(max(level, 0.0), 1.0)) for level in levels]
     # sampling goes from noise to none, segments from none to noise
     first, last = sum(i > core.last for i in segments), sum(i < core.first for i in segments)
-    print(f"diffusion_step_policy: of {len(segments)} steps the first {first} and the last {last} in 16 bits")
+    print(
+        f"diffusion_step_policy: of {len(segments)} steps the first {first} and the last {last} in 16 bits. Programs "
+        "that read it do so for other formats than int8 so far: docs/deploy.md"
+    )
     return {
         "schema_version": 1,
         "type": "first_last_n",

@@ -29,6 +29,10 @@ from viditq.quant.description.scheme import LayerScheme
 
 TARGET, NEAREST = "vllm-omni", "quant=w8a8_sym with quant/smoothing=none"
 BY_NOISE_LEVEL = f"{NEAREST} and segments=[0, 1], or activations in float in the first and last steps alone"
+UNTRIED = (
+    "vllm-omni itself was not run: where it joins q, k and v it may take the scales of three rows alone (read in its "
+    "source). Compare samples with viditq's before you serve it: docs/deploy.md"
+)
 WHOLE = {"to_out.0": "to_out"}  # what it calls Linears that have another name in diffusers
 
 
@@ -51,6 +55,7 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
         policy = step_policy(adapter, plan, core)
     elif again is not None:
         told_cost(artifact, adapter, again.schemes, again.weights)
+    print(UNTRIED)
     export_pipeline(artifact, out, TARGET, partial(write_part, segment=core.first, again=again, policy=policy))
 
 
