@@ -38,6 +38,7 @@ from viditq.quant import (
 
 W8, W6, W4 = (QuantSpec(bits, True, "channel") for bits in (8, 6, 4))
 A8 = QuantSpec(8, True, "token", dynamic=True)
+A6 = QuantSpec(6, True, "token", dynamic=True)
 EXACT = {
     "w8a8": Recipe(W8, A8),
     "w6a8": Recipe(W6, A8),
@@ -173,11 +174,8 @@ def by_steps(folder: Path, edges: tuple[float, ...], names: tuple[str | None, ..
     return folder / "quantized"
 
 
-@pytest.mark.parametrize("first", [0, 2])
-@pytest.mark.parametrize("last", [0, 3])
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 0), (2, 3)])
 def test_steps_with_activations_in_float_become_a_policy(tmp_path: Path, first: int, last: int, capsys) -> None:
-    if not first + last:
-        pytest.skip("a plan without such steps")
     levels = noise_levels(tiny_adapter())
     assert levels is not None and len(levels) == 12
     edges, names = [0.0], list[str | None]()
@@ -249,3 +247,29 @@ def test_what_is_left_between_float_ranges() -> None:
     assert core.plan.edges == (0, 0.5, 1) and core.plan.layers == {"x": ("a", "a"), "y": (None, None)}
     assert core_of(replace(plan, layers={"x": ("a",) * 4})).others == ()
     assert core_of(replace(plan, layers={"x": ("w",) * 4})).others == ()
+
+
+def test_a_folder_with_other_files_is_refused_before_anything_is_measured(tmp_path: Path, capsys) -> None:
+    asymmetric = Recipe(QuantSpec(8, False, "channel"), QuantSpec(8, False, "token", dynamic=True))
+    artifact = artifact_of(tiny_adapter(), asymmetric, tmp_path / "quantized")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for target in ("vllm-omni", "sdnq"):
+        words = ["export", str(artifact), "--to", target, "--out", str(tmp_path / "out"), "--requantize"]
+        assert main(words) == 2
+        told = capsys.readouterr()
+        assert "is there already and is no export" in told.err and "quantized again" not in told.out
+
+
+def test_a_finished_export_is_not_made_again(tmp_path: Path, capsys) -> None:
+    artifact = artifact_of(
+        tiny_adapter(), Recipe(W8, A8, rules=[Rule("*.ff.*", activation=A6)]), tmp_path / "quantized"
+    )
+    for target in ("vllm-omni", "sdnq"):
+        words = ["export", str(artifact), "--to", target, "--requantize"]
+        assert main(words) == 0
+        assert "quantized again: 8 Linears" in capsys.readouterr().out
+        stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "exports" / target).rglob("*")}
+        assert main(words) == 0
+        assert "quantized again" not in capsys.readouterr().out
+        assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "exports" / target).rglob("*")}

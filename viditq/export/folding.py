@@ -87,12 +87,9 @@ class FoldedTensors(StoredTensors):
         if not readers:
             return
         stored = super().state()
-        scales = [
-            tensor
-            for reader in readers
-            for name, tensor in stored.items()
-            if name.startswith(f"{reader}.variants.") and name.endswith(".chain.0.scale")
-        ]
+        names = [n for n in stored if n.endswith(".chain.0.scale") and n.partition(".variants.")[0] in readers]
+        self.check(names)
+        scales = [stored[name] for name in names]
         why = self._obstacle(site, readers, scales, but)
         if why is not None:
             self.reasons |= dict.fromkeys(readers, why)

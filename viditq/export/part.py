@@ -88,12 +88,17 @@ class Part:
         spec = self.schemes[layer].weight
         assert spec is not None
         codes = self.tensor(layer, "qweight")
-        scale, zero_point = self.tensor(layer, "weight_scale"), self.find(layer, "weight_zero_point")
-        assert codes is not None and scale is not None
-        made = QuantizedWeight(unpack(codes, spec.bits, self.shapes[layer][1]), scale, zero_point)
+        made = QuantizedWeight(unpack(codes, spec.bits, self.shapes[layer][1]), *self.grid(layer))
         if spec.bits < 8:
             release([codes])
         return made
+
+    def grid(self, layer: str) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point alone."""
+        if self._again is not None and f"{self._prefix}{layer}" in self._again.schemes:
+            quantized = self.quantized(layer)
+            return quantized.scale, quantized.zero_point
+        return self.tensor(layer, "weight_scale"), self.find(layer, "weight_zero_point")
 
     def tensor(self, layer: str, field: str) -> Tensor:
         """A stored tensor of a layer's variant, such as weight_scale."""
@@ -124,6 +129,6 @@ def signed_codes(quantized: QuantizedWeight, bits: int) -> Tensor:
     return (quantized.codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
-def row_scale(quantized: QuantizedWeight) -> Tensor:
-    """float32 [O, 1] of a weight with a scale a row, or one for all."""
-    return quantized.scale.float().reshape(-1, 1).expand(len(quantized.codes), 1)
+def row_scale(scale: Tensor, rows: int) -> Tensor:
+    """float32 [O, 1] of a scale a row, or of one for all."""
+    return scale.float().reshape(-1, 1).expand(rows, 1)

@@ -12,7 +12,7 @@ import torch
 from viditq.export.part import Entry
 from viditq.export.pipeline_folder import shard_file, write_index
 from viditq.files import atomic, is_whole, write_json
-from viditq.mapped import Writer, header_bound
+from viditq.mapped import Writer, header_bound, release
 from viditq.quant.artifact_writer import SHARD_BYTES, in_shards
 
 
@@ -42,6 +42,7 @@ def _write(path: Path, entries: Sequence[Entry]) -> None:
             tensor = entry.make()
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.name
             file.add(entry.name, tensor)
+            release([tensor])
 
 
 def nbytes(entry: Entry) -> int:

@@ -22,7 +22,7 @@ from viditq.export.float_weights import FloatWeights
 from viditq.export.folding import folded
 from viditq.export.part import Again, Entry, Part
 from viditq.export.part_files import write_files
-from viditq.export.pipeline_folder import export_pipeline
+from viditq.export.pipeline_folder import export_pipeline, is_exported
 from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.sdnq_layout import packed_shape, stored_grid, stored_weight
@@ -52,6 +52,8 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     """
     meta = read_meta(artifact)
     refuse_correction(TARGET, meta)
+    if is_exported(artifact, out, TARGET):
+        return
     adapter, again = ModelAdapter.from_dict(meta["model"]), None
     denoiser = adapter.build_denoiser()
     shapes = shapes_of(denoiser)
@@ -147,7 +149,7 @@ def _layer(part: Part, layer: str) -> list[Entry]:
     shape = _weight_shape(spec, rows, columns, groups, turned)
     entries = [
         Entry(f"{layer}.weight", dtype, shape, lambda: _codes(part, layer, spec, groups, turned)),
-        Entry(f"{layer}.scale", torch.float32, grid, lambda: stored_grid(part.quantized(layer).scale, rows, turned)),
+        Entry(f"{layer}.scale", torch.float32, grid, lambda: stored_grid(part.grid(layer)[0], rows, turned)),
     ]
     if not spec.symmetric:
         entries.append(Entry(f"{layer}.zero_point", torch.float32, grid, lambda: _zero(part, layer, rows, turned)))
@@ -173,9 +175,9 @@ def _codes(part: Part, layer: str, spec: QuantSpec, groups: int, turned: bool) -
 
 def _zero(part: Part, layer: str, rows: int, turned: bool) -> Tensor:
     """What is added to code * scale."""
-    quantized = part.quantized(layer)
-    assert quantized.zero_point is not None
-    return stored_grid(-quantized.zero_point.float() * quantized.scale.float(), rows, turned)
+    scale, zero_point = part.grid(layer)
+    assert zero_point is not None
+    return stored_grid(-zero_point.float() * scale.float(), rows, turned)
 
 
 def _branch(part: Part, layer: str, field: str, turned: bool) -> Tensor:

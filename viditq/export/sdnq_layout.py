@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from viditq.export.part import row_scale
 from viditq.quant.methods.quantizer import QuantizedWeight
 
 Piece = tuple[int, int, int, int, int]
@@ -73,5 +74,4 @@ def stored_grid(values: Tensor, rows: int, turned: bool) -> Tensor:
     """float32 [O, 1], [1, O] or [O, G, 1] of a value a row or group; one for the whole weight is repeated."""
     if values.ndim == 3 and values.shape[1] > 1:
         return values.float()
-    by_row_O1 = values.float().reshape(-1, 1).expand(rows, 1)
-    return by_row_O1.T if turned else by_row_O1
+    return row_scale(values, rows).T if turned else row_scale(values, rows)

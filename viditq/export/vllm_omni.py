@@ -18,7 +18,7 @@ from viditq.export.float_weights import FloatWeights
 from viditq.export.folding import folded
 from viditq.export.part import Again, Entry, Part, row_scale, signed_codes
 from viditq.export.part_files import write_files
-from viditq.export.pipeline_folder import export_pipeline
+from viditq.export.pipeline_folder import export_pipeline, is_exported
 from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.step_policy import core_of, kept_weights, step_policy
@@ -42,6 +42,8 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     """
     meta = read_meta(artifact)
     refuse_correction(TARGET, meta)
+    if is_exported(artifact, out, TARGET):
+        return
     adapter, policy, again = ModelAdapter.from_dict(meta["model"]), dict[str, Any](), None
     tensors, refused = folded(artifact, meta, adapter.build_denoiser(), _refusals, requantize)
     if not requantize:
@@ -109,7 +111,7 @@ def _layer(part: Part, layer: str) -> list[Entry]:
     assert spec is not None
     return [
         Entry(f"{layer}.weight", torch.int8, shape, lambda: signed_codes(part.quantized(layer), spec.bits)),
-        Entry(f"{layer}.weight_scale", torch.float32, (shape[0], 1), lambda: row_scale(part.quantized(layer))),
+        Entry(f"{layer}.weight_scale", torch.float32, (shape[0], 1), lambda: row_scale(part.grid(layer)[0], shape[0])),
     ]
 
 
