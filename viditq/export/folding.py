@@ -1,7 +1,7 @@
 """Foldable smoothing taken over by the layer before, for programs that know no scale of inputs.
 
-A modulation's rows become (1 + scale) / s and shift / s, a value projection's rows those of W / s; codes stay as they
-are. Where that cannot be, the smoothing stays in the plan, and the program refuses it.
+A modulation's rows become (1 + scale) / s and shift / s, those of a value projection or a norm's weight W / s; codes
+stay as they are. Where that cannot be, the smoothing stays in the plan, and the program refuses it.
 
 Legend: O out_features, C in_features.
 """
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.export.refusal import Refusal
-from viditq.models.fold_sites import MODULATED, Site, fold_sites
+from viditq.models.fold_sites import KNOWN, Site, fold_sites
 from viditq.quant.artifact import PLAN, StoredTensors
 from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.methods.transforms.foldable import smooths_foldably, without_foldable
 
 Edit = Callable[[Tensor], Tensor]
-NO_SITE = "and this input's scale cannot be folded: no modulation of the block's own makes it"
+NO_SITE = "and this input's scale cannot be folded: nothing of its block's own makes it"
 
 
 def sites_of(denoiser: nn.Module) -> list[Site]:
@@ -52,7 +52,7 @@ def only_foldable(plan: QuantPlan, denoiser: nn.Module) -> QuantPlan:
     if not sites:
         raise UserError(
             "quant/smoothing=foldable: this model's blocks share one modulation, or are not known, so that no scale "
-            f"can be folded away. Known are {', '.join(sorted(MODULATED))}. Choose quant/smoothing=static or convrot."
+            f"can be folded away. Known are {', '.join(KNOWN)}. Choose quant/smoothing=static or convrot."
         )
     for site in sites:
         if site.scale is not None and any(plan.layers.get(site.source, ())):
@@ -165,7 +165,7 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _by_row(scale_C: Tensor, site: Site, field: str, values: Tensor) -> Tensor:
-    """Rows of a modulation's or value projection's weight, bias or grid, with the scale taken over."""
+    """Rows of a source's weight, bias or grid, with the scale taken over."""
     over_C = scale_C.view(-1, *[1] * (values.ndim - 1))
     if site.scale is None or site.shift is None:
         return values / over_C

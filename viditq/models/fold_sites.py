@@ -1,7 +1,8 @@
 """Where a scale of a Linear's inputs can be folded into the layer before, by diffusers' class of the denoiser.
 
-A block's own modulation makes x (1 + scale) + shift of a normalized x, scale and shift being rows of one Linear; of a
-value projection the output projection sees sums over tokens, channel by channel.
+A block's own modulation makes x (1 + scale) + shift of a normalized x, scale and shift being rows of one Linear; a
+norm's weight is a factor of each channel; of a value projection the output projection sees sums over tokens, channel by
+channel; and a gated mlp multiplies one Linear's output into what the last one reads.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ QKV, ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.
 
 @dataclass(frozen=True)
 class Site:
-    """source: the Linear whose rows take the scale, in chunks as wide as the readers' inputs. readers: all Linears that
-    read what it makes. shift, scale: which chunks; both None = all of its rows, a value projection.
+    """source: the Linear whose rows take the scale, in chunks as wide as the readers' inputs, or a norm. readers: all
+    Linears that read what it makes. shift, scale: which chunks; both None = all of its rows.
     """
 
     source: str
@@ -57,8 +58,20 @@ MODULATED: Mapping[str, Mapping[str, tuple[Modulation, ...]]] = {
     "QwenImageTransformer2DModel": {DOUBLE: QWEN},
     "SD3Transformer2DModel": {DOUBLE: SD3},
 }
-# attention over one stream alone: in a joint one two output projections would have to share a scale
-VALUES = {"SD3Transformer2DModel": (("attn2.to_v", "attn2.to_out.0"),)}
+Plain = tuple[str, tuple[str, ...]]
+Z_IMAGE: tuple[Plain, ...] = (  # all that it has: its norms have weights of their own, and its mlp is a product
+    ("attention_norm1", ("attention.to_q", "attention.to_k", "attention.to_v")),
+    ("attention.to_v", ("attention.to_out.0",)),
+    ("ffn_norm1", ("feed_forward.w1", "feed_forward.w3")),
+    ("feed_forward.w3", ("feed_forward.w2",)),
+)
+# (source, readers) of which the source takes the scale in all rows. Attention over one stream alone: in a joint one two
+# output projections would have to share a scale
+PLAIN: Mapping[str, Mapping[str, tuple[Plain, ...]]] = {
+    "SD3Transformer2DModel": {DOUBLE: (("attn2.to_v", ("attn2.to_out.0",)),)},
+    "ZImageTransformer2DModel": dict.fromkeys(("layers", "noise_refiner", "context_refiner"), Z_IMAGE),
+}
+KNOWN = sorted({*MODULATED, *PLAIN})
 
 
 def fold_sites(denoiser: str, shapes: Mapping[str, tuple[int, int]]) -> list[Site]:
@@ -66,14 +79,17 @@ def fold_sites(denoiser: str, shapes: Mapping[str, tuple[int, int]]) -> list[Sit
 
     shapes: Linear -> (out_features, in_features).
     """
+    modulated, plain = MODULATED.get(denoiser, {}), PLAIN.get(denoiser, {})
     found = []
-    for blocks, modulations in MODULATED.get(denoiser, {}).items():
+    for blocks in dict.fromkeys([*modulated, *plain]):
         places = dict.fromkeys(m[1] for name in shapes if (m := re.match(rf"({re.escape(blocks)}\.\d+)\.", name)))
         for place in places:
-            found += [site for m in modulations for site in _of(m, place, shapes)]
-            for source, reader in VALUES.get(denoiser, ()):
-                if f"{place}.{source}" in shapes:
-                    found.append(Site(f"{place}.{source}", (f"{place}.{reader}",)))
+            found += [site for m in modulated.get(blocks, ()) for site in _of(m, place, shapes)]
+            for source, readers in plain.get(blocks, ()):
+                site = Site(f"{place}.{source}", tuple(f"{place}.{reader}" for reader in readers))
+                width = shapes[site.readers[0]][1] if site.readers[0] in shapes else None
+                if width is not None and shapes.get(site.source, (width, 0))[0] == width:
+                    found.append(site)
     return found
 
 
