@@ -295,6 +295,26 @@ def test_what_is_quantized_again_leaves_its_neighbours_as_they_are(case, tmp_pat
     assert relative(flux.output(theirs), flux.ours(artifact)) < 0.05
 
 
+def test_parts_of_one_tensor_are_quantized_again_together_and_nothing_is_folded_around_them(
+    case, tmp_path: Path, capsys
+) -> None:
+    flux = case("flux_dev")
+    rules = [Rule("transformer_blocks.0.attn.to_k", keep_float=True)]
+    artifact = flux.artifact(Recipe(W8, A8, FOLDABLE, rules=rules), tmp_path / "quantized")
+    words = ["export", str(artifact), "--to", "comfyui", "--out", str(tmp_path / "out.safetensors")]
+    assert main(words) == 2
+    assert "attn.to_k has scheme='float'" in capsys.readouterr().err
+    assert main([*words, "--requantize"]) == 0
+    told = capsys.readouterr().out
+    assert "quantized again: 3 Linears" in told
+    worst = float(told.split("at most ")[1].split("%")[0])
+    assert worst < 5
+    stored, exported = load_file(artifact / "model.safetensors"), load_file(tmp_path / "out.safetensors")
+    modulation = exported["double_blocks.0.img_mod.lin.weight"].float().chunk(6)
+    plain = stored["transformer_blocks.0.norm1.linear.weight"].float().chunk(6)
+    assert torch.equal(modulation[1], plain[1]) and not torch.equal(modulation[4], plain[4])  # q, k, v; the mlp
+
+
 @pytest.mark.parametrize("name", ["pixart_sigma", "wan2.1_1.3b"])
 def test_a_shared_modulation_is_refused_before_anything(name: str, case) -> None:
     found = case(name)

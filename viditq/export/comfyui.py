@@ -24,6 +24,7 @@ from viditq.files import stored_metadata
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import read_meta
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.scheme import LayerScheme
 
 BY_NOISE_LEVEL = "the same recipe with segments=[0, 1] and dynamic activations (quant=w8a8_sym)"
 
@@ -38,19 +39,22 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     refuse_correction("comfyui", meta)
     adapter = ModelAdapter.from_dict(meta["model"])
     denoiser = adapter.build_denoiser()
-    tensors, refused = folded(artifact, meta, denoiser, _refusals, requantize)
-    if not requantize:
-        raise_refused("comfyui", refused, True)
-    plan = tensors.plan
-    weights = FloatWeights(adapter.build_denoiser(), plan, tensors) if requantize else None
-    parts = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {"": denoiser}
-    files = {
-        _file(out, name): ComfyFile(name, part, adapter, plan, tensors, refused.keys(), weights)
-        for name, part in parts.items()
-    }
+    again: dict[str, LayerScheme] = {}
+    while True:
+        tensors, refused = folded(artifact, meta, denoiser, _refusals, requantize, again)
+        if not requantize:
+            raise_refused("comfyui", refused, True)
+        weights = FloatWeights(adapter.build_denoiser(), tensors.plan, tensors) if requantize else None
+        parts = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {"": denoiser}
+        files = {
+            _file(out, name): ComfyFile(name, part, adapter, tensors.plan, tensors, refused.keys(), weights)
+            for name, part in parts.items()
+        }
+        again = {layer: scheme for file in files.values() for layer, scheme in file.again.items()}
+        if not tensors.touched & again.keys():
+            break  # else a tensor's other parts were to be quantized again too: nothing is folded around them
     key = {"artifact": meta["sha256"], "model": adapter.path}
     missing = [path for path in files if not _is_there(path, key)]
-    again = {layer: scheme for file in files.values() for layer, scheme in file.again.items()}
     told = told_cost(artifact, adapter, again, weights) if missing and weights is not None and again else {}
     for path in missing:
         files[path].write(path, key, told)

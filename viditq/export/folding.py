@@ -67,8 +67,8 @@ def only_foldable(plan: QuantPlan, denoiser: nn.Module) -> QuantPlan:
 class FoldedTensors(StoredTensors):
     """An artifact's tensors with what can be folded folded.
 
-    plan: without the smoothing that is. reasons: layers that keep it -> why. but: layers that are quantized again,
-    whose inputs stay as they are.
+    plan: without the smoothing that is. reasons: layers that keep it -> why. touched: layers whose weights, outputs or
+    inputs are others than in the artifact. but: layers that are quantized again, which stay as they are.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], sites: Sequence[Site], but: Collection[str] = ()) -> None:
@@ -77,7 +77,7 @@ class FoldedTensors(StoredTensors):
         self._edits: dict[str, list[Edit]] = {}
         self._folded: set[str] = set()
         smoothed = [layer for layer in self.plan.layers if smooths_foldably(self.plan, layer)]
-        self.reasons = dict.fromkeys(smoothed, NO_SITE)
+        self.reasons, self.touched = dict.fromkeys(smoothed, NO_SITE), set[str]()
         for site in sites if smoothed else ():
             self._take(site, but)
         self.plan = without_foldable(self.plan, self._folded)
@@ -95,6 +95,7 @@ class FoldedTensors(StoredTensors):
             self.reasons |= dict.fromkeys(readers, why)
             return
         self._folded.update(readers)
+        self.touched |= {site.source, *site.readers}
         for reader in readers:
             del self.reasons[reader]
         scale_C = scales[0].float()
@@ -190,11 +191,12 @@ def folded(
     denoiser: nn.Module,
     refusals: Callable[[QuantPlan], dict[str, Refusal]],
     requantize: bool,
+    but: Collection[str] = (),
 ) -> tuple[FoldedTensors, dict[str, Refusal]]:
     """The tensors of an artifact, and what is refused of their plan; with `requantize` nothing is folded for the sake
-    of a layer that is to be quantized again.
+    of a layer that is to be quantized again, because it is refused or one of `but`.
     """
-    sites, but = sites_of(denoiser), set[str]()
+    sites, but = sites_of(denoiser), {*but}
     while True:
         tensors = FoldedTensors(folder, meta, sites, but)
         found = {n: _explained(r, tensors.reasons) for n, r in refusals(tensors.plan).items()}
