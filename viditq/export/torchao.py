@@ -156,20 +156,22 @@ def _entries(
 ) -> dict[str, _Entry]:
     """Name in the float model's state -> what becomes of it. columns: in_features by layer."""
     state, entries = tensors.state(), dict[str, _Entry]()
-    for full, tensor in state.items():
-        name = full.removeprefix(prefix)
-        if full.startswith(prefix) and ".variants." not in full:
-
-            def plain(name: str = name, full: str = full) -> dict[str, Tensor]:
-                return {name: tensors.of(full)}
-
-            entries[name] = _Entry({"_type": "Tensor"}, {name: tuple(tensor.shape)}, tensor.nbytes, plain)
+    for full in (name for name in state if name.startswith(prefix) and ".variants." not in name):
+        entries |= _plain(full, full.removeprefix(prefix), tensors)
     for full in (layer for layer in plan.layers if layer.startswith(prefix)):
-        scheme = plan.scheme(full, 0)
-        if scheme is not None:
-            name = full.removeprefix(prefix)
+        scheme, name = plan.scheme(full, 0), full.removeprefix(prefix)
+        if scheme is None:  # a plan may name what it leaves in float
+            entries |= _plain(f"{full}.variants.0.weight", f"{name}.weight", tensors)
+        else:
             entries |= _layer(full, name, scheme, columns[name], meta["dtypes"][full], tensors)
     return entries
+
+
+def _plain(stored: str, name: str, tensors: StoredTensors) -> dict[str, _Entry]:
+    """A float tensor under its float name."""
+    tensor = tensors.state()[stored]
+    shapes = {name: tuple(tensor.shape)}
+    return {name: _Entry({"_type": "Tensor"}, shapes, tensor.nbytes, lambda: {name: tensors.of(stored)})}
 
 
 def _layer(
