@@ -17,6 +17,7 @@ from viditq.byte_numbers import num_bytes
 from viditq.checks import OF_LOGGERS, Checked, check
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
+from viditq.export.folding import only_foldable
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
 from viditq.models.attention import check_device
@@ -202,12 +203,13 @@ def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None
 def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:
     """The plan for this model and its Linears' roles.
 
-    Refused here: unknown layers, Linears without a role, and a search that has nothing to find.
+    Refused here: unknown layers, Linears without a role, a search that has nothing to find, and smoothing that could be
+    folded away nowhere.
     """
     denoiser = adapter.build_denoiser()
     names = linear_names(denoiser)
     roles = adapter.linear_roles(names)
-    plan = quant.plan(names, [name for name, role in roles.items() if role == FLOAT])
+    plan = only_foldable(quant.plan(names, [name for name, role in roles.items() if role == FLOAT]), denoiser)
     if isinstance(quant.policy, SensitivitySearch):
         quant.policy.check(plan, roles, shapes_of(denoiser), USUAL, adapter.left_in_float_bytes())
     return plan, roles

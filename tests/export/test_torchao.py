@@ -22,8 +22,12 @@ from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.export import torchao as exporter
 from viditq.export.refusal import raise_refused, refusals
+from viditq.export.sdnq import write_part as sdnq_part
 from viditq.export.torchao import refusal, write_part
+from viditq.export.vllm_omni import write_part as vllm_omni_part
 from viditq.quant import (
+    LayerScheme,
+    QuantPlan,
     QuantSpec,
     Recipe,
     RotateSpec,
@@ -97,6 +101,21 @@ def test_smoothing_goes_into_the_input(tmp_path: Path) -> None:
     mine = load_file(part / "diffusion_pytorch_model.safetensors")
     scale = model.transformer_blocks[0].attn1.to_q.variants[0].chain[0].scale
     assert torch.equal(mine["transformer_blocks.0.attn1.to_q._weight_act_pre_scale"], 1 / scale)
+
+
+@pytest.mark.parametrize("target", [write_part, sdnq_part, vllm_omni_part], ids=["torchao", "sdnq", "vllm-omni"])
+def test_a_layer_that_the_plan_names_and_leaves_in_float_stays_so(tmp_path: Path, target: Any) -> None:
+    model, scheme = random_model(), LayerScheme(W8S, A8S if target is not write_part else A8)
+    kept = model.transformer_blocks[0].ff.net[2].weight.detach().clone()
+    layers = {name: ("w8a8",) for name in linear_names(model) if ".attn1." in name}
+    plan = QuantPlan((0.0, 1.0), {"w8a8": scheme}, {**layers, "transformer_blocks.0.ff.net.2": (None,)})
+    quantize_denoiser(model, plan, None)
+    save_denoiser(tmp_path / "artifact", model, plan, {"float_dtype": None})
+    config = {"_class_name": "PixArtTransformer2DModel", **CONFIG}
+    target(tmp_path / "part", config, "float32", tmp_path / "artifact")
+    mine = load_file(tmp_path / "part" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(mine["transformer_blocks.0.ff.net.2.weight"].float(), kept)
+    assert not [name for name in mine if ".variants." in name]
 
 
 @pytest.mark.parametrize("name", EXACT)

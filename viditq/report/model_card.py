@@ -161,10 +161,23 @@ LOADING = {
         "Put the file into ComfyUI's `models/diffusion_models` and choose it in the node Load Diffusion Model; VAE and "
         "text encoders are those of the float model.",
     ),
+    "vllm-omni": (
+        "vllm-omni serves the folder: `vllm serve FOLDER --omni`; it finds the method in the denoiser's config.json. A "
+        "GPU of compute capability 8.0 or later.",
+    ),
     "torchao": (
         "```python",
         "import torch",
         "from diffusers import DiffusionPipeline  # needs the package torchao, 0.18 or later",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("FOLDER", dtype={dtype})  # or the id of the repository',
+        "out = pipeline({call}).{result}",
+        "```",
+    ),
+    "sdnq": (
+        "```python",
+        "import torch",
+        "from diffusers import DiffusionPipeline  # needs the package sdnq, 0.2.8",
         "",
         'pipeline = DiffusionPipeline.from_pretrained("FOLDER", dtype={dtype})  # or the id of the repository',
         "out = pipeline({call}).{result}",

@@ -50,7 +50,7 @@ def test_a_chain_does_not_change_the_output(problem, names, dtype):
     x, weight = x.to(dtype), weight.to(dtype)
     kept = x.clone()
     y = F.linear(chain.activation(x), chain.weight(weight))
-    torch.testing.assert_close(y, F.linear(x, weight), rtol=1e-4, atol=4e-3 if dtype == torch.float32 else 1e-9)
+    torch.testing.assert_close(y, F.linear(x, weight), rtol=1e-4, atol=4e-2 if dtype == torch.float32 else 1e-9)
     assert torch.equal(x, kept)
 
 
