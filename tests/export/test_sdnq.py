@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,9 @@ def test_an_activation_s_layers_must_be_wide_enough() -> None:
     ("recipe", "message"),
     [
         (Recipe(weights(8, True), QuantSpec(8, False, "token", dynamic=True)), r"activation\.symmetric=False"),
+        (Recipe(weights(8, True), replace(A8, full_range=True)), r"activation\.full_range=True"),
         (Recipe(weights(8, True), QuantSpec(4, True, "token", dynamic=True)), r"activation\.bits=4"),
-        (Recipe(weights(8, True), QuantSpec(8, True)), r"activation\.dynamic=False"),
+        (Recipe(weights(8, True), QuantSpec(8, True)), r"activation\.granularity='tensor'"),
         (Recipe(weights(4, True, 16), A8), r"weight\.granularity='group'"),
         (Recipe(None, A8), r"weight=None"),
         (Recipe(weights(8, True), A8, SmoothSpec(0.5)), r"transforms=\['smooth'\]"),

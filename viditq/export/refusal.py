@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from viditq.errors import UserError
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
 
 
@@ -46,6 +47,14 @@ def refusals(plan: QuantPlan, refusal: RefusalOf, preset: str, by_segment: bool 
         if first is not None:
             found[layer] = first
     return found
+
+
+def differences(spec: QuantSpec, wanted: QuantSpec) -> Iterator[tuple[str, object, object]]:
+    """Each field in which a format is another one: its name, what it has, what is wanted."""
+    for field in fields(spec):
+        found, value = getattr(spec, field.name), getattr(wanted, field.name)
+        if found != value:
+            yield field.name, found, value
 
 
 def raise_refused(target: str, found: dict[str, Refusal], requantizes: bool) -> None:

@@ -23,7 +23,7 @@ from viditq.export.folding import folded
 from viditq.export.part import Again, Entry, Part
 from viditq.export.part_files import write_files
 from viditq.export.pipeline_folder import export_pipeline, is_exported
-from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
+from viditq.export.refusal import Refusal, differences, raise_refused, refusals, refuse_correction
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.sdnq_layout import packed_shape, stored_grid, stored_weight
 from viditq.models.adapter import ModelAdapter
@@ -36,7 +36,6 @@ from viditq.quant.description.scheme import LayerScheme
 TARGET, VERSION = "sdnq", "0.2.8"
 NEAREST = "quant=w8a8_sym (or w4a8_sym, or weights only) with quant/smoothing=none"
 SMALLEST, MULTIPLE = 32, 16  # sides of a weight whose integers it multiplies
-TOKEN = {"dynamic": True, "granularity": "token", "symmetric": True, "bits": 8}
 ALL = {  # without the last three it leaves small layers in float, and those that it knows by name
     "quantized_matmul_dtype": "int8",
     "dequantize_fp32": True,
@@ -79,10 +78,8 @@ def refusal(scheme: LayerScheme, layer: str, shapes: Mapping[str, tuple[int, int
     if scheme.transforms:
         names = [transform.name for transform in scheme.transforms]
         return Refusal(layer, "transforms", names, "and SDNQ takes inputs as they are", NEAREST)
-    for field, value in TOKEN.items() if activation is not None else ():
-        found = getattr(activation, field)
-        if found != value:
-            return Refusal(layer, f"activation.{field}", found, f"and SDNQ has it {value!r}", NEAREST)
+    for field, found, value in differences(activation, ACTIVATION) if activation is not None else ():
+        return Refusal(layer, f"activation.{field}", found, f"and SDNQ has it {value!r}", NEAREST)
     if activation is not None and weight.granularity == "group":
         why = "beside quantized activations, where SDNQ would round these weights again at each call"
         return Refusal(layer, "weight.granularity", "group", why, NEAREST)

@@ -7,6 +7,7 @@ Where a plan leaves activations in float in the first or last steps, `diffusion_
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from viditq.export.folding import folded
 from viditq.export.part import Again, Entry, Part, row_scale, signed_codes
 from viditq.export.part_files import write_files
 from viditq.export.pipeline_folder import export_pipeline, is_exported
-from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
+from viditq.export.refusal import Refusal, differences, raise_refused, refusals, refuse_correction
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.step_policy import core_of, kept_weights, step_policy
 from viditq.models.adapter import ModelAdapter
@@ -75,14 +76,12 @@ def refusal(scheme: LayerScheme, layer: str) -> Refusal | None:
         (scheme.low_rank is not None, "low_rank", scheme.low_rank, "and there is no branch beside the codes"),
         (bool(names), "transforms", names, "and inputs are taken as they are"),
     ]
-    for side, spec, wanted in (
-        ("activation", activation, {"dynamic": True, "granularity": "token", "symmetric": True, "bits": 8}),
-        ("weight", weight, {"symmetric": True, "granularity": ("channel", "tensor")}),
-    ):
-        for field, value in wanted.items() if spec is not None else ():
-            found = getattr(spec, field)
-            fits = found in value if isinstance(value, tuple) else found == value
-            wrong.append((not fits, f"{side}.{field}", found, f"and there it is {value!r}"))
+    for field, found, value in differences(activation, ACTIVATION) if activation is not None else ():
+        wrong.append((True, f"activation.{field}", found, f"and there it is {value!r}"))
+    if weight is not None:
+        alike = replace(WEIGHT, bits=weight.bits, granularity="tensor" if weight.granularity == "tensor" else "channel")
+        for field, found, value in differences(weight, alike):
+            wrong.append((True, f"weight.{field}", found, f"and there it is {value!r}"))
     return next((Refusal(layer, field, value, why, NEAREST) for is_so, field, value, why in wrong if is_so), None)
 
 
