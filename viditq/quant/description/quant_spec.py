@@ -12,6 +12,7 @@ from viditq.quant.description.fields import checked_fields, is_int
 
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 ACTIVATION_GRANULARITIES = ("tensor", "channel", "token", "group")
+YOUNGER = {"full_range": False, "number": "int", "block_scale": None}
 NUMBER_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4}
 BLOCK_SCALES = {"e8m0": 1, "e4m3": 1}  # bytes of each
 LABELS = {("e4m3", "e8m0", 32): "mxfp8", ("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}
@@ -23,9 +24,11 @@ class QuantSpec:
 
     bits: 2 to 8. granularity: tensor | channel | token | group. For a weight, channel is an output channel;
     for an activation, an input channel. dynamic (activations only): scales come from the very tensor being
-    quantized. number: int, or a floating-point number of `bits` bits by its exponent and mantissa: e4m3, e5m2 (8), e2m1
-    (4); such grids are symmetric. block_scale (groups of floating-point numbers only): the scales are numbers
-    themselves, e8m0 = powers of two, e4m3 = under one float32 scale of the whole tensor; None = float32.
+    quantized. full_range (dynamic symmetric activations only): scale = amax / (2^b - 1) * 2, as torchao has it, in
+    place of amax / (2^(b-1) - 1): the largest value is between two codes, and the smallest code is used too. number:
+    int, or a floating-point number of `bits` bits by its exponent and mantissa: e4m3, e5m2 (8), e2m1 (4); such grids
+    are symmetric. block_scale (groups of floating-point numbers only): the scales are numbers themselves, e8m0 = powers
+    of two, e4m3 = under one float32 scale of the whole tensor; None = float32.
     """
 
     bits: int
@@ -33,6 +36,7 @@ class QuantSpec:
     granularity: str = "tensor"
     group_size: int | None = None
     dynamic: bool = False
+    full_range: bool = False
     number: str = "int"
     block_scale: str | None = None
 
@@ -41,12 +45,14 @@ class QuantSpec:
             raise UserError(
                 f"bits={self.bits!r} is not possible: give a whole number from 2 to 8 (null = leave in float)"
             )
-        for field in ("symmetric", "dynamic"):
+        for field in ("symmetric", "dynamic", "full_range"):
             if not isinstance(getattr(self, field), bool):
                 raise UserError(f"{field}={getattr(self, field)!r} must be true or false")
         if self.granularity not in ACTIVATION_GRANULARITIES:
             allowed = ", ".join(ACTIVATION_GRANULARITIES)
             raise UserError(f"granularity={self.granularity!r} is unknown; choose one of {allowed}")
+        if self.full_range and not (self.symmetric and self.dynamic):
+            raise UserError("full_range only goes with symmetric=true and dynamic=true: leave it out otherwise")
         self._check_group_size()
         self._check_number()
 
@@ -62,6 +68,8 @@ class QuantSpec:
             raise UserError(f"number={self.number!r} is unknown; choose int or one of {', '.join(NUMBER_BITS)}")
         if self.is_float and self.bits != NUMBER_BITS[self.number]:
             raise UserError(f"number={self.number} has {NUMBER_BITS[self.number]} bits, not bits={self.bits}")
+        if self.is_float and self.full_range:
+            raise UserError(f"number={self.number} has no codes to count; leave out full_range")
         if self.is_float and not self.symmetric:
             raise UserError(f"number={self.number} has a sign and no zero point; set symmetric=true")
         if self.block_scale is None:
@@ -125,9 +133,9 @@ class QuantSpec:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; of integers those that every artifact so far has."""
-        fields = dataclasses.asdict(self)
-        return fields if self.is_float else {k: v for k, v in fields.items() if k not in ("number", "block_scale")}
+        """Fields by name, those that are younger than plans and fingerprints on disk only where they are used."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value != YOUNGER.get(name, ...)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> QuantSpec:

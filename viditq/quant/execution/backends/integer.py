@@ -35,6 +35,8 @@ class IntegerBackend(Backend):
         for side, spec in (("weight", scheme.weight), ("activation", scheme.activation)):
             if spec.is_float:
                 return f"{side}.number"
+        if scheme.activation.full_range:
+            return "activation.full_range"
         return "activation.granularity" if scheme.activation.granularity == "channel" else None
 
     @abstractmethod
