@@ -3,6 +3,7 @@
 Legend: B clips, F frames, C = 3 colour channels, H = W = frame size in pixels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -74,8 +75,13 @@ def _signed_distance(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tens
     return torch.minimum(bar, torch.maximum(dx.abs() - arm, dy.abs() - reach))
 
 
-def render(scenes: list[Scene], generator: torch.Generator, num_frames: int = NUM_FRAMES) -> Tensor:
-    """Draw one clip per scene; positions and travel vary with `generator`.
+def render(
+    scenes: list[Scene],
+    generator: torch.Generator,
+    num_frames: int = NUM_FRAMES,
+    colors: Mapping[str, tuple[float, float, float]] = COLORS,
+) -> Tensor:
+    """Draw one clip per scene; positions and travel vary with `generator`, `colors` gives COLORS other values.
 
     Returns float32 [B, F, 3, H, W] in [0, 1], anti-aliased.
     """
@@ -96,7 +102,7 @@ def render(scenes: list[Scene], generator: torch.Generator, num_frames: int = NU
         of = index["shape"] == shape
         distance[of] = _signed_distance(shape, dx[of], dy[of], radius[of, None, None, None])
     cover = (0.5 - distance * FRAME_SIZE).clamp(0, 1)[:, :, None]
-    fore = torch.tensor(list(COLORS.values()))[index["color"]][:, None, :, None, None]
+    fore = torch.tensor([colors[name] for name in COLORS])[index["color"]][:, None, :, None, None]
     back = torch.tensor(list(BACKGROUNDS.values()))[index["background"]][:, None, :, None, None]
     return cover * fore + (1 - cover) * back
 
