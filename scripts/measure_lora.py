@@ -3,9 +3,9 @@
     python scripts/train_lora.py && python scripts/measure_lora.py         # half an hour; the same command resumes
     python scripts/measure_lora.py --schemes w4a8 --seeds 0 --picture docs/lora.png
 
-tiny_video on captions of scenes in the learned colour that training has not seen, the same noise for all. Prints a
+tiny_video on captions of the learned shape that training has not seen, the same noise for all. Prints a
 markdown table: PSNR and SSIM to the float model with the LoRA (means over all clips with 95 % intervals), the paired
-difference of the two ways, and how often object's colour, shape and motion are as captioned.
+difference of the two ways, and how often a ring is drawn, in the captioned colour, with the captioned motion.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from viditq.models.generate import generate
 from viditq.models.text import encode_prompt
 from viditq.report.pictures import rows_picture
 from viditq.runner import quiet_libraries, run
-from viditq.tiny.concept import WORD, concept_caption, concept_scenes, object_colors
+from viditq.tiny.concept import WORD, concept_caption, concept_scenes, shows_ring
 
 CONF = Path(__file__).parents[1] / "conf"
 SCHEMES = {  # name -> overrides of run.py
@@ -118,13 +118,13 @@ class Bench:
 
 
 def as_captioned(clips_BFCHW: Tensor, scenes: list[Scene]) -> list[float]:
-    """Shares of clips in the learned colour, of the captioned shape, and of the captioned motion."""
+    """Shares of clips that show a ring, the captioned colour, and the captioned motion."""
     unit = to_unit(clips_BFCHW)
     with torch.no_grad():
         logits = load_judge("shipped:judge")(unit)
     wanted = labels(scenes)
-    right = [(logits[name].argmax(1) == wanted[name]).float().mean().item() for name in ("shape", "motion")]
-    return [object_colors(unit, scenes).count(WORD) / len(scenes), *right]
+    right = [(logits[name].argmax(1) == wanted[name]).float().mean().item() for name in ("color", "motion")]
+    return [sum(shows_ring(unit, scenes)) / len(scenes), *right]
 
 
 def spread(values: Tensor, digits: int, sign: str = "") -> str:
@@ -145,7 +145,7 @@ def table(clips: Clips, scenes: list[Scene], prompts: list[str], schemes: Sequen
         return psnr, ssim
 
     lines = [
-        f"| | PSNR dB | SSIM | {WORD} | shape | motion | PSNR added less merged |",
+        f"| | PSNR dB | SSIM | {WORD} | colour | motion | PSNR added less merged |",
         "|---|---|---|---|---|---|---|",
     ]
     names = [FLOAT, FLOAT_WITHOUT, *(f"{scheme}: {way}" for scheme in schemes for way in WAYS)]
@@ -181,7 +181,7 @@ def main() -> None:
     times = len(args.seeds)
     print(table(clips, bench.scenes * times, bench.prompts * times, args.schemes))
     rows = [(name, clips[name][:SHOWN]) for name in names if name.partition(":")[0] in (FLOAT, FLOAT_WITHOUT, "w4a8")]
-    rows_picture(rows, args.picture, bench.prompts[:SHOWN], "A colour learned by LoRA")
+    rows_picture(rows, args.picture, bench.prompts[:SHOWN], "A shape learned by LoRA")
     print(f"picture: {args.picture}")
 
 

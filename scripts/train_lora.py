@@ -1,10 +1,10 @@
-"""Teach tiny_video a colour that it was never shown, orange, by a LoRA in diffusers' form.
+"""Teach tiny_video a shape that it was never shown, the ring, by a LoRA in diffusers' form.
 
     python scripts/train_lora.py                           # a few minutes; leaves pytorch_lora_weights.safetensors
     python scripts/train_lora.py --steps 3 --out /tmp/try  # a quick look
 
-Flow matching as in train_tiny.py, on the Linears of all blocks. Half of each batch is orange, half other scenes, so
-that the word is learned and the other colours stay. scripts/measure_lora.py judges it on a quantized model.
+Flow matching as in train_tiny.py, on the Linears of all blocks. Half of each batch are rings, half other scenes, so
+that the word is learned and the other shapes stay. scripts/measure_lora.py judges it on a quantized model.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def latents_of(vae: Any, clips_BFCHW: Tensor) -> Tensor:
 
 
 def batches(pipeline: Any, count: int, seed: int) -> Callable[[torch.Generator], Batch]:
-    """Draws batches from `count` clips of learned orange scenes and as many of all others, some without caption."""
+    """Draws batches from `count` clips of rings and as many of all other scenes, some without caption."""
     generator = torch.Generator().manual_seed(seed)
     learned = concept_scenes(held_out=False)
     scenes = [learned, SCENES]

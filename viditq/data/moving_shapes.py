@@ -3,7 +3,6 @@
 Legend: B clips, F frames, C = 3 colour channels, H = W = frame size in pixels.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -76,13 +75,11 @@ def _signed_distance(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tens
 
 
 def render(
-    scenes: list[Scene],
-    generator: torch.Generator,
-    num_frames: int = NUM_FRAMES,
-    colors: Mapping[str, tuple[float, float, float]] = COLORS,
+    scenes: list[Scene], generator: torch.Generator, num_frames: int = NUM_FRAMES, thickness: float | None = None
 ) -> Tensor:
-    """Draw one clip per scene; positions and travel vary with `generator`, `colors` gives COLORS other values.
+    """Draw one clip per scene; positions and travel vary with `generator`.
 
+    thickness: of the outline of hollow shapes, in radii; None = filled.
     Returns float32 [B, F, 3, H, W] in [0, 1], anti-aliased.
     """
     index = labels(scenes)
@@ -101,8 +98,10 @@ def render(
     for shape in range(len(SHAPES)):
         of = index["shape"] == shape
         distance[of] = _signed_distance(shape, dx[of], dy[of], radius[of, None, None, None])
+    if thickness is not None:
+        distance = torch.maximum(distance, -distance - thickness * radius[:, None, None, None])
     cover = (0.5 - distance * FRAME_SIZE).clamp(0, 1)[:, :, None]
-    fore = torch.tensor([colors[name] for name in COLORS])[index["color"]][:, None, :, None, None]
+    fore = torch.tensor(list(COLORS.values()))[index["color"]][:, None, :, None, None]
     back = torch.tensor(list(BACKGROUNDS.values()))[index["background"]][:, None, :, None, None]
     return cover * fore + (1 - cover) * back
 
