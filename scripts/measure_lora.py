@@ -46,7 +46,7 @@ SCHEMES = {  # name -> overrides of run.py
     "w4a8_smooth": ["experiment=w4a8_smooth"],
     "w4a8_gptq": ["experiment=q_dit", "bits=w4a8"],
 }
-STAGES = "stages=[prompts,calibrate,search,quantize]"
+QUANTIZE = ["name=lora", "data.num_prompts=1", "stages=[prompts,calibrate,search,quantize]"]
 BATCH = 8
 FLOAT, FLOAT_WITHOUT = "float with LoRA", "float without"
 WAYS = ("merged, quantized", "quantized, added", "quantized without")
@@ -86,7 +86,7 @@ class Bench:
         where = [] if model is None else [f"model.path='{model.resolve()}'"]
         folder = self.work / f"{scheme}_{'base' if model is None else model.name}"
         cache = f"cache_dir='{self.work / 'cache'}'"
-        run(configured([*SCHEMES[scheme], "name=lora", cache, STAGES, *where]), folder)
+        run(configured([*SCHEMES[scheme], *QUANTIZE, cache, *where]), folder)
         return load_artifact(folder / "quantized", "auto", complete=False)
 
     def pipeline(self, name: str) -> Any:
