@@ -1,10 +1,10 @@
 """Is a LoRA better merged before quantizing or added to the quantized model? Both against the float model with it.
 
-    python scripts/train_lora.py && python scripts/measure_lora.py         # half an hour; the same command resumes
+    python scripts/train_lora.py && python scripts/measure_lora.py  # a quarter of an hour; resumes
     python scripts/measure_lora.py --schemes w4a8 --seeds 0 --picture docs/lora.png
 
-tiny_video on captions of the learned shape that training has not seen, the same noise for all. Prints a
-markdown table: PSNR and SSIM to the float model with the LoRA (means over all clips with 95 % intervals), the paired
+tiny_video on captions of the learned shape that training has not seen, the same noise for all. Prints a markdown
+table: PSNR and SSIM to the float model with the LoRA (means over all clips with 95 % intervals), the paired
 difference of the two ways, and how often a ring is drawn, in the captioned colour, with the captioned motion.
 """
 
@@ -50,8 +50,12 @@ QUANTIZE = ["name=lora", "data.num_prompts=1", "stages=[prompts,calibrate,search
 BATCH = 8
 FLOAT, FLOAT_WITHOUT = "float with LoRA", "float without"
 WAYS = ("merged, quantized", "quantized, added", "quantized without")
-SHOWN = 3  # prompts in the picture
-Clips = dict[str, Tensor]
+SHOWN = 4  # prompts in the picture
+
+
+def names_of(schemes: Sequence[str]) -> list[str]:
+    """All that is sampled, in the table's order."""
+    return [FLOAT, FLOAT_WITHOUT, *(f"{scheme}: {way}" for scheme in schemes for way in WAYS)]
 
 
 def configured(overrides: Sequence[str]) -> DictConfig:
@@ -108,7 +112,7 @@ class Bench:
         pipeline = self.pipeline(name) if missing else None
         for seed, file in missing.items():
             starts = range(0, len(self.prompts), BATCH)
-            batches = [list(range(len(self.prompts)))[start : start + BATCH] for start in starts]
+            batches = [[*range(len(self.prompts))][start : start + BATCH] for start in starts]
             before = time.process_time()
             clips = [generate(self.adapter, pipeline, [self.embeds[i] for i in b], b, seed) for b in batches]
             write_tensors(file, {"clips": torch.cat(clips)})
@@ -135,7 +139,7 @@ def spread(values: Tensor, digits: int, sign: str = "") -> str:
     return f"{first} [{', '.join(ends)}]" if ends else first
 
 
-def table(clips: Clips, scenes: list[Scene], prompts: list[str], schemes: Sequence[str]) -> str:
+def table(clips: dict[str, Tensor], scenes: list[Scene], prompts: list[str], schemes: Sequence[str]) -> str:
     """Markdown; `clips`, `scenes` and `prompts` of all seeds."""
     metrics = {name: instantiate(configured([]).metric[name], _convert_="all") for name in ("psnr", "ssim")}
 
@@ -148,8 +152,7 @@ def table(clips: Clips, scenes: list[Scene], prompts: list[str], schemes: Sequen
         f"| | PSNR dB | SSIM | {WORD} | colour | motion | PSNR added less merged |",
         "|---|---|---|---|---|---|---|",
     ]
-    names = [FLOAT, FLOAT_WITHOUT, *(f"{scheme}: {way}" for scheme in schemes for way in WAYS)]
-    for name in names:
+    for name in names_of(schemes):
         told = [f"{100 * share:.0f} %" for share in as_captioned(clips[name], scenes)]
         psnr, ssim = scores(name)
         paired = ""
@@ -174,13 +177,12 @@ def main() -> None:
     config.register()
     try:
         bench = Bench(args.lora, args.out, args.seeds)
-        names = [FLOAT, FLOAT_WITHOUT, *(f"{scheme}: {way}" for scheme in args.schemes for way in WAYS)]
-        clips = {name: bench.samples(name) for name in names}
+        clips = {name: bench.samples(name) for name in names_of(args.schemes)}
     except UserError as error:
         sys.exit(f"error: {error}")
     times = len(args.seeds)
     print(table(clips, bench.scenes * times, bench.prompts * times, args.schemes))
-    rows = [(name, clips[name][:SHOWN]) for name in names if name.partition(":")[0] in (FLOAT, FLOAT_WITHOUT, "w4a8")]
+    rows = [(name, clips[name][:SHOWN]) for name in names_of(["w4a8"]) if name in clips]
     rows_picture(rows, args.picture, bench.prompts[:SHOWN], "A shape learned by LoRA")
     print(f"picture: {args.picture}")
 

@@ -80,10 +80,10 @@ def batches(pipeline: Any, count: int, seed: int) -> Callable[[torch.Generator],
     rows = torch.cat([picks[0], picks[1] + len(learned)])
 
     def draw(generator: torch.Generator) -> Batch:
-        half = torch.randint(count, (BATCH,), generator=generator)
-        half[BATCH // 2 :] += count
+        drawn = torch.randint(count, (BATCH,), generator=generator)
+        drawn[BATCH // 2 :] += count
         dropped = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
-        return {"latents": latents[half], "text": text[torch.where(dropped, len(captions), rows[half])]}
+        return {"latents": latents[drawn], "text": text[torch.where(dropped, len(captions), rows[drawn])]}
 
     return draw
 
