@@ -34,12 +34,12 @@ COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to
 @dataclass
 class CalibrationConfig:
     """Buckets of noise level, input rows kept per bucket for choosing alpha, bytes of the inputs of blocks, bytes of
-    second moments held at once."""
+    second moments held at once (numbers, or such as 2GB)."""
 
     num_buckets: int = 20
     rows_per_bucket: int = 16
-    block_input_bytes: int = 2**30
-    moment_bytes: int = 2**31
+    block_input_bytes: int | str = 2**30
+    moment_bytes: int | str = 2**31
 
 
 @dataclass

@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from viditq.errors import UserError
-from viditq.quant import StepContext
+from viditq.quant import QuantSpec, StepContext, quantize_denoiser
+from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.scheme import LayerScheme
 
 
 class Spy(nn.Module):
@@ -65,3 +67,46 @@ def test_bad_timesteps(spy, timestep, message):
 def test_a_model_without_timestep_is_refused():
     with pytest.raises(UserError, match=r"Linear.forward takes no argument 'timestep' \(it takes: input\)"):
         StepContext((0, 1)).attach(nn.Linear(1, 1))
+
+
+def test_a_single_segment_reads_no_timestep_until_it_is_asked():
+    spy = Spy(StepContext((0, 1)))
+    spy.context.attach(spy)
+    different = torch.tensor([1.0, 2.0])
+    with pytest.raises(UserError, match="different timesteps"):
+        spy(0, timestep=different)  # it asks for the noise level
+    spy.forward = lambda x, timestep: spy.context.segment
+    assert spy(0, timestep=different) == 0
+    with pytest.raises(UserError, match="without a timestep"):
+        spy(0, timestep=None)
+    assert spy.context.noise_level is None and spy.context.segment is None
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x, timestep):
+        return self.linear(x) + timestep.mean()
+
+
+@pytest.mark.parametrize(("segments", "graphs"), [((0, 1), 1), ((0, 0.5, 1), 2)])
+def test_a_compiled_denoiser_has_one_graph_a_segment_and_no_warning(segments, graphs, caplog):
+    traced = []
+
+    def keep(graph, _):
+        traced.append(graph)
+        return graph
+
+    token = QuantSpec(8, granularity="token", dynamic=True)
+    schemes = {str(bits): LayerScheme(QuantSpec(bits, granularity="channel"), token) for bits in (8, 4)}
+    denoiser, plan = Small(), QuantPlan(segments, schemes, {"linear": ["8", "4"][: len(segments) - 1]})
+    quantize_denoiser(denoiser, plan, None, "auto", 1000.0)
+    compiled = torch.compile(denoiser, backend=keep, fullgraph=len(segments) == 2)
+    x = torch.randn(32, 64)
+    for level in (900.0, 100.0, 901.0, 101.0):
+        timestep = torch.full((2,), level)
+        assert torch.equal(compiled(x, timestep), denoiser(x, timestep))
+    assert len(traced) == graphs
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -74,7 +74,8 @@ def denoisers_of(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 class StepContext:
     """noise_level in [0, 1] (1 = pure noise) and segment of `edges`, both None outside a forward of the
-    denoiser.
+    denoiser. With a single segment the timestep is read when the noise level is first asked for, so that a denoiser
+    that never asks is compiled into one graph.
 
     timestep_scale: the `timestep` argument at pure noise, or a TimestepScale's fields; None for a model without a
     timestep, whose noise level is always 0: UserError unless there is a single segment. Several denoisers of one
@@ -90,8 +91,17 @@ class StepContext:
                 "segments of noise levels; use segments=(0, 1)"
             )
         self._scale = None if timestep_scale is None else TimestepScale.of(timestep_scale)
-        self.noise_level: float | None = None
         self.segment: int | None = None
+        self._timestep: Tensor | float | None = None
+        self._noise_level: float | None = None
+
+    @property
+    def noise_level(self) -> float | None:
+        """As the class says. Raises UserError unless all entries of the timestep are equal and lie on the scale."""
+        if self._noise_level is None and self._timestep is not None:
+            assert self._scale is not None
+            self._noise_level = self._scale.noise_level(_single_value(self._timestep))
+        return self._noise_level
 
     def attach(self, denoiser: nn.Module) -> Attachment:
         """Reads each denoiser's own timestep argument before its forwards; UserError if it has none."""
@@ -127,21 +137,27 @@ class StepContext:
 
     def _enter(self, positional: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._scale is None:
-            self.noise_level, self.segment = 0.0, 0
+            self._noise_level, self.segment = 0.0, 0
         else:
             given = dict(zip(positional, args, strict=False)) | kwargs
             self.set_timestep(given.get(self._scale.argument))
 
     def _leave(self, *_: Any) -> None:
-        self.noise_level = self.segment = None
+        self._noise_level = self._timestep = self.segment = None
 
     def set_timestep(self, timestep: Tensor | float | None) -> None:
-        """Raises UserError unless all entries are equal and lie on the scale."""
+        """UserError for none, and with several segments as `noise_level`."""
         assert self._scale is not None
         if timestep is None:
             raise UserError(f"the denoiser was called without a timestep; pass {self._scale.argument}=...")
-        self.noise_level = self._scale.noise_level(_single_value(timestep))
-        self.segment = interval_of(self.edges, self.noise_level)
+        self._noise_level, self._timestep = None, timestep
+        self.segment = 0 if len(self.edges) == 2 else self._find_segment()
+
+    @torch.compiler.disable(reason="the timestep decides which weights run")  # type: ignore[misc]
+    def _find_segment(self) -> int:
+        level = self.noise_level
+        assert level is not None
+        return interval_of(self.edges, level)
 
 
 def _single_value(timestep: Tensor | float) -> float:
