@@ -143,8 +143,12 @@ def test_policy_composes(name: str, configure: Configure, tmp_path: Path) -> Non
     if name == "plan_file":
         (tmp_path / "plan.json").write_text(build(configure("name=x", "quant=w6a6")).plan.to_json())
         overrides.append(f"quant.policy.path='{tmp_path}/plan.json'")
+    if name == "artifact":
+        (tmp_path / "plan.json").write_text(build(configure("name=x", "quant=w6a6")).plan.to_json())
+        (tmp_path / "meta.json").write_text('{"format_version": 3, "sha256": {"meta.json": "x"}}')
+        overrides.append(f"quant.policy.path='{tmp_path}'")
     experiment = build(configure(*overrides))
-    wanted = 6 if name == "plan_file" else 4
+    wanted = 6 if name in ("plan_file", "artifact") else 4
     assert {scheme.weight.bits for scheme in experiment.plan.schemes.values() if scheme.weight} == {wanted}
 
 

@@ -202,7 +202,7 @@ def _rules(quant: DictConfig) -> list[str]:
     """The patterns of quant.rules, where they are read and written as they should be."""
     rules: Any = OmegaConf.to_container(quant.rules, resolve=True) if OmegaConf.is_list(quant.get("rules")) else []
     policy = quant.get("policy")
-    if not OmegaConf.is_dict(policy) or str(policy.get("_target_")).endswith(".PlanFile"):
+    if not OmegaConf.is_dict(policy) or str(policy.get("_target_")).endswith((".PlanFile", ".StoredArtifact")):
         return []
     return [str(rule["pattern"]) for rule in rules if isinstance(rule, Mapping) and rule.get("pattern")]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from viditq.errors import UserError
 from viditq.quant.description.plan import QuantPlan
@@ -58,3 +59,12 @@ def raise_refused(target: str, found: dict[str, Refusal], requantizes: bool) -> 
         f"--to {target} cannot hold this model exactly: {first}{others}. The nearest that it can hold is "
         f"{first.preset}: quantize with that{how}."
     )
+
+
+def refuse_correction(target: str, meta: Mapping[str, Any]) -> None:
+    """UserError for an artifact that takes back what its error is known to be."""
+    if meta.get("correction"):
+        raise UserError(
+            f"--to {target} cannot hold quant.correction={meta['correction']}, which changes the denoiser's output. "
+            "The nearest that it can hold is quant.correction=null: quantize without."
+        )

@@ -14,6 +14,7 @@ from viditq.quant import (
     AdaRound,
     BlockAdaRound,
     Calibrator,
+    FoldableSpec,
     Gptq,
     GridFit,
     LayerScheme,
@@ -181,6 +182,7 @@ TRANSFORMS = {
     "smooth, percentile": (SmoothSpec(0.5, aggregate="percentile"),),
     "auto": (SmoothSpec("auto"),),
     "salience": (SalienceSpec(),),
+    "foldable": (FoldableSpec(0.5),),
     "scale and rotate": (SmoothSpec(0.5), RotateSpec()),
 }
 

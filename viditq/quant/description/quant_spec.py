@@ -20,7 +20,8 @@ class QuantSpec:
 
     bits: 2 to 8. granularity: tensor | channel | token | group. For a weight, channel is an output channel;
     for an activation, an input channel. dynamic (activations only): scales come from the very tensor being
-    quantized.
+    quantized. full_range (dynamic symmetric activations only): scale = amax / (2^b - 1) * 2, as torchao has it, in
+    place of amax / (2^(b-1) - 1): the largest value is between two codes, and the smallest code is used too.
     """
 
     bits: int
@@ -28,18 +29,21 @@ class QuantSpec:
     granularity: str = "tensor"
     group_size: int | None = None
     dynamic: bool = False
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         if not is_int(self.bits) or not 2 <= self.bits <= 8:
             raise UserError(
                 f"bits={self.bits!r} is not possible: give a whole number from 2 to 8 (null = leave in float)"
             )
-        for field in ("symmetric", "dynamic"):
+        for field in ("symmetric", "dynamic", "full_range"):
             if not isinstance(getattr(self, field), bool):
                 raise UserError(f"{field}={getattr(self, field)!r} must be true or false")
         if self.granularity not in ACTIVATION_GRANULARITIES:
             allowed = ", ".join(ACTIVATION_GRANULARITIES)
             raise UserError(f"granularity={self.granularity!r} is unknown; choose one of {allowed}")
+        if self.full_range and not (self.symmetric and self.dynamic):
+            raise UserError("full_range only goes with symmetric=true and dynamic=true: leave it out otherwise")
         self._check_group_size()
 
     def _check_group_size(self) -> None:
@@ -73,7 +77,10 @@ class QuantSpec:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if not self.full_range:  # younger than plans and fingerprints on disk
+            del values["full_range"]
+        return values
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> QuantSpec:

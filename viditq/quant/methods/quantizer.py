@@ -94,7 +94,8 @@ def fake_quantize_activation(x: Tensor, spec: QuantSpec, static: Grid | None, in
         scale, zero_point = static
         return affine.fake_quantize(view, scale, zero_point, spec.bits, spec.symmetric, inplace).view(x.shape)
     lo, hi = granularity.activation_range(x, spec.granularity, spec.group_size)
-    return affine.fake_quantize_own_range(view, lo, hi, spec.bits, spec.symmetric, inplace).view(x.shape)
+    y = affine.fake_quantize_own_range(view, lo, hi, spec.bits, spec.symmetric, inplace, spec.full_range)
+    return y.view(x.shape)
 
 
 def quantize_activation(x: Tensor, spec: QuantSpec, static: Grid | None) -> QuantizedActivation:
@@ -102,11 +103,11 @@ def quantize_activation(x: Tensor, spec: QuantSpec, static: Grid | None) -> Quan
     x = x.float()
     view = granularity.to_groups(x, spec.group_size)
     if static is None:
-        static = affine.compute_qparams(
-            *granularity.activation_range(x, spec.granularity, spec.group_size), spec.bits, spec.symmetric
-        )
+        lo, hi = granularity.activation_range(x, spec.granularity, spec.group_size)
+        static = affine.compute_qparams(lo, hi, spec.bits, spec.symmetric, spec.full_range)
     scale, zero_point = static
-    codes = affine.quantize(view, scale, zero_point, spec.bits, spec.symmetric).add_(_shift(spec)).to(torch.uint8)
+    codes = affine.quantize(view, scale, zero_point, spec.bits, spec.symmetric, spec.full_range)
+    codes = codes.add_(_shift(spec)).to(torch.uint8)
     undefined = view.isnan().any(-1, True) | ~scale.isfinite()
     scale = torch.where(undefined, torch.nan, scale)
     zero_point = (zero_point + _shift(spec)).expand_as(scale)

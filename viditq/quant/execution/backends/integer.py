@@ -32,6 +32,8 @@ class IntegerBackend(Backend):
             return "weight"
         if scheme.activation is None:
             return "activation"
+        if scheme.activation.full_range:
+            return "activation.full_range"
         return "activation.granularity" if scheme.activation.granularity == "channel" else None
 
     @abstractmethod
