@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard as HubCard
+from hydra.utils import instantiate
 
 from viditq.__main__ import main
-from viditq.card import Card, export_card
+from viditq.card import Card, artifact_card, export_card
+from viditq.quant import QuantSpec, Recipe, linear_names, quantize_denoiser, save_denoiser
 from viditq.report.model_card import mark_of
 
 
@@ -63,3 +65,16 @@ def test_beside_a_single_file(finished_run: Path, tmp_path: Path) -> None:
     card: Card = export_card(finished_run / "quantized", file, "comfyui")
     card.write()
     assert card.path == tmp_path / "model.README.md" and "| all of this export | 3 bytes |" in card.path.read_text()
+
+
+def test_what_is_not_told_of_an_artifact_is_left_out(tmp_path: Path, configure: Callable[..., Any]) -> None:
+    """As `save_denoiser` alone writes one."""
+    adapter = instantiate(configure("model=tiny_image", "name=x").model, _convert_="all")
+    denoiser = adapter.denoiser_of(adapter.load())
+    plan = Recipe(QuantSpec(8, True, "channel"), None).resolve(linear_names(denoiser))
+    quantize_denoiser(denoiser, plan, None)
+    save_denoiser(tmp_path / "quantized", denoiser, plan, {"model": adapter.to_dict(), "float_dtype": None})
+    card = artifact_card(tmp_path / "quantized", "python mine.py", adapter)
+    card.write()
+    text = card.path.read_text()
+    assert "| denoiser | " in text and "average bits" not in text and "in 16 bits" not in text

@@ -92,7 +92,7 @@ def test_first_comment_is_the_command(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_builds(name: str, model: str, configure: Configure) -> None:
     experiment = build(configure(f"quant={name}", f"model={model}", "name=preset"))
-    bits = [int(digit) for digit in re.findall(r"\d", name)]
+    bits = [int(digit) for digit in re.findall(r"\d", name.partition("_")[0])]
     schemes = experiment.plan.schemes.values()
     assert all([s.bits for s in (scheme.weight, scheme.activation) if s] == bits for scheme in schemes)
     assert bool(schemes) == bool(bits)
@@ -143,8 +143,12 @@ def test_policy_composes(name: str, configure: Configure, tmp_path: Path) -> Non
     if name == "plan_file":
         (tmp_path / "plan.json").write_text(build(configure("name=x", "quant=w6a6")).plan.to_json())
         overrides.append(f"quant.policy.path='{tmp_path}/plan.json'")
+    if name == "artifact":
+        (tmp_path / "plan.json").write_text(build(configure("name=x", "quant=w6a6")).plan.to_json())
+        (tmp_path / "meta.json").write_text('{"format_version": 3, "sha256": {"meta.json": "x"}}')
+        overrides.append(f"quant.policy.path='{tmp_path}'")
     experiment = build(configure(*overrides))
-    wanted = 6 if name == "plan_file" else 4
+    wanted = 6 if name in ("plan_file", "artifact") else 4
     assert {scheme.weight.bits for scheme in experiment.plan.schemes.values() if scheme.weight} == {wanted}
 
 
@@ -153,7 +157,8 @@ def test_format_composes(name: str, configure: Configure) -> None:
     side = "activation" if "token" in name or "tensor" in name else "weight"
     cfg = configure("quant=w8a8", f"quant/format@quant.{side}={name}", "name=x")
     spec = instantiate(cfg.quant[side])
-    assert isinstance(spec, QuantSpec) and name.startswith(f"int{spec.bits}_")
+    label = f"fp{spec.bits}_{spec.label}" if spec.label == spec.number else f"int{spec.label}"
+    assert isinstance(spec, QuantSpec) and name.startswith(spec.label if spec.block_scale else label)
     build(cfg)
 
 

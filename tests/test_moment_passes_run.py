@@ -10,6 +10,7 @@ import torch
 
 from viditq.engine.partials import Partials
 from viditq.errors import UserError
+from viditq.experiment import build
 from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.stages import calibrate
 
@@ -136,3 +137,12 @@ def test_a_lost_file_is_made_again(
 def test_no_budget_at_all_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"calibration\.moment_bytes=0 must be a whole number of at least 1"):
         run(tmp_path / "run", tmp_path / "cache", *GPTQ, "calibration.moment_bytes=0")
+
+
+def test_a_budget_may_have_a_unit(configure: Callable[..., Any], shrunk: list[str]) -> None:
+    found = build(configure(*shrunk, "calibration.moment_bytes=1.5GB", "calibration.block_input_bytes=2MiB"))
+    assert (found.moment_bytes, found.block_input_bytes) == (1_500_000_000, 2**21)
+    plain = build(configure(*shrunk, f"calibration.block_input_bytes={2**21}"))
+    assert found.tracked == plain.tracked
+    with pytest.raises(UserError, match=r"calibration\.moment_bytes='lots' is no number of bytes: give such as"):
+        build(configure(*shrunk, "calibration.moment_bytes=lots"))

@@ -108,7 +108,7 @@ def workers(parent: int) -> list[psutil.Process]:
 @pytest.fixture
 def running(shrunk: list[str], tmp_path: Path) -> Iterator[Forked]:
     """A run that has just started its two processes."""
-    fork = Forked(tmp_path, "run", *command(shrunk, tmp_path, "trainer=ddp_cpu", "data.num_prompts=40")[1:])
+    fork = Forked(tmp_path, "run", *command(shrunk, tmp_path, "trainer=ddp_cpu", "data.num_prompts=12")[1:])
     while len(workers(fork.pid)) < 2:
         assert fork.process.is_alive(), fork.ended()
         time.sleep(0.02)
@@ -127,9 +127,9 @@ def test_a_process_that_dies_ends_the_run_with_a_message(running: Forked, run: R
     assert "was ended by SIGKILL" in err and "run the same command again" in err and "Traceback" not in err
     assert not psutil.pid_exists(victim.pid) and not workers(running.pid)
     made = len(list(tmp_path.rglob("*.png")))
-    assert 0 < made < 40
-    metrics = run(tmp_path / "run", tmp_path / "cache", *UNEVEN, "data.num_prompts=40", "trainer=ddp_cpu") or {}
-    assert metrics["prompts"] == 40
+    assert 0 < made < 12
+    metrics = run(tmp_path / "run", tmp_path / "cache", *UNEVEN, "data.num_prompts=12", "trainer=ddp_cpu") or {}
+    assert metrics["prompts"] == 12
 
 
 def test_workers_end_with_the_command_that_started_them(running: Forked) -> None:

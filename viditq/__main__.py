@@ -1,6 +1,7 @@
-"""`python -m viditq export RUN --to TARGET [--out FILE] [--requantize]`: hand a quantized model to another program."""
+"""`python -m viditq`: hand a quantized model to another program (export), or take one from it (import)."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -54,17 +55,50 @@ def _place(out: str | None, artifact: Path, name: str, target: Target) -> Path:
     return place
 
 
+def bring(args: argparse.Namespace) -> None:
+    """Write an artifact of another program's file."""
+    out = Path(args.out).expanduser()
+    files = [Path(file).expanduser() for file in args.files]
+    for path in files:
+        if not path.exists():
+            raise UserError(f"{path} does not exist. Give a file or folder here; of the hub: `hf download USER/NAME`.")
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UserError(f"--out {out} holds {path}, which an import does not change; choose another place")
+    print(f"viditq: importing {', '.join(map(str, files))} as {args.model}", flush=True)
+    from viditq.card import artifact_card  # torch and diffusers take seconds
+    from viditq.importing.artifact import ImportedModel
+    from viditq.importing.float_model import float_model
+
+    model = ImportedModel(float_model(args.model, args.set), files)
+    print(model.told())
+    model.write(out)
+    artifact_card(out, shlex.join(["python", "-m", "viditq", *args.words]), model.adapter).write()
+    print(out)
+
+
 def main(words: list[str] | None = None) -> int:
     """The exit status."""
+    words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser("python -m viditq", description="Hand a quantized model to another program.")
-    command = parser.add_subparsers(required=True, metavar="export").add_parser("export", help="write another format")
+    commands = parser.add_subparsers(required=True, metavar="export or import")
+    command = commands.add_parser("export", help="write another program's format")
     command.add_argument("run", metavar="RUN", help="a run's folder, or its artifact (RUN/quantized)")
     known = "; ".join(f"{name}: {target.what}" for name, target in TARGETS.items())
     command.add_argument("--to", required=True, metavar="TARGET", help=known)
     command.add_argument("--out", help="the file or folder to write; without it, one in the run's folder `exports`")
     command.add_argument("--requantize", action="store_true", help="convert what the target cannot hold exactly")
+    command.set_defaults(work=export)
+    command = commands.add_parser("import", help="write an artifact of another program's file")
+    what = "a ComfyUI file, or a folder that diffusers saved with torchao; one for each denoiser, in their order"
+    command.add_argument("files", metavar="FILE", nargs="+", help=what)
+    of_model = "the float model it was made from: a folder, an id on the hub, or the name of a yaml of conf/model"
+    command.add_argument("--model", required=True, help=of_model)
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.path=FOLDER")
+    command.add_argument("--out", required=True, help="the folder of the artifact")
+    command.set_defaults(work=bring)
     args = parser.parse_args(words)
-    return guarded(DictConfig({"debug": False}), lambda: export(args), choice="--out PLACE")
+    args.words = words
+    return guarded(DictConfig({"debug": False}), lambda: args.work(args), choice="--out PLACE")
 
 
 if __name__ == "__main__":

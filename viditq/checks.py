@@ -52,6 +52,7 @@ NUMBERS: Mapping[str, tuple[int, int | None]] = {
     "diagnosis.num_prompts": (0, None),
     "benchmark.rounds": (5, None),  # engine.timing.MIN_ROUNDS
 }
+BYTES = ("calibration.block_input_bytes", "calibration.moment_bytes")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 BACKENDS = ("auto", "fake", "native", "portable", "weight_only")  # quant.execution.backends
 OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logger; the rest are settings
@@ -98,6 +99,9 @@ def check_values_alone(cfg: DictConfig) -> Alone:
     if HydraConfig.initialized():
         check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
     stages = _stages(cfg.stages)
+    for key in BYTES:  # as numbers from here on: what is tracked must not depend on how it was written
+        if isinstance(value := OmegaConf.select(cfg, key), str):
+            OmegaConf.update(cfg, key, num_bytes(value, f"{key}="))
     for key, (lowest, highest) in NUMBERS.items():
         _check_number(key, OmegaConf.select(cfg, key), lowest, highest)
     if cfg.noise_floor.num_prompts == 1:
@@ -198,7 +202,7 @@ def _rules(quant: DictConfig) -> list[str]:
     """The patterns of quant.rules, where they are read and written as they should be."""
     rules: Any = OmegaConf.to_container(quant.rules, resolve=True) if OmegaConf.is_list(quant.get("rules")) else []
     policy = quant.get("policy")
-    if not OmegaConf.is_dict(policy) or str(policy.get("_target_")).endswith(".PlanFile"):
+    if not OmegaConf.is_dict(policy) or str(policy.get("_target_")).endswith((".PlanFile", ".StoredArtifact")):
         return []
     return [str(rule["pattern"]) for rule in rules if isinstance(rule, Mapping) and rule.get("pattern")]
 

@@ -28,18 +28,19 @@ STAGES = (
 )
 ALL_KEYS = "`python run.py --cfg job` (with the same choices) shows every key, `--help` the choices of each group."
 RANKS = {"TORCHELASTIC_RUN_ID": "RANK", "SLURM_NTASKS": "SLURM_PROCID"}  # variable of a launcher -> where its rank is
+NO_RECIPE = {"PlanFile": "plan_file", "StoredArtifact": "artifact"}  # class of a policy -> its yaml
 COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to processes with an argv of their own
 
 
 @dataclass
 class CalibrationConfig:
     """Buckets of noise level, input rows kept per bucket for choosing alpha, bytes of the inputs of blocks, bytes of
-    second moments held at once."""
+    second moments held at once (numbers, or such as 2GB)."""
 
     num_buckets: int = 20
     rows_per_bucket: int = 16
-    block_input_bytes: int = 2**30
-    moment_bytes: int = 2**31
+    block_input_bytes: int | str = 2**30
+    moment_bytes: int | str = 2**31
 
 
 @dataclass
@@ -91,25 +92,27 @@ class RootConfig:
 
 
 def check_overrides(policy: str, overrides: Sequence[str]) -> None:
-    """Raises UserError where the command line changes a recipe that the run does not read, or is called by one: a plan
-    file's schemes hold.
+    """Raises UserError where the command line changes a recipe that the run does not read, or is called by one: the
+    schemes of a plan file, or of an artifact, hold.
 
     policy: `_target_` of quant.policy. overrides: the words of the command line.
     """
-    if not policy.endswith(".PlanFile"):
+    name = NO_RECIPE.get(policy.rpartition(".")[2])
+    if name is None:
         return
-    read = re.compile(r"quant([./]policy.*|[./]text_encoder.*|\.float_dtype|\.correction)?$")
+    also = r"|[./]text_encoder.*|\.float_dtype|\.correction" if name == "plan_file" else ""
+    read = re.compile(rf"quant([./]policy.*{also})?$")
     keys = [word.partition("=")[0].lstrip("+~") for word in overrides]
     unread = [key for key in keys if key == "bits" or (re.match(r"quant([./@]|$)", key) and not read.match(key))]
     if unread:
         raise UserError(
-            f"{', '.join(unread)}: quant/policy=plan_file takes formats, bits, smoothing, rounding and segments from "
+            f"{', '.join(unread)}: quant/policy={name} takes formats, bits, smoothing, rounding and segments from "
             "the plan, so this would change nothing. Leave it out, search a plan (experiment=w4a8_mp_search), or "
             "choose quant/policy=uniform."
         )
     if {"experiment", "quant/policy"} <= {*keys} and "name" not in keys:
         raise UserError(
-            "quant/policy=plan_file takes the recipe from the plan, so this is not the experiment that its name tells. "
+            f"quant/policy={name} takes the recipe from the plan, so this is not the experiment that its name tells. "
             "Name the run, such as name=my_plan, or leave experiment= out."
         )
 

@@ -17,6 +17,7 @@ from viditq.byte_numbers import num_bytes
 from viditq.checks import OF_LOGGERS, Checked, check
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
+from viditq.export.folding import only_foldable
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
 from viditq.models.attention import check_device
@@ -33,6 +34,7 @@ from viditq.nulls import check_nulls
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixed_bucket
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.execution.backends import check_supported, get_backend
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.setting import QuantSetting
@@ -113,7 +115,11 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     (plan, roles), weights = _plan(adapter, quant), adapter.weights_fingerprint()
     if data.ready_digest is not None:  # all that is cached depends on these embeddings
         weights = fingerprint({"weights": weights, "embeds": data.ready_digest})
-    _check_segments(adapter, plan, cfg.calibration.num_buckets)
+    stored = quant.policy if isinstance(quant.policy, StoredArtifact) else None
+    if stored is None:
+        _check_segments(adapter, plan, cfg.calibration.num_buckets)
+    else:
+        stored.check_model(adapter.to_dict())
     if quant.shrinks_noise:
         check_shrinkable(make_scheduler(adapter), adapter.call)
     if not adapter.compile:  # younger than what folders of runs hold
@@ -124,6 +130,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         tracked["quant"].pop("text_encoder", None)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
+    inputs |= {} if stored is None else {"artifact": stored.digest}
     experiment = Experiment(
         name=cfg.name,
         seed=cfg.seed,
@@ -196,12 +203,13 @@ def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None
 def _plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan, dict[str, str]]:
     """The plan for this model and its Linears' roles.
 
-    Refused here: unknown layers, Linears without a role, and a search that has nothing to find.
+    Refused here: unknown layers, Linears without a role, a search that has nothing to find, and smoothing that could be
+    folded away nowhere.
     """
     denoiser = adapter.build_denoiser()
     names = linear_names(denoiser)
     roles = adapter.linear_roles(names)
-    plan = quant.plan(names, [name for name, role in roles.items() if role == FLOAT])
+    plan = only_foldable(quant.plan(names, [name for name, role in roles.items() if role == FLOAT]), denoiser)
     if isinstance(quant.policy, SensitivitySearch):
         quant.policy.check(plan, roles, shapes_of(denoiser), USUAL, adapter.left_in_float_bytes())
     return plan, roles

@@ -23,6 +23,7 @@ from viditq.quant.artifact import broken_file
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
 from viditq.quant.calibration.statistics import STATS_LAYOUT
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.reconstruction.slots import LAYOUT
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import Entry, RunDir, fingerprint, timed
@@ -112,6 +113,12 @@ class Job:
         return isinstance(self.experiment.quant.policy, SensitivitySearch)
 
     @property
+    def stored_artifact(self) -> StoredArtifact | None:
+        """The artifact that the run takes as it is; None = it makes one."""
+        policy = self.experiment.quant.policy
+        return policy if isinstance(policy, StoredArtifact) else None
+
+    @property
     def plan(self) -> QuantPlan:
         """The plan of this run; raises UserError while it has not been found yet."""
         if not self.searches:
@@ -131,12 +138,12 @@ class Job:
     def needs_stats(self) -> bool:
         """Whether calibration is part of this run: also where average bits depend on where the steps fall."""
         plan = self.experiment.plan
-        return self.searches or plan.needs_stats or plan.bits_vary
+        return self.searches or (self.stored_artifact is None and (plan.needs_stats or plan.bits_vary))
 
     @property
     def needs_block_inputs(self) -> bool:
         """Whether inputs of blocks are kept while calibrating."""
-        return bool(self.experiment.plan.learned_blocks)
+        return self.stored_artifact is None and bool(self.experiment.plan.learned_blocks)
 
     @property
     def num_prompts(self) -> int:

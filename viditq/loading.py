@@ -1,6 +1,6 @@
 """From an artifact back to a pipeline, without statistics, prompts or the denoiser's float weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,11 +27,12 @@ from viditq.quant.text_encoder import BACKEND
 
 
 def load_quantized(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     backend: str = "auto",
     model_path: str | None = None,
     memory_budget: int | str | None = None,
     revision: str = "main",
+    model: str | None = None,
 ) -> Any:
     """Load a quantized pipeline, ready for `pipeline("a prompt")`.
 
@@ -41,11 +42,17 @@ def load_quantized(
     on a GPU; native; portable. model_path: the float pipeline's folder on this machine, for its VAE, text encoder and
     scheduler, where it is not the one recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights
     may take (on a CPU): they stay in their files, and as many layers as fit are kept ready; those of text encoders,
-    which are called once, stay in their files until a layer computes; None = all of them are in memory. The model's
-    settings (steps, guidance, size) are defaults of the call. Raises UserError for damaged or missing files, and for a
+    which are called once, stay in their files until a layer computes; None = all of them are in memory. model: where
+    path is another program's file (docs/import.md; of several denoisers, a list of files), the float model that it was
+    made from: a folder, an id on the hub, or the name of a yaml of conf/model. The model's settings (steps, guidance,
+    size) are defaults of the call. Raises UserError for damaged or missing files, and for a
     budget that is too small.
     """
     budget = num_bytes(memory_budget)
+    if model is not None:
+        return _load_imported(path, model, backend, model_path, budget)
+    if not isinstance(path, str | Path):
+        raise UserError(f"{path} names several places: give one, or with them the float model (model=...).")
     given = str(path)
     folder = artifact_folder(fetch_whole(given, revision) if is_hub_id(given) else path)
     if not is_pipeline(folder):
@@ -89,6 +96,27 @@ def load_artifact(
     if quant_linears(denoiser) or meta.get("text_encoders"):
         pipeline.save_pretrained = partial(refuse_to_save, f"a copy of {folder}, and viditq.load_quantized(copy)")
     return with_settings(adapter, pipeline) if complete else pipeline
+
+
+def _load_imported(
+    path: str | Path | Sequence[str | Path], model: str, backend: str, model_path: str | None, budget: int | None
+) -> Any:
+    """From another program's files, without an artifact in between."""
+    if budget is not None:
+        raise UserError(
+            "memory_budget needs an artifact, whose weights can stay on disk. Write one: python -m viditq import FILE "
+            f"--model {model} --out FOLDER, and load that."
+        )
+    from viditq.importing.artifact import ImportedModel  # brings in Hydra, which nothing else here needs
+    from viditq.importing.float_model import float_model
+
+    paths = [path] if isinstance(path, str | Path) else path
+    adapter = float_model(model, path=model_path)
+    denoiser = ImportedModel(adapter, [Path(one).expanduser() for one in paths]).fill(backend)
+    fuse_blocks(denoiser)
+    pipeline = adapter.load_complete(denoiser)
+    pipeline.save_pretrained = partial(refuse_to_save, "python -m viditq import, which writes an artifact")
+    return with_settings(adapter, pipeline)
 
 
 def load_encoders(folder: Path, adapter: ModelAdapter, names: Iterable[str], on_disk: bool = False) -> dict[str, Any]:

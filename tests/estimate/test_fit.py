@@ -24,6 +24,7 @@ from viditq.models.mapped_weights import map_denoiser
 from viditq.models.text_encoders import build_encoder, map_encoder
 from viditq.on_disk import leave_on_disk
 from viditq.run_dir import RunDir
+from viditq.stages.benchmark import weights_side_by_side
 
 Make = Callable[..., Job]
 
@@ -61,6 +62,14 @@ def test_what_is_typed_gives_the_peaks_that_were_told(job: Make, monkeypatch: py
         assert {stage: peak.ram for stage, peak in row.stages.items()} == pytest.approx(expected, rel=0.01)
         if row.use_budget is None:
             assert row.use.ram == pytest.approx(found.use.whole.ram + base, rel=0.01)
+
+
+def test_benchmark_counts_only_where_its_three_denoisers_fit(job: Make) -> None:
+    made = job("stages=[reference,quantize,generate,benchmark]")
+    adapter = made.experiment.adapter
+    limit = weights_side_by_side(sum(p.numel() for p in adapter.build_denoiser().parameters()), adapter)
+    assert "benchmark" in propose(made, limit).rows[0].stages
+    assert [*propose(made, limit - 1).rows[0].stages] == ["reference", "quantize", "generate"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from viditq.quant import (
 )
 
 W4, A8 = QuantSpec(4, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)
+E4M3 = QuantSpec(8, True, "channel", number="e4m3")
+MXFP4, NVFP4 = (QuantSpec(4, True, "group", 8, number="e2m1", block_scale=kind) for kind in ("e8m0", "e4m3"))
 STEPS = [980, 640, 300, 10]
 RECIPES = {
     "timestep_aware": lambda: Recipe(W4, A8, SmoothSpec([0.3, 0.5], True), segments=(0, 0.5, 1)),
@@ -39,6 +42,12 @@ RECIPES = {
     "low_rank": lambda: Recipe(
         W4, A8, SmoothSpec(0.5), "gptq", low_rank=4, rules=[Rule("time", keep_float=True), Rule("proj_in", low_rank=2)]
     ),
+    "fp8": lambda: Recipe(
+        E4M3, replace(E4M3, granularity="token", dynamic=True), SmoothSpec([0.3, 0.5], True), "nearest", (0, 0.5, 1)
+    ),
+    "mxfp4": lambda: Recipe(MXFP4, replace(MXFP4, dynamic=True), low_rank=2, rules=[Rule("time", keep_float=True)]),
+    "nvfp4": lambda: Recipe(NVFP4, replace(NVFP4, dynamic=True), rules=[Rule("time", keep_float=True)]),
+    "nvfp4 weights": lambda: Recipe(NVFP4, None, low_rank=2, rules=[Rule("time", keep_float=True)]),
     "float": lambda: Recipe(),
 }
 

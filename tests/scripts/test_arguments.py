@@ -24,6 +24,8 @@ REFUSED = {  # arguments that name nothing -> words of the message
     ("judge_tiny.py", "--models", "nope"): "invalid choice: 'nope'",
     ("judge_tiny.py", "--count", "0"): "--count 0: give 1 or more",
     ("train_tiny.py", "--max-steps", "0"): "--max-steps 0: give 1 or more",
+    ("train_lora.py", "--rank", "0"): "--rank 0: give 1 or more",
+    ("measure_lora.py", "--schemes", "nope"): "invalid choice: 'nope'",
     ("plot_difficulty.py", "model=nope"): "Could not find 'model/nope'",
 }
 
@@ -92,3 +94,8 @@ def test_a_configuration_that_is_no_yaml() -> None:
     with pytest.raises(yaml.YAMLError) as error:
         yaml.safe_load("a: [1\nb: 2\n")
     assert (user_message(error.value) or "").startswith("A configuration file is no yaml:\n")
+
+
+def test_a_lora_that_is_not_there(run: Run) -> None:
+    done = run("measure_lora.py")
+    assert done.status == 1 and "error: outputs/lora/pytorch_lora_weights.safetensors does not exist" in done.err

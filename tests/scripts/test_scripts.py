@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,3 +93,13 @@ def test_verify_reads_every_byte(finished_run, tmp_path, monkeypatch, capsys):
     file.write_bytes(data)
     with pytest.raises(SystemExit, match=r"model.safetensors was altered \(the sha256 of"):
         load("scripts/verify.py").main()
+
+
+def test_plot_exports_draws_the_rows_that_there_are_and_says_how_near_they_are(tmp_path):
+    script = load("scripts/plot_exports.py")
+    own = np.full((3, 8, 4, 4, 3), 0.5)
+    assert script.psnr(own, own) == "equal to the bit" and script.psnr(own + 0.1, own) == "20.0 dB"
+    found = {i: own for i, row in enumerate(script.ROWS) if row[2] in ("viditq", "float")}
+    script.draw(found, tmp_path / "out" / "deploy.png")
+    assert (tmp_path / "out" / "deploy.png").read_bytes().startswith(b"\x89PNG")
+    assert script.has(sys.executable, "numpy") and not script.has(sys.executable, "no_such_package")

@@ -74,9 +74,12 @@ def _signed_distance(shape: int, dx: Tensor, dy: Tensor, radius: Tensor) -> Tens
     return torch.minimum(bar, torch.maximum(dx.abs() - arm, dy.abs() - reach))
 
 
-def render(scenes: list[Scene], generator: torch.Generator, num_frames: int = NUM_FRAMES) -> Tensor:
+def render(
+    scenes: list[Scene], generator: torch.Generator, num_frames: int = NUM_FRAMES, thickness: float | None = None
+) -> Tensor:
     """Draw one clip per scene; positions and travel vary with `generator`.
 
+    thickness: of the outline of hollow shapes, in radii; None = filled.
     Returns float32 [B, F, 3, H, W] in [0, 1], anti-aliased.
     """
     index = labels(scenes)
@@ -95,6 +98,8 @@ def render(scenes: list[Scene], generator: torch.Generator, num_frames: int = NU
     for shape in range(len(SHAPES)):
         of = index["shape"] == shape
         distance[of] = _signed_distance(shape, dx[of], dy[of], radius[of, None, None, None])
+    if thickness is not None:
+        distance = torch.maximum(distance, -distance - thickness * radius[:, None, None, None])
     cover = (0.5 - distance * FRAME_SIZE).clamp(0, 1)[:, :, None]
     fore = torch.tensor(list(COLORS.values()))[index["color"]][:, None, :, None, None]
     back = torch.tensor(list(BACKGROUNDS.values()))[index["background"]][:, None, :, None, None]

@@ -26,6 +26,7 @@ from viditq.quant.description.policy import Uniform
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.recipe import Recipe
 from viditq.quant.text_encoder import text_encoder_plan
+from viditq.stages.benchmark import weights_side_by_side
 
 ENCODER_FORMATS = Path(__file__).parents[2] / "conf" / "quant" / "text_encoder"
 BUDGETED = ("generate", "diagnose")  # stages whose peak grows with trainer.memory_budget
@@ -127,7 +128,7 @@ def _widths(e: Experiment) -> Iterator[Candidate]:
     if isinstance(e.quant.policy, Uniform) and recipe.weight is not None:
         label = f"denoiser in {recipe.weight.bits} bits, {label}"
     configured = Candidate(label, (), e)
-    if not isinstance(e.quant.policy, Uniform):
+    if not isinstance(e.quant.policy, Uniform) or (recipe.weight is not None and recipe.weight.is_float):
         yield configured
     elif recipe.weight is None:
         for bits in (8, 4):
@@ -192,9 +193,9 @@ def _row(candidate: Candidate, known: _Estimates, limit: int) -> Row:
     e, overrides = candidate.experiment, candidate.overrides
     if e.offload != DISK:
         found = known.of(e)
-        return Row(candidate.label, overrides, _stages(found), _with_base(found.use.whole, found.base))
+        return Row(candidate.label, overrides, _stages(found, e, limit), _with_base(found.use.whole, found.base))
     found = known.of(replace(e, memory_budget=1))  # the least that is possible
-    stages, use = _stages(found), _with_base(found.use.from_disk, found.base)
+    stages, use = _stages(found, e, limit), _with_base(found.use.from_disk, found.base)
     room = limit - max((asked(peak) for stage, peak in stages.items() if stage in BUDGETED), default=0)
     budget, use_budget = _budget(found, room), _budget(found, limit - asked(use))
     more, use_more = (_bytes(given) - found.use.least_budget for given in (budget, use_budget))
@@ -216,9 +217,11 @@ def _bytes(given: str) -> int:
     return found
 
 
-def _stages(found: Estimate) -> dict[str, Peak]:
-    """Of the stages that do something."""
+def _stages(found: Estimate, e: Experiment, limit: int) -> dict[str, Peak]:
+    """Of the stages that do something; benchmark leaves itself out where its weights do not fit."""
     peaks = {stage: found.peaks.get(stage) for stage, work in found.works.items() if work.note != DONE}
+    if weights_side_by_side(sum(found.parts[name][0] for name in found.denoisers), e.adapter) > limit:
+        peaks.pop("benchmark", None)
     return {stage: _with_base(peak, found.base) for stage, peak in peaks.items() if peak is not None}
 
 

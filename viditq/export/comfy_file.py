@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from viditq.export.comfy_formats import Entry, Marker, Rows, common_marker, entries, markers, nearest
+from viditq.export.comfy_formats import Marker, Rows, common_marker, entries, markers, nearest
 from viditq.export.float_weights import FloatWeights
+from viditq.export.part import Entry
+from viditq.export.part_files import nbytes
 from viditq.export.refusal import Refusal, raise_refused
 from viditq.export.release_extras import extra_tensors
 from viditq.export.release_names import Origin
@@ -110,7 +112,7 @@ class ComfyFile:
         told = {"format_version": "1.0", "layers": self.layers}
         metadata = {"format": "pt", LAYERS: json.dumps(told), MADE_BY: json.dumps(dict(key))}
         metadata |= {COST: json.dumps(dict(cost))} if cost else {}
-        room = header_bound({e.name: e.shape for e in wanted}, sum(_nbytes(e) for e in wanted))
+        room = header_bound({e.name: e.shape for e in wanted}, sum(map(nbytes, wanted)))
         with atomic(path) as temporary, Writer(temporary, room + len(json.dumps(metadata)) + 32) as file:
             file.metadata.update(metadata)
             # the widest type first, so that what follows begins at a multiple of its element's size
@@ -135,9 +137,9 @@ class ComfyFile:
         return [Entry(target, dtype, shape, partial(self._float, origin, dtype))]
 
     def _float(self, origin: Origin, dtype: torch.dtype) -> Tensor:
-        self.tensors.check(f"{self.prefix}{self.stored_as.get(name, name)}" for name in origin.names)
-        self.looked_at += [self.state[name] for name in origin.names]
-        parts = [self.state[name].to(dtype) for name in origin.names]
+        found = [self.tensors.of(f"{self.prefix}{self.stored_as.get(name, name)}") for name in origin.names]
+        self.looked_at += found
+        parts = [tensor.to(dtype) for tensor in found]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return torch.cat(rows.chunk(2)[::-1]) if origin.swapped else rows
 
@@ -152,8 +154,7 @@ class ComfyFile:
 
     def _stored(self, layer: str, bits: int) -> QuantizedWeight:
         fields = [f"{layer}.variants.0.{field}" for field in ("qweight", "weight_scale", "weight_zero_point")]
-        self.tensors.check(f"{self.prefix}{name}" for name in fields if name in self.state)
-        found = [self.state.get(name) for name in fields]
+        found = [self.tensors.of(f"{self.prefix}{name}") if name in self.state else None for name in fields]
         self.looked_at += [tensor for tensor in found if tensor is not None]
         qweight, scale, zero_point = found
         assert qweight is not None and scale is not None
@@ -171,7 +172,3 @@ def _marker_entry(layer: str, marker: Marker) -> Entry:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _nbytes(entry: Entry) -> int:
-    return int(torch.Size(entry.shape).numel()) * entry.dtype.itemsize

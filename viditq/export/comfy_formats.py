@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from viditq.export.part import Entry
 from viditq.export.refusal import Refusal
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
@@ -31,15 +32,6 @@ S_REL = 8.0  # 4-bit codes become int8 ones of this many; 16 would take -8 to -1
 AWQ_GROUPS = (64, 32, 16)
 F32 = torch.float32
 BY_ROW = ("channel", "tensor")
-
-
-class Entry(NamedTuple):
-    """A tensor that is made when it is written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
 
 
 class Rows(NamedTuple):
@@ -89,6 +81,8 @@ def _wrong_field(scheme: LayerScheme) -> tuple[str, str] | None:
         return "activation.granularity", "and activations have one scale a token"
     if not activation.symmetric:
         return "activation.symmetric", "and activations have no zero point"
+    if activation.full_range:
+        return "activation.full_range", "and activations are the largest over 127"
     if activation.bits != 8:
         return "activation.bits", "and activations get 8 bits"
     if not weight.symmetric:

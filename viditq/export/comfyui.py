@@ -16,12 +16,13 @@ from torch import nn
 from viditq.errors import UserError
 from viditq.export.comfy_file import MADE_BY, ComfyFile
 from viditq.export.comfy_formats import refusal
-from viditq.export.cost import measure
+from viditq.export.cost import told_cost
 from viditq.export.float_weights import FloatWeights
-from viditq.export.refusal import raise_refused, refusals
+from viditq.export.folding import folded
+from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
 from viditq.files import stored_metadata
 from viditq.models.adapter import ModelAdapter
-from viditq.quant.artifact import PLAN, StoredTensors, read_meta
+from viditq.quant.artifact import read_meta
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
 
@@ -35,35 +36,34 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     cannot hold (unless it is to be quantized again), and for files that are there already and hold something else.
     """
     meta = read_meta(artifact)
-    plan = QuantPlan.from_json((artifact / PLAN).read_text())
-    _refuse_correction(meta)
-    refused = refusals(plan, refusal, BY_NOISE_LEVEL)
-    if not requantize:
-        raise_refused("comfyui", refused, True)
+    refuse_correction("comfyui", meta)
     adapter = ModelAdapter.from_dict(meta["model"])
-    denoiser, tensors = adapter.build_denoiser(), StoredTensors(artifact, meta)
-    weights = FloatWeights(adapter.build_denoiser(), plan, tensors) if requantize else None
-    parts = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {"": denoiser}
-    files = {
-        _file(out, name): ComfyFile(name, part, adapter, plan, tensors, refused.keys(), weights)
-        for name, part in parts.items()
-    }
+    denoiser = adapter.build_denoiser()
+    again: dict[str, LayerScheme] = {}
+    while True:
+        tensors, refused = folded(artifact, meta, denoiser, _refusals, requantize, again)
+        if not requantize:
+            raise_refused("comfyui", refused, True)
+        weights = FloatWeights(adapter.build_denoiser(), tensors.plan, tensors) if requantize else None
+        parts = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {"": denoiser}
+        files = {
+            _file(out, name): ComfyFile(name, part, adapter, tensors.plan, tensors, refused.keys(), weights)
+            for name, part in parts.items()
+        }
+        again = {layer: scheme for file in files.values() for layer, scheme in file.again.items()}
+        if not tensors.touched & again.keys():
+            break  # else a tensor's other parts were to be quantized again too: nothing is folded around them
     key = {"artifact": meta["sha256"], "model": adapter.path}
     missing = [path for path in files if not _is_there(path, key)]
-    again = {layer: scheme for file in files.values() for layer, scheme in file.again.items()}
-    told = _told_cost(artifact, adapter, again, weights) if missing and weights is not None and again else {}
+    told = told_cost(artifact, adapter, again, weights) if missing and weights is not None and again else {}
     for path in missing:
         files[path].write(path, key, told)
     if meta.get("text_encoders"):
         print(f"not in it: {', '.join(meta['text_encoders'])}, quantized, which ComfyUI loads from files of their own")
 
 
-def _refuse_correction(meta: Mapping[str, Any]) -> None:
-    if meta.get("correction"):
-        raise UserError(
-            f"--to comfyui cannot hold quant.correction={meta['correction']}, which changes the denoiser's output. The "
-            "nearest that it can hold is quant.correction=null: quantize without."
-        )
+def _refusals(plan: QuantPlan) -> dict[str, Refusal]:
+    return refusals(plan, refusal, BY_NOISE_LEVEL)
 
 
 def _file(out: Path, denoiser: str) -> Path:
@@ -77,18 +77,3 @@ def _is_there(path: Path, key: Mapping[str, Any]) -> bool:
     if stored_metadata(path).get(MADE_BY) == json.dumps(key):
         return True
     raise UserError(f"{path} is there already and is no export of this artifact. Delete it, or give another --out.")
-
-
-def _told_cost(
-    artifact: Path, adapter: ModelAdapter, again: Mapping[str, LayerScheme], weights: FloatWeights
-) -> dict[str, Any]:
-    """What quantizing again cost, said and returned."""
-    cost = measure(artifact, adapter, again, weights)
-    worst = max(cost.layers, key=lambda layer: cost.layers[layer])
-    mean = sum(cost.layers.values()) / len(cost.layers)
-    print(
-        f"quantized again: {len(again)} Linears, to 8 bits a weight. Relative error against the artifact, one step of "
-        f"one prompt: {cost.output:.2%} of the denoiser's output; of these layers' own {mean:.2%} in the mean, at "
-        f"most {cost.layers[worst]:.2%} ({worst})"
-    )
-    return {"layers": len(again), "output_error": cost.output, "mean_layer_error": mean}

@@ -20,20 +20,33 @@ from viditq.quant.execution.variant import Variant
 
 
 class FloatWeights:
-    """denoiser: as it was built, on the meta device; its Linears are replaced."""
+    """denoiser: as it was built, on the meta device; its Linears are replaced. segment: whose weights they are."""
 
-    def __init__(self, denoiser: nn.Module, plan: QuantPlan, tensors: StoredTensors) -> None:
+    def __init__(
+        self, denoiser: nn.Module, plan: QuantPlan, tensors: StoredTensors, segment: int | None = None
+    ) -> None:
         build_quantized(denoiser, plan)
         self._layers, self._tensors, self._state = quant_linears(denoiser), tensors, tensors.state()
+        self._segment = segment
 
     def of(self, layer: str) -> Tensor:
-        """float32 [O, C], from before the chain; the mean of those for several noise levels, which all stand for it."""
+        """float32 [O, C], from before the chain; without a segment the mean of those for several noise levels, which
+        all stand for it.
+        """
+        if layer in self._layers and self._segment is not None:
+            return self.in_segment(layer, self._segment)
         if layer not in self._layers:
-            self._tensors.check([f"{layer}.weight"])
-            return self._state[f"{layer}.weight"].float()
+            return self._tensors.of(f"{layer}.weight").float()
+        weights = self._variants(layer)
+        return torch.stack(weights).mean(0) if len(weights) > 1 else weights[0]
+
+    def in_segment(self, layer: str, segment: int) -> Tensor:
+        """The same of a layer that the plan names, for one segment's noise levels."""
+        return self._variants(layer)[self._layers[layer].segment_to_variant[segment]]
+
+    def _variants(self, layer: str) -> list[Tensor]:
         prefix = f"{layer}.variants."
-        found = {n.removeprefix(prefix): tensor for n, tensor in self._state.items() if n.startswith(prefix)}
-        self._tensors.check(f"{prefix}{name}" for name in found)
+        found = {n.removeprefix(prefix): self._tensors.of(n) for n in self._state if n.startswith(prefix)}
         variants = self._layers[layer].variants
         variants.load_state_dict(found, assign=True)
         weights = []
@@ -41,4 +54,4 @@ class FloatWeights:
             cast(Variant, variant).dtype = torch.float32
             weights.append(variant_weight(cast(Variant, variant)))
         release(found.values())
-        return torch.stack(weights).mean(0) if len(weights) > 1 else weights[0]
+        return weights

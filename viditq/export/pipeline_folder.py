@@ -31,12 +31,10 @@ def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePar
     Raises UserError for an artifact that is damaged, for what no pipeline of diffusers can do (quantized text encoders,
     a sampler that makes up for the denoiser's error), and for a folder `out` with other files.
     """
-    meta = read_meta(artifact)
-    adapter = ModelAdapter.from_dict(meta["model"])
-    _refuse(target, meta, adapter)
-    key = {"artifact": meta["sha256"], "target": target, "version": VERSION}
-    if _is_done(out, key):
+    if is_exported(artifact, out, target):
         return
+    meta = read_meta(artifact)
+    adapter, key = ModelAdapter.from_dict(meta["model"]), _key(meta, target)
     work = out.with_name(f"{out.name}.partial")
     if work.exists() and not (is_whole(work / KEY) and read_json(work / KEY) == key):
         shutil.rmtree(work)
@@ -58,6 +56,17 @@ def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePar
     write_json(work / DESCRIPTION, _description(adapter, key))
     (work / KEY).unlink()
     work.rename(out)
+
+
+def is_exported(artifact: Path, out: Path, target: str) -> bool:
+    """Whether `out` is this very export; errors as of `export_pipeline`."""
+    meta = read_meta(artifact)
+    _refuse(target, meta, ModelAdapter.from_dict(meta["model"]))
+    return _is_done(out, _key(meta, target))
+
+
+def _key(meta: Mapping[str, Any], target: str) -> dict[str, Any]:
+    return {"artifact": meta["sha256"], "target": target, "version": VERSION}
 
 
 def _refuse(target: str, meta: Mapping[str, Any], adapter: ModelAdapter) -> None:

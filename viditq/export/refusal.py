@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from viditq.errors import UserError
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
 
 
@@ -41,10 +43,28 @@ def refusals(plan: QuantPlan, refusal: RefusalOf, preset: str, by_segment: bool 
             why = "and is quantized anew for each range of noise levels, which the format does not know"
             found[layer] = Refusal(layer, "segments", list(plan.edges), why, preset)
             continue
-        first = next(filter(None, (refusal(scheme, layer) for scheme in schemes)), None)
+        first = next(
+            filter(None, (_float_numbers(scheme, layer) or refusal(scheme, layer) for scheme in schemes)), None
+        )
         if first is not None:
             found[layer] = first
     return found
+
+
+def _float_numbers(scheme: LayerScheme, layer: str) -> Refusal | None:
+    """No exporter of integer formats knows them."""
+    for side, spec in (("weight", scheme.weight), ("activation", scheme.activation)):
+        if spec is not None and spec.is_float:
+            return Refusal(layer, f"{side}.number", spec.number, "and the format holds integers", "quant=w8a8_sym")
+    return None
+
+
+def differences(spec: QuantSpec, wanted: QuantSpec) -> Iterator[tuple[str, object, object]]:
+    """Each field in which a format is another one: its name, what it has, what is wanted."""
+    for field in fields(spec):
+        found, value = getattr(spec, field.name), getattr(wanted, field.name)
+        if found != value:
+            yield field.name, found, value
 
 
 def raise_refused(target: str, found: dict[str, Refusal], requantizes: bool) -> None:
@@ -58,3 +78,12 @@ def raise_refused(target: str, found: dict[str, Refusal], requantizes: bool) -> 
         f"--to {target} cannot hold this model exactly: {first}{others}. The nearest that it can hold is "
         f"{first.preset}: quantize with that{how}."
     )
+
+
+def refuse_correction(target: str, meta: Mapping[str, Any]) -> None:
+    """UserError for an artifact that takes back what its error is known to be."""
+    if meta.get("correction"):
+        raise UserError(
+            f"--to {target} cannot hold quant.correction={meta['correction']}, which changes the denoiser's output. "
+            "The nearest that it can hold is quant.correction=null: quantize without."
+        )

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from viditq.models.adapter import ModelAdapter
+from viditq.models.official_pixart import NOT_IN_PIXART
 from viditq.models.registry import find_class
 
 PIXART_TOKENS = 120
+LEFT_OUT = {"PixArtTransformer2DModel": NOT_IN_PIXART, "ZImageTransformer2DModel": ("norm_final.weight",)}
+
+
+def left_out_of(denoiser: str) -> tuple[str, ...]:
+    """The release's names that diffusers' class of this name has no place for."""
+    return LEFT_OUT.get(denoiser, ())
 
 
 def extra_tensors(adapter: ModelAdapter, denoiser: nn.Module) -> dict[str, Tensor]:

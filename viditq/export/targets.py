@@ -32,6 +32,8 @@ class Target:
 TARGETS = {
     "diffusers": Target("viditq.export.diffusers", "a whole pipeline's folder; every scheme goes"),
     "torchao": Target("viditq.export.torchao", "a whole pipeline's folder, for diffusers with torchao, without viditq"),
+    "sdnq": Target("viditq.export.sdnq", "a whole pipeline's folder, for diffusers with SDNQ", requantizes=True),
+    "vllm-omni": Target("viditq.export.vllm_omni", "a whole pipeline's folder, int8, for vllm-omni", requantizes=True),
     "comfyui": Target("viditq.export.comfyui", "one file with the original release's names", ".safetensors", True),
 }
 

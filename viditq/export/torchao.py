@@ -21,12 +21,14 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from viditq.errors import UserError
+from viditq.export.folding import folded, opened
 from viditq.export.pipeline_folder import export_pipeline, shard_file, write_index
-from viditq.export.refusal import Refusal, raise_refused, refusals
+from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
 from viditq.files import atomic, is_whole, write_json
 from viditq.mapped import Writer, header_bound
+from viditq.models.adapter import ModelAdapter
 from viditq.models.registry import find_class
-from viditq.quant.artifact import PLAN, StoredTensors, read_meta
+from viditq.quant.artifact import StoredTensors, read_meta
 from viditq.quant.artifact_writer import SHARD_BYTES, in_shards
 from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
@@ -36,6 +38,7 @@ from viditq.quant.numerics.packing import unpack
 
 EMULATED = "quant=w8a8 (or w4a8), whose activations are asymmetric per token"
 MULTIPLIED = "quant=w8a8 with quant/format@quant.weight=int8_channel_symmetric"
+FULL_RANGE = "the same with quant/format@quant.activation=int8_token_full_range, its own symmetric grid"
 CONFIG = {  # of quantizing anew, which nobody does: the tensors say what they are
     "quant_method": "torchao",
     "modules_to_not_convert": None,
@@ -58,13 +61,9 @@ CONFIG = {  # of quantizing anew, which nobody does: the tensors say what they a
 def export(artifact: Path, out: Path) -> None:
     """Write the folder `out`; errors as of `export_pipeline`, and for what torchao cannot hold exactly."""
     meta = read_meta(artifact)
-    plan = QuantPlan.from_json((artifact / PLAN).read_text())
-    raise_refused("torchao", refusals(plan, refusal, "quant/smoothing=static and dynamic activations"), False)
-    if meta.get("correction"):
-        raise UserError(
-            f"--to torchao cannot hold quant.correction={meta['correction']}, which changes the denoiser's output. The "
-            "nearest that it can hold is quant.correction=null: quantize without."
-        )
+    denoiser = ModelAdapter.from_dict(meta["model"]).build_denoiser()
+    raise_refused("torchao", folded(artifact, meta, denoiser, _refusals, False)[1], False)
+    refuse_correction("torchao", meta)
     halves = sorted(layer for layer, dtype in meta["dtypes"].items() if dtype == "float16")
     if halves:
         raise UserError(
@@ -72,6 +71,10 @@ def export(artifact: Path, out: Path) -> None:
             "model.dtype=bfloat16 or float32."
         )
     export_pipeline(artifact, out, "torchao", write_part)
+
+
+def _refusals(plan: QuantPlan) -> dict[str, Refusal]:
+    return refusals(plan, refusal, "quant/smoothing=static and dynamic activations")
 
 
 def refusal(scheme: LayerScheme, layer: str) -> Refusal | None:
@@ -88,12 +91,14 @@ def refusal(scheme: LayerScheme, layer: str) -> Refusal | None:
     if scheme.low_rank is not None:
         return because("low_rank", scheme.low_rank, "and torchao has no branch beside the codes")
     if activation is not None:
-        for field, wanted in {"bits": 8, "symmetric": False, "granularity": "token", "dynamic": True}.items():
+        full = activation.full_range and _multiplies(scheme)  # torchao's own symmetric grid
+        for field, wanted in {"bits": 8, "symmetric": full, "granularity": "token", "dynamic": True}.items():
             if getattr(activation, field) != wanted:
                 why = f"and torchao has it {wanted!r} where we agree on the grid"
-                return because(f"activation.{field}", getattr(activation, field), why)
+                preset = FULL_RANGE if field == "symmetric" and _multiplies(scheme) else EMULATED
+                return because(f"activation.{field}", getattr(activation, field), why, preset)
     names = [transform.name for transform in scheme.transforms]
-    if names and (names != ["smooth"] or not _multiplies(scheme)):
+    if names and (names not in (["smooth"], ["given_scale"]) or not _multiplies(scheme)):
         why = "which torchao has for symmetric weights with a scale per row alone, and only smoothing"
         return because("transforms", names, why, f"{MULTIPLIED} and quant/smoothing=static")
     return None
@@ -118,10 +123,11 @@ class _Entry:
 def write_part(folder: Path, config: Mapping[str, Any], dtype: str, artifact: Path, prefix: str = "") -> None:
     """One denoiser's folder, of which the files that are whole stay; as `viditq.export.diffusers.write_part`."""
     meta = read_meta(artifact)
-    tensors, plan = StoredTensors(artifact, meta), QuantPlan.from_json((artifact / PLAN).read_text())
     with init_empty_weights(include_buffers=False):
-        linears = shapes_of(find_class(config["_class_name"]).from_config(config))
-    entries = _entries(plan, meta, tensors, prefix, {name: columns for name, (_, columns) in linears.items()})
+        denoiser = find_class(config["_class_name"]).from_config(config)
+    tensors = opened(artifact, meta, denoiser, prefix, ())
+    columns = {name: columns for name, (_, columns) in shapes_of(denoiser).items()}
+    entries = _entries(tensors.plan, meta, tensors, prefix, columns)
     metadata = {"format": "pt", "tensor_names": json.dumps([*entries])}
     metadata |= {name: json.dumps(entry.described) for name, entry in entries.items()}
     shards = in_shards([(name, entry.nbytes) for name, entry in entries.items()], SHARD_BYTES)
@@ -153,21 +159,22 @@ def _entries(
 ) -> dict[str, _Entry]:
     """Name in the float model's state -> what becomes of it. columns: in_features by layer."""
     state, entries = tensors.state(), dict[str, _Entry]()
-    for full, tensor in state.items():
-        name = full.removeprefix(prefix)
-        if full.startswith(prefix) and ".variants." not in full:
-
-            def plain(name: str = name, full: str = full, tensor: Tensor = tensor) -> dict[str, Tensor]:
-                tensors.check([full])
-                return {name: tensor}
-
-            entries[name] = _Entry({"_type": "Tensor"}, {name: tuple(tensor.shape)}, tensor.nbytes, plain)
+    for full in (name for name in state if name.startswith(prefix) and ".variants." not in name):
+        entries |= _plain(full, full.removeprefix(prefix), tensors)
     for full in (layer for layer in plan.layers if layer.startswith(prefix)):
-        scheme = plan.scheme(full, 0)
-        if scheme is not None:
-            name = full.removeprefix(prefix)
+        scheme, name = plan.scheme(full, 0), full.removeprefix(prefix)
+        if scheme is None:  # a plan may name what it leaves in float
+            entries |= _plain(f"{full}.variants.0.weight", f"{name}.weight", tensors)
+        else:
             entries |= _layer(full, name, scheme, columns[name], meta["dtypes"][full], tensors)
     return entries
+
+
+def _plain(stored: str, name: str, tensors: StoredTensors) -> dict[str, _Entry]:
+    """A float tensor under its float name."""
+    tensor = tensors.state()[stored]
+    shapes = {name: tuple(tensor.shape)}
+    return {name: _Entry({"_type": "Tensor"}, shapes, tensor.nbytes, lambda: {name: tensors.of(stored)})}
 
 
 def _layer(
@@ -188,7 +195,8 @@ def _layer(
     }
     if multiplies:
         activation = {"granularity": {"_type": "PerRow", "_data": {"dim": -1}}, "reduce_range": False}
-        activation["mapping_type"] = {"_type": "MappingType", "_data": "ASYMMETRIC"}
+        symmetric = scheme.activation is not None and scheme.activation.symmetric
+        activation["mapping_type"] = {"_type": "MappingType", "_data": "SYMMETRIC" if symmetric else "ASYMMETRIC"}
         data: dict[str, Any] = {"block_size": [1, columns], "dtype": typed, "reduce_range": False}
         data["act_quant_kwargs"] = {"_type": "QuantizeTensorToInt8Kwargs", "_data": activation}
         parts |= {} if smooth is None else {"act_pre_scale": (columns,)}
@@ -209,8 +217,7 @@ def _made(
     before: str, start: str, weight: QuantSpec, columns: int, dtype: torch.dtype, tensors: StoredTensors
 ) -> dict[str, Tensor]:
     """Codes counted from the middle, as signed bytes."""
-    state = tensors.state()
-    tensors.check(name for name in state if name.startswith(start))
+    state = {name: tensors.of(name) for name in tensors.state() if name.startswith(start)}
     middle = 2 ** (weight.bits - 1)
     codes_OC = unpack(state[f"{start}qweight"], weight.bits, columns)
     scale_OG = state[f"{start}weight_scale"].float().flatten(1)

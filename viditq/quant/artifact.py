@@ -75,6 +75,11 @@ class StoredTensors:
         runs = {name: tensor.to(self.runs.get(name, tensor.dtype)) for name, tensor in self._stored.items()}
         return runs | {name: runs[other] for name, other in self._equal.items()}
 
+    def of(self, name: str) -> Tensor:
+        """One of `state`; raises UserError where it is not as it was written."""
+        self.check([name])
+        return self.state()[name]
+
     def check(self, names: Iterable[str]) -> None:
         """Raises UserError for a tensor whose bytes are not those that were written; each is read once."""
         if self._digests is None:  # format 2: its file was checked as a whole

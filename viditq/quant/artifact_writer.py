@@ -202,10 +202,10 @@ def _parents(name: str) -> Iterator[str]:
 def save_with(
     source: Path, folder: Path, tensors: Mapping[str, Tensor], plan: QuantPlan, meta: Mapping[str, Any]
 ) -> None:
-    """The artifact `source` moved to `folder`, with a shard of `tensors` more and other `meta`."""
+    """The artifact `source` linked or copied to `folder`, with a shard of `tensors` more, if any, and other `meta`."""
     old, files = read_meta(source), model_files(source)
     work = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    writer = ArtifactWriter(folder, work, len(files) + 1)
+    writer = ArtifactWriter(folder, work, len(files) + bool(tensors))
     try:
         with _explained(folder):
             writer.begin(None)
@@ -216,7 +216,8 @@ def save_with(
             record = {"digests": {n: d for n, d in old["digests"].items() if n in mine}}
             rest = {key: old[key] if i == 0 else {} for key in ("equal", "widened", "dtypes")}
             write_json(work / f"{writer.shard(i)}.json", record | rest)
-        writer.write(len(files), _header_bytes([Content(tensors)]), [Content(tensors)])
+        if tensors:
+            writer.write(len(files), _header_bytes([Content(tensors)]), [Content(tensors)])
         writer.finish(plan, meta, old["timestep_scale"])
     finally:
         shutil.rmtree(work, ignore_errors=True)

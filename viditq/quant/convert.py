@@ -172,13 +172,18 @@ def quantize_denoiser(
 
     denoiser, reconstruct: as of `Conversion`. Raises UserError as it does, and for NaN or inf in a weight.
     """
-    conversion, places = Conversion(denoiser, plan, stats, backend, timestep_scale, reconstruct), _places(denoiser)
-    conversion.check_finite(plan.layers)
+    return convert_in_place(Conversion(denoiser, plan, stats, backend, timestep_scale, reconstruct))
+
+
+def convert_in_place(conversion: Conversion) -> StepContext:
+    """The denoiser gets its QuantLinears and the returned StepContext. Raises UserError for NaN or inf in a weight."""
+    places = _places(conversion.denoiser)
+    conversion.check_finite(conversion.plan.layers)
     for names in conversion.turns:
         for name, quantized in conversion.quantized(names).items():
             quantized.prepare()
             _replace(places[conversion.linears[name]], quantized)
-    settle(denoiser, conversion.context)
+    settle(conversion.denoiser, conversion.context)
     return conversion.context
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from viditq.errors import UserError
 from viditq.quant.correction.ptqd import CORRECTIONS
 from viditq.quant.description.plan import QuantPlan
-from viditq.quant.description.policy import Policy
+from viditq.quant.description.policy import Policy, StoredArtifact
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.recipe import Recipe, Smoothing
 from viditq.quant.description.specs import RangeSpec, RoundingSpec
@@ -58,6 +58,13 @@ class QuantSetting:
             raise UserError(f"quant.correction={correction!r}: choose null or one of {', '.join(CORRECTIONS)}.")
         if correction is not None and weight is None and activation is None:
             raise UserError(f"quant.correction={correction}: nothing is quantized, so there is no error to correct.")
+        changed = {"float_dtype": float_dtype, "correction": correction, "text_encoder": text_encoder}
+        for key, value in changed.items() if isinstance(policy, StoredArtifact) else ():
+            if value is not None:
+                raise UserError(
+                    f"quant.{key}={value}: quant/policy=artifact takes a quantized model as it is, which this does not "
+                    "change. Leave it out, or quantize anew with quant/policy=uniform."
+                )
         self.shrinks_noise = correction == "ptqd"
         how = (ranges, activation_ranges, low_rank)
         self.recipe = Recipe(weight, activation, smoothing, rounding, segments, rules, *how)

@@ -27,7 +27,12 @@ from viditq.quant.execution.backends import get_backend
 from viditq.quant.execution.linear import QuantLinear, quant_linears
 from viditq.quant.execution.variant import Variant
 
-KINDS = {"qweight": "codes", "weight_scale": "scales", "weight_zero_point": "zero_points"}
+KINDS = {
+    "qweight": "codes",
+    "weight_scale": "scales",
+    "weight_tensor_scale": "scales",
+    "weight_zero_point": "zero_points",
+}
 FLOATS_LAST = {torch.float64: 1}  # the format's order of types of one size, as far as both are stored
 Entry = tuple[torch.dtype, Sequence[int]]
 

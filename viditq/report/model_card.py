@@ -22,6 +22,10 @@ from viditq.report.wording import num_bytes
 MARK = "<!-- viditq "
 TASKS = {"image": "text-to-image", "video": "text-to-video"}
 RESULTS = {"image": "images[0]", "video": "frames[0]"}
+AVERAGES = {
+    "average_weight_bits": "average bits of a weight",
+    "average_activation_bits": "average bits of an activation",
+}
 
 NOISE = "All of the same prompts. Noise: what the float model differs by from itself under another seed."
 
@@ -73,19 +77,26 @@ class ModelCard:
         name = f"[{self.base}](https://huggingface.co/{self.base})" if self.of_hub else self.base
         what = f"for {self.target}" if self.target else "as viditq's artifact"
         lines = [f"# {self.base.split('/')[-1]}, quantized", ""]
-        lines.append(f"{name} ({self.pipeline}), its denoiser quantized by viditq, {what}.")
+        lines.append(f"{name} ({self.pipeline}), its denoiser quantized {self._by()}, {what}.")
         return "\n".join(lines)
 
+    def _by(self) -> str:
+        """Who made the codes."""
+        source = self.meta.get("imported")
+        if source is None:
+            return "by viditq"
+        return f"elsewhere ({source['program']}: {', '.join(source['files'])}) and imported by viditq"
+
     def _recipe(self) -> str:
-        rows = [
-            ("recipe", "<br>".join(recipe_words(self.plan))),
-            ("average bits of a weight", f"{self.meta['average_weight_bits']:.2f}"),
-            ("average bits of an activation", f"{self.meta['average_activation_bits']:.2f}"),
-            ("denoiser", f"{num_bytes(self.size)}, of {num_bytes(self.meta['float_size_bytes'])} in 16 bits"),
-            ("computes in", self.meta.get("float_dtype") or self.dtype),
-        ]
+        rows = [("recipe", "<br>".join(recipe_words(self.plan)))]
+        for key, what in AVERAGES.items():  # what `save_denoiser` alone has written says nothing of them
+            rows += [(what, f"{self.meta[key]:.2f}")] if key in self.meta else []
+        float_size = self.meta.get("float_size_bytes")
+        of_float = "" if float_size is None else f", of {num_bytes(float_size)} in 16 bits"
+        rows.append(("denoiser", f"{num_bytes(self.size)}{of_float}"))
         if self.exported_size is not None:
-            rows.insert(4, ("all of this export", num_bytes(self.exported_size)))
+            rows.append(("all of this export", num_bytes(self.exported_size)))
+        rows.append(("computes in", self.meta.get("float_dtype") or self.dtype))
         if self.meta.get("text_encoders"):
             rows.append(("quantized text encoders", ", ".join(self.meta["text_encoders"])))
         return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
@@ -150,10 +161,23 @@ LOADING = {
         "Put the file into ComfyUI's `models/diffusion_models` and choose it in the node Load Diffusion Model; VAE and "
         "text encoders are those of the float model.",
     ),
+    "vllm-omni": (
+        "vllm-omni serves the folder: `vllm serve FOLDER --omni`; it finds the method in the denoiser's config.json. A "
+        "GPU of compute capability 8.0 or later.",
+    ),
     "torchao": (
         "```python",
         "import torch",
         "from diffusers import DiffusionPipeline  # needs the package torchao, 0.18 or later",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("FOLDER", dtype={dtype})  # or the id of the repository',
+        "out = pipeline({call}).{result}",
+        "```",
+    ),
+    "sdnq": (
+        "```python",
+        "import torch",
+        "from diffusers import DiffusionPipeline  # needs the package sdnq, 0.2.8",
         "",
         'pipeline = DiffusionPipeline.from_pretrained("FOLDER", dtype={dtype})  # or the id of the repository',
         "out = pipeline({call}).{result}",
@@ -209,7 +233,8 @@ def _format(side: str, spec: Mapping[str, Any] | None) -> str:
         return f"{side} float"
     group = f" {spec['group_size']}" if spec.get("group_size") else ""
     static = " static" if side == "A" and not spec["dynamic"] else ""
-    return f"{side}{spec['bits']} {spec['granularity']}{group}{static}{' symmetric' if spec['symmetric'] else ''}"
+    full = " of full range" if spec.get("full_range") else ""
+    return f"{side}{spec['bits']} {spec['granularity']}{group}{static}{' symmetric' if spec['symmetric'] else ''}{full}"
 
 
 def _differs(scheme: Mapping[str, Any] | None) -> bool:

@@ -16,6 +16,7 @@ from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.loading import in_dtype, load_artifact
 from viditq.memory import give_back
+from viditq.models.adapter import ModelAdapter
 from viditq.models.compiling import compiled_twin
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
@@ -51,13 +52,17 @@ def why_not(job: Job) -> str | None:
             f"it would take about {expected:.0f} s by the time of a step in reference and generate, more than "
             f"benchmark.max_seconds={most:g}; benchmark.max_seconds=null measures however long it takes"
         )
-    count = sum(p.numel() for p in e.adapter.build_denoiser().parameters())
-    needed = count * (2 * e.adapter.torch_dtype.itemsize + DTYPES[HALF].itemsize + 1)  # float, half; codes and dense
+    needed = weights_side_by_side(sum(p.numel() for p in e.adapter.build_denoiser().parameters()), e.adapter)
     free = free_bytes(trainer.strategy.root_device)
     if free is not None and needed > free:
         job.may_change()
         return f"float, {HALF} and quantized weights together take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
     return None
+
+
+def weights_side_by_side(num_parameters: int, adapter: ModelAdapter) -> int:
+    """Bytes of the denoiser's weights in float, in half and quantized; where fewer are free nothing is measured."""
+    return num_parameters * (2 * adapter.torch_dtype.itemsize + DTYPES[HALF].itemsize + 1)  # codes, and float ones
 
 
 def expected_seconds(job: Job) -> float | None:

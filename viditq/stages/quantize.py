@@ -13,8 +13,8 @@ from viditq.files import write_json
 from viditq.job import Job
 from viditq.models.dtypes import DTYPES
 from viditq.models.mapped_weights import map_denoiser, retyped
-from viditq.quant.artifact import FORMAT_VERSION, size_bytes
-from viditq.quant.artifact_writer import ArtifactWriter
+from viditq.quant.artifact import FORMAT_VERSION, OWN_KEYS, read_meta, size_bytes
+from viditq.quant.artifact_writer import ArtifactWriter, save_with
 from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.calibration.step_shares import step_shares
 from viditq.quant.convert import Conversion
@@ -49,9 +49,20 @@ def _denoiser(job: Job) -> str:
     if job.needs_stats:
         observe(job)
     with job.timed(job.run_dir.path, "quantize"):
+        if (stored := job.stored_artifact) is not None:
+            return job.processes.first_does(lambda: _taken(job, stored.folder, folder))
         if job.experiment.quant.correction is None:
             return _quantize(job, folder)
         return correct(job, lambda work: _quantize(job, work))
+
+
+def _taken(job: Job, source: Path, folder: Path) -> str:
+    """An artifact made before becomes the run's, its codes as they are."""
+    e, plan, old = job.experiment, job.plan, read_meta(source)
+    kept = {key: value for key, value in old.items() if key not in OWN_KEYS}
+    meta = {**_told(job, e.adapter.build_denoiser(), plan, None), **kept}
+    save_with(source, folder, {}, plan, meta | {"model": e.adapter.to_dict(), "weights": e.weights})
+    return f"{len(plan.layers)} Linears, as they are in {source} ({folder})"
 
 
 def _reconstruction(job: Job, plan: QuantPlan) -> BlockReconstruction:
@@ -98,7 +109,7 @@ def _quantize(job: Job, folder: Path) -> str:
     processes.wait()
 
     def finish() -> str:
-        writer.finish(plan, _meta(job, conversion, stats), e.adapter.timestep_scale)
+        writer.finish(plan, _told(job, denoiser, plan, stats), e.adapter.timestep_scale)
         shutil.rmtree(job.run_dir.learned_blocks, ignore_errors=True)
         num_linears = sum(isinstance(m, nn.Linear) for m in denoiser.modules())
         return f"{len(plan.layers)} of {num_linears} Linears, {size_bytes(folder) / 1e6:.2f} MB ({folder})"
@@ -140,10 +151,11 @@ def _key(job: Job, plan: QuantPlan) -> dict[str, Any]:
     }
 
 
-def _meta(job: Job, conversion: Conversion, stats: CalibrationStats | None) -> dict[str, Any]:
-    e, plan = job.experiment, conversion.plan
+def _told(job: Job, denoiser: nn.Module, plan: QuantPlan, stats: CalibrationStats | None) -> dict[str, Any]:
+    """What meta.json says of where it comes from. denoiser: the float one, which may be on meta."""
+    e = job.experiment
     floats = e.adapter.build_float_denoisers()
-    named = [*conversion.denoiser.named_modules(), *floats.named_modules()]
+    named = [*denoiser.named_modules(), *floats.named_modules()]
     linears = {name: m for name, m in named if isinstance(m, nn.Linear)}
     numel = {name: m.weight.numel() for name, m in linears.items()}
     in_features = {name: m.in_features for name, m in linears.items()}
@@ -155,7 +167,7 @@ def _meta(job: Job, conversion: Conversion, stats: CalibrationStats | None) -> d
         "float_dtype": e.quant.float_dtype,
         "average_weight_bits": plan.average_weight_bits(numel, in_features, shares),
         "average_activation_bits": plan.average_activation_bits(in_features, shares),
-        "float_size_bytes": _bytes_in_half(conversion.denoiser) + left_in_float,
+        "float_size_bytes": _bytes_in_half(denoiser) + left_in_float,
         "left_in_float_bytes": left_in_float,
         "stats": job.stats.path.name if stats else None,
         **({"text_encoders": [*e.encoder_plans]} if e.encoder_plans else {}),

@@ -34,6 +34,9 @@ def test_bits_must_be_a_whole_number_from_2_to_8(bits):
         ({"granularity": "group", "group_size": "64"}, "granularity=group needs group_size"),
         ({"group_size": 64}, "group_size=64 only goes with granularity=group"),
         ({"symmetric": "yes"}, "symmetric='yes' must be true or false"),
+        ({"full_range": 1}, "full_range=1 must be true or false"),
+        ({"symmetric": True, "full_range": True}, "full_range only goes with symmetric=true and dynamic=true"),
+        ({"dynamic": True, "full_range": True}, "full_range only goes with symmetric=true and dynamic=true"),
         ({"dynamic": 1}, "dynamic=1 must be true or false"),
     ],
 )
@@ -62,6 +65,7 @@ SCHEMES = [
     LayerScheme(QuantSpec(4, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)),
     LayerScheme(QuantSpec(3, True, "group", 64), QuantSpec(8), (SmoothSpec(0.3, True, "percentile", 99),)),
     LayerScheme(QuantSpec(8), QuantSpec(8, granularity="channel"), (SmoothSpec("auto"),)),
+    LayerScheme(QuantSpec(8), QuantSpec(8, True, "token", dynamic=True, full_range=True)),
     LayerScheme(
         QuantSpec(4), QuantSpec(8), (SmoothSpec(), RotateSpec(7)), Gptq(0.1, False), LpSearch(2, 5), Percentile(99), 3
     ),
@@ -111,3 +115,8 @@ def test_transform_round_trip_by_name():
 def test_descriptions_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SCHEMES[1].rounding = "x"
+
+
+def test_a_field_that_is_not_used_is_not_in_plans_and_fingerprints_on_disk():
+    assert "full_range" not in QuantSpec(8, True, "token", dynamic=True).to_dict()
+    assert QuantSpec(8, True, "token", dynamic=True, full_range=True).to_dict()["full_range"] is True

@@ -62,3 +62,11 @@ def test_a_segment_in_float_is_nothing_to_tell(caplog: Any) -> None:
     with caplog.at_level(logging.INFO, logger="viditq"):
         assert get_backend("auto").resolve(LayerScheme(None, None)).name == "fake"
     assert not caplog.messages
+
+
+def test_the_full_range_of_symmetric_activations_is_emulated() -> None:
+    """The integer kernels have the largest value over 127."""
+    scheme = LayerScheme(QuantSpec(8, True, "channel"), QuantSpec(8, True, "token", dynamic=True, full_range=True))
+    for name in ("native", "portable"):
+        assert get_backend(name).unsupported_field(scheme) == "activation.full_range"
+    assert get_backend("auto").resolve(scheme).name == "fake"

@@ -174,3 +174,14 @@ def test_backends_are_refused_by_name_and_by_field():
 def test_a_vector_is_one_token(granularity: str) -> None:
     spec, x = QuantSpec(8, granularity=granularity, dynamic=True), torch.randn(6)
     assert torch.equal(fake_quantize_activation(x, spec, None), fake_quantize_activation(x[None], spec, None)[0])
+
+
+def test_integer_backends_refuse_floating_point_numbers_by_their_field():
+    fp8, int8 = QuantSpec(8, True, "channel", number="e4m3"), QuantSpec(8, granularity="token", dynamic=True)
+    fp8_token = QuantSpec(8, True, "token", dynamic=True, number="e5m2")
+    for name in ("native", "portable"):
+        backend = get_backend(name)
+        assert backend.unsupported_field(LayerScheme(fp8, int8)) == "weight.number"
+        assert backend.unsupported_field(LayerScheme(QuantSpec(8), fp8_token)) == "activation.number"
+    assert get_backend("auto").resolve(LayerScheme(fp8, fp8_token)).name == "fake"
+    assert get_backend("auto").resolve(LayerScheme(fp8, None)).name == "weight_only"

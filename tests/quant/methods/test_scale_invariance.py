@@ -14,6 +14,7 @@ from viditq.quant import (
     AdaRound,
     BlockAdaRound,
     Calibrator,
+    FoldableSpec,
     Gptq,
     GridFit,
     LayerScheme,
@@ -46,6 +47,7 @@ FORMATS = {
     path.stem: QuantSpec(**{k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "_target_"})
     for path in sorted(FOLDER.glob("*.yaml"))
 }
+FORMATS = {name: spec for name, spec in FORMATS.items() if not spec.is_float}  # powers of two as scales jump
 POWERS = [2.0**k for k in (-99, -1, 99)]
 FACTORS = [1e-30, 3.7e-9, 1e30]
 
@@ -181,6 +183,7 @@ TRANSFORMS = {
     "smooth, percentile": (SmoothSpec(0.5, aggregate="percentile"),),
     "auto": (SmoothSpec("auto"),),
     "salience": (SalienceSpec(),),
+    "foldable": (FoldableSpec(0.5),),
     "scale and rotate": (SmoothSpec(0.5), RotateSpec()),
 }
 

@@ -80,3 +80,16 @@ def test_error_is_at_most_half_a_step_inside_the_grid(bits, symmetric):
     scale, _ = compute_qparams(lo, hi, bits, symmetric)
     error = (fake_quantize_own_range(x, lo, hi, bits, symmetric) - x).abs()
     assert (error <= scale * (0.5 if symmetric else 1.0) + 1e-12).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_full_range_of_a_symmetric_grid(bits):
+    """scale = amax / ((2^b - 1) / 2): the smallest code is reached, the largest value is cut by half a step."""
+    x = torch.tensor([[-3.0, 0.2, 2.9], [1.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+    lo, hi = x.amin(-1, True), x.amax(-1, True)
+    scale, zero_point = compute_qparams(lo, hi, bits, True, full_range=True)
+    assert torch.equal(scale[:2, 0], torch.tensor([3.0, 3.0]) / ((2**bits - 1) / 2)) and not zero_point.any()
+    codes = quantize(x, scale, zero_point, bits, True, full_range=True)
+    assert codes[0, 0] == -(2 ** (bits - 1)) and codes[1, 1] == 2 ** (bits - 1) - 1 and not codes[2].any()
+    expected = dequantize(codes, scale, zero_point)
+    assert torch.equal(fake_quantize_own_range(x, lo, hi, bits, True, full_range=True), expected)

@@ -172,7 +172,7 @@ class Recipe:
 
 def _enter(schemes: dict[str, LayerScheme], scheme: LayerScheme) -> str:
     """The name of `scheme` in `schemes`, entered if new: w4a8, w4a8_smooth, w4a8_smooth_2, ..."""
-    bits = (str(spec.bits) if spec else "16" for spec in (scheme.weight, scheme.activation))
+    bits = (spec.label if spec else "16" for spec in (scheme.weight, scheme.activation))
     parts = ["w{}a{}".format(*bits), *(t.name for t in scheme.transforms)]
     if scheme.low_rank is not None:
         parts.append(f"rank{scheme.low_rank}")

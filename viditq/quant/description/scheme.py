@@ -13,6 +13,7 @@ from viditq.quant.description.fields import checked_fields, is_int
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.specs import RangeSpec, RoundingSpec, TransformSpec, min_max_range, nearest_rounding
 
+FLOAT_RANGES = ("min_max", "percentile")
 FLOAT_BITS = 16  # what a tensor left in float counts as
 
 
@@ -48,6 +49,7 @@ class LayerScheme:
             object.__setattr__(self, field, RangeSpec.parse(getattr(self, field)))
         self._check_transforms()
         self._check_low_rank()
+        self._check_numbers()
 
     def _check_transforms(self) -> None:
         for place, transform in enumerate(self.transforms):
@@ -70,6 +72,19 @@ class LayerScheme:
         if self.weight is None:
             raise UserError("low_rank needs a quantized weight: what it leaves over is what gets quantized")
 
+    def _check_numbers(self) -> None:
+        """What is searched or learned is searched on grids of equal steps."""
+        for side, spec in (("weight", self.weight), ("activation", self.activation)):
+            ranges = self.ranges if side == "weight" else self.activation_ranges
+            if spec is not None and spec.is_float and ranges.name not in FLOAT_RANGES:
+                allowed = " or ".join(FLOAT_RANGES)
+                raise UserError(f"{side}.number={spec.number} goes with ranges {allowed}, not {ranges.name}")
+        if self.weight is not None and self.weight.is_float and self.rounding.name != "nearest":
+            raise UserError(
+                f"weight.number={self.weight.number} goes with rounding nearest, not {self.rounding.name}; set "
+                "quant/rounding=nearest, or choose an integer format"
+            )
+
     @property
     def quantizes(self) -> bool:
         """Whether weight or activation is quantized at all."""
@@ -87,7 +102,10 @@ class LayerScheme:
     @property
     def rows_apart(self) -> bool:
         """Whether a weight's row becomes the same codes, to the bit, whichever rows are quantized with it."""
-        alone = self.weight is not None and self.weight.granularity != "tensor" and self.low_rank is None
+        spec = self.weight
+        alone = (
+            spec is not None and spec.granularity != "tensor" and spec.block_scale != "e4m3" and self.low_rank is None
+        )
         fitted_apart = self.rounding.rows_apart and self.ranges.rows_apart
         return alone and fitted_apart and all(transform.rows_apart for transform in self.transforms)
 

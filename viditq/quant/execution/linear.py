@@ -103,7 +103,7 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         names = [cast(Variant, v).scheme for v in self.variants]
-        bits = ["/".join(str(s.bits) if s else "float" for s in (n.weight, n.activation)) for n in names]
+        bits = ["/".join(s.label if s else "float" for s in (n.weight, n.activation)) for n in names]
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}"
 
 

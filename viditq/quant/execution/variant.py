@@ -37,6 +37,7 @@ class Variant(nn.Module):
     """The canonical tensors of one Linear for one or more segments.
 
     qweight uint8 [O, B] packed codes, weight_scale float32, weight_zero_point uint8 (asymmetric only), or
+    weight_tensor_scale float32 [1, 1, 1] (formats with a scale of the whole tensor beside those of blocks), or
     weight [O, C] when it stays in float; low_rank_up [O, r], low_rank_down [r, C] of a low-rank branch; input_scale,
     input_zero_point float32 (static activations only); the chain's own tensors. dtype: of the float Linear, which the
     output keeps. A backend's `prepare` adds what is not stored. held: codes and grid, once a backend took them over;
@@ -48,6 +49,7 @@ class Variant(nn.Module):
     qweight: Tensor | None
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
+    weight_tensor_scale: Tensor | None
     low_rank_up: Tensor | None
     low_rank_down: Tensor
     input_scale: Tensor | None
@@ -72,6 +74,7 @@ class Variant(nn.Module):
         self.register_buffer("qweight", fitted.packed)
         self.register_buffer("weight_scale", fitted.scale)
         self.register_buffer("weight_zero_point", fitted.zero_point)
+        self.register_buffer("weight_tensor_scale", fitted.tensor_scale)
         self.register_buffer("low_rank_up", fitted.up)
         self.register_buffer("low_rank_down", fitted.down)
         self.register_buffer("input_scale", input_grid and input_grid[0])
@@ -109,7 +112,7 @@ class Variant(nn.Module):
         if self.scheme.weight is None or self.qweight is None or self.weight_scale is None:
             return None
         codes_OC = unpack(self.qweight, self.scheme.weight.bits, self.in_features)
-        return QuantizedWeight(codes_OC, self.weight_scale, self.weight_zero_point)
+        return QuantizedWeight(codes_OC, self.weight_scale, self.weight_zero_point, self.weight_tensor_scale)
 
     def dequantized_weight(self) -> Tensor:
         """What the product with the quantized input sees, [O, C] in `dtype`."""

@@ -19,6 +19,7 @@ from viditq.quant.methods.quantizer import QuantizedWeight, dequantize_weight, q
 from viditq.quant.methods.rounding.adaround import row_errors
 from viditq.quant.methods.transforms.base import Chain
 from viditq.quant.numerics.affine import usable_scale
+from viditq.quant.numerics.float_grid import loaded_scale, stored_scale
 from viditq.quant.numerics.low_rank import fit_low_rank
 from viditq.quant.numerics.packing import pack
 from viditq.quant.numerics.size import power_of_two
@@ -26,7 +27,7 @@ from viditq.quant.numerics.size import power_of_two
 
 class FittedWeight(NamedTuple):
     """A weight behind its chain: in float, or as packed codes [O, B] with scale and zero point (of `QuantizedWeight`);
-    up [O, r], down [r, C] of the branch beside the codes."""
+    up [O, r], down [r, C] of the branch beside the codes; tensor_scale as of `QuantizedWeight`."""
 
     weight: Tensor | None = None
     packed: Tensor | None = None
@@ -34,6 +35,7 @@ class FittedWeight(NamedTuple):
     zero_point: Tensor | None = None
     up: Tensor | None = None
     down: Tensor | None = None
+    tensor_scale: Tensor | None = None
 
 
 def fit_weight(
@@ -60,7 +62,9 @@ def fit_weight(
     if moments is not None:  # only what they say of inputs beside each other counts
         moments_CC = chain.moments(moments().to(behind_OC.device)).float()
         moments_CC = moments_CC / power_of_two(moments_CC.diagonal().amax())
-    return _multiplied(_fit_at_unit_size(behind_OC / size, scheme, scheme.weight, moments_CC, dtype), size)
+    return _multiplied(
+        _fit_at_unit_size(behind_OC / size, scheme, scheme.weight, moments_CC, dtype), size, scheme.weight
+    )
 
 
 def _fit_rows(
@@ -80,7 +84,8 @@ def _fit_rows(
 
 
 def _packed(quantized: QuantizedWeight, spec: QuantSpec) -> FittedWeight:
-    return FittedWeight(None, pack(quantized.codes, spec.bits), quantized.scale, quantized.zero_point)
+    packed, tensor_scale = pack(quantized.codes, spec.bits), quantized.tensor_scale
+    return FittedWeight(None, packed, quantized.scale, quantized.zero_point, tensor_scale=tensor_scale)
 
 
 def _rounded(rest_OC: Tensor, scheme: LayerScheme, spec: QuantSpec, moments_CC: Tensor | None) -> QuantizedWeight:
@@ -107,10 +112,17 @@ def _fit_at_unit_size(
     return _packed(codes, spec)._replace(up=up_Or.to(kept), down=down_rC.to(kept))
 
 
-def _multiplied(fitted: FittedWeight, size: Tensor) -> FittedWeight:
+def _multiplied(fitted: FittedWeight, size: Tensor, spec: QuantSpec) -> FittedWeight:
     """That of `size` times the weight; size: a power of two, which the two factors of a branch share."""
-    assert fitted.scale is not None
-    fitted = fitted._replace(scale=usable_scale(fitted.scale * size))
+    scale = fitted.scale
+    assert scale is not None
+    if fitted.tensor_scale is not None:
+        fitted = fitted._replace(tensor_scale=usable_scale(fitted.tensor_scale * size))
+    elif spec.block_scale is not None:
+        multiplied = loaded_scale(scale, spec.block_scale, None) * size
+        fitted = fitted._replace(scale=stored_scale(multiplied, spec.block_scale, None))
+    else:
+        fitted = fitted._replace(scale=usable_scale(scale * size))
     if fitted.up is None or fitted.down is None:
         return fitted
     half = power_of_two(size.sqrt()) / 2

@@ -2,7 +2,9 @@
 
 Asymmetric: codes 0 .. 2^b - 1, scale = (hi - lo) / (2^b - 1) with lo <= 0 <= hi, zero_point = round(-lo /
 scale).
-Symmetric:  codes -2^(b-1) .. 2^(b-1) - 1, scale = max(|lo|, |hi|) / (2^(b-1) - 1), zero_point = 0.
+Symmetric:  codes -2^(b-1) .. 2^(b-1) - 1, scale = max(|lo|, |hi|) / (2^(b-1) - 1), zero_point = 0;
+full range: scale = max(|lo|, |hi|) / ((2^b - 1) / 2). The largest value lies midway between two codes there, so that
+it matters that torchao, whose grid it is, multiplies by 1 / scale.
 A scale is as small as its range asks for. Where that is not above 0 (a range of zeros, or one so small that the
 quotient underflows) it is EMPTY_SCALE, and all of the group becomes 0. hi - lo is formed as hi / 2 - lo / 2 over half
 as many steps: the same bits, but it does not overflow. NaN and inf in a range stay what they are.
@@ -22,10 +24,12 @@ def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
-def compute_qparams(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of ranges [lo, hi], in their shape and type."""
+def compute_qparams(
+    lo: Tensor, hi: Tensor, bits: int, symmetric: bool, full_range: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of ranges [lo, hi], in their shape and type. full_range: of a symmetric grid."""
     if symmetric:
-        scale = usable_scale(torch.maximum(-lo, hi).div_(2 ** (bits - 1) - 1))
+        scale = usable_scale(torch.maximum(-lo, hi).div_((2**bits - 1) / 2 if full_range else 2 ** (bits - 1) - 1))
         return scale, torch.zeros_like(scale)
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     scale = usable_scale(hi.mul_(0.5).sub_(lo, alpha=0.5).div_((2**bits - 1) / 2))
@@ -37,15 +41,20 @@ def usable_scale(scale: Tensor) -> Tensor:
     return F.threshold(scale, 0.0, EMPTY_SCALE, inplace=True)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Tensor:
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool, full_range: bool = False
+) -> Tensor:
     """Codes of `x`, int16."""
-    return float_codes(x, scale, zero_point, bits, symmetric).to(torch.int16)
+    return float_codes(x, scale, zero_point, bits, symmetric, full_range).to(torch.int16)
 
 
-def float_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool) -> Tensor:
+def float_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool, full_range: bool = False
+) -> Tensor:
     """The same in the type of `x`."""
     low, high = code_range(bits, symmetric)
-    return (x / scale).round_().add_(zero_point).clamp_(low, high)
+    steps = x * (1 / scale) if full_range else x / scale
+    return steps.round_().add_(zero_point).clamp_(low, high)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -67,10 +76,18 @@ def fake_quantize(
 
 
 def fake_quantize_own_range(
-    x: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool, inplace: bool = False
+    x: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    bits: int,
+    symmetric: bool,
+    inplace: bool = False,
+    full_range: bool = False,
 ) -> Tensor:
     """`fake_quantize` with the parameters of the own range of `x`: lower codes >= 0 need no clamp."""
-    scale, zero_point = compute_qparams(lo, hi, bits, symmetric)
+    scale, zero_point = compute_qparams(lo, hi, bits, symmetric, full_range)
+    if full_range:
+        return float_codes(x, scale, zero_point, bits, symmetric, full_range).mul_(scale)
     y = x.div_(scale) if inplace else x / scale
     if symmetric:
         return y.round_().clamp_(*code_range(bits, True)).mul_(scale)

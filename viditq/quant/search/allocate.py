@@ -70,8 +70,7 @@ class Search:
             if spec is None or bits == FLOAT_BITS:
                 total += 2 * rows * columns
             else:
-                per_scale = 4 if spec.symmetric else 5
-                total += rows * math.ceil(columns * bits / 8) + per_scale * _num_scales(spec, rows, columns)
+                total += rows * math.ceil(columns * bits / 8) + spec.bytes_per_scale * _num_scales(spec, rows, columns)
         return total
 
     def shares_weights(self, group: Group) -> bool:

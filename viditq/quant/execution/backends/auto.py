@@ -84,4 +84,4 @@ def _format(side: str, spec: QuantSpec | None) -> str:
         return f"{side} float"
     group = "" if spec.group_size is None else f" {spec.group_size}"
     static = " static" if side == "A" and not spec.dynamic else ""
-    return f"{side}{spec.bits} {spec.granularity}{group}{static}{' symmetric' if spec.symmetric else ''}"
+    return f"{side}{spec.label} {spec.granularity}{group}{static}{' symmetric' if spec.symmetric else ''}"

@@ -55,7 +55,8 @@ class Backend(ABC):
         if spec is None:
             return out_features * in_features * dtype.itemsize
         scales = 1 if spec.granularity == "tensor" else out_features * (in_features // (spec.group_size or in_features))
-        return out_features * packed_size(in_features, spec.bits) + scales * (4 if spec.symmetric else 5)
+        whole = 4 if spec.block_scale == "e4m3" else 0
+        return out_features * packed_size(in_features, spec.bits) + scales * spec.bytes_per_scale + whole
 
     @abstractmethod
     def prepare(self, variant: Variant) -> None:

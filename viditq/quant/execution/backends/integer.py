@@ -32,6 +32,11 @@ class IntegerBackend(Backend):
             return "weight"
         if scheme.activation is None:
             return "activation"
+        for side, spec in (("weight", scheme.weight), ("activation", scheme.activation)):
+            if spec.is_float:
+                return f"{side}.number"
+        if scheme.activation.full_range:
+            return "activation.full_range"
         return "activation.granularity" if scheme.activation.granularity == "channel" else None
 
     @abstractmethod

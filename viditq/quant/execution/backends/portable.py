@@ -67,7 +67,7 @@ class PortableBackend(IntegerBackend):
         return out_features * (in_features + BYTES_PER_SEGMENT * segments)
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
-        codes_OC, scale, zero_point = quantized
+        codes_OC, scale, zero_point, _ = quantized
         self.check_available(codes_OC.device.type)
         shift = 128 if weight.bits == 8 else 0
         out_features, in_features = codes_OC.shape

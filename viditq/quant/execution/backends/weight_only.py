@@ -56,5 +56,7 @@ def decoded(variant: Variant) -> Tensor:
         )
         assert scale is not None
         codes_nC = unpack(packed[piece], spec.bits, variant.in_features)
-        weight_OC[piece] = dequantize_weight(QuantizedWeight(codes_nC, scale, zero_point), spec)
+        weight_OC[piece] = dequantize_weight(
+            QuantizedWeight(codes_nC, scale, zero_point, variant.weight_tensor_scale), spec
+        )
     return weight_OC

@@ -13,7 +13,7 @@ from viditq.errors import UserError
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.registry import RANGES
 from viditq.quant.description.specs import RangeSpec
-from viditq.quant.numerics.affine import compute_qparams
+from viditq.quant.methods.quantizer import range_grid
 
 
 @RANGES.register("min_max")
@@ -25,7 +25,7 @@ class MinMax(RangeSpec):
     rows_apart: ClassVar[bool] = True
 
     def fit(self, values_SE: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        return compute_qparams(values_SE.amin(1, True), values_SE.amax(1, True), spec.bits, spec.symmetric)
+        return range_grid(values_SE.amin(1, True), values_SE.amax(1, True), spec)
 
 
 @RANGES.register("percentile")
@@ -51,4 +51,4 @@ class Percentile(RangeSpec):
         rank = ceil(round(self.percentile / 100 * num, 6))  # rounded: 99.9 % of 1000 is 999, not 999.0000000000001
         hi = values_SE.kthvalue(rank, 1, True).values
         lo = values_SE.kthvalue(num + 1 - rank, 1, True).values
-        return compute_qparams(lo, hi, spec.bits, spec.symmetric)
+        return range_grid(lo, hi, spec)

@@ -44,7 +44,7 @@ class NativeBackend(IntegerBackend):
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> PackedWeight:
         self.check_available()
-        codes, scale, zero_point = quantized
+        codes, scale, zero_point, _ = quantized
         if codes.device.type != "cpu":
             raise UserError(f"backend native runs on a CPU, not on {codes.device}; choose another one there, or fake")
         return pack_weight(codes, scale, zero_point, weight.bits, segment_size)

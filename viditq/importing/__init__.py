@@ -1,0 +1,1 @@
+"""Other programs' quantized files, read into artifacts: codes, scales and zero points as they are."""
