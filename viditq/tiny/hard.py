@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-MOVING, STATIC = 8, 4  # channels of a site, of 192: the same in all blocks; of each block its own
+MOVING, STATIC = 12, 3  # channels of a site, of 192: the same in all blocks; of each block its own
 RATIO = 8.0  # by which a moving channel's gain changes from one end of the noise levels to the other
-MOVING_GAIN, STATIC_GAIN = 32.0, 18.0  # medians
-SMALLEST, LARGEST, SPREAD = 8.0, 64.0, 0.4
+MOVING_GAIN, STATIC_GAIN = 40.0, 18.0  # medians
+SMALLEST, LARGEST, SPREAD = 8.0, 80.0, 0.4
 REST = -0.8  # what is added to 1 + scale of a moving channel, so that little of it stays
 LEVELS, RIDGE = 101, 1e-4
 
