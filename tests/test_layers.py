@@ -25,6 +25,7 @@ FLOORS: list[list[str]] = [
     ["engine", "fusion", "tiny", "run_dir"],
     [
         *["", "__main__", "callbacks", "card", "checks", "cli", "config", "console", "estimate", "experiment"],
+        *["external"],
         *["export", "finished", "gate", "importing", "interop", "job"],
         *["loading", "lora", "nulls", "provenance", "runner", "settled", "signatures", "stages", "summary", "sweeps"],
         *["trial", "worker"],

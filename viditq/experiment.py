@@ -17,7 +17,9 @@ from viditq.byte_numbers import num_bytes
 from viditq.checks import OF_LOGGERS, Checked, check
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
+from viditq.external.denoisers import check_source
 from viditq.export.folding import only_foldable
+from viditq.files import digest_of
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
 from viditq.models.attention import check_device
@@ -33,6 +35,7 @@ from viditq.models.text_encoders import build_encoder, encoder_names
 from viditq.nulls import check_nulls
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixed_bucket
 from viditq.quant.convert import linear_names, shapes_of
+from viditq.quant.description.external import ExternalQuantization
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.execution.backends import check_supported, get_backend
@@ -131,6 +134,10 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
     inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     inputs |= {} if stored is None else {"artifact": stored.digest}
+    external = quant.policy if isinstance(quant.policy, ExternalQuantization) else None
+    if external is not None:
+        check_source(adapter, external)
+        inputs["external"] = {**external.versions, "files": digest_of(external.files)}
     experiment = Experiment(
         name=cfg.name,
         seed=cfg.seed,
@@ -163,6 +170,8 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     trainer = experiment.make_trainer()
     device = trainer.strategy.root_device
     check_device(adapter.attention, device.type)
+    if external is not None:
+        external.check_device(device.type)
     if adapter.compile:
         check_compiler(device, getattr(trainer, "offload", None))
     backend = _backend(cfg.backend, device.type, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -55,6 +56,18 @@ def read_json(path: Path, remedy: str = "Delete it and run the command again.") 
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({error}). {remedy}") from error
+
+
+def digest_of(paths: Sequence[Path], folder: Path | None = None) -> str:
+    """Hash of files in their order: names (in `folder`), sizes, and the first and last MiB of each."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.relative_to(folder) if folder else path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def read_mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:

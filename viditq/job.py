@@ -22,6 +22,7 @@ from viditq.models.text_encoders import load_text_from_disk
 from viditq.quant.artifact import broken_file
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
 from viditq.quant.calibration.statistics import STATS_LAYOUT
+from viditq.quant.description.external import ExternalQuantization
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.reconstruction.slots import LAYOUT
@@ -117,6 +118,12 @@ class Job:
         """The artifact that the run takes as it is; None = it makes one."""
         policy = self.experiment.quant.policy
         return policy if isinstance(policy, StoredArtifact) else None
+
+    @property
+    def external(self) -> ExternalQuantization | None:
+        """Who else quantizes, while the denoiser is loaded; None = the run does."""
+        policy = self.experiment.quant.policy
+        return policy if isinstance(policy, ExternalQuantization) else None
 
     @property
     def plan(self) -> QuantPlan:
