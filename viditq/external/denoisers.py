@@ -69,7 +69,7 @@ def _load(adapter: ModelAdapter, policy: ExternalQuantization, name: str) -> Any
         raise
     except Exception as error:  # whatever a library raises
         raise UserError(
-            f"{policy.library} cannot give a quantized {name} of {adapter.name} ({source}): {type(error).__name__}: "
+            f"{policy.who} cannot give a quantized {name} of {adapter.name} ({source}): {type(error).__name__}: "
             f"{error}. {policy.instead}".rstrip()
         ) from error
 

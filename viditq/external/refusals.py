@@ -36,6 +36,11 @@ def check_external(cfg: DictConfig) -> None:
             "library quantizes, which reads none of our formats, bits, smoothing, rounding, ranges and segments, so "
             "this would change nothing. Leave it (bits=, experiment=) out, or choose another quant=..."
         )
+    if cfg.trainer.get("accelerator") == "cpu" and "cpu" not in given["policy"].get("devices", ["cpu"]):
+        raise UserError(
+            f"quant=external: {given['policy']['library']} in diffusers does not run on a CPU, where this run would "
+            f"be. {given['policy'].get('instead', '')}".rstrip()
+        )
     if cfg.backend != "auto":
         raise UserError(
             f"backend={cfg.backend}: with quant=external/... the library multiplies, not one of our backends. Leave "

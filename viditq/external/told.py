@@ -23,7 +23,9 @@ def quantized_linears(denoiser: nn.Module, names: Sequence[str]) -> list[str]:
     modules = dict(denoiser.named_modules())
     absent = [name for name in names if name not in modules]
     if absent:
-        raise UserError(f"The quantized denoiser has no {absent[0]}, which the float model has: it is of another model.")
+        raise UserError(
+            f"The quantized denoiser has no {absent[0]}, which the float model has: it is of another model."
+        )
     return [name for name in names if not _is_float(modules[name])]
 
 
@@ -44,7 +46,7 @@ def describe(adapter: ModelAdapter, policy: ExternalQuantization, roles: Mapping
     found = quantized_linears(denoiser, list(roles))
     if not found:
         raise UserError(
-            f"{policy.library} has left every Linear of {adapter.name} in float, so that there is nothing to judge. "
+            f"{policy.who} has left every Linear of {adapter.name} in float, so that there is nothing to judge. "
             "Look at its own limits (least sizes, layers to skip), or leave quant=external out."
         )
     size, of = stored_bytes(adapter, policy, denoiser)
@@ -52,7 +54,7 @@ def describe(adapter: ModelAdapter, policy: ExternalQuantization, roles: Mapping
     bits = _weight_bits(policy, denoiser, found, shapes)
     left = shapes | shapes_of(floats)
     return {
-        "library": policy.library,
+        "library": policy.who,
         "versions": policy.versions,
         "quantized": found,
         "left_in_float": [n for n, role in roles.items() if role != FLOAT and n not in found],
@@ -66,7 +68,9 @@ def describe(adapter: ModelAdapter, policy: ExternalQuantization, roles: Mapping
     }
 
 
-def _weight_bits(policy: ExternalQuantization, denoiser: nn.Module, found: list[str], shapes: Mapping[str, Any]) -> float:
+def _weight_bits(
+    policy: ExternalQuantization, denoiser: nn.Module, found: list[str], shapes: Mapping[str, Any]
+) -> float:
     """As told, or counted: of all that its quantized Linears hold but their biases, scales included."""
     if policy.weight_bits is not None:
         return float(policy.weight_bits)
@@ -88,7 +92,7 @@ def _plan(policy: ExternalQuantization, bits: float, found: Sequence[str]) -> di
     """For the page, as plan.json has it."""
     sides = {"weight": bits, "activation": policy.activation_bits}
     scheme = {side: {"bits": round(value)} if value < FLOAT_BITS else None for side, value in sides.items()}
-    return {"edges": [0.0, 1.0], "schemes": {policy.library: scheme}, "layers": {n: [policy.library] for n in found}}
+    return {"edges": [0.0, 1.0], "schemes": {policy.who: scheme}, "layers": {n: [policy.who] for n in found}}
 
 
 def stored_bytes(adapter: ModelAdapter, policy: ExternalQuantization, denoiser: nn.Module) -> tuple[int, str]:

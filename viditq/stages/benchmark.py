@@ -142,7 +142,8 @@ def _denoisers(job: Job, device: torch.device) -> tuple[Call, dict[str, nn.Modul
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.to(device)
-    call = first_call(adapter, pipeline, list(map(job.load_embeds(e.data.prompts), batch)), batch, e.seed)
+    embeds, ours = list(map(job.load_embeds(e.data.prompts), batch)), job.external is None
+    call = first_call(adapter, pipeline, embeds, batch, e.seed, inference_mode=ours)
     found = {FLOAT: adapter.denoiser_of(pipeline)}
     if adapter.dtype != HALF:
         found[HALF] = adapter.denoiser_of(in_dtype(adapter, adapter.load(), HALF)).to(device)

@@ -17,11 +17,16 @@ REASONS = {
     "diagnose": "layers of {library} are not ours, to be set beside float one by one",
 }
 
+ALREADY = "{library} has quantized it before"
+
 
 def skipped(job: Job, stage: str) -> str | None:
     """Why a stage is skipped; None where it is not."""
     policy = job.external
-    return None if policy is None else f"skipped: {REASONS[stage].format(library=policy.library)}"
+    if policy is None:
+        return None
+    reason = ALREADY if stage == "quantize" and policy.path is not None else REASONS[stage]
+    return f"skipped: {reason.format(library=policy.who)}"
 
 
 def load_judged(job: Job) -> tuple[Any, dict[str, Any]]:
@@ -29,7 +34,7 @@ def load_judged(job: Job) -> tuple[Any, dict[str, Any]]:
     e = job.experiment
     if (policy := job.external) is not None:
         pipeline, told = load_external(job, policy), told_of(job, policy)
-        return pipeline, {"requested": policy.library, "layers": {policy.library: len(told["quantized"])}}
+        return pipeline, {"requested": policy.who, "layers": {policy.who: len(told["quantized"])}}
     pipeline = job.load_quantized()
     return pipeline, {"requested": e.backend, "layers": backend_counts(e.adapter.denoiser_of(pipeline))}
 

@@ -87,6 +87,11 @@ class ExternalQuantization:
         return [method for i, method in enumerate(methods) if method not in methods[:i]]
 
     @property
+    def who(self) -> str:
+        """The library's name, of a folder the method's."""
+        return " and ".join(self.methods()) if self.takes == "folder" else self.library
+
+    @property
     def packages(self) -> list[str]:
         """What has to be installed, in pip's words."""
         of_folder = [NEEDS[method] for method in self.methods() if method in NEEDS] if self.takes == "folder" else []
@@ -106,10 +111,10 @@ class ExternalQuantization:
 
     def check_device(self, device: str) -> None:
         """Raises UserError where it does not run on this kind of device."""
-        alone = self.takes == "folder" and any(method in GPU_ALONE for method in self.methods())
-        if device not in (["cuda"] if alone else self.devices):
+        on_gpu_alone = self.takes == "folder" and any(method in GPU_ALONE for method in self.methods())
+        if device not in (["cuda"] if on_gpu_alone else self.devices):
             raise UserError(
-                f"quant=external: {self.library} in diffusers does not run on {device}, where this run would be. "
+                f"quant=external: {self.who} in diffusers does not run on {device}, where this run would be. "
                 + (self.instead or "Choose trainer=gpu on a machine with one.")
             )
 
