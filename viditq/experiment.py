@@ -133,7 +133,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     if quant.text_encoder is None:  # likewise
         tracked["quant"].pop("text_encoder", None)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
-    inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
+    inputs: dict[str, Any] = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     inputs |= {} if stored is None else {"artifact": stored.digest}
     external = quant.policy if isinstance(quant.policy, ExternalQuantization) else None
     if external is not None:

@@ -1,6 +1,7 @@
 """The denoisers of a pipeline as another library quantizes them, loaded by diffusers itself."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ def source_of(adapter: ModelAdapter, policy: ExternalQuantization, name: str) ->
 
 
 def check_source(adapter: ModelAdapter, policy: ExternalQuantization) -> None:
-    """Raises UserError for a file that diffusers cannot read as this model's, or a folder that lacks a denoiser."""
+    """Raises UserError for a file that diffusers cannot read as this model's, a folder that lacks a denoiser, and for
+    settings that the library itself refuses.
+    """
+    for name in adapter.denoiser_names if policy.config is not None else ():
+        with _its_own_words(adapter, policy, name):
+            _config(adapter, policy, name)
     for name in adapter.denoiser_names if policy.path is not None else ():
         cls, source = find_class(adapter.index()[name][1]), source_of(adapter, policy, name)
         if policy.takes == "gguf" and len(adapter.denoiser_names) > 1:
@@ -55,22 +61,24 @@ def _reads_single_files(cls: Any) -> bool:
 
 def _load(adapter: ModelAdapter, policy: ExternalQuantization, name: str) -> Any:
     cls, source = find_class(adapter.index()[name][1]), source_of(adapter, policy, name)
-    settings: dict[str, Any] = {"torch_dtype": adapter.torch_dtype}
-    try:
+    settings: dict[str, Any] = {"torch_dtype": adapter.torch_dtype, "local_files_only": True}
+    with _its_own_words(adapter, policy, name):
         if policy.config is not None:
             settings["quantization_config"] = _config(adapter, policy, name)
         if policy.takes == "gguf":
-            folder = adapter.part_folder(name, weights=False)
-            return cls.from_single_file(str(source), config=str(folder), local_files_only=True, **settings)
-        variant = adapter.variant if policy.path is None else None
-        settings["variant"] = variant_of(source, variant)
-        return cls.from_pretrained(source, local_files_only=True, **settings)
-    except UserError:
-        raise
+            return cls.from_single_file(str(source), config=str(adapter.part_folder(name, weights=False)), **settings)
+        variant = variant_of(source, adapter.variant if policy.path is None else None)
+        return cls.from_pretrained(source, variant=variant, **settings)
+
+
+@contextmanager
+def _its_own_words(adapter: ModelAdapter, policy: ExternalQuantization, name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # whatever a library raises
         raise UserError(
-            f"{policy.who} cannot give a quantized {name} of {adapter.name} ({source}): {type(error).__name__}: "
-            f"{error}. {policy.instead}".rstrip()
+            f"{policy.who} cannot give a quantized {name} of {adapter.name}: {type(error).__name__}: {error}. "
+            f"{policy.instead}".rstrip()
         ) from error
 
 

@@ -19,7 +19,7 @@ MIN_MAX = ("ranges", "activation_ranges")
 
 def is_external(cfg: DictConfig) -> bool:
     """Whether quant.policy is one of conf/quant/external."""
-    policy = cfg.quant.get("policy") if OmegaConf.is_dict(cfg.quant) else None
+    policy: Any = cfg.quant.get("policy") if OmegaConf.is_dict(cfg.quant) else None
     return OmegaConf.is_dict(policy) and str(policy.get("_target_")).endswith(POLICY)
 
 

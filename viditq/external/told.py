@@ -30,7 +30,7 @@ def quantized_linears(denoiser: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _is_float(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     plain = type(module) is nn.Linear and type(weight) is nn.Parameter
     return plain and weight.is_floating_point() and weight.element_size() > 1
 
@@ -102,7 +102,7 @@ def stored_bytes(adapter: ModelAdapter, policy: ExternalQuantization, denoiser: 
     if policy.path is not None:
         sources = {source_of(adapter, policy, name) for name in adapter.denoiser_names}
         return sum(map(_file_bytes, sources)), "the files given"
-    parts = denoiser.values() if isinstance(denoiser, nn.ModuleDict) else [denoiser]
+    parts: Any = denoiser.values() if isinstance(denoiser, nn.ModuleDict) else [denoiser]
     try:
         with tempfile.TemporaryDirectory() as scratch:
             for number, part in enumerate(parts):
