@@ -101,7 +101,11 @@ def test_what_the_library_chooses_is_counted_and_told(
     assert found["left_in_float"] == ["transformer_blocks.1.ff.net.2"] and len(found["also_quantized"]) == 6
     assert "1 that our recipes quantize are left in float, such as transformer_blocks.1.ff.net.2" in said
     assert "6 that the model keeps in float are quantized" in said
-    assert "its tensors in memory: save_pretrained cannot" in said and found["size_of"].startswith("its tensors")
+    assert (
+        "its tensors in memory: save_pretrained cannot" in said
+        and found["size_of"].startswith("its tensors")
+        and not found["on_disk"]
+    )
     share = found["average_weight_bits"]
     assert 8.1 < share < 8.8, "codes, a scale per row, and one layer in float"
 

@@ -44,19 +44,13 @@ def check_source(adapter: ModelAdapter, policy: ExternalQuantization) -> None:
         cls, source = find_class(adapter.index()[name][1]), source_of(adapter, policy, name)
         if policy.takes == "gguf" and len(adapter.denoiser_names) > 1:
             raise UserError(f"quant.policy.path={policy.path} is one denoiser, and {adapter.name} has several.")
-        if policy.takes == "gguf" and not _reads_single_files(cls):
+        if policy.takes == "gguf" and not hasattr(cls, "from_single_file"):
             raise UserError(
                 f"diffusers reads no GGUF files of {cls.__name__}. It does of Flux, SD3, Wan, LTX, HunyuanVideo, "
                 "Qwen-Image and others that have from_single_file."
             )
         if policy.takes == "folder" and not (source / "config.json").is_file():
             raise UserError(f"{policy.path} holds no {name}: {name}/config.json is missing there.")
-
-
-def _reads_single_files(cls: Any) -> bool:
-    from diffusers.loaders.single_file_model import SINGLE_LOADABLE_CLASSES
-
-    return cls.__name__ in SINGLE_LOADABLE_CLASSES
 
 
 def _load(adapter: ModelAdapter, policy: ExternalQuantization, name: str) -> Any:
@@ -68,7 +62,7 @@ def _load(adapter: ModelAdapter, policy: ExternalQuantization, name: str) -> Any
         if policy.takes == "gguf":
             return cls.from_single_file(str(source), config=str(adapter.part_folder(name, weights=False)), **settings)
         variant = variant_of(source, adapter.variant if policy.path is None else None)
-        return cls.from_pretrained(source, variant=variant, **settings)
+        return cls.from_pretrained(source, variant=variant, use_safetensors=True, **settings)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def describe(adapter: ModelAdapter, policy: ExternalQuantization, roles: Mapping
             f"{policy.who} has left every Linear of {adapter.name} in float, so that there is nothing to judge. "
             "Look at its own limits (least sizes, layers to skip), or leave quant=external out."
         )
-    size, of = stored_bytes(adapter, policy, denoiser)
+    size, of, on_disk = stored_bytes(adapter, policy, denoiser)
     in_half = sum(2 * p.numel() for p in [*adapter.build_denoiser().parameters(), *floats.parameters()])
     bits = _weight_bits(policy, denoiser, found, shapes)
     left = shapes | shapes_of(floats)
@@ -63,6 +63,7 @@ def describe(adapter: ModelAdapter, policy: ExternalQuantization, roles: Mapping
         "average_activation_bits": _mean(policy.activation_bits, found, {n: i for n, (_, i) in left.items()}),
         "size_bytes": size + adapter.left_in_float_bytes(),
         "size_of": of,
+        "on_disk": on_disk,
         "float_size_bytes": in_half,
         "plan": _plan(policy, bits, found),
     }
@@ -95,21 +96,22 @@ def _plan(policy: ExternalQuantization, bits: float, found: Sequence[str]) -> di
     return {"edges": [0.0, 1.0], "schemes": {policy.who: scheme}, "layers": {n: [policy.who] for n in found}}
 
 
-def stored_bytes(adapter: ModelAdapter, policy: ExternalQuantization, denoiser: nn.Module) -> tuple[int, str]:
-    """Bytes on disk, and of what: the files it was read from, those that save_pretrained writes, or, where the library
-    cannot save, the tensors in memory.
+def stored_bytes(adapter: ModelAdapter, policy: ExternalQuantization, denoiser: nn.Module) -> tuple[int, str, bool]:
+    """Bytes, of what, and whether on disk: of the files it was read from, those that save_pretrained writes, or, where
+    the library cannot save, of the tensors in memory.
     """
     if policy.path is not None:
         sources = {source_of(adapter, policy, name) for name in adapter.denoiser_names}
-        return sum(map(_file_bytes, sources)), "the files given"
+        return sum(map(_file_bytes, sources)), "the files given", True
     parts: Any = denoiser.values() if isinstance(denoiser, nn.ModuleDict) else [denoiser]
     try:
         with tempfile.TemporaryDirectory() as scratch:
             for number, part in enumerate(parts):
                 part.save_pretrained(Path(scratch) / str(number))
-            return _file_bytes(Path(scratch)), "what save_pretrained writes"
+            return _file_bytes(Path(scratch)), "what save_pretrained writes", True
     except Exception as error:  # whatever a library raises
-        return held_bytes(denoiser), f"its tensors in memory: save_pretrained cannot ({type(error).__name__}: {error})"
+        reason = f"its tensors in memory: save_pretrained cannot ({type(error).__name__}: {error})"
+        return held_bytes(denoiser), reason, False
 
 
 def _file_bytes(path: Path) -> int:

@@ -44,7 +44,7 @@ def sizes_of(job: Job) -> dict[str, Any]:
     keys = ("average_weight_bits", "average_activation_bits", "float_size_bytes")
     if (policy := job.external) is not None:
         told = told_of(job, policy)
-        return {key: told[key] for key in (*keys, "size_bytes", "size_of")}
+        return {key: told[key] for key in (*keys, "size_bytes", "size_of", "on_disk")}
     folder = job.run_dir.artifact
     meta = read_json(folder / "meta.json")
     size = denoiser_bytes(folder) + meta.get("left_in_float_bytes", 0)
