@@ -19,6 +19,7 @@ from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.export.folding import only_foldable
 from viditq.external.denoisers import check_source
+from viditq.external.policy import ExternalQuantization
 from viditq.files import digest_of
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
@@ -35,7 +36,6 @@ from viditq.models.text_encoders import build_encoder, encoder_names
 from viditq.nulls import check_nulls
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixed_bucket
 from viditq.quant.convert import linear_names, shapes_of
-from viditq.quant.description.external import ExternalQuantization
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.execution.backends import check_supported, get_backend

@@ -12,6 +12,7 @@ from viditq.engine.offload import DISK
 from viditq.engine.processes import Processes
 from viditq.errors import UserError
 from viditq.experiment import Experiment
+from viditq.external.policy import ExternalQuantization
 from viditq.files import damaged_files, is_whole, lock, remove_temporary, unfinished, write_json
 from viditq.loading import in_dtype, load_artifact
 from viditq.memory import give_back
@@ -22,7 +23,6 @@ from viditq.models.text_encoders import load_text_from_disk
 from viditq.quant.artifact import broken_file
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
 from viditq.quant.calibration.statistics import STATS_LAYOUT
-from viditq.quant.description.external import ExternalQuantization
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.reconstruction.slots import LAYOUT

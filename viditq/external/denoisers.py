@@ -9,12 +9,12 @@ from hydra.utils import instantiate
 from torch import nn
 
 from viditq.errors import UserError
+from viditq.external.policy import ExternalQuantization
 from viditq.models.adapter import ModelAdapter
 from viditq.models.registry import find_class
 from viditq.models.roles import FLOAT
 from viditq.models.weight_files import variant_of
 from viditq.quant.convert import linear_names
-from viditq.quant.description.external import ExternalQuantization
 
 
 def load_denoisers(adapter: ModelAdapter, policy: ExternalQuantization) -> nn.Module:

@@ -9,10 +9,10 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.external.denoisers import source_of
+from viditq.external.policy import ExternalQuantization
 from viditq.models.adapter import ModelAdapter
 from viditq.models.roles import FLOAT
 from viditq.quant.convert import shapes_of
-from viditq.quant.description.external import ExternalQuantization
 from viditq.quant.sizes import held_bytes
 
 FLOAT_BITS = 16

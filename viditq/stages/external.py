@@ -3,11 +3,11 @@
 from typing import Any
 
 from viditq.external.denoisers import load_denoisers
+from viditq.external.policy import ExternalQuantization
 from viditq.external.told import describe
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.quant.artifact import denoiser_bytes
-from viditq.quant.description.external import ExternalQuantization
 from viditq.quant.execution.linear import backend_counts
 
 REASONS = {
