@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 from diffusers import PixArtTransformer2DModel
 from hydra.utils import instantiate
 from rounded import RoundedConfig  # registers with diffusers
-from shrunk import compose_config
+from shrunk import ROOT, compose_config
 
 from viditq.errors import UserError
 from viditq.experiment import build
+from viditq.external.policy import ExternalQuantization
+from viditq.external.refusals import check_external
 from viditq.interop.quantizer import ViditqConfig
 from viditq.memory import set_aside
 from viditq.models.adapter import ModelAdapter
@@ -178,6 +181,14 @@ def test_what_a_library_raises_is_told_with_its_own_words(
     with pytest.raises(UserError, match=r"(?s)rounded cannot give a quantized transformer.*only on Tuesdays"):
         judged(tmp_path / "x", cache, *ROUNDED)
     assert not (tmp_path / "x").exists(), "the library's own settings are tried first"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/quant/external").glob("*.yaml")))
+def test_every_yaml_has_known_keys_and_is_in_the_documentation(name: str) -> None:
+    cfg = compose_config(*SMALL, f"quant=external/{name}", "trainer.accelerator=gpu", "++quant.policy.path=x")
+    check_external(cfg)
+    assert {*cfg.quant.policy} - {"_target_", "_recursive_"} <= {field.name for field in fields(ExternalQuantization)}
+    assert f"`{name}`" in (ROOT / "docs/judge.md").read_text()
 
 
 REAL = {

@@ -38,7 +38,7 @@ def noise_floor(job: Job) -> str:
 
 
 def generate(job: Job) -> str:
-    """Reload the artifact and generate the same prompts from the same noise."""
+    """Load what is judged, the artifact or what another library quantizes; the same prompts from the same noise."""
     folder, e = job.run_dir.samples, job.experiment
     encode(job)
 
