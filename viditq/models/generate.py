@@ -99,17 +99,23 @@ def _call(
     arguments = _arguments(adapter, {k: v.to(device) for k, v in _stack(embeds).items()})
     if "negative_prompt_embeds" in arguments and "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
         arguments["negative_prompt"] = None
+    generators = [noise_generator(seed, i) for i in indices]
     try:
         out = pipeline(
             **arguments,
             **call_settings(adapter, pipeline),
-            generator=[noise_generator(seed, i) for i in indices],
+            generator=generators[0] if len(generators) == 1 else generators,  # some take no list, not even of one
             output_type=output,
             return_dict=False,
         )[0]
     except UserError:
         raise
     except ValueError as error:  # the pipeline's own check of sizes and steps
+        if len(generators) > 1 and "list of generators" in str(error):
+            raise UserError(
+                f"{adapter.pipeline} samples one prompt at a time ({error}). Set batch_size=1 and "
+                "model.calibration_batch_size=1."
+            ) from error
         raise UserError(f"{adapter.pipeline} refuses the settings of model: {error}") from error
     except IndexError as error:
         if adapter.num_steps > 1:
