@@ -295,3 +295,18 @@ def test_a_pipeline_that_takes_no_list_of_generators_gets_one_prompt_at_a_time(m
     assert torch.equal(generate(adapter, pipeline, embeds[:1], [0], 0), expected)
     with pytest.raises(UserError, match=r"Set batch_size=1 and model\.calibration_batch_size=1"):
         generate(adapter, pipeline, embeds, [0, 1], 0)
+
+
+def test_a_negative_prompt_that_is_encoded_while_sampling_is_told_with_what_to_set(make: Make) -> None:
+    adapter = make("flux_dev", images.flux_dev)
+    pipeline, embeds = adapter.load(), [encode_prompt(adapter, adapter.load_text_part(), "red")]
+    plain = type(pipeline)
+
+    @wraps(plain.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.encode_prompt("ugly", None)
+        return plain.__call__(self, *args, **kwargs)
+
+    pipeline.__class__ = type("Negative", (plain,), {"__call__": call})
+    with pytest.raises(UserError, match=r'a negative prompt of its own .* model\.negative_prompt=""'):
+        generate(adapter, pipeline, embeds, [0], 0)

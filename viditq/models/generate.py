@@ -5,6 +5,7 @@ Legend: B samples, F frames (1 for an image), C = 3, H, W pixels.
 
 import functools
 import inspect
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,6 +118,13 @@ def _call(
                 "model.calibration_batch_size=1."
             ) from error
         raise UserError(f"{adapter.pipeline} refuses the settings of model: {error}") from error
+    except (AttributeError, TypeError) as error:
+        if adapter.negative_prompt is None and _raised_in(error, "encode_prompt"):
+            raise UserError(
+                f"{adapter.pipeline} encodes a negative prompt of its own while it samples, without text encoders. "
+                'Give one that is encoded with the prompts: model.negative_prompt="" or what its model card says.'
+            ) from error
+        raise
     except IndexError as error:
         if adapter.num_steps > 1:
             raise
@@ -135,6 +143,11 @@ def _call(
     if not torch.isfinite(out).all():
         raise UserError(f"Samples of prompts {indices} are not finite. Use model.dtype=float32 or more bits.")
     return out
+
+
+def _raised_in(error: BaseException, function: str) -> bool:
+    """Whether a function of this name was running when the error was raised."""
+    return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _arguments(adapter: ModelAdapter, stacked: Mapping[str, Tensor]) -> dict[str, Any]:
