@@ -69,6 +69,8 @@ def _load(adapter: ModelAdapter, policy: ExternalQuantization, name: str) -> Any
 def _its_own_words(adapter: ModelAdapter, policy: ExternalQuantization, name: str) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # whatever a library raises
         raise UserError(
             f"{policy.who} cannot give a quantized {name} of {adapter.name}: {type(error).__name__}: {error}. "

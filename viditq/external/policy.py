@@ -75,9 +75,10 @@ class ExternalQuantization:
         return Path(str(self.path)).expanduser()
 
     def methods(self) -> list[str]:
-        """The quant_method of each quantized part of the folder; UserError if there is none."""
+        """The quant_method of each quantized part of the folder that is diffusers' own; UserError if there is none."""
         inside = [self.place / "config.json", *sorted(self.place.glob("*/config.json"))]
-        found = [read_mapping(file, []).get("quantization_config") for file in inside if file.is_file()]
+        configs = [read_mapping(file, []) for file in inside if file.is_file()]
+        found = [config.get("quantization_config") for config in configs if "_class_name" in config]
         methods = [str(config.get("quant_method")) for config in found if isinstance(config, Mapping)]
         if not methods:
             raise UserError(
