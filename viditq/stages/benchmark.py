@@ -147,7 +147,7 @@ def _denoisers(job: Job, device: torch.device) -> tuple[Call, dict[str, nn.Modul
     found = {FLOAT: adapter.denoiser_of(pipeline)}
     if adapter.dtype != HALF:
         found[HALF] = adapter.denoiser_of(in_dtype(adapter, adapter.load(), HALF)).to(device)
-    quantized, executed = load_judged(job)
+    quantized, executed = load_judged(job, tell=False)
     found[QUANTIZED] = adapter.denoiser_of(quantized).to(device)
     if adapter.compile:
         found |= {f"{name}{COMPILED}": compiled_twin(denoiser) for name, denoiser in found.items()}

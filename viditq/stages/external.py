@@ -16,7 +16,6 @@ REASONS = {
     "quantize": "{library} quantizes while the denoiser is loaded, in stage generate",
     "diagnose": "layers of {library} are not ours, to be set beside float one by one",
 }
-
 ALREADY = "{library} has quantized it before"
 
 
@@ -29,11 +28,18 @@ def skipped(job: Job, stage: str) -> str | None:
     return f"skipped: {reason.format(library=policy.who)}"
 
 
-def load_judged(job: Job) -> tuple[Any, dict[str, Any]]:
-    """The pipeline that the run judges, and which backend (or library) computes how many of its Linears."""
+def load_judged(job: Job, tell: bool = True) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that the run judges, and, on the first process, which backend (or library) computes how many of its
+    Linears; tell: say what the library did.
+    """
     e = job.experiment
     if (policy := job.external) is not None:
-        pipeline, told = load_external(job, policy), told_of(job, policy)
+        pipeline = load_external(job, policy)
+        if not job.processes.first:
+            return pipeline, {}
+        told = told_of(job, policy)
+        if tell:
+            job.say(f"      {_line(told)}")
         return pipeline, {"requested": policy.who, "layers": {policy.who: len(told["quantized"])}}
     pipeline = job.load_quantized()
     return pipeline, {"requested": e.backend, "layers": backend_counts(e.adapter.denoiser_of(pipeline))}
@@ -59,13 +65,11 @@ def plan_of(job: Job) -> dict[str, Any]:
 
 
 def load_external(job: Job, policy: ExternalQuantization) -> Any:
-    """The pipeline with denoisers that the library has quantized, without its text part; says what it did."""
+    """The pipeline with denoisers that the library has quantized, without its text part; leaves external.json."""
     adapter, file = job.experiment.adapter, job.run_dir.external
     denoiser = load_denoisers(adapter, policy)
-    if job.processes.first:
-        if not is_whole(file):
-            write_json(file, describe(adapter, policy, job.experiment.roles, denoiser))
-        job.say(f"      {_line(read_json(file))}")
+    if job.processes.first and not is_whole(file):  # also called where the others are at something else
+        write_json(file, describe(adapter, policy, job.experiment.roles, denoiser))
     return adapter.load(denoiser)
 
 
