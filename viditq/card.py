@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class Card:
         self.is_ours = not self.path.exists() or bool(mine and mine["ours"])
         metrics = read_json(run / "metrics.json") if is_whole(run / "metrics.json") else None
         found = [run / name for name in PICTURES if is_whole(run / name)] if metrics is not None else []
-        self.pictures = {self.path.with_name(path.name): path for path in found}
+        before = "" if place.is_dir() else f"{place.stem}."  # a folder of files has pictures of others too
+        self.pictures = {self.path.with_name(f"{before}{path.name}"): path for path in found}
         place_of_base = adapter.source if adapter.denoiser_path is None else adapter.denoiser_source
         self.text = ModelCard(
             base=place_of_base.path if place_of_base.of_hub else adapter.name,
@@ -50,11 +52,11 @@ class Card:
             settings=text_settings(adapter, find_class(adapter.pipeline)),
             size=denoiser_bytes(artifact),
             metrics=metrics,
-            pictures=[path.name for path in found],
+            pictures=[path.name for path in self.pictures],
             command=next((mark["command"] for mark in (mine, theirs) if mark and mark.get("command")), command),
             target=target,
             component_dtypes=adapter.component_dtypes,
-            exported_size=None if target is None else _size(place),
+            exported_size=None if target is None else _size(place, adapter.denoiser_names),
         ).text()
 
     def is_there(self) -> bool:
@@ -78,7 +80,8 @@ def _mark(path: Path) -> dict[str, Any] | None:
     return mark_of(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
 
 
-def _size(place: Path) -> int:
+def _size(place: Path, denoisers: Sequence[str]) -> int:
     """Of a folder, a file, or the files of several denoisers, whose names stand before the ending."""
-    files = [place] if place.is_file() else place.parent.glob(f"{place.stem}.*{place.suffix}")
+    several = len(denoisers) > 1
+    files = [place.with_name(f"{place.stem}.{name}{place.suffix}") for name in denoisers] if several else [place]
     return size_bytes(place) if place.is_dir() else sum(path.stat().st_size for path in files)
