@@ -354,6 +354,10 @@ def test_an_export_is_made_once_and_replaces_nothing_else(tiny, tmp_path: Path, 
     before = out.stat()
     assert main(words) == 0
     assert out.stat().st_mtime_ns == before.st_mtime_ns
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-9])  # its header is there
+    assert main(words) == 0 and out.read_bytes() == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"out.safetensors", "out.README.md"}
     assert main(["export", str(tiny("int4")), *words[2:]]) == 2
     assert "is no export of this artifact" in capsys.readouterr().err and out.stat().st_size == before.st_size
 
