@@ -29,8 +29,9 @@ def export(args: argparse.Namespace) -> None:
         module.export(artifact, out)
     from viditq.card import export_card  # torch is there by now
 
-    export_card(artifact, out, args.to).write()
-    print(out)
+    card = export_card(artifact, out, args.to)
+    card.write()
+    print(*card.files, sep="\n")
 
 
 def _artifact(run: str) -> Path:

@@ -32,6 +32,8 @@ class Card:
         self, artifact: Path, place: Path, target: str | None, command: str | None, adapter: ModelAdapter
     ) -> None:
         self.path = place / CARD if place.is_dir() else place.with_name(f"{place.stem}.{CARD}")
+        self.files = [place] if place.is_dir() else _files(place, adapter.denoiser_names)
+        """What the card is of: a folder, or a file for each denoiser."""
         run = artifact.parent
         mine, theirs = (_mark(path) for path in (self.path, artifact / CARD))
         self.is_ours = not self.path.exists() or bool(mine and mine["ours"])
@@ -56,7 +58,7 @@ class Card:
             command=next((mark["command"] for mark in (mine, theirs) if mark and mark.get("command")), command),
             target=target,
             component_dtypes=adapter.component_dtypes,
-            exported_size=None if target is None else _size(place, adapter.denoiser_names),
+            exported_size=None if target is None else _size(self.files),
         ).text()
 
     def is_there(self) -> bool:
@@ -80,8 +82,11 @@ def _mark(path: Path) -> dict[str, Any] | None:
     return mark_of(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
 
 
-def _size(place: Path, denoisers: Sequence[str]) -> int:
-    """Of a folder, a file, or the files of several denoisers, whose names stand before the ending."""
+def _files(place: Path, denoisers: Sequence[str]) -> list[Path]:
+    """The names of several denoisers stand before the ending."""
     several = len(denoisers) > 1
-    files = [place.with_name(f"{place.stem}.{name}{place.suffix}") for name in denoisers] if several else [place]
-    return size_bytes(place) if place.is_dir() else sum(path.stat().st_size for path in files)
+    return [place.with_name(f"{place.stem}.{name}{place.suffix}") for name in denoisers] if several else [place]
+
+
+def _size(places: Sequence[Path]) -> int:
+    return sum(size_bytes(place) if place.is_dir() else place.stat().st_size for place in places)

@@ -80,7 +80,9 @@ def artifact_of(adapter: ModelAdapter, recipe: Recipe, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_file_is_the_model_under_the_release_s_names(name: str, configure: Configure, tmp_path: Path) -> None:
+def test_a_file_is_the_model_under_the_release_s_names(
+    name: str, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     build, convert = MODELS[name]
     save(build, tmp_path / "model")
     frames = ["model.num_frames=5"] if name.startswith(("wan", "hunyuan")) else []
@@ -91,10 +93,11 @@ def test_a_file_is_the_model_under_the_release_s_names(name: str, configure: Con
     assert main(["export", str(artifact), "--to", "comfyui", "--out", f"{tmp_path}/out.safetensors"]) == 0
     denoiser, _, _, _ = load_denoiser(artifact, adapter.build_denoiser)
     parts = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {"": denoiser}
+    written = [tmp_path / f"out.{part}.safetensors" if part else tmp_path / "out.safetensors" for part in parts]
+    assert capsys.readouterr().out.splitlines()[-len(parts) :] == [*map(str, written)]
     card = (tmp_path / "out.README.md").read_text()
     assert "ComfyUI" in card.split("## Loading")[1] and "0.00 MB" not in card.split("all of this export")[1][:20]
-    for part, module in parts.items():
-        file = tmp_path / (f"out.{part}.safetensors" if part else "out.safetensors")
+    for file, module in zip(written, parts.values(), strict=True):
         check_file(file, module, convert)
 
 
