@@ -246,7 +246,7 @@ ALPHA = f"transformer.{Q}.alpha"
         ({UP: torch.ones(64, 2, dtype=torch.complex64)}, {}, "are complex64"),
         ({DOWN.removeprefix("transformer."): torch.ones(2, 64)}, {}, "says two things of transformer"),
         ({}, "{nope", "is no JSON"),
-        ({}, [1], "where a mapping is needed"),
+        ({}, [1], r"bad\.safetensors is \[1\], where a mapping is needed"),
         ({}, {"transformer.lora_alpha": "x"}, "the alpha of .* is no number"),
         ({}, {"transformer.alpha_pattern": {"(": 3.0}}, "the alpha of .* is no number"),
         ({}, {"transformer.alpha_pattern": 3}, "the alpha of .* is no number"),

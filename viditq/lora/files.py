@@ -101,11 +101,11 @@ def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if beside.is_file() and file.name == WEIGHT_NAMES[1]:
         return {"": _mapping(read_json(beside, "Copy it again."), f"{beside}")}
     try:
-        flat = _mapping(json.loads(metadata.get(METADATA, "{}")), f"{METADATA} of {file}")
+        told = json.loads(metadata.get(METADATA, "{}"))
     except ValueError as error:
         raise UserError(f"{METADATA} of {file} is no JSON ({error}): copy the file again.") from error
     found: dict[str, Any] = {}
-    for key, value in flat.items():
+    for key, value in _mapping(told, f"{METADATA} of {file}").items():
         component, _, field = key.partition(".")
         found.setdefault(component, {})[field] = value
     return found
