@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from viditq.files import atomic, is_whole, read_json
+from viditq.export.comfy_file import COST
+from viditq.files import atomic, is_whole, read_json, stored_metadata
+from viditq.interop.folder import CHANGED, DESCRIPTION
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import text_settings
 from viditq.models.registry import find_class
@@ -59,6 +62,7 @@ class Card:
             target=target,
             component_dtypes=adapter.component_dtypes,
             exported_size=None if target is None else _size(self.files),
+            changed=None if target is None else _changed(self.files[0]),
         ).text()
 
     def is_there(self) -> bool:
@@ -86,6 +90,14 @@ def _files(place: Path, denoisers: Sequence[str]) -> list[Path]:
     """The names of several denoisers stand before the ending."""
     several = len(denoisers) > 1
     return [place.with_name(f"{place.stem}.{name}{place.suffix}") for name in denoisers] if several else [place]
+
+
+def _changed(place: Path) -> str:
+    """What an export says of itself that is other than in the artifact."""
+    if place.is_dir():
+        told = read_json(place / DESCRIPTION) if is_whole(place / DESCRIPTION) else {}
+        return str(told.get(CHANGED, ""))
+    return str(json.loads(stored_metadata(place).get(COST, "{}")).get(CHANGED, ""))
 
 
 def _size(places: Sequence[Path]) -> int:

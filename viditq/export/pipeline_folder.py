@@ -13,7 +13,7 @@ from typing import Any
 from viditq.errors import UserError
 from viditq.export.copied import copy_part
 from viditq.files import is_whole, read_json, write_json
-from viditq.interop.folder import DESCRIPTION, VERSION
+from viditq.interop.folder import CHANGED, DESCRIPTION, VERSION
 from viditq.models.adapter import ModelAdapter
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedulers import make_scheduler
@@ -25,8 +25,10 @@ WritePart = Callable[[Path, Mapping[str, Any], str, Path, str], None]
 """(folder, config.json of the float part, dtype in its pipeline, artifact, what begins its names in the artifact)."""
 
 
-def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePart) -> None:
+def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePart, changed: str = "") -> None:
     """Write the folder `out`, its denoisers by `write_part`. A killed export goes on at the file that was open.
+
+    changed: what is other than in the artifact, for the card.
 
     Raises UserError for an artifact that is damaged, for what no pipeline of diffusers can do (quantized text encoders,
     a sampler that makes up for the denoiser's error), and for a folder `out` with other files.
@@ -38,12 +40,14 @@ def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePar
     work = work_folder(out)
     with held(work):
         resume(work, key)
-        _write(work, adapter, artifact, key, write_part)
+        _write(work, adapter, artifact, key, write_part, changed)
         end(work)
         work.rename(out)
 
 
-def _write(work: Path, adapter: ModelAdapter, artifact: Path, key: Mapping[str, Any], write_part: WritePart) -> None:
+def _write(
+    work: Path, adapter: ModelAdapter, artifact: Path, key: Mapping[str, Any], write_part: WritePart, changed: str
+) -> None:
     index, several = adapter.index(), len(adapter.denoiser_names) > 1
     for name, entry in index.items():
         if not isinstance(entry, list) or entry[0] is None:
@@ -59,7 +63,7 @@ def _write(work: Path, adapter: ModelAdapter, artifact: Path, key: Mapping[str, 
             copy_part(adapter.part_folder(name, weights=True), work / name, adapter.variant, _dtype_of(adapter, name))
     write_json(work / "model_index.json", index)
     files = sorted(str(path.relative_to(work)) for path in work.rglob("*.safetensors"))
-    write_json(work / DESCRIPTION, _description(adapter, key) | {"files": files})
+    write_json(work / DESCRIPTION, _description(adapter, key) | {"files": files, CHANGED: changed})
 
 
 def is_exported(artifact: Path, out: Path, target: str) -> bool:
