@@ -140,7 +140,9 @@ def width_of(config: dict[str, Any]) -> str:
     if str(config.get("quant.policy._target_", "")).endswith((".PlanFile", ".SensitivitySearch")):
         return ""
     weight, activation = (config.get(key) for key in WIDTHS)
-    return f"W{weight}A{activation}" if weight and activation else ""
+    if weight is activation is None and config.get("quant.policy.activation_bits", 16) < 16:  # quant=external/...
+        weight, activation = (config.get(f"quant.policy.{side}_bits") for side in ("weight", "activation"))
+    return f"W{weight:g}A{activation:g}" if weight and activation else ""
 
 
 def of_widths(runs: Runs) -> dict[str, Runs]:

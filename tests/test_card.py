@@ -67,6 +67,17 @@ def test_beside_a_single_file(finished_run: Path, tmp_path: Path) -> None:
     assert card.path == tmp_path / "model.README.md" and "| all of this export | 3 bytes |" in card.path.read_text()
 
 
+def test_files_in_one_folder_have_their_own_pictures(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "comparison.png").write_text("mine")
+    for name in ("a", "b[1]"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"123")
+        card = export_card(finished_run / "quantized", tmp_path / f"{name}.safetensors", "comfyui")
+        card.write()
+        assert f"({name}.comparison.png)" in card.text and card.is_there()
+        assert (tmp_path / f"{name}.comparison.png").stat().st_size > 1000
+    assert (tmp_path / "comparison.png").read_text() == "mine"
+
+
 def test_what_is_not_told_of_an_artifact_is_left_out(tmp_path: Path, configure: Callable[..., Any]) -> None:
     """As `save_denoiser` alone writes one."""
     adapter = instantiate(configure("model=tiny_image", "name=x").model, _convert_="all")

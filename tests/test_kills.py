@@ -40,8 +40,8 @@ def harness(tmp_path: Path, kills: int, seed: int, *overrides: str) -> str:
     return done.stdout
 
 
-def test_three_kills(tmp_path: Path) -> None:
-    assert "3 kills in " in harness(tmp_path, 3, 0)
+def test_two_kills(tmp_path: Path) -> None:
+    assert "2 kills in " in harness(tmp_path, 2, 0)
 
 
 @pytest.mark.slow

@@ -41,6 +41,8 @@ assert not {{"torch", "diffusers", "transformers"}} & sys.modules.keys()
         (["--to", "diffusers", "--requantize"], "--requantize changes nothing"),
         (["--to", "comfyui", "--out", "HERE/quantized/x.safetensors"], "lies in the artifact"),
         (["--to", "diffusers", "--out", "HERE/quantized"], "lies in the artifact"),
+        (["--to", "diffusers", "--out", "."], "--out . has no name of its own"),
+        (["--to", "diffusers", "--out", ".."], "--out .. has no name of its own"),
         (["--to", "diffusers", "--out", "HERE/quantized/meta.json"], "writes a folder, and this is a file"),
     ],
 )

@@ -1,5 +1,7 @@
 """Tensors that stay in their files."""
 
+import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from viditq import mapped
+from viditq.files import is_whole, stored_metadata
 from viditq.mapped import Writer, header_bound, in_pieces, is_finite, mapped_tensors, release
 from viditq.on_disk import SMALL_BYTES, leave_on_disk, runs_in
 
@@ -80,6 +83,57 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="bytes"):
         mapped_tensors(path)
+
+
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"[]",
+        b"{nope",
+        b"\xff\xfe\xfd",
+        *(
+            json.dumps({"a": entry}).encode()
+            for entry in (
+                5,
+                {},
+                ENTRY | {"dtype": 5},
+                ENTRY | {"shape": [2]},
+                ENTRY | {"shape": [-1]},
+                ENTRY | {"shape": 1},
+                ENTRY | {"shape": ["1"]},
+                ENTRY | {"data_offsets": [4, 0]},
+                ENTRY | {"data_offsets": ["0", 4]},
+                ENTRY | {"data_offsets": [0, 4, 8]},
+            )
+        ),
+    ],
+)
+def test_a_damaged_header_is_refused(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(ValueError, match=r"."):
+        mapped_tensors(path)
+    assert not is_whole(path) or b"[2]" in header  # which only who knows the type of number can tell
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", struct.pack("<Q", 2**63) + b"{}"])
+def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="bytes"):
+        mapped_tensors(path)
+    assert not is_whole(path) and stored_metadata(path) == {}
+
+
+def test_a_header_s_words_are_words(tmp_path: Path) -> None:
+    for told, found in ((5, {}), ({"a": "b", "c": 5}, {"a": "b"})):
+        header = json.dumps({"__metadata__": told, "a": ENTRY}).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+        assert stored_metadata(tmp_path / "x.safetensors") == found
 
 
 class Two(nn.Module):

@@ -240,7 +240,7 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
     assert not list(tmp_path.rglob("*.tmp")) and not list(cache.rglob("partial-*"))
 
 
-@pytest.mark.parametrize("dying", ["write_page", "comparison_picture", "_meta", "summarize"])
+@pytest.mark.parametrize("dying", ["write_page", "comparison_picture", "sizes_of", "summarize"])
 def test_killed_while_writing(
     dying: str, run: Run, finished_run: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,8 +29,9 @@ def export(args: argparse.Namespace) -> None:
         module.export(artifact, out)
     from viditq.card import export_card  # torch is there by now
 
-    export_card(artifact, out, args.to).write()
-    print(out)
+    card = export_card(artifact, out, args.to)
+    card.write()
+    print(*card.files, sep="\n")
 
 
 def _artifact(run: str) -> Path:
@@ -45,19 +46,27 @@ def _artifact(run: str) -> Path:
 
 def _place(out: str | None, artifact: Path, name: str, target: Target) -> Path:
     """What is written; beside the artifact unless told."""
-    place = artifact.parent / "exports" / f"{name}{target.suffix}" if out is None else Path(out).expanduser()
+    place = artifact.parent / "exports" / f"{name}{target.suffix}" if out is None else _given(out)
     if target.suffix and (place.suffix != target.suffix or place.is_dir()):
         raise UserError(f"--out {place}: --to {name} writes one file, whose name ends in {target.suffix}")
     if not target.suffix and place.is_file():
         raise UserError(f"--out {place}: --to {name} writes a folder, and this is a file")
-    if not place.name or artifact.resolve() in (place.resolve(), *place.resolve().parents):
+    if artifact.resolve() in (place.resolve(), *place.resolve().parents):
         raise UserError(f"--out {place} lies in the artifact, which an export does not change; choose another place")
     return place
 
 
+def _given(out: str) -> Path:
+    """What --out names; a link stands for its target, which can be replaced as a whole."""
+    place = Path(out).expanduser()
+    if place.name in ("", ".."):
+        raise UserError(f"--out {out} has no name of its own: give that of a new one, such as ./quantized_model")
+    return place.resolve() if place.is_symlink() else place
+
+
 def bring(args: argparse.Namespace) -> None:
     """Write an artifact of another program's file."""
-    out = Path(args.out).expanduser()
+    out = _given(args.out)
     files = [Path(file).expanduser() for file in args.files]
     for path in files:
         if not path.exists():

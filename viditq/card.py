@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from viditq.files import atomic, is_whole, read_json
+from viditq.export.comfy_file import COST
+from viditq.files import atomic, is_whole, read_json, stored_metadata
+from viditq.interop.folder import CHANGED, DESCRIPTION
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import text_settings
 from viditq.models.registry import find_class
@@ -31,12 +35,15 @@ class Card:
         self, artifact: Path, place: Path, target: str | None, command: str | None, adapter: ModelAdapter
     ) -> None:
         self.path = place / CARD if place.is_dir() else place.with_name(f"{place.stem}.{CARD}")
+        self.files = [place] if place.is_dir() else _files(place, adapter.denoiser_names)
+        """What the card is of: a folder, or a file for each denoiser."""
         run = artifact.parent
         mine, theirs = (_mark(path) for path in (self.path, artifact / CARD))
         self.is_ours = not self.path.exists() or bool(mine and mine["ours"])
         metrics = read_json(run / "metrics.json") if is_whole(run / "metrics.json") else None
         found = [run / name for name in PICTURES if is_whole(run / name)] if metrics is not None else []
-        self.pictures = {self.path.with_name(path.name): path for path in found}
+        before = "" if place.is_dir() else f"{place.stem}."  # a folder of files has pictures of others too
+        self.pictures = {self.path.with_name(f"{before}{path.name}"): path for path in found}
         place_of_base = adapter.source if adapter.denoiser_path is None else adapter.denoiser_source
         self.text = ModelCard(
             base=place_of_base.path if place_of_base.of_hub else adapter.name,
@@ -50,11 +57,12 @@ class Card:
             settings=text_settings(adapter, find_class(adapter.pipeline)),
             size=denoiser_bytes(artifact),
             metrics=metrics,
-            pictures=[path.name for path in found],
+            pictures=[path.name for path in self.pictures],
             command=next((mark["command"] for mark in (mine, theirs) if mark and mark.get("command")), command),
             target=target,
             component_dtypes=adapter.component_dtypes,
-            exported_size=None if target is None else _size(place),
+            exported_size=None if target is None else _size(self.files),
+            changed=None if target is None else _changed(self.files[0]),
         ).text()
 
     def is_there(self) -> bool:
@@ -78,7 +86,19 @@ def _mark(path: Path) -> dict[str, Any] | None:
     return mark_of(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
 
 
-def _size(place: Path) -> int:
-    """Of a folder, a file, or the files of several denoisers, whose names stand before the ending."""
-    files = [place] if place.is_file() else place.parent.glob(f"{place.stem}.*{place.suffix}")
-    return size_bytes(place) if place.is_dir() else sum(path.stat().st_size for path in files)
+def _files(place: Path, denoisers: Sequence[str]) -> list[Path]:
+    """The names of several denoisers stand before the ending."""
+    several = len(denoisers) > 1
+    return [place.with_name(f"{place.stem}.{name}{place.suffix}") for name in denoisers] if several else [place]
+
+
+def _changed(place: Path) -> str:
+    """What an export says of itself that is other than in the artifact."""
+    if place.is_dir():
+        told = read_json(place / DESCRIPTION) if is_whole(place / DESCRIPTION) else {}
+        return str(told.get(CHANGED, ""))
+    return str(json.loads(stored_metadata(place).get(COST, "{}")).get(CHANGED, ""))
+
+
+def _size(places: Sequence[Path]) -> int:
+    return sum(size_bytes(place) if place.is_dir() else place.stat().st_size for place in places)

@@ -28,6 +28,7 @@ from viditq.config import (
 )
 from viditq.engine.wandb_settings import check_wandb
 from viditq.errors import UserError
+from viditq.external.refusals import check_external
 from viditq.gate import Gate
 from viditq.models.checks import check_values
 from viditq.models.outline import check_outline
@@ -98,6 +99,7 @@ def check_values_alone(cfg: DictConfig) -> Alone:
         raise UserError(f"fit={cfg.fit} and estimate={cfg.estimate} each tell something else. Leave one of them out.")
     if HydraConfig.initialized():
         check_overrides(cfg.quant.policy._target_, HydraConfig.get().overrides.task)
+    check_external(cfg)
     stages = _stages(cfg.stages)
     for key in BYTES:  # as numbers from here on: what is tracked must not depend on how it was written
         if isinstance(value := OmegaConf.select(cfg, key), str):

@@ -42,6 +42,7 @@ DISK_ERRORS = {
     errno.EPERM: f"no permission to write there. {ELSEWHERE}",
     errno.ENOTDIR: f"a file is where a folder has to be. {ELSEWHERE}",
     errno.EEXIST: f"a file is where a folder has to be. {ELSEWHERE}",
+    errno.ENAMETOOLONG: f"the name is too long. {ELSEWHERE}",
     errno.EISDIR: f"a folder is where a file has to be. {ELSEWHERE}",
 }
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's

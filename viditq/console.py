@@ -104,7 +104,8 @@ def print_summary(console: Console, metrics: Mapping[str, Any], run_dir: RunDir)
         console.print(metrics_table(metric_rows(metrics), title))
     bits = f"W{metrics['average_weight_bits']:.2f} A{metrics['average_activation_bits']:.2f} bits on average"
     size, full = metrics["size_bytes"] / 1e6, metrics["float_size_bytes"] / 1e6
-    console.print(f"{bits}; denoiser {size:.2f} MB on disk, {full:.2f} MB in fp16 ({full / size:.2f}x smaller)")
+    where = "on disk" if metrics.get("on_disk", True) else "in memory (its library cannot save it)"
+    console.print(f"{bits}; denoiser {size:.2f} MB {where}, {full:.2f} MB in fp16 ({full / size:.2f}x smaller)")
     for line in text_encoder_lines(metrics):
         console.print(line, markup=False)
     speed = read_json(run_dir.speed) if is_whole(run_dir.speed) else None

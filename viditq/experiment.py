@@ -18,6 +18,9 @@ from viditq.checks import OF_LOGGERS, Checked, check
 from viditq.data.prompts import PromptData
 from viditq.errors import UserError
 from viditq.export.folding import only_foldable
+from viditq.external.denoisers import check_source
+from viditq.external.policy import ExternalQuantization
+from viditq.files import digest_of
 from viditq.gate import Gate
 from viditq.models.adapter import ModelAdapter
 from viditq.models.attention import check_device
@@ -43,6 +46,7 @@ from viditq.run_dir import fingerprint
 
 # Keys that change neither samples nor numbers, so that a run may be continued with others.
 UNTRACKED = ("stages", "trainer", "logger", "debug", "estimate", "fit", "cache_dir", "batch_size", "gate", "benchmark")
+NO_INFERENCE_MODE = {"inference_mode": False}  # in which quanto cannot unpack its weights; no_grad computes the same
 MOST_BUCKETS = 1000  # as many as there are timesteps
 
 
@@ -129,8 +133,12 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     if quant.text_encoder is None:  # likewise
         tracked["quant"].pop("text_encoder", None)
     prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
-    inputs = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
+    inputs: dict[str, Any] = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     inputs |= {} if stored is None else {"artifact": stored.digest}
+    external = quant.policy if isinstance(quant.policy, ExternalQuantization) else None
+    if external is not None:
+        check_source(adapter, external)
+        inputs["external"] = {**external.versions, "files": digest_of(external.files)}
     experiment = Experiment(
         name=cfg.name,
         seed=cfg.seed,
@@ -155,7 +163,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         encoder_plans=encoder_plans,
         data=data,
         make_metrics=lambda: instantiate(cfg.metric, _convert_="all"),
-        make_trainer=lambda: _trainer(cfg.trainer),
+        make_trainer=lambda: _trainer(cfg.trainer, NO_INFERENCE_MODE if external is not None else {}),
         make_logger=_make_logger(cfg.logger) if cfg.logger else None,
         logger_name=str(cfg.logger["_target_"]) if cfg.logger else "none",
         tracked={str(k): v for k, v in tracked.items() if k not in UNTRACKED} | {"inputs": inputs},
@@ -163,6 +171,8 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     trainer = experiment.make_trainer()
     device = trainer.strategy.root_device
     check_device(adapter.attention, device.type)
+    if external is not None:
+        external.check_device(device.type)
     if adapter.compile:
         check_compiler(device, getattr(trainer, "offload", None))
     backend = _backend(cfg.backend, device.type, plan)
@@ -274,9 +284,9 @@ def _make_logger(node: Any) -> Callable[..., Any]:
     return make
 
 
-def _trainer(node: Any) -> L.Trainer:
+def _trainer(node: Any, settings: Mapping[str, Any]) -> L.Trainer:
     try:
-        trainer = instantiate(node, _convert_="all")
+        trainer = instantiate(node, **settings, _convert_="all")
     except Exception as error:
         cause = error.__cause__
         if isinstance(cause, UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -57,6 +58,18 @@ def read_json(path: Path, remedy: str = "Delete it and run the command again.") 
         raise UserError(f"{path} is missing or damaged ({error}). {remedy}") from error
 
 
+def digest_of(paths: Sequence[Path], folder: Path | None = None) -> str:
+    """Hash of files in their order: names (in `folder`), sizes, and the first and last MiB of each."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.relative_to(folder) if folder else path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
 def read_mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """The values of a JSON file that holds these keys; raises UserError if it is damaged or lacks one."""
     values = read_json(path)
@@ -108,13 +121,27 @@ def stored_entries(path: Path) -> dict[str, dict[str, Any]]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
+        length = int.from_bytes(file.read(8), "little")
         entries: dict[str, dict[str, Any]] = json.loads(file.read(length)) if 8 + length <= size else {}
+    if not isinstance(entries, dict):
+        raise ValueError("the header is no mapping")
     entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        _check_entry(name, entry)
     end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size != end:
         raise ValueError(f"{size} bytes of {end} are there")
     return entries
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    try:
+        (start, end), shape = entry["data_offsets"], entry["shape"]
+        sound = isinstance(entry["dtype"], str) and all(type(n) is int and n >= 0 for n in (start, end - start, *shape))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"what the header says of {name} is damaged")
 
 
 def stored_metadata(path: Path) -> dict[str, str]:
@@ -123,7 +150,8 @@ def stored_metadata(path: Path) -> dict[str, str]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length <= path.stat().st_size else {}
-            return dict(header.get("__metadata__", {}))
+            told = header.get("__metadata__", {}).items()
+            return {name: value for name, value in told if isinstance(value, str)}
     except (OSError, ValueError, AttributeError, struct.error):
         return {}
 

@@ -12,6 +12,7 @@ from viditq.engine.offload import DISK
 from viditq.engine.processes import Processes
 from viditq.errors import UserError
 from viditq.experiment import Experiment
+from viditq.external.policy import ExternalQuantization
 from viditq.files import damaged_files, is_whole, lock, remove_temporary, unfinished, write_json
 from viditq.loading import in_dtype, load_artifact
 from viditq.memory import give_back
@@ -117,6 +118,12 @@ class Job:
         """The artifact that the run takes as it is; None = it makes one."""
         policy = self.experiment.quant.policy
         return policy if isinstance(policy, StoredArtifact) else None
+
+    @property
+    def external(self) -> ExternalQuantization | None:
+        """Who else quantizes, while the denoiser is loaded; None = the run does."""
+        policy = self.experiment.quant.policy
+        return policy if isinstance(policy, ExternalQuantization) else None
 
     @property
     def plan(self) -> QuantPlan:

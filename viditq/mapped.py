@@ -7,6 +7,7 @@ cannot be given back one tensor at a time.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import struct
 import warnings
@@ -65,6 +66,8 @@ def _tensor(mapping: mmap.mmap, data: int, entry: dict[str, Any]) -> Tensor:
     """A storage of its own: what saves or counts tensors goes by those."""
     start, end = entry["data_offsets"]
     dtype, shape, offset = DTYPES[entry["dtype"]], entry["shape"], data + start
+    if math.prod(shape) * dtype.itemsize != end - start:
+        raise ValueError(f"{shape} numbers of {entry['dtype']} are no {end - start} bytes")
     if start == end:
         return torch.empty(shape, dtype=dtype)
     if offset % dtype.itemsize:

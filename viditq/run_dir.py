@@ -177,6 +177,11 @@ class RunDir:
         return self.path / "executed.json"
 
     @property
+    def external(self) -> Path:
+        """What another library has quantized, with how many bits and bytes."""
+        return self.path / "external.json"
+
+    @property
     def speed(self) -> Path:
         """Time and memory of a step of the denoiser, in float and quantized."""
         return self.path / "speed.json"

@@ -80,7 +80,9 @@ def artifact_of(adapter: ModelAdapter, recipe: Recipe, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_file_is_the_model_under_the_release_s_names(name: str, configure: Configure, tmp_path: Path) -> None:
+def test_a_file_is_the_model_under_the_release_s_names(
+    name: str, configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     build, convert = MODELS[name]
     save(build, tmp_path / "model")
     frames = ["model.num_frames=5"] if name.startswith(("wan", "hunyuan")) else []
@@ -91,10 +93,11 @@ def test_a_file_is_the_model_under_the_release_s_names(name: str, configure: Con
     assert main(["export", str(artifact), "--to", "comfyui", "--out", f"{tmp_path}/out.safetensors"]) == 0
     denoiser, _, _, _ = load_denoiser(artifact, adapter.build_denoiser)
     parts = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {"": denoiser}
+    written = [tmp_path / f"out.{part}.safetensors" if part else tmp_path / "out.safetensors" for part in parts]
+    assert capsys.readouterr().out.splitlines()[-len(parts) :] == [*map(str, written)]
     card = (tmp_path / "out.README.md").read_text()
     assert "ComfyUI" in card.split("## Loading")[1] and "0.00 MB" not in card.split("all of this export")[1][:20]
-    for part, module in parts.items():
-        file = tmp_path / (f"out.{part}.safetensors" if part else "out.safetensors")
+    for file, module in zip(written, parts.values(), strict=True):
         check_file(file, module, convert)
 
 
@@ -274,6 +277,8 @@ def test_requantize_converts_what_must_be_and_says_what_it_costs(recipe, layers,
     out = tmp_path / "out.safetensors"
     assert main(["export", str(tiny(recipe)), "--to", "comfyui", "--out", str(out), "--requantize"]) == 0
     assert f"quantized again: {layers} Linears" in capsys.readouterr().out
+    card = (tmp_path / "out.README.md").read_text()
+    assert f"| for this program | quantized again: {layers} Linears" in card
     with safe_open(out, "pt") as file:
         cost = json.loads(file.metadata()["viditq_requantized"])
     ours = output_of(load_denoiser(tiny(recipe), tiny_adapter().build_denoiser)[0])
@@ -354,6 +359,10 @@ def test_an_export_is_made_once_and_replaces_nothing_else(tiny, tmp_path: Path, 
     before = out.stat()
     assert main(words) == 0
     assert out.stat().st_mtime_ns == before.st_mtime_ns
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-9])  # its header is there
+    assert main(words) == 0 and out.read_bytes() == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"out.safetensors", "out.README.md"}
     assert main(["export", str(tiny("int4")), *words[2:]]) == 2
     assert "is no export of this artifact" in capsys.readouterr().err and out.stat().st_size == before.st_size
 

@@ -91,6 +91,34 @@ def test_a_killed_export_goes_on(
     assert mine.keys() == whole.keys() and all(mine[name].equal(whole[name]) for name in mine)
 
 
+def test_another_s_folder_where_it_would_grow_stays(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial is where viditq would write"):
+        export(finished_run / "quantized", tmp_path / "out")
+    assert files(tmp_path) == {"out.partial/notes.txt": b"mine"}
+
+
+def test_what_an_export_has_lost_is_said(finished_run: Path, out: Path, tmp_path: Path) -> None:
+    for name in ("transformer", "vae"):
+        place = shutil.copytree(out, tmp_path / name)
+        file = place / name / "diffusion_pytorch_model.safetensors"
+        file.unlink() if name == "vae" else file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(UserError, match="is missing or was cut off"):
+            export(finished_run / "quantized", place)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stands_for_what_it_names(finished_run: Path, tmp_path: Path, there: bool, capsys) -> None:
+    (tmp_path / "link").symlink_to("a folder")
+    if there:
+        (tmp_path / "a folder").mkdir()
+    words = ["export", str(finished_run), "--to", "diffusers", "--out", str(tmp_path / "link")]
+    assert main(words) == 0 == main(words)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "a folder" / "model_index.json").is_file()
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "a folder")
+
+
 def test_an_altered_artifact(run_copy: Path, tmp_path: Path) -> None:
     file = run_copy / "quantized" / "model.safetensors"
     raw = bytearray(file.read_bytes())

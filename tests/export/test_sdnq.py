@@ -230,7 +230,8 @@ def test_the_command_and_requantize(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "attn2.to_q has weight.granularity='group'" in told and "15 more layers" in told and "--requantize" in told
     assert main([*words, "--requantize"]) == 0
     assert "quantized again: 16 Linears" in capsys.readouterr().out
-    assert "package sdnq" in (tmp_path / "out" / "README.md").read_text().split("## Loading")[1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "package sdnq" in card.split("## Loading")[1] and "| for this program | quantized again: 16 Linears" in card
     theirs = as_read(tmp_path / "out" / "transformer", adapter.denoiser_of(adapter.load()))
     ours = output_of(load_denoiser(artifact, adapter.build_denoiser)[0])
     assert 0 < relative(output_of(theirs), ours) < 0.05

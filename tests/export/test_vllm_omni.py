@@ -157,7 +157,8 @@ def test_the_command_and_requantize(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "activation.symmetric=False" in (told := capsys.readouterr().err) and "--requantize" in told
     assert main([*words, "--requantize"]) == 0
     assert "quantized again: 40 Linears" in capsys.readouterr().out
-    assert "vllm-omni" in (tmp_path / "out" / "README.md").read_text().split("## Loading")[1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm-omni" in card.split("## Loading")[1] and "| for this program | quantized again: 40 Linears" in card
     pipeline = adapter.denoiser_of(adapter.load())
     ours = output_of(load_denoiser(artifact, adapter.build_denoiser)[0])
     assert 0 < relative(output_of(served(pipeline, tmp_path / "out" / "transformer")), ours) < 0.05
@@ -229,7 +230,9 @@ def test_another_weight_in_the_first_and_last_steps_is_refused_or_replaced(tmp_p
     told = capsys.readouterr().err
     assert "one weight for all steps" in told and "activation=null" in told and not (tmp_path / "exports").exists()
     assert main(["export", str(artifact), "--to", "vllm-omni", "--requantize"]) == 0
-    assert "in the first and last steps 40 Linears now have the weights of the steps between" in capsys.readouterr().out
+    said = "in the first and last steps 40 Linears now have the weights of the steps between"
+    assert said in capsys.readouterr().out
+    assert f"| for this program | {said}" in (tmp_path / "exports" / "vllm-omni" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("names", [("w8a8", None, "w8a8"), ("w8", "w8a8", None, "w8a8"), ("w8a8", "w8", "w8a8", "w8")])

@@ -264,6 +264,7 @@ REFUSED: dict[str, tuple[Callable[..., None], str]] = {
     "raw": (unmarked, "holds int8 tensors that nothing says the format of"),
     "float8": (all_float8, "holds 8-bit floating-point weights"),
     "nan": (with_tensor(f"{LAYER}.weight_scale", torch.full((1,), torch.nan)), "weight_scale of .* contains NaN"),
+    "nan bias": (with_tensor(f"{LAYER}.bias", torch.full((576,), torch.nan)), "the bias of .* contains NaN"),
     "float shape": (with_tensor("x_embedder.proj.bias", torch.ones(3)), r"pos_embed.proj.bias has the shape \[3\]"),
     "float kind": (
         with_tensor("x_embedder.proj.bias", torch.ones(96, dtype=torch.int8)),
@@ -310,6 +311,9 @@ def test_zeros_that_are_no_multiples_of_the_scale_are_refused(made: Made, tmp_pa
         (["ARTIFACT", "--model", "tiny_image"], "is an artifact of viditq already"),
         (["EMPTY", "--model", "tiny_image"], "is no denoiser's folder"),
         (["CUT", "--model", "tiny_image"], "is truncated or no safetensors file"),
+        (["SHORT", "--model", "tiny_image"], "is truncated or no safetensors file"),
+        (["FILE", "--model", "tiny_image", "--out", "."], "--out . has no name of its own"),
+        (["FILE", "--model", "tiny_image", "--out", "USED"], "used.partial is where viditq would write"),
     ],
 )
 def test_wrong_words_have_their_message(
@@ -321,8 +325,13 @@ def test_wrong_words_have_their_message(
     (tmp_path / "x.txt").write_text("")
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-9])
     places = {"FILE": file, "HERE": tmp_path / "out", "README": tmp_path / "x.txt", "ARTIFACT": artifact}
+    (tmp_path / "short.safetensors").write_bytes(b"abc")
+    (tmp_path / "used.partial").mkdir()
+    (tmp_path / "used.partial" / "notes.txt").write_text("mine")
     places |= {"EMPTY": tmp_path / "empty", "CUT": tmp_path / "cut.safetensors"}
-    assert main(["import", *(str(places.get(word, word)) for word in words), "--out", str(tmp_path / "out")]) == 2
+    places |= {"SHORT": tmp_path / "short.safetensors", "USED": tmp_path / "used"}
+    assert main(["import", "--out", str(tmp_path / "out"), *(str(places.get(word, word)) for word in words)]) == 2
+    assert (tmp_path / "used.partial" / "notes.txt").read_text() == "mine"
     assert re.search(message, capsys.readouterr().err)
     assert not [*(tmp_path / "out").iterdir()]
 

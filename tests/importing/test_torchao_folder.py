@@ -160,6 +160,9 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
         (part / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
         with pytest.raises(UserError, match=message):
             read(part)
+    (part / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="is not quantized"):
+        read(part)
     (part / "config.json").write_text(json.dumps(config))
     (part / FILE).rename(part / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="a pickle, which is not opened"):

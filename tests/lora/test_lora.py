@@ -216,8 +216,59 @@ def test_bad_arguments(pipeline: Any, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=word):
             viditq.add_lora(pipeline, path, **how)
+    for name in (5, ""):
+        with pytest.raises(UserError, match="cannot name a LoRA"):
+            viditq.add_lora(pipeline, tmp_path / "a.safetensors", name=name)
+    with pytest.raises(UserError, match="this is a PixArtTransformer2DModel: give the whole pipeline"):
+        viditq.add_lora(pipeline.transformer, tmp_path / "a.safetensors")
     viditq.add_lora(pipeline, tmp_path, weight_name="a.safetensors")
+    for scale in (float("nan"), "1", None):
+        with pytest.raises(UserError, match="is no number: give such as"):
+            viditq.set_lora_scale(pipeline, "a", scale)
+    assert viditq.lora_scales(pipeline) == {"a": 1.0}
     with pytest.raises(UserError, match="there already"):
         viditq.add_lora(pipeline, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"no LoRA 'nope'\. There are: a"):
         viditq.remove_lora(pipeline, "nope")
+
+
+DOWN, UP = f"transformer.{Q}.lora_A.weight", f"transformer.{Q}.lora_B.weight"
+ALPHA = f"transformer.{Q}.alpha"
+
+
+@pytest.mark.parametrize(
+    ("change", "header", "word"),
+    [
+        ({ALPHA: torch.tensor(float("nan"))}, {}, "holds NaN or infinity"),
+        ({ALPHA: torch.ones(3)}, {}, "the alpha of .* is no number"),
+        ({DOWN: torch.ones(0, 64), UP: torch.ones(64, 0)}, {}, "do not belong together"),
+        ({DOWN: torch.ones(2, 64, dtype=torch.int8)}, {}, "are int8, whose numbers stand for nothing known"),
+        ({UP: torch.ones(64, 2, dtype=torch.complex64)}, {}, "are complex64"),
+        ({DOWN.removeprefix("transformer."): torch.ones(2, 64)}, {}, "says two things of transformer"),
+        ({}, "{nope", "is no JSON"),
+        ({}, [1], r"bad\.safetensors is \[1\], where a mapping is needed"),
+        ({}, {"transformer.lora_alpha": "x"}, "the alpha of .* is no number"),
+        ({}, {"transformer.alpha_pattern": {"(": 3.0}}, "the alpha of .* is no number"),
+        ({}, {"transformer.alpha_pattern": 3}, "the alpha of .* is no number"),
+        ({}, {"transformer.alpha_pattern": {"to_q": float("inf")}}, "holds NaN or infinity"),
+    ],
+)
+def test_a_damaged_file_is_refused(
+    pipeline: Any, tmp_path: Path, change: dict[str, Tensor], header: Any, word: str
+) -> None:
+    metadata = {"lora_adapter_metadata": header if isinstance(header, str) else json.dumps(header)}
+    save_file({DOWN: torch.ones(2, 64), UP: torch.ones(64, 2)} | change, tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(UserError, match=word):
+        viditq.add_lora(pipeline, tmp_path / "bad.safetensors")
+    assert viditq.lora_scales(pipeline) == {}
+
+
+def test_eight_bit_floats_and_an_alpha_of_nothing(pipeline: Any, tmp_path: Path) -> None:
+    down, up = (torch.full(shape, 0.25) for shape in ((2, 192), (192, 2)))
+    save_file({DOWN: down.to(torch.float8_e4m3fn), UP: up}, tmp_path / "a.safetensors")
+    added = gains(pipeline, (Q,), lambda: viditq.add_lora(pipeline, tmp_path / "a.safetensors"))
+    torch.testing.assert_close(added[Q], up @ down, atol=1e-5, rtol=1e-4)
+    nothing = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 0})}
+    save_file({DOWN: down, UP: up}, tmp_path / "b.safetensors", nothing)
+    added = gains(pipeline, (Q,), lambda: viditq.add_lora(pipeline, tmp_path / "b.safetensors"))
+    assert not added[Q].any()

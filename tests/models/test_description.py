@@ -4,9 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers.models import attention_dispatch as dispatch
@@ -15,12 +18,13 @@ from zoo import images, videos
 from zoo.saving import save
 
 from viditq.errors import UserError
-from viditq.models import schedule
+from viditq.models import roles, schedule
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import generate
 from viditq.models.guess import guess_settings
 from viditq.models.labels import class_label
 from viditq.models.native import op
+from viditq.models.settings import call_settings
 from viditq.models.text import encode_prompt
 
 Make = Callable[..., ModelAdapter]
@@ -203,6 +207,51 @@ def test_guesses() -> None:
 
 
 @pytest.mark.parametrize(
+    ("pipeline", "names"),
+    [
+        ("LongCatImagePipeline", ["prompt_embeds", None]),  # returned as expressions, named where they are called for
+        ("Kandinsky5T2VPipeline", ["prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens"]),
+        ("PRXPipeline", ["prompt_embeds", "prompt_attention_mask", None, None]),  # the last two only for some prompts
+    ],
+)
+def test_embeddings_are_known_by_their_names_in_the_call(pipeline: str, names: list[str | None]) -> None:
+    assert guess_settings({"_class_name": pipeline, "transformer": ["diffusers", "X"]})["encode_outputs"] == names
+
+
+def test_what_is_given_is_not_guessed() -> None:
+    index = {"_class_name": "ErnieImagePipeline", "backbone": ["diffusers", "X"]}
+    with pytest.raises(UserError, match=r"name its denoisers: model\.denoisers"):
+        guess_settings(index)
+    with pytest.raises(UserError, match=r"encode_prompt returns is not understood; name it: model\.encode_outputs"):
+        guess_settings(index, {"denoisers": ["backbone"], "encode_outputs": None})
+    given = {"denoisers": ["backbone"], "encode_outputs": ["prompt_embeds"], "pipeline": None}
+    found = guess_settings(index, given)
+    assert (found["denoisers"], found["encode_outputs"]) == (["backbone"], ["prompt_embeds"])
+    assert found["pipeline"] == "ErnieImagePipeline"
+
+
+def test_a_clip_whose_length_is_called_frames_is_a_video() -> None:
+    sana = guess_settings({"_class_name": "SanaVideoPipeline", "transformer": ["diffusers", "X"]})
+    assert sana["modality"] == "video"
+    adapter = SimpleNamespace(
+        num_steps=2, guidance_argument="guidance_scale", guidance_scale=None, height=None, width=None, call={}
+    )
+    adapter.modality, adapter.num_frames = "video", 9
+    assert call_settings(adapter, diffusers.SanaVideoPipeline) == {"num_inference_steps": 2, "frames": 9}
+
+
+def test_attention_over_an_image_or_another_stream_is_cross_attention() -> None:
+    block = ["attn1.to_q", "attn2.to_q", "attn2.to_k", "attn2.add_k_proj", "attn2.add_v_proj"]
+    found = roles.guess([f"blocks.0.{name}" for name in block])
+    assert [found[f"blocks.0.{name}"] for name in block] == ["self_attention", *["cross_attention"] * 4]
+    audio = ["audio_to_video_attn.to_q", "video_to_audio_attn.to_out.0", "audio_attn1.to_q", "audio_attn2.to_q"]
+    found = roles.guess([f"transformer_blocks.0.{name}" for name in audio])
+    assert [*found.values()] == ["cross_attention", "cross_attention", "self_attention", "cross_attention"]
+    joint = roles.guess(["transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.attn.to_q"])
+    assert {*joint.values()} == {"joint_attention"}
+
+
+@pytest.mark.parametrize(
     ("index", "message"),
     [
         ({"_class_name": "SoraPipeline"}, r"SoraPipeline of model_index\.json is none of diffusers"),
@@ -227,3 +276,37 @@ def test_descriptions_of_earlier_versions(make: Make) -> None:
     adapter = make("flux_dev", images.flux_dev)
     values = {k: v for k, v in adapter.to_dict().items() if k != "denoisers"}
     assert ModelAdapter.from_dict(values | {"denoiser": "transformer"}) == replace(adapter, denoisers=["transformer"])
+
+
+def test_a_pipeline_that_takes_no_list_of_generators_gets_one_prompt_at_a_time(make: Make) -> None:
+    adapter = make("flux_dev", images.flux_dev)
+    pipeline, text = adapter.load(), adapter.load_text_part()
+    embeds = [encode_prompt(adapter, text, prompt) for prompt in ("red", "blue")]
+    expected = generate(adapter, pipeline, embeds[:1], [0], 0)
+    plain = type(pipeline)
+
+    @wraps(plain.__call__)
+    def one(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs["generator"], list):
+            raise ValueError("Passing a list of generators is not yet supported")
+        return plain.__call__(self, *args, **kwargs)
+
+    pipeline.__class__ = type("One", (plain,), {"__call__": one})
+    assert torch.equal(generate(adapter, pipeline, embeds[:1], [0], 0), expected)
+    with pytest.raises(UserError, match=r"Set batch_size=1 and model\.calibration_batch_size=1"):
+        generate(adapter, pipeline, embeds, [0, 1], 0)
+
+
+def test_a_negative_prompt_that_is_encoded_while_sampling_is_told_with_what_to_set(make: Make) -> None:
+    adapter = make("flux_dev", images.flux_dev)
+    pipeline, embeds = adapter.load(), [encode_prompt(adapter, adapter.load_text_part(), "red")]
+    plain = type(pipeline)
+
+    @wraps(plain.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.encode_prompt("ugly", None)
+        return plain.__call__(self, *args, **kwargs)
+
+    pipeline.__class__ = type("Negative", (plain,), {"__call__": call})
+    with pytest.raises(UserError, match=r'a negative prompt of its own .* model\.negative_prompt=""'):
+        generate(adapter, pipeline, embeds, [0], 0)

@@ -97,6 +97,15 @@ def test_an_export_says_how_its_program_loads_it() -> None:
     assert "frames[0]" in replace(CARD, target="diffusers", modality="video").text()
 
 
+def test_an_export_that_was_changed_says_so_before_the_verdict() -> None:
+    text = replace(CARD, target="sdnq", exported_size=5_000_000, changed="quantized again: 40 Linears").text()
+    assert "| for this program | quantized again: 40 Linears |" in text
+    assert 0 < text.index("Measured on the artifact, before it was changed") < text.index("**Worse than float on ")
+    assert "python -m viditq export RUN --to sdnq --requantize\n" in text
+    as_it_is = replace(CARD, target="sdnq", exported_size=5_000_000, changed="").text()
+    assert "for this program" not in as_it_is and "Measured on" not in as_it_is and "--requantize" not in as_it_is
+
+
 def test_parts_of_other_types() -> None:
     text = replace(CARD, target="torchao", component_dtypes={"vae": "float32"}).text()
     assert 'dtype={"default": torch.bfloat16, "vae": torch.float32})' in text and "import viditq" not in text

@@ -310,6 +310,21 @@ def test_a_plan_is_not_filed_under_the_width_of_its_recipe(
     assert "| planned |" not in text.split("m W4A8", 1)[1].split("###", 1)[0]
 
 
+@pytest.mark.parametrize(
+    ("weight", "activation", "width"), [(8, 8, "W8A8"), (4.0, 8, "W4A8"), (4, 16, ""), (None, 8, "")]
+)
+def test_another_library_is_filed_under_the_width_that_it_counts_as(
+    leaderboard: Leaderboard, tmp_path: Path, weight: float | None, activation: float, width: str
+) -> None:
+    ours = {"quant": {"weight": {"bits": 8}, "activation": {"bits": 8}}}
+    theirs = {"quant": {"policy": {"weight_bits": weight, "activation_bits": activation}}}
+    first = write_run(tmp_path / "ours", "ours", 0, 30.0, config=ours)
+    second = write_run(tmp_path / "theirs", "external/theirs", 0, 35.0, config=theirs)
+    parts = leaderboard(first, second, "--widths").with_suffix(".md").read_text().split("### ")
+    of_theirs = [part for part in parts if "| external/theirs |" in part][-1]
+    assert of_theirs.startswith(f"m {width} (" if width else "m (")
+
+
 OTHERS: dict[str, dict[str, Any]] = {  # how the title of their table names them -> what such a run has
     "seed 1": {"seed": 1},
     "other prompts": {"config": {"inputs": {"prompts": "others"}}},

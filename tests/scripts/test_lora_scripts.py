@@ -33,12 +33,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def bench(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, Any]:
-    """measure_lora.py and its Bench, of two prompts, two steps and one seed."""
+@pytest.fixture(scope="module")
+def bench(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Any]:
+    """measure_lora.py and its Bench, of two prompts, two steps and one seed; tests share what was sampled."""
     script = load("scripts/measure_lora.py")
-    monkeypatch.setattr(script, "concept_scenes", lambda held_out: concept_scenes(held_out)[:2])
-    made = script.Bench(trained / "pytorch_lora_weights.safetensors", tmp_path, [0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "concept_scenes", lambda held_out: concept_scenes(held_out)[:2])
+        lora = trained / "pytorch_lora_weights.safetensors"
+        made = script.Bench(lora, tmp_path_factory.mktemp("bench"), [0])
     made.adapter = replace(made.adapter, num_steps=2)
     return script, made
 

@@ -14,17 +14,21 @@ from viditq.models.text import PromptEmbeds
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a denoiser: which part of the pipeline, its arguments, how many prompts are sampled by it."""
+    """One call of a denoiser: which part of the pipeline, its arguments, how many prompts are sampled by it.
+
+    inference_mode: torch's; else no_grad, where what is called cannot do with it.
+    """
 
     part: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     num_prompts: int
+    inference_mode: bool = True
 
     def on(self, denoiser: nn.Module) -> Any:
         """The same call of another denoiser of the same model (as `ModelAdapter.denoiser_of` gives it)."""
         called: nn.Module = denoiser[self.part] if isinstance(denoiser, nn.ModuleDict) else denoiser
-        with torch.inference_mode():
+        with torch.inference_mode() if self.inference_mode else torch.no_grad():
             return called(*self.args, **self.kwargs)
 
 
@@ -33,18 +37,24 @@ class _Seen(Exception):
 
 
 def first_call(
-    adapter: ModelAdapter, pipeline: Any, embeds: Sequence[PromptEmbeds], indices: Sequence[int], seed: int
+    adapter: ModelAdapter,
+    pipeline: Any,
+    embeds: Sequence[PromptEmbeds],
+    indices: Sequence[int],
+    seed: int,
+    inference_mode: bool = True,
 ) -> Call:
     """The first call of a denoiser while the prompts of a batch are sampled, at most at once as can be.
 
     embeds, indices: of the batch; of prompts whose embeddings differ in shape the largest group is sampled.
+    inference_mode: as of Call.
     """
     group = max(group_by_shape(list(embeds)), key=len)
     seen: list[Call] = []
 
     def stop(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(Call(name, args, kwargs, len(group)))
+            seen.append(Call(name, args, kwargs, len(group), inference_mode))
             raise _Seen
 
         return hook
@@ -54,7 +64,7 @@ def first_call(
         for name in adapter.denoiser_names
     ]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode() if inference_mode else torch.no_grad():
             denoise(adapter, pipeline, [embeds[i] for i in group], [indices[i] for i in group], seed)
     except _Seen:
         pass

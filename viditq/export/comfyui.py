@@ -7,6 +7,7 @@ asked for, with what it costs.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from viditq.export.cost import told_cost
 from viditq.export.float_weights import FloatWeights
 from viditq.export.folding import folded
 from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
-from viditq.files import stored_metadata
+from viditq.files import is_whole, stored_metadata
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import read_meta
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
+from viditq.work_folder import held, resume, work_folder
 
 BY_NOISE_LEVEL = "the same recipe with segments=[0, 1] and dynamic activations (quant=w8a8_sym)"
 
@@ -56,10 +58,19 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     key = {"artifact": meta["sha256"], "model": adapter.path}
     missing = [path for path in files if not _is_there(path, key)]
     told = told_cost(artifact, adapter, again, weights) if missing and weights is not None and again else {}
-    for path in missing:
-        files[path].write(path, key, told)
+    if missing:
+        _write({path: files[path] for path in missing}, work_folder(out), key, told)
     if meta.get("text_encoders"):
         print(f"not in it: {', '.join(meta['text_encoders'])}, quantized, which ComfyUI loads from files of their own")
+
+
+def _write(files: Mapping[Path, ComfyFile], work: Path, key: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    with held(work):
+        resume(work, key)
+        for path, file in files.items():
+            file.write(work / path.name, key, told)
+            (work / path.name).replace(path)
+        shutil.rmtree(work)
 
 
 def _refusals(plan: QuantPlan) -> dict[str, Refusal]:
@@ -71,9 +82,9 @@ def _file(out: Path, denoiser: str) -> Path:
 
 
 def _is_there(path: Path, key: Mapping[str, Any]) -> bool:
-    """Whether this very export is there; UserError where something else is."""
+    """Whether this very export is there, whole; UserError where something else is."""
     if not path.exists():
         return False
     if stored_metadata(path).get(MADE_BY) == json.dumps(key):
-        return True
+        return is_whole(path)
     raise UserError(f"{path} is there already and is no export of this artifact. Delete it, or give another --out.")

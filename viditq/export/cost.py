@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from viditq.export.float_weights import FloatWeights
 from viditq.export.requantize import variant_again
+from viditq.interop.folder import CHANGED
 from viditq.loading import load_artifact
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.description.scheme import LayerScheme
@@ -70,12 +71,13 @@ def told_cost(
     cost = measure(artifact, adapter, again, weights)
     worst = max(cost.layers, key=lambda layer: cost.layers[layer])
     mean = sum(cost.layers.values()) / len(cost.layers)
-    print(
+    said = (
         f"quantized again: {len(again)} Linears, to 8 bits a weight. Relative error against the artifact, one step of "
         f"one prompt: {cost.output:.2%} of the denoiser's output; of these layers' own {mean:.2%} in the mean, at "
         f"most {cost.layers[worst]:.2%} ({worst})"
     )
-    return {"layers": len(again), "output_error": cost.output, "mean_layer_error": mean}
+    print(said)
+    return {"layers": len(again), "output_error": cost.output, "mean_layer_error": mean, CHANGED: said}
 
 
 def _replace_outputs(

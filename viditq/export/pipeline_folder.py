@@ -6,7 +6,6 @@ that it was made from.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,22 @@ from typing import Any
 from viditq.errors import UserError
 from viditq.export.copied import copy_part
 from viditq.files import is_whole, read_json, write_json
-from viditq.interop.folder import DESCRIPTION, VERSION
+from viditq.interop.folder import CHANGED, DESCRIPTION, VERSION
 from viditq.models.adapter import ModelAdapter
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedulers import make_scheduler
 from viditq.quant.artifact import read_meta
+from viditq.work_folder import end, held, resume, work_folder
 
-STEM, KEY = "diffusion_pytorch_model", "key.json"
+STEM = "diffusion_pytorch_model"
 WritePart = Callable[[Path, Mapping[str, Any], str, Path, str], None]
 """(folder, config.json of the float part, dtype in its pipeline, artifact, what begins its names in the artifact)."""
 
 
-def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePart) -> None:
+def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePart, changed: str = "") -> None:
     """Write the folder `out`, its denoisers by `write_part`. A killed export goes on at the file that was open.
+
+    changed: what is other than in the artifact, for the card.
 
     Raises UserError for an artifact that is damaged, for what no pipeline of diffusers can do (quantized text encoders,
     a sampler that makes up for the denoiser's error), and for a folder `out` with other files.
@@ -35,10 +37,17 @@ def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePar
         return
     meta = read_meta(artifact)
     adapter, key = ModelAdapter.from_dict(meta["model"]), _key(meta, target)
-    work = out.with_name(f"{out.name}.partial")
-    if work.exists() and not (is_whole(work / KEY) and read_json(work / KEY) == key):
-        shutil.rmtree(work)
-    write_json(work / KEY, key)
+    work = work_folder(out)
+    with held(work):
+        resume(work, key)
+        _write(work, adapter, artifact, key, write_part, changed)
+        end(work)
+        work.rename(out)
+
+
+def _write(
+    work: Path, adapter: ModelAdapter, artifact: Path, key: Mapping[str, Any], write_part: WritePart, changed: str
+) -> None:
     index, several = adapter.index(), len(adapter.denoiser_names) > 1
     for name, entry in index.items():
         if not isinstance(entry, list) or entry[0] is None:
@@ -53,9 +62,8 @@ def export_pipeline(artifact: Path, out: Path, target: str, write_part: WritePar
         else:
             copy_part(adapter.part_folder(name, weights=True), work / name, adapter.variant, _dtype_of(adapter, name))
     write_json(work / "model_index.json", index)
-    write_json(work / DESCRIPTION, _description(adapter, key))
-    (work / KEY).unlink()
-    work.rename(out)
+    files = sorted(str(path.relative_to(work)) for path in work.rglob("*.safetensors"))
+    write_json(work / DESCRIPTION, _description(adapter, key) | {"files": files, CHANGED: changed})
 
 
 def is_exported(artifact: Path, out: Path, target: str) -> bool:
@@ -88,7 +96,11 @@ def _is_done(out: Path, key: Mapping[str, Any]) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     file = out / DESCRIPTION
-    if is_whole(file) and read_json(file).get("key") == dict(key):
+    told = read_json(file) if is_whole(file) else {}
+    if told.get("key") == dict(key):
+        cut = next((out / name for name in told.get("files", ()) if not is_whole(out / name)), None)
+        if cut is not None:
+            raise UserError(f"{cut} of this export is missing or was cut off. Delete {out}, and export again.")
         return True
     raise UserError(f"{out} is there already and is no export of this artifact. Delete it, or give another --out.")
 

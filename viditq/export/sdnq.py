@@ -26,6 +26,7 @@ from viditq.export.pipeline_folder import export_pipeline, is_exported
 from viditq.export.refusal import Refusal, differences, raise_refused, refusals, refuse_correction
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.sdnq_layout import packed_shape, stored_grid, stored_weight
+from viditq.interop.folder import CHANGED
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import read_meta
 from viditq.quant.convert import shapes_of
@@ -53,7 +54,7 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     refuse_correction(TARGET, meta)
     if is_exported(artifact, out, TARGET):
         return
-    adapter, again = ModelAdapter.from_dict(meta["model"]), None
+    adapter, again, changed = ModelAdapter.from_dict(meta["model"]), None, ""
     denoiser = adapter.build_denoiser()
     shapes = shapes_of(denoiser)
 
@@ -66,8 +67,8 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     elif refused:
         weights = FloatWeights(denoiser, tensors.plan, tensors)
         again = Again({layer: _scheme_again(tensors.plan, layer, shapes[layer]) for layer in refused}, weights)
-        told_cost(artifact, adapter, again.schemes, weights)
-    export_pipeline(artifact, out, TARGET, partial(write_part, again=again))
+        changed = told_cost(artifact, adapter, again.schemes, weights)[CHANGED]
+    export_pipeline(artifact, out, TARGET, partial(write_part, again=again), changed)
 
 
 def refusal(scheme: LayerScheme, layer: str, shapes: Mapping[str, tuple[int, int]]) -> Refusal | None:

@@ -53,9 +53,9 @@ def core_of(plan: QuantPlan) -> Core:
 
 def kept_weights(
     target: str, plan: QuantPlan, core: Core, weights: FloatWeights, again: Again | None, requantize: bool
-) -> None:
+) -> str:
     """UserError where a layer's weights outside the core are not those within it, unless they are to be replaced;
-    then what that changes is said.
+    then what that changes is said, and returned.
     """
     errors: dict[str, float] = {}
     for layer in plan.layers:
@@ -70,13 +70,16 @@ def kept_weights(
     if not requantize:
         why = "but the policy has one weight for all steps, and this is another than in the steps between"
         raise_refused(target, {n: Refusal(n, "segments", list(plan.edges), why, NEAREST) for n in errors}, True)
+    said = ""
     if errors:
         worst_layer = max(errors, key=lambda layer: errors[layer])
         mean = sum(errors.values()) / len(errors)
-        print(
+        said = (
             f"in the first and last steps {len(errors)} Linears now have the weights of the steps between, other than "
             f"in the artifact by {mean:.2%} in the mean, at most {errors[worst_layer]:.2%} ({worst_layer})"
         )
+        print(said)
+    return said
 
 
 def step_policy(adapter: ModelAdapter, plan: QuantPlan, core: Core) -> dict[str, Any]:

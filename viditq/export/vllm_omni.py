@@ -23,6 +23,7 @@ from viditq.export.pipeline_folder import export_pipeline, is_exported
 from viditq.export.refusal import Refusal, differences, raise_refused, refusals, refuse_correction
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.step_policy import core_of, kept_weights, step_policy
+from viditq.interop.folder import CHANGED
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import read_meta
 from viditq.quant.description.plan import QuantPlan
@@ -45,7 +46,7 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     refuse_correction(TARGET, meta)
     if is_exported(artifact, out, TARGET):
         return
-    adapter, policy, again = ModelAdapter.from_dict(meta["model"]), dict[str, Any](), None
+    adapter, policy, again, changed = ModelAdapter.from_dict(meta["model"]), dict[str, Any](), None, ""
     tensors, refused = folded(artifact, meta, adapter.build_denoiser(), _refusals, requantize)
     if not requantize:
         raise_refused(TARGET, refused, True)
@@ -54,12 +55,15 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
         weights = FloatWeights(adapter.build_denoiser(), plan, tensors, core.first)
         again = Again(dict.fromkeys(refused, LayerScheme(WEIGHT, ACTIVATION)), weights) if refused else None
     if core.others:
-        kept_weights(TARGET, plan, core, weights, again, requantize)
+        changed = kept_weights(TARGET, plan, core, weights, again, requantize)
+        if again is not None and not changed:  # to the same weights, with other activations
+            changed = f"quantized again: {len(again.schemes)} Linears"
         policy = step_policy(adapter, plan, core)
     elif again is not None:
-        told_cost(artifact, adapter, again.schemes, again.weights)
+        changed = told_cost(artifact, adapter, again.schemes, again.weights)[CHANGED]
     print(UNTRIED)
-    export_pipeline(artifact, out, TARGET, partial(write_part, segment=core.first, again=again, policy=policy))
+    write = partial(write_part, segment=core.first, again=again, policy=policy)
+    export_pipeline(artifact, out, TARGET, write, changed)
 
 
 def _refusals(plan: QuantPlan) -> dict[str, Refusal]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from viditq.errors import UserError
 from viditq.importing.layer import ImportedLayer
+from viditq.mapped import is_finite
 from viditq.quant.calibration.context import TimestepScaleLike
 from viditq.quant.convert import Conversion
 from viditq.quant.description.plan import QuantPlan
@@ -33,8 +35,15 @@ class ImportedConversion(Conversion):
         super().__init__(denoiser, plan, None, backend, timestep_scale, dtypes=runs)
         self._imported = layers
 
-    def check_finite(self, names: object) -> None:
-        """Scales are checked as they are read; the Linears have no weights."""
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Of biases; scales are checked as they are read, and the Linears have no weights."""
+        for name in names:
+            bias = self.linears[name].bias
+            if bias is not None and not is_finite(bias.detach(), self.dtype_of(name)):
+                dtype = str(self.dtype_of(name)).removeprefix("torch.")
+                raise UserError(
+                    f"the bias of {name} contains NaN or inf as {dtype}; check the file and --set model.dtype"
+                )
 
     def quantized(self, names: Sequence[str]) -> dict[str, QuantLinear]:
         """Not prepared."""

@@ -68,8 +68,9 @@ def read_torchao(folder: Path, denoiser: nn.Module) -> ImportedDenoiser:
 
 def _stored(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """All tensors of a folder, and what the headers say of each name of the float model."""
-    quantization = read_json(folder / "config.json", AGAIN).get("quantization_config") or {}
-    method = quantization.get("quant_method")
+    config = read_json(folder / "config.json", AGAIN)
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "torchao":
         what = "is not quantized" if method is None else f"is quantized by {method}"
         raise UserError(f"{folder} {what} (its config.json), and not by torchao, whose folders are imported")

@@ -23,6 +23,7 @@ from viditq.quant.artifact import StoredTensors, fill
 from viditq.quant.description.plan import QuantPlan
 
 DESCRIPTION, INDEX = "viditq.json", "model_index.json"
+CHANGED = "changed"  # what an export says of itself that is other than in the artifact
 VERSION = 1
 REMEDY = f"The folder is damaged; {AGAIN}."
 

@@ -27,24 +27,28 @@ def add_lora(
     name: to remove it by; None = the file's. weight_name: of the file in the folder.
     Raises UserError for files that hold no LoRA, or one of another model, before anything is changed.
     """
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < float("inf"):
-        raise UserError(f"scale={scale!r} is no number: give such as 1.0 or 0.7.")
+    scale = _number(scale)
+    _modules(pipeline)
     updates, file = read_lora(pipeline, Path(path).expanduser(), weight_name)
     name = file.stem.replace(".", "_") if name is None else name
-    if not name or "." in name:
+    if not isinstance(name, str) or not name or "." in name:
         raise UserError(f"name={name!r} cannot name a LoRA: give a word without dots.")
     if name in lora_scales(pipeline):
         raise UserError(f"A LoRA {name!r} is there already. Remove it (viditq.remove_lora), or give another name=.")
     linears = [(update, _linear(pipeline, update, file)) for update in updates]
     for update, linear in linears:
-        attach(linear, name, update, float(scale))
+        attach(linear, name, update, scale)
     return name
 
 
 def set_lora_scale(pipeline: Any, name: str, scale: float) -> None:
-    """Make a LoRA stronger or weaker; 0 leaves it in place without effect. Raises UserError for an unknown name."""
+    """Make a LoRA stronger or weaker; 0 leaves it in place without effect.
+
+    Raises UserError for an unknown name, and for what is no number.
+    """
+    scale = _number(scale)
     for branch in _named(pipeline, name):
-        branch.scale = float(scale)
+        branch.scale = scale
 
 
 def remove_lora(pipeline: Any, name: str | None = None) -> None:
@@ -62,6 +66,12 @@ def lora_scales(pipeline: Any) -> dict[str, float]:
     return {branch.name: branch.scale for module in _modules(pipeline) for branch in branches(module)}
 
 
+def _number(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < float("inf"):
+        raise UserError(f"scale={scale!r} is no number: give such as 1.0 or 0.7.")
+    return float(scale)
+
+
 def _named(pipeline: Any, name: str) -> list[LoraBranch]:
     found = [branch for module in _modules(pipeline) for branch in branches(module) if branch.name == name]
     if not found:
@@ -71,6 +81,8 @@ def _named(pipeline: Any, name: str) -> list[LoraBranch]:
 
 
 def _modules(pipeline: Any) -> list[nn.Module]:
+    if not hasattr(pipeline, "components"):
+        raise UserError(f"A LoRA goes to a pipeline, and this is a {type(pipeline).__name__}: give the whole pipeline.")
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     return [module for part in parts for module in part.modules()]
 

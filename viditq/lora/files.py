@@ -56,7 +56,12 @@ def read_lora(pipeline: Any, path: Path, weight_name: str | None) -> tuple[list[
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         component, layer, part = _parsed(pipeline, key, file)
-        found.setdefault((component, layer), {})[part] = tensor
+        parts = found.setdefault((component, layer), {})
+        if part in parts:
+            raise UserError(
+                f"{file} says two things of {component}.{layer}: it has {key}, and that under another name."
+            )
+        parts[part] = tensor
     if not found:
         raise UserError(f"{file} holds no tensors.")
     return [_update(*where, parts, config, file) for where, parts in found.items()], file
@@ -92,14 +97,24 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Ranks and alphas beside the tensors: of PEFT's folder, or in diffusers' header, by component."""
-    if (file.parent / PEFT_CONFIG).is_file() and file.name == WEIGHT_NAMES[1]:
-        return {"": read_json(file.parent / PEFT_CONFIG)}
-    flat = json.loads(metadata[METADATA]) if METADATA in metadata else {}
+    beside = file.parent / PEFT_CONFIG
+    if beside.is_file() and file.name == WEIGHT_NAMES[1]:
+        return {"": _mapping(read_json(beside, "Copy it again."), f"{beside}")}
+    try:
+        told = json.loads(metadata.get(METADATA, "{}"))
+    except ValueError as error:
+        raise UserError(f"{METADATA} of {file} is no JSON ({error}): copy the file again.") from error
     found: dict[str, Any] = {}
-    for key, value in flat.items():
+    for key, value in _mapping(told, f"{METADATA} of {file}").items():
         component, _, field = key.partition(".")
         found.setdefault(component, {})[field] = value
     return found
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {value!r}, where a mapping is needed: copy it again.")
+    return value
 
 
 def _named_as_here(pipeline: Any, tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -174,23 +189,36 @@ def _update(component: str, layer: str, parts: Mapping[str, Tensor], config: Map
     if missing := [word for word in ("down", "up") if word not in parts]:
         raise UserError(f"{file} is not whole: {where} lacks its {missing[0]} projection.")
     down_rC, up_Or = parts["down"], parts["up"]
-    if down_rC.ndim != 2 or up_Or.ndim != 2 or down_rC.shape[0] != up_Or.shape[1]:
+    if down_rC.ndim != 2 or up_Or.ndim != 2 or down_rC.shape[0] != up_Or.shape[1] or not len(down_rC):
         shapes = f"{list(down_rC.shape)} and {list(up_Or.shape)}"
         raise UserError(f"{file}: the projections of {where} do not belong together, they are {shapes}.")
+    if strange := [t.dtype for t in (down_rC, up_Or) if not t.is_floating_point()]:
+        kind = str(strange[0]).removeprefix("torch.")
+        raise UserError(f"{file}: the projections of {where} are {kind}, whose numbers stand for nothing known.")
+    told = _mapping(config.get(component) or config.get("") or {}, f"what {file} says of {component}")
+    factor = _factor(layer, len(down_rC), parts.get("alpha"), told, file)
+    down_rC, up_Or = down_rC.float(), up_Or.float() * factor
     if not (torch.isfinite(down_rC).all() and torch.isfinite(up_Or).all()):
         raise UserError(f"{file}: {where} holds NaN or infinity.")
-    factor = _factor(layer, down_rC.shape[0], parts.get("alpha"), config.get(component) or config.get("") or {}, file)
-    return Update(component, layer, down_rC, up_Or.float() * factor)
+    return Update(component, layer, down_rC, up_Or)
 
 
 def _factor(layer: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any], file: Path) -> float:
     """alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732); 1 where nothing is said."""
     if config.get("use_dora"):
         raise UserError(f"{file} is no plain LoRA but DoRA (use_dora), which is no sum of two small products.")
-    if alpha is not None:
-        given = float(alpha)
-    else:
-        patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-        matching = [value for end, value in patterns.items() if re.search(rf"(^|\.){end}$", layer)]
-        given = float(matching[0] if matching else config.get("lora_alpha") or rank)
-    return given / (rank**0.5 if config.get("use_rslora") else rank)
+    try:
+        given = _alpha(layer, config) if alpha is None else float(alpha)
+    except (TypeError, ValueError, AttributeError, RuntimeError, re.error) as error:
+        raise UserError(
+            f"{file}: what it says of the alpha of {layer} is no number ({error}): copy it again."
+        ) from error
+    return (rank if given is None else given) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _alpha(layer: str, config: Mapping[str, Any]) -> float | None:
+    """That of PEFT's configuration, whose patterns are regular expressions."""
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    matching = [value for end, value in patterns.items() if re.search(rf"(^|\.){end}$", layer)]
+    given = matching[0] if matching else config.get("lora_alpha")
+    return None if given is None else float(given)

@@ -99,7 +99,8 @@ class ModelAdapter:
         check_values(self)
         check_attention(self.attention, self.dtype)
         if self.guess:
-            self._fill_in(guess_settings(self.index()))
+            given = {key: getattr(self, key) for key in ("pipeline", "denoisers", "encode_outputs")}
+            self._fill_in(guess_settings(self.index(), given))
         parts.check_pipeline(self.pipeline, self.index())
         parts.check_denoisers(self.denoiser_names, list(self.float_denoisers), self.index())
         check_call(find_class(self.pipeline), given_to_call(self))

@@ -15,11 +15,11 @@ CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
 COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps", "calibration_batch_size")
 MAPPINGS = ("encode", "call", "roles", "component_dtypes", "scheduler_settings")
 OPTIONAL = ("num_frames", "height", "width", "max_tokens", "guidance_scale")
-FRAMES = ("num_frames", "video_length")
-"""The two names that pipelines use for how long a clip is."""
+FRAMES = ("num_frames", "video_length", "frames")
+"""The names that pipelines use for how long a clip is."""
 OURS = ("generator", "output_type", "return_dict", "prompt")
 """What every call is given here."""
-TAKES_IMAGE = r"(cond_|control_|conditioning_|reference_|mask_)?(image|images|video|frames)"
+TAKES_IMAGE = r"(cond_|control_|conditioning_|reference_|mask_)?(image|images|video)"
 # Class names of pipelines that have such an argument with a default, and fail without it all the same
 FROM_IMAGE = (
     r"Img2Img|Image2Image|ImageToVideo|Image2Video|(?<!T)I2V|VideoToVideo|VideoToWorld|Inpaint|Edit|Pix2Pix|Control|Adapter"

@@ -34,6 +34,7 @@ from viditq.models.weight_files import (
 )
 from viditq.on_disk import is_stand_in
 
+PLAIN = (nn.Parameter, Tensor)  # other kinds are what a library has quantized
 HEADS = ("lm_head.",)  # of a language model whose trunk alone encodes text
 
 
@@ -233,7 +234,7 @@ def check_finite(part: str, folder: Path, module: nn.Module, runs: Mapping[str, 
     """
     for name, parameter in module.named_parameters():
         run = (runs or {}).get(name, parameter.dtype)
-        if not is_stand_in(parameter) and not is_finite(parameter.detach(), run):
+        if type(parameter) in PLAIN and not is_stand_in(parameter) and not is_finite(parameter.detach(), run):
             dtype = str(run).removeprefix("torch.")
             remedy = "A wider type does not help: the numbers are stored so. Copy the model's folder again."
             if run == torch.float16:  # the one type with a smaller range than those stored in

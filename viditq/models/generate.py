@@ -5,6 +5,7 @@ Legend: B samples, F frames (1 for an image), C = 3, H, W pixels.
 
 import functools
 import inspect
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,18 +100,31 @@ def _call(
     arguments = _arguments(adapter, {k: v.to(device) for k, v in _stack(embeds).items()})
     if "negative_prompt_embeds" in arguments and "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
         arguments["negative_prompt"] = None
+    generators = [noise_generator(seed, i) for i in indices]
     try:
         out = pipeline(
             **arguments,
             **call_settings(adapter, pipeline),
-            generator=[noise_generator(seed, i) for i in indices],
+            generator=generators[0] if len(generators) == 1 else generators,  # some take no list, not even of one
             output_type=output,
             return_dict=False,
         )[0]
     except UserError:
         raise
     except ValueError as error:  # the pipeline's own check of sizes and steps
+        if len(generators) > 1 and "list of generators" in str(error):
+            raise UserError(
+                f"{adapter.pipeline} samples one prompt at a time ({error}). Set batch_size=1 and "
+                "model.calibration_batch_size=1."
+            ) from error
         raise UserError(f"{adapter.pipeline} refuses the settings of model: {error}") from error
+    except (AttributeError, TypeError) as error:
+        if adapter.negative_prompt is None and _raised_in(error, "encode_prompt"):
+            raise UserError(
+                f"{adapter.pipeline} encodes a negative prompt of its own while it samples, without text encoders. "
+                'Give one that is encoded with the prompts: model.negative_prompt="" or what its model card says.'
+            ) from error
+        raise
     except IndexError as error:
         if adapter.num_steps > 1:
             raise
@@ -129,6 +143,11 @@ def _call(
     if not torch.isfinite(out).all():
         raise UserError(f"Samples of prompts {indices} are not finite. Use model.dtype=float32 or more bits.")
     return out
+
+
+def _raised_in(error: BaseException, function: str) -> bool:
+    """Whether a function of this name was running when the error was raised."""
+    return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _arguments(adapter: ModelAdapter, stacked: Mapping[str, Tensor]) -> dict[str, Any]:

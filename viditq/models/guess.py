@@ -15,12 +15,14 @@ REQUIRED = {"do_classifier_free_guidance": True, "num_images_per_prompt": 1, "nu
 PLAIN = {"clean_caption": False, "use_resolution_binning": False}  # what needs another package or changes the size
 
 
-def guess_settings(index: Mapping[str, Any]) -> dict[str, Any]:
+def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fields of ModelAdapter -> values, from the content of model_index.json.
 
-    Raises UserError where the pipeline's class is unknown or does not encode prompts apart from its call.
+    given: fields that have a value, None = they have not: they are not guessed. Raises UserError where the pipeline's
+    class is unknown or does not encode prompts apart from its call, and for what is neither understood nor given.
     """
-    name = str(index.get("_class_name"))
+    given = given or {}
+    name = str(given.get("pipeline") or index.get("_class_name"))
     cls = find_class(name)
     if cls is None:
         raise UserError(f"The pipeline class {name} of model_index.json is none of diffusers; set model.pipeline.")
@@ -31,8 +33,8 @@ def guess_settings(index: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "pipeline": name,
         "modality": "video" if makes_clips(cls) else "image",
-        "denoisers": _denoisers(index),
-        "encode_outputs": _encode_outputs(cls, set(of_call)),
+        "denoisers": given.get("denoisers") or _denoisers(index),
+        "encode_outputs": given.get("encode_outputs") or _encode_outputs(cls, set(of_call)),
         "encode": encode | {k: v for k, v in PLAIN.items() if k in of_text},
         "call": {k: v for k, v in PLAIN.items() if k in of_call}
         | ({"mask_feature": False} if "mask_feature" in of_call else {}),
@@ -58,14 +60,32 @@ def _denoisers(index: Mapping[str, Any]) -> list[str]:
 
 
 def _encode_outputs(cls: type, of_call: set[str]) -> list[str | None]:
-    """Names of what `encode_prompt` returns, as far as `__call__` takes them; None for the others."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls.encode_prompt)))  # type: ignore[attr-defined]
-    returns = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    tuples = [[n.id for n in v.elts if isinstance(n, ast.Name)] for v in returns if isinstance(v, ast.Tuple)]
-    known = [[name if name in of_call else None for name in names] for names in tuples]
+    """Names of what `encode_prompt` returns, as far as `__call__` takes them; None for the others.
+
+    They are those that its return statements have, or, where more of them are known, those that `__call__` gives them.
+    """
+    returned = [_names(node.value) for node in _nodes(cls, "encode_prompt", ast.Return)]
+    assigned = [
+        _names(node.targets[0])
+        for node in _nodes(cls, "__call__", ast.Assign)
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "self.encode_prompt"
+    ]
+    known = [[name if name in of_call else None for name in names] for names in [*returned, *assigned]]
     best = max(known, key=lambda names: sum(name is not None for name in names), default=[])
-    if "prompt_embeds" not in best:
+    if not any(name is not None and "prompt_embeds" in name and "negative" not in name for name in best):
         raise UserError(
             f"What {cls.__name__}.encode_prompt returns is not understood; name it: model.encode_outputs=[...]."
         )
     return best
+
+
+def _nodes(cls: type, method: str, kind: type) -> list[Any]:
+    """The statements of one kind in a method's source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(cls, method))))
+    return [node for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def _names(value: ast.expr | None) -> list[str]:
+    """Of a tuple of names; what is an expression in it has none. Of anything else: nothing."""
+    elements = value.elts if isinstance(value, ast.Tuple) else []
+    return [element.id if isinstance(element, ast.Name) else "" for element in elements]

@@ -36,7 +36,8 @@ def check_keep_float(model: str, keep_float: Sequence[str], names: Sequence[str]
 
 def guess(names: Sequence[str]) -> dict[str, str]:
     """Linear -> role as its name suggests; what lies outside of blocks, or is not understood, stays float."""
-    joint = {_split(name)[0] for name in names if ".add_" in name or "to_add_out" in name}
+    # a query of its own: keys and values alone are those of an image that is only looked at (Wan 2.1 I2V)
+    joint = {_split(name)[0] for name in names if ".add_q" in name or "to_add_out" in name}
     alone = "spatial_attention" if any("temporal" in name for name in names) else "self_attention"
     return {name: _guess(*_split(name), joint, alone) for name in names}
 
@@ -61,7 +62,7 @@ def _guess(blocks: str, rest: str, joint: set[str], alone: str) -> str:
         return "temporal_attention"
     if blocks in joint:
         return "joint_attention" if "attn2" not in rest else alone
-    if re.search(r"attn2|cross", rest):
+    if re.search(r"attn2|cross|_to_[a-z]+_attn", rest):
         return "cross_attention"
     return "joint_attention" if "single" in blocks else alone
 

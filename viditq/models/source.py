@@ -1,11 +1,11 @@
 """Where a model's files are: a folder, a model shipped with the package, or a repository on the hub."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from viditq.assets import check_pipeline, is_hub_id, resolve
 from viditq.errors import UserError
+from viditq.files import digest_of
 from viditq.models import hub
 
 
@@ -39,11 +39,4 @@ class Source:
         """Hash of the files in `folder`: names, sizes and the first and last MiB of each; on the hub, the commit."""
         if self.of_hub:
             return hub.commit(folder)[:16]
-        digest = hashlib.sha256()
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(max(0, path.stat().st_size - (1 << 20)))
-                digest.update(file.read())
-        return digest.hexdigest()[:16]
+        return digest_of(sorted(p for p in folder.rglob("*") if p.is_file()), folder)

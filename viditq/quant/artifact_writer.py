@@ -37,9 +37,9 @@ from viditq.quant.artifact import (
 from viditq.quant.calibration.context import StepContext, TimestepScaleLike
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.execution.linear import QuantLinear, quant_linears
+from viditq.work_folder import end, resume
 
 SHARD_BYTES = 10**9
-KEY = "key.json"
 Thing = TypeVar("Thing")
 
 
@@ -71,12 +71,7 @@ class ArtifactWriter:
 
     def begin(self, key: Any) -> list[int]:
         """The shards that are missing. key: JSON of what decides the tensors; what was made with another is deleted."""
-        key = json.loads(json.dumps(key))
-        if self.work.exists() and not (is_whole(self.work / KEY) and read_json(self.work / KEY) == key):
-            shutil.rmtree(self.work)
-        self.work.mkdir(parents=True, exist_ok=True)
-        if not (self.work / KEY).exists():
-            write_json(self.work / KEY, key)
+        resume(self.work, key)
         shards = range(self.num_shards)
         return [i for i in shards if not (is_whole(self._record(i)) and is_whole(self.work / self.shard(i)))]
 
@@ -125,8 +120,9 @@ class ArtifactWriter:
                 total = sum((self.work / self.shard(i)).stat().st_size for i in range(self.num_shards))
                 write_json(self.work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             _write_meta(self.work, {**meta, **own})
-            for leftover in (self.work / KEY, *map(self._record, range(self.num_shards))):
-                leftover.unlink(missing_ok=True)
+            for record in map(self._record, range(self.num_shards)):
+                record.unlink(missing_ok=True)
+            end(self.work)
             shutil.rmtree(self.folder, ignore_errors=True)
             self.work.rename(self.folder)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from viditq.mapped import NAMES
@@ -72,12 +73,20 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 def held_bytes(module: nn.Module) -> int:
     """Bytes of all tensors that a module's parts hold: parameters, buffers, and what a backend keeps in attributes;
-    tensors that share memory count once.
+    tensors that share memory count once, those made of others (of torchao, quanto) as what they are made of.
     """
     tensors = [*module.parameters(), *module.buffers()]
     for part in module.modules():
         tensors += [leaf for leaf in tree_leaves([*vars(part).values()]) if isinstance(leaf, Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    plain = [inner for tensor in tensors for inner in _made_of(tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}.values())
+
+
+def _made_of(tensor: Any) -> list[Tensor]:
+    """The tensors with memory of their own behind a wrapper."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [inner for name in tensor.__tensor_flatten__()[0] for inner in _made_of(getattr(tensor, name))]
 
 
 def module_bytes(module: nn.Module) -> int:

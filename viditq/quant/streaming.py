@@ -14,6 +14,7 @@ from viditq.mapped import header_bound, is_finite, release
 from viditq.quant.artifact_writer import SHARD_BYTES, ArtifactWriter, Content, content_of, in_shards
 from viditq.quant.convert import Conversion, tied_names
 from viditq.quant.execution.linear import QuantLinear
+from viditq.work_folder import held, work_folder
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def quantize_to(
     dtypes: as of `Streaming`. meta: JSON values about where the model comes from. A killed call goes on where it was.
     """
     folder, streaming = Path(folder), Streaming(conversion, dtypes, shard_bytes)
-    writer = ArtifactWriter(folder, folder.with_name(f"{folder.name}.partial"), len(streaming.shards))
-    for index in writer.begin({"plan": conversion.plan.to_json(), "meta": dict(meta)}):
-        writer.write(index, streaming.header_bytes(index), streaming.contents(index))
-    writer.finish(conversion.plan, meta, conversion.context.timestep_scale)
+    writer = ArtifactWriter(folder, work_folder(folder), len(streaming.shards))
+    with held(writer.work):
+        for index in writer.begin({"plan": conversion.plan.to_json(), "meta": dict(meta)}):
+            writer.write(index, streaming.header_bytes(index), streaming.contents(index))
+        writer.finish(conversion.plan, meta, conversion.context.timestep_scale)

@@ -27,6 +27,7 @@ AVERAGES = {
     "average_activation_bits": "average bits of an activation",
 }
 
+OTHER = "Measured on the artifact, before it was changed for this program."
 NOISE = "All of the same prompts. Noise: what the float model differs by from itself under another seed."
 
 
@@ -38,6 +39,7 @@ class ModelCard:
     plan.json, meta.json and metrics.json have them; metrics None before they are measured. settings: of the pipeline's
     call. size: bytes of the artifact's denoiser. pictures: file names in the same folder. command: that made it; None =
     not known. target: the program that it is exported for; None = the artifact itself. exported_size: bytes of that.
+    changed: what it has other than the artifact, None or empty = nothing.
     component_dtypes: of the parts that have another dtype.
     """
 
@@ -55,6 +57,7 @@ class ModelCard:
     pictures: Sequence[str]
     command: str | None
     target: str | None = None
+    changed: str | None = None
     exported_size: int | None = None
     component_dtypes: Mapping[str, str] = field(default_factory=dict)
 
@@ -89,6 +92,7 @@ class ModelCard:
 
     def _recipe(self) -> str:
         rows = [("recipe", "<br>".join(recipe_words(self.plan)))]
+        rows += [("for this program", self.changed)] if self.changed else []
         for key, what in AVERAGES.items():  # what `save_denoiser` alone has written says nothing of them
             rows += [(what, f"{self.meta[key]:.2f}")] if key in self.meta else []
         float_size = self.meta.get("float_size_bytes")
@@ -107,7 +111,8 @@ class ModelCard:
         groups = judge_all(self.metrics)
         said, prompts = headline(groups), self.metrics.get("prompts")
         details = "" if said.tone == "unknown" else said.details  # which are for the page
-        lines = ["## Quality", "", f"**{said.text}**, over {prompts} prompts. {details}".strip(), ""]
+        lines = ["## Quality", "", *([OTHER, ""] if self.changed else [])]
+        lines += [f"**{said.text}**, over {prompts} prompts. {details}".strip(), ""]
         lines += ["| metric | this model | float | difference, 95 % interval | noise | verdict |"]
         lines += ["|---|---|---|---|---|---|"]
         for row in (row for group in groups for row in group.judgements):
@@ -142,7 +147,8 @@ class ModelCard:
         if self.command is None:
             return ""
         lines = ["## Made by", "", "```bash", self.command]
-        lines += [f"python -m viditq export RUN --to {self.target}"] if self.target else []
+        how = " --requantize" if self.changed else ""
+        lines += [f"python -m viditq export RUN --to {self.target}{how}"] if self.target else []
         return "\n".join([*lines, "```"])
 
 

@@ -14,16 +14,16 @@ from viditq.engine.sampling import batches_of
 from viditq.engine.timing import MIN_ROUNDS, free_bytes, interleaved, peak_bytes, rounds_within, spread
 from viditq.files import is_whole, write_json
 from viditq.job import Job
-from viditq.loading import in_dtype, load_artifact
+from viditq.loading import in_dtype
 from viditq.memory import give_back
 from viditq.models.adapter import ModelAdapter
 from viditq.models.compiling import compiled_twin
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
-from viditq.quant.execution.linear import backend_counts
 from viditq.quant.sizes import held_bytes
 from viditq.report.speed import milliseconds
 from viditq.run_dir import Entry, read_seconds
+from viditq.stages.external import load_judged
 
 WARM_UPS = 2  # of each candidate; in the second its memory is seen
 HALF = "bfloat16"
@@ -92,8 +92,7 @@ def _step(job: Job, folder: Any, stage: str, num_prompts: int) -> float | None:
 
 def _benchmark(job: Job) -> str:
     e, device = job.experiment, job.experiment.make_trainer().strategy.root_device
-    call, denoisers = _denoisers(job, device)
-    counts = backend_counts(denoisers[QUANTIZED])
+    call, denoisers, executed = _denoisers(job, device)
     give_back()  # the rest of the pipelines
     work = {name: partial(_computed, call, denoiser, device) for name, denoiser in denoisers.items()}
     steps, peaks = {}, {}
@@ -117,7 +116,7 @@ def _benchmark(job: Job) -> str:
         for name, denoiser in denoisers.items()
     }
     speed = {
-        "backend": {"requested": e.backend, "layers": counts},
+        "backend": executed,
         "batch_size": call.num_prompts,
         "rounds": rounds,
         "machine": provenance.compute(device),
@@ -135,23 +134,24 @@ def _computed(call: Call, denoiser: nn.Module, device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _denoisers(job: Job, device: torch.device) -> tuple[Call, dict[str, nn.Module]]:
-    """What is measured, on the device, and a call that the run's sampling loop makes of it."""
+def _denoisers(job: Job, device: torch.device) -> tuple[Call, dict[str, nn.Module], dict[str, Any]]:
+    """A call that the run's sampling loop makes, what is measured by it, on the device, and what executes it."""
     e = job.experiment
     adapter, batch = e.adapter, batches_of(job.num_prompts, e.batch_size)[0]
     pipeline = job.load_float()
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.to(device)
-    call = first_call(adapter, pipeline, list(map(job.load_embeds(e.data.prompts), batch)), batch, e.seed)
+    embeds, ours = list(map(job.load_embeds(e.data.prompts), batch)), job.external is None
+    call = first_call(adapter, pipeline, embeds, batch, e.seed, inference_mode=ours)
     found = {FLOAT: adapter.denoiser_of(pipeline)}
     if adapter.dtype != HALF:
         found[HALF] = adapter.denoiser_of(in_dtype(adapter, adapter.load(), HALF)).to(device)
-    quantized = load_artifact(job.run_dir.artifact, backend=e.backend, complete=False)
+    quantized, executed = load_judged(job, tell=False)
     found[QUANTIZED] = adapter.denoiser_of(quantized).to(device)
     if adapter.compile:
         found |= {f"{name}{COMPILED}": compiled_twin(denoiser) for name, denoiser in found.items()}
-    return call, found
+    return call, found, executed
 
 
 def _dtype(job: Job, name: str) -> str:

@@ -20,10 +20,13 @@ from viditq.quant.reconstruction.joint_calibrator import JointCalibrator, divide
 from viditq.quant.reconstruction.store import BlockStore
 from viditq.run_dir import Entry
 from viditq.stages.calibration_passes import INPUTS, MOMENTS, STATS, Pass, entries, left, next_pass
+from viditq.stages.external import skipped
 
 
 def calibrate(job: Job) -> str:
     """Observe the float model; resumes after the last finished batches."""
+    if why := skipped(job, "calibrate"):
+        return why
     if not job.needs_stats:
         return "not needed: this recipe takes no statistics"
     already = not missing(job)

@@ -8,7 +8,7 @@ from viditq.models.adapter import ModelAdapter
 
 def update_card(job: Job) -> None:
     """Write it anew if it would say something else, on the first process. One that somebody has changed stays."""
-    if isinstance(job.experiment.adapter, ModelAdapter):
+    if isinstance(job.experiment.adapter, ModelAdapter) and job.external is None:
         job.processes.first_does(lambda: _update(job))
 
 

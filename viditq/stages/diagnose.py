@@ -14,6 +14,7 @@ from viditq.quant.diagnosis import error_sums
 from viditq.quant.diagnosis import observed as observed_diagnosis
 from viditq.quant.diagnosis.diagnosis import Diagnosis
 from viditq.quant.diagnosis.observed import ObservedDiagnosis
+from viditq.stages.external import skipped
 from viditq.stages.incoherence import has_incoherence, quantized_weights, write_incoherence
 
 
@@ -22,6 +23,8 @@ def diagnose(job: Job) -> str:
 
     Without calibration statistics also incoherence.json.
     """
+    if why := skipped(job, "diagnose"):
+        return why
     path, count = job.run_dir.errors, min(job.experiment.diagnosis_prompts, job.num_prompts)
     if not count or not job.experiment.plan.layers:
         return "switched off (diagnosis.num_prompts=0)" if not count else "not needed: nothing is quantized"

@@ -14,9 +14,9 @@ from viditq.errors import UserError
 from viditq.files import is_whole, read_json, read_tensors, write_json, write_tensors
 from viditq.job import Job
 from viditq.metrics.verdict import verdicts
-from viditq.quant.artifact import denoiser_bytes
 from viditq.run_dir import read_seconds
 from viditq.stages.card import update_card
+from viditq.stages.external import sizes_of
 from viditq.stages.text_encoders import told
 from viditq.summary import summarize
 
@@ -84,7 +84,6 @@ def _write(
 ) -> None:
     e, run_dir = job.experiment, job.run_dir
     summary = summarize(results, dict(labels))
-    meta = read_json(run_dir.artifact / "meta.json")
     seconds = {**read_seconds(job.reference.path), **read_seconds(job.stats.path), **read_seconds(run_dir.path)}
     if not job.needs_stats:
         seconds.pop("calibrate", None)
@@ -94,12 +93,7 @@ def _write(
     per_prompt = {"prompts": e.data.prompts, "reference": str(job.reference.path.resolve())}
     columns = {"metrics": summary.pop("per_prompt"), "differences": summary.pop("differences")}
     write_json(run_dir.per_prompt, per_prompt | columns)
-    of_denoiser = {
-        "average_weight_bits": meta["average_weight_bits"],
-        "average_activation_bits": meta["average_activation_bits"],
-        "size_bytes": denoiser_bytes(run_dir.artifact) + meta.get("left_in_float_bytes", 0),
-        "float_size_bytes": meta["float_size_bytes"],
-    }
+    of_denoiser = sizes_of(job)
     floor = {"num_prompts": job.floor_size, "seed": e.floor_seed, "dtype": e.floor_dtype}
     write_json(
         run_dir.metrics,

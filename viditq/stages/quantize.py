@@ -25,6 +25,7 @@ from viditq.quant.streaming import Streaming
 from viditq.stages.calibrate import observe
 from viditq.stages.card import update_card
 from viditq.stages.correct import correct, uncorrected
+from viditq.stages.external import skipped
 from viditq.stages.incoherence import calibrated_incoherence, quantized_weights, restore_incoherence
 from viditq.stages.text_encoders import quantize_encoders
 
@@ -33,6 +34,8 @@ TELL_SECONDS = 10
 
 def quantize(job: Job) -> str:
     """The denoiser, then the text encoders where that is asked for."""
+    if why := skipped(job, "quantize"):
+        return why
     lines = [_denoiser(job), *quantize_encoders(job)]
     update_card(job)
     return "; ".join(lines)

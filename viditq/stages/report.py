@@ -21,6 +21,7 @@ from viditq.report.plan_view import summarize_plan
 from viditq.report.ranking import Ranking, rank_pairs
 from viditq.run_dir import RunDir
 from viditq.stages.card import update_card
+from viditq.stages.external import plan_of
 
 
 def report(job: Job) -> str:
@@ -87,7 +88,7 @@ def _draw(job: Job, ranking: Ranking, label: Mapping[str, Any]) -> None:
 def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt: Mapping[str, Any]) -> PageContent:
     e, run_dir = job.experiment, job.run_dir
     values = {name: column for name, column in per_prompt["metrics"].items() if name in metrics["labels"]}
-    plan = read_json(run_dir.artifact / "plan.json")
+    plan = plan_of(job)
     return PageContent(
         title=f"{e.name} on {e.adapter.name}",
         experiment=e.name,

@@ -12,8 +12,8 @@ from viditq.engine.sampling import Generation, batches_of, run_batches
 from viditq.files import write_json
 from viditq.job import Job
 from viditq.models.compiling import compile_forward
-from viditq.quant.execution.linear import backend_counts
 from viditq.run_dir import Entry
+from viditq.stages.external import load_judged
 from viditq.stages.text_encoders import encode
 
 
@@ -38,16 +38,15 @@ def noise_floor(job: Job) -> str:
 
 
 def generate(job: Job) -> str:
-    """Reload the artifact and generate the same prompts from the same noise."""
+    """Load what is judged, the artifact or what another library quantizes; the same prompts from the same noise."""
     folder, e = job.run_dir.samples, job.experiment
     encode(job)
 
     def load() -> Any:
         job.let_go_of_float()
-        pipeline = job.load_quantized()
+        pipeline, executed = load_judged(job)
         if job.processes.first:
-            layers = backend_counts(e.adapter.denoiser_of(pipeline))
-            write_json(job.run_dir.executed, {"requested": e.backend, "layers": layers})
+            write_json(job.run_dir.executed, executed)
         return pipeline
 
     timed = job.timed(job.run_dir.path, "generate")

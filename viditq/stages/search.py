@@ -12,12 +12,15 @@ from viditq.quant.search.candidates import SIDES, candidates_of
 from viditq.quant.search.costs import to_measure
 from viditq.quant.search.policy import SensitivitySearch, found_plan
 from viditq.stages.calibrate import observe
+from viditq.stages.external import skipped
 from viditq.stages.search_result import Costs, allocated, average, costs_of, point, result_of, write
 from viditq.stages.search_table import SearchTable
 
 
 def search(job: Job) -> str:
     """Find the plan within the budget; every candidate's scores are kept in the cache, for other budgets too."""
+    if why := skipped(job, "search"):
+        return why
     policy = job.experiment.quant.policy
     if not isinstance(policy, SensitivitySearch):
         return "not needed: the policy names the bits"

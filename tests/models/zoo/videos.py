@@ -142,3 +142,27 @@ def ltx_video() -> Any:
         tokenizer=tokenizer,
         transformer=transformer,
     )
+
+
+def sana_video() -> Any:
+    tokenizer, encoder = text.gemma()
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=text.WIDTH,
+        sample_size=4,
+        rope_max_seq_len=64,
+    )
+    return diffusers.SanaVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vaes.wan_vae(),
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+    )

@@ -35,12 +35,16 @@ def formats() -> dict[str, QuantSpec]:
     return specs
 
 
-def weight_formats() -> dict[str, QuantSpec]:
-    return {n: s for n, s in formats().items() if s.granularity in ("tensor", "channel", "group") and not s.dynamic}
+def weight_formats(floats: bool = False) -> dict[str, QuantSpec]:
+    """floats: also those of floating-point numbers, which integers are not multiplied in."""
+    kept = {n: s for n, s in formats().items() if floats or not s.is_float}
+    return {n: s for n, s in kept.items() if s.granularity in ("tensor", "channel", "group") and not s.dynamic}
 
 
 def activation_formats() -> dict[str, QuantSpec]:
-    return {n: s for n, s in formats().items() if s.granularity in ("tensor", "token", "group")}
+    """Those that integer backends take."""
+    kept = {n: s for n, s in formats().items() if not s.is_float and not s.full_range}
+    return {n: s for n, s in kept.items() if s.granularity in ("tensor", "token", "group")}
 
 
 def variant_of(

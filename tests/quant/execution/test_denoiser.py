@@ -90,7 +90,7 @@ def test_a_copy_has_a_context_of_its_own(by_segment, how):
     contexts = [{id(layer.context) for layer in quant_linears(model).values()} for model in (by_segment, other)]
     assert len(contexts[0]) == len(contexts[1]) == 1 and not contexts[0] & contexts[1]
     mine = next(iter(quant_linears(by_segment).values())).context
-    mine.segment = mine.noise_level = None
+    mine._leave()
     for timestep in (900, 100):
         assert torch.equal(run(other, timestep), expected[timestep])
         assert corrections_of(other)[0].latest == timestep // 500

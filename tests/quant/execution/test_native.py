@@ -215,7 +215,7 @@ def test_layernorm_modulation_activation_gate_and_residual_in_one_op(backend, dt
     x, weight, bias = torch.randn(2, 70, 192).to(dtype), torch.randn(100, 192), torch.randn(100)
     mul, add, gate = torch.randn(2, 1, 192), torch.randn(2, 1, 192), torch.randn(2, 1, 100)
     div, residual = torch.rand(192) + 0.5, torch.randn(2, 70, 100).to(dtype)
-    packed = pack_weight(*quantize_weight(weight, CHANNEL), 8)
+    packed = pack_weight(*quantize_weight(weight, CHANNEL)[:3], 8)
     functions = {
         "none": lambda y: y,
         "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
@@ -236,7 +236,7 @@ def test_layernorm_modulation_activation_gate_and_residual_in_one_op(backend, dt
 def test_views_and_other_dtypes_around_the_product(backend):
     """As blocks have them: parts of one modulation tensor in the model's dtype, a residual seen another way round."""
     x = torch.randn(2, 70, 96).bfloat16()
-    packed = pack_weight(*quantize_weight(torch.randn(96, 96), CHANNEL), 8)
+    packed = pack_weight(*quantize_weight(torch.randn(96, 96), CHANNEL)[:3], 8)
     shift, scale, gate = torch.randn(2, 3, 96).bfloat16().chunk(3, 1)
     strided = x.mT.contiguous().mT
     out = ops.linear(strided, packed, None, TOKEN, mul=scale, add=shift, gate=gate, residual=strided)
@@ -249,7 +249,7 @@ def test_views_and_other_dtypes_around_the_product(backend):
 def test_activation_functions(backend, name):
     """Of single values from -20 to 20, by a weight of one input."""
     values = torch.linspace(-20, 20, 4001)
-    packed = pack_weight(*quantize_weight(torch.zeros(len(values), 1), CHANNEL), 8)
+    packed = pack_weight(*quantize_weight(torch.zeros(len(values), 1), CHANNEL)[:3], 8)
     y = ops.linear(torch.zeros(1, 1), packed, values, TOKEN, activation=name)[0]
     exact = values.double()
     expected = {
@@ -263,7 +263,7 @@ def test_activation_functions(backend, name):
 def test_transform_is_what_linear_quantizes(backend):
     x, mul, add = torch.randn(2, 70, 192), torch.randn(2, 192), torch.randn(2, 192)
     div = torch.rand(192) + 0.5
-    packed = pack_weight(*quantize_weight(torch.randn(100, 192), CHANNEL), 8)
+    packed = pack_weight(*quantize_weight(torch.randn(100, 192), CHANNEL)[:3], 8)
     t = ops.transform(x, layernorm_eps=1e-5, mul=mul, add=add, div=div)
     expected = (F.layer_norm(x, (192,), eps=1e-5) * mul[:, None] + add[:, None]) / div
     torch.testing.assert_close(t, expected)
@@ -278,7 +278,7 @@ def test_q_k_and_v_share_one_product(backend, bits):
     x, sizes = torch.randn(40, 96), (64, 128, 64)
     specs = [QuantSpec(bits, symmetric, "group", 32) for symmetric in (False, True, False)]
     quantized = [quantize_weight(torch.randn(size, 96), spec) for size, spec in zip(sizes, specs, strict=True)]
-    weights = [pack_weight(*one, bits, 32) for one in quantized]
+    weights = [pack_weight(*one[:3], bits, 32) for one in quantized]
     assert all(weight.joins(weights[0]) for weight in weights)
     out = ops.linear(x, joined(weights), None, TOKEN)
     alone = [ops.linear(x, weight, None, TOKEN) for weight in weights]
@@ -295,7 +295,7 @@ def test_linears_of_one_input_with_smoothing_of_their_own(backend, spec, dtype):
     x, mul, add = torch.randn(2, 35, 96).to(dtype), torch.randn(2, 96), torch.randn(2, 96)
     formats = [CHANNEL, QuantSpec(4, False, "group", 32), QuantSpec(8, True, "channel")]
     weights = [
-        pack_weight(*quantize_weight(torch.randn(size, 96), one), one.bits, 32 if spec.group_size else None)
+        pack_weight(*quantize_weight(torch.randn(size, 96), one)[:3], one.bits, 32 if spec.group_size else None)
         for size, one in zip((64, 100, 7), formats, strict=True)
     ]
     biases, divs = [torch.randn(64), None, torch.randn(7)], [torch.rand(96) + 0.5, torch.rand(96) + 0.1, None]
@@ -330,7 +330,7 @@ def test_products_of_one_input_equal_each_alone(backend, kind):
 def test_weights_of_other_widths_or_sizes_do_not_join(backend):
     def packed(size, bits, group):
         spec = QuantSpec(bits, False, "group", group)
-        return pack_weight(*quantize_weight(torch.randn(size, 96), spec), bits)
+        return pack_weight(*quantize_weight(torch.randn(size, 96), spec)[:3], bits)
 
     first = packed(64, 8, 32)
     assert not any(first.joins(other) for other in (packed(64, 4, 32), packed(64, 8, 48), packed(100, 8, 32)))
@@ -369,7 +369,7 @@ def test_one_graph_a_segment_under_torch_compile(backend):
 
 
 def test_the_operator_describes_itself_rightly(backend):
-    packed = pack_weight(*quantize_weight(torch.randn(50, 96), CHANNEL), 8)
+    packed = pack_weight(*quantize_weight(torch.randn(50, 96), CHANNEL)[:3], 8)
     arguments = (*packed[:3], None, 50, 8, False, 1, False, None, None, -1.0, *[None] * 4, 0, None, None)
     for dtype in DTYPES:
         torch.library.opcheck(
@@ -386,7 +386,7 @@ def test_the_operator_describes_itself_rightly(backend):
 
 
 def test_arguments_that_do_not_fit_are_refused(backend):
-    packed = pack_weight(*quantize_weight(torch.randn(50, 96), CHANNEL), 8)
+    packed = pack_weight(*quantize_weight(torch.randn(50, 96), CHANNEL)[:3], 8)
     x = torch.randn(6, 96)
     with pytest.raises(RuntimeError, match="viditq::linear: bias"):
         ops.linear(x, packed, torch.ones(49), TOKEN)

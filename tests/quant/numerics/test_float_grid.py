@@ -108,3 +108,28 @@ def test_an_activation_does_not_depend_on_its_batch_mates(name):
     x[0, 0, 3] = float("nan")
     spoiled = fake_quantize_activation(x, spec, None)
     assert spoiled[0, 0, 3].isnan() and torch.equal(spoiled[1:], together[1:])
+
+
+@pytest.mark.parametrize("number", TABLES)
+def test_ml_dtypes_rounds_the_same(number):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: pip install ml_dtypes")
+    other = getattr(ml_dtypes, {"e2m1": "float4_e2m1fn", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}[number])
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(3)) * torch.logspace(-9, 5, 50_000, base=2.0)
+    x = x.clamp(-NUMBERS[number].largest, NUMBERS[number].largest)  # beyond it the two have other rules
+    assert torch.equal(rounded(x, number), torch.from_numpy(x.numpy().astype(other).astype("float32")))
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4"])
+def test_torchao_has_the_same_blocks(name):
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor", reason="torchao is not installed")
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(4)) * torch.logspace(-3, 2, 64)[:, None]
+    weight[3] = 0
+    if name == "nvfp4":
+        theirs = NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=per_tensor_amax_to_scale(weight.abs().max()))
+    else:
+        dtype = torch.float8_e4m3fn if name == "mxfp8" else torch.float4_e2m1fn_x2
+        theirs = mx.MXTensor.to_mx(weight, dtype, 32)
+    ours = dequantize_weight(quantize_weight(weight, FORMATS[name]), FORMATS[name])
+    assert torch.equal(ours, theirs.dequantize(torch.float32))
