@@ -1,4 +1,4 @@
-"""Outliers of the hard tiny models: where their gains lie before the first step, and that training leaves them there."""
+"""The hard tiny models: where their gains lie before the first step, and that training leaves them there."""
 
 import pytest
 import torch
@@ -25,7 +25,9 @@ def gains(net: Net, row: int) -> list[torch.Tensor]:
     """1 + scale [levels, width] of every block."""
     level = 1000 * torch.linspace(0, 1, 21)
     with torch.no_grad():
-        told = net.adaln_single(level, NO_CONDITIONS, batch_size=21, hidden_dtype=torch.float32)[0].unflatten(1, (6, -1))
+        told = net.adaln_single(level, NO_CONDITIONS, batch_size=21, hidden_dtype=torch.float32)[0].unflatten(
+            1, (6, -1)
+        )
     tables = [p for name, p in net.named_parameters() if "blocks" in name and name.endswith("scale_shift_table")]
     return [(1 + table[row] + told[:, row]).detach() for table in tables]
 

@@ -17,10 +17,13 @@ from viditq.models.generate import with_settings
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tiny.py"
 
 
-def train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All stages, three steps each."""
+HARD = ["image_hard", "video_hard", "export_hard"]
+
+
+def train(folder: Path, monkeypatch: pytest.MonkeyPatch, *stages: str) -> None:
+    """These stages, without any those that ship; three steps each."""
     options = ["--max-steps", "3", "--work", str(folder / "work"), "--out", str(folder / "assets")]
-    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *options])
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *options, *(["--stages", *stages] if stages else [])])
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
@@ -33,12 +36,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         train(folder, patch)
+        train(folder, patch, *HARD)
     return folder
 
 
-@pytest.mark.parametrize("name", ["tiny_image", "tiny_video"])
+@pytest.mark.parametrize("name", ["tiny_image", "tiny_video", "tiny_image_hard", "tiny_video_hard"])
 def test_exported_pipeline_runs(name: str, trained: Path, configure: Callable) -> None:
-    adapter = instantiate(configure(f"model={name}", "model.num_steps=2", "name=x").model, _convert_="all")
+    adapter = instantiate(
+        configure(f"model={name.removesuffix('_hard')}", "model.num_steps=2", "name=x").model, _convert_="all"
+    )
     adapter = replace(adapter, path=str(trained / "assets" / name))
     pipeline = with_settings(adapter, adapter.load_complete())
     out = pipeline("a small red circle on a white background", output_type="pt", return_dict=False)[0]

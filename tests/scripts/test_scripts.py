@@ -55,6 +55,17 @@ def test_kurtosis_of_known_distributions():
     assert kurtosis(torch.rand(200_000, generator=generator)) == pytest.approx(-1.2, abs=0.02)
 
 
+def test_a_channel_that_changes_with_the_noise_is_told_from_one_that_does_not():
+    ratio = load("scripts/plot_difficulty.py").channel_level_ratio
+    amax_KC = torch.ones(3, 20)
+    amax_KC[:, :8] = 10.0
+    assert ratio(amax_KC) == 1
+    amax_KC[:, :8] = torch.tensor([10.0, 4.0, 2.0])[:, None]
+    assert ratio(amax_KC) == 5
+    amax_KC[:, 3] = 100.0  # of the eight largest the median
+    assert ratio(amax_KC) == 5
+
+
 def test_plot_difficulty_measures_every_quantized_linear(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf").symlink_to(ROOT / "conf")
@@ -63,7 +74,8 @@ def test_plot_difficulty_measures_every_quantized_linear(tmp_path, monkeypatch, 
     folder = tmp_path / "outputs" / "difficulty" / "tiny_image"
     rows = json.loads((folder / "difficulty.json").read_text())
     assert (folder / "difficulty.png").is_file() and "kurtosis" in capsys.readouterr().out
-    assert len(rows) == 40 and all(row["channel_ratio"] >= 1 and row["noise_level_ratio"] >= 1 for row in rows)
+    ratios = ("incoherence", "channel_ratio", "noise_level_ratio", "channel_level_ratio")
+    assert len(rows) == 40 and all(row[key] >= 1 for row in rows for key in ratios)
 
 
 def test_the_gate_reads_real_clips_and_notices_wrong_ones():
