@@ -14,7 +14,7 @@ run: setup
 
 test: setup lint
 	@echo "== tests"
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	@echo "== format, lint, types"
