@@ -24,8 +24,8 @@ FLOORS: list[list[str]] = [
     ["models", "data", "metrics", "report"],
     ["engine", "fusion", "tiny", "run_dir"],
     [
-        *["", "__main__", "callbacks", "card", "checks", "cli", "config", "console", "estimate", "experiment"],
-        *["external"],
+        *["", "__main__", "cache_entries", "callbacks", "card", "checks", "cli", "config", "console", "equipment"],
+        *["estimate", "experiment", "external", "plans"],
         *["export", "finished", "gate", "importing", "interop", "job"],
         *["loading", "lora", "nulls", "provenance", "runner", "settled", "signatures", "stages", "summary", "sweeps"],
         *["trial", "worker"],

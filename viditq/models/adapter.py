@@ -10,22 +10,20 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from torch import nn
 
-from viditq.errors import UserError
 from viditq.files import read_json
-from viditq.memory import give_back
 from viditq.models import contents, parts, roles
-from viditq.models.attention import check_attention, check_dispatches, set_attention
+from viditq.models.attention import check_attention, check_dispatches
 from viditq.models.checks import check_arguments, check_call, check_values, given_to_call
 from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
+from viditq.models.pipelines import load_pipeline
 from viditq.models.registry import find_class
-from viditq.models.schedulers import check_scheduler, chooses_scheduler, make_scheduler
+from viditq.models.schedulers import check_scheduler
 from viditq.models.source import Source
 from viditq.models.timestep_scale import measured_scale
-from viditq.models.weight_files import COPY_AGAIN, variant_of
+from viditq.models.weight_files import COPY_AGAIN
 
 
 @dataclass(frozen=True)
@@ -191,53 +189,17 @@ class ModelAdapter:
         """The pipeline with its tokenizers and text encoders only; `encoders` replace the stored ones."""
         if encoders is None:
             contents.check_contents(self)  # also of what is loaded later: before anything is encoded
-        return self._load(
-            {name: None for name in self.components if name not in self.text_parts} | {**(encoders or {})}
+        return load_pipeline(
+            self, {name: None for name in self.components if name not in self.text_parts} | {**(encoders or {})}
         )
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
         """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""
-        return self._load(dict.fromkeys(self.text_parts) | self._as_parts(denoiser))
+        return load_pipeline(self, dict.fromkeys(self.text_parts) | self._as_parts(denoiser))
 
     def load_complete(self, denoiser: nn.Module | None = None, encoders: Mapping[str, nn.Module] | None = None) -> Any:
         """The whole pipeline, ready for `pipeline(prompt)`; `denoiser` and `encoders` replace the stored ones."""
-        return self._load(self._as_parts(denoiser) | {**(encoders or {})})
-
-    def _load(self, components: dict[str, Any]) -> Any:
-        folder = self.source.pipeline(weights=True)
-        contents.check_contents(self, without=components)
-        dtypes = {"default": self.torch_dtype} | {name: DTYPES[dtype] for name, dtype in self.component_dtypes.items()}
-        dtype = dtypes if self.component_dtypes else self.torch_dtype
-        try:
-            cls = find_class(self.pipeline)
-            components = self._denoisers_elsewhere(components) | components
-            if chooses_scheduler(self) or self.call.get("sampler") is not None:
-                components["scheduler"] = make_scheduler(self)
-            marked = any(variant_of(folder / name, self.variant) for name in self.components)
-            variant = self.variant if marked else None  # diffusers refuses one that only denoisers elsewhere have
-            pipeline = cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True, **components)
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"The pipeline in {folder} cannot be loaded: {error}. {COPY_AGAIN}") from error
-        pipeline.set_progress_bar_config(disable=True)
-        for name, component in pipeline.components.items():
-            if isinstance(component, nn.Module):
-                contents.check_finite(name, folder, component.eval().requires_grad_(False))
-            if name in (*self.denoisers, *self.float_denoisers) and component is not None:
-                set_attention(self.attention, component)
-        give_back()
-        return pipeline
-
-    def _denoisers_elsewhere(self, components: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of denoiser_path that `components` does not replace."""
-        if self.denoiser_path is None:
-            return {}
-        return {
-            name: find_class(self.index()[name][1]).from_pretrained(
-                folder, dtype=self.torch_dtype, variant=variant_of(folder, self.variant), local_files_only=True
-            )
-            for name, folder in ((name, self.part_folder(name, weights=True)) for name in self.denoiser_names)
-            if name not in components
-        }
+        return load_pipeline(self, self._as_parts(denoiser) | {**(encoders or {})})
 
     # Denoisers --------------------------------------------------------------------------------------------------------
 
@@ -294,17 +256,7 @@ class ModelAdapter:
     def linear_roles(self, linear_names: Sequence[str]) -> dict[str, str]:
         """Linear name -> role, or "float" for those kept; raises UserError naming Linears that nothing covers."""
         bare = {name: self.bare_name(name) for name in linear_names}
-        found = roles.by_patterns(list(bare.values()), {**self.roles, roles.FLOAT: self.keep_float})
-        if self.guess:
-            found = roles.guess(list(bare.values())) | found
-        if not self.guess:
-            roles.check_keep_float(self.name, self.keep_float, list(bare.values()))
-        missing = [name for name in linear_names if bare[name] not in found]
-        if missing:
-            raise UserError(
-                f"Model {self.name}: {len(missing)} Linears belong to no role, first {missing[:3]}. Add a pattern to "
-                "model.roles, or to model.keep_float to leave them in float."
-            )
+        found = roles.of_linears(self.name, [*bare.values()], self.roles, self.keep_float, self.guess)
         return {name: found[bare[name]] for name in linear_names}
 
     def bare_name(self, name: str) -> str:

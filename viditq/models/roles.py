@@ -27,6 +27,27 @@ def by_patterns(names: Sequence[str], patterns: Mapping[str, Sequence[str]]) -> 
     }
 
 
+def of_linears(
+    model: str, names: Sequence[str], patterns: Mapping[str, Sequence[str]], keep_float: Sequence[str], guessed: bool
+) -> dict[str, str]:
+    """Linear -> role, FLOAT for those of `keep_float`; guessed: those that no pattern covers by their names.
+
+    Raises UserError naming Linears that nothing covers, and, where nothing is guessed, patterns that cover none.
+    """
+    found = by_patterns(names, {**patterns, FLOAT: keep_float})
+    if guessed:
+        found = guess(names) | found
+    else:
+        check_keep_float(model, keep_float, names)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(
+            f"Model {model}: {len(missing)} Linears belong to no role, first {missing[:3]}. Add a pattern to "
+            "model.roles, or to model.keep_float to leave them in float."
+        )
+    return found
+
+
 def check_keep_float(model: str, keep_float: Sequence[str], names: Sequence[str]) -> None:
     """Raises UserError for the first pattern that matches none of these Linears."""
     for glob in keep_float:
