@@ -53,17 +53,17 @@ def run() -> Callable[..., dict[str, Any] | None]:
 
 
 @pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder with the embeddings, reference samples and statistics of the shrunk run."""
-    return tmp_path_factory.mktemp("cache")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed shrunk run, only to be read; its cache, empty before, is `shared_cache`."""
+    folder = tmp_path_factory.mktemp("runs") / "finished run"
+    run_shrunk(folder, folder.parent / "cache")
+    return folder
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
-    """The folder of an undisturbed shrunk run, only to be read."""
-    folder = tmp_path_factory.mktemp("runs") / "finished run"
-    run_shrunk(folder, shared_cache)
-    return folder
+def shared_cache(finished_run: Path) -> Path:
+    """A cache folder with the embeddings, reference samples and statistics of the shrunk run."""
+    return finished_run.parent / "cache"
 
 
 @pytest.fixture
