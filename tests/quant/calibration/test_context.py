@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -91,8 +94,8 @@ class Small(nn.Module):
         return self.linear(x) + timestep.mean()
 
 
-@pytest.mark.parametrize(("segments", "graphs"), [((0, 1), 1), ((0, 0.5, 1), 2)])
-def test_a_compiled_denoiser_has_one_graph_a_segment_and_no_warning(segments, graphs, caplog):
+def compiled_and_plain(segments, fullgraph):
+    """Number of graphs traced while a compiled denoiser gives what it gives uncompiled."""
     traced = []
 
     def keep(graph, _):
@@ -103,10 +106,24 @@ def test_a_compiled_denoiser_has_one_graph_a_segment_and_no_warning(segments, gr
     schemes = {str(bits): LayerScheme(QuantSpec(bits, granularity="channel"), token) for bits in (8, 4)}
     denoiser, plan = Small(), QuantPlan(segments, schemes, {"linear": ["8", "4"][: len(segments) - 1]})
     quantize_denoiser(denoiser, plan, None, "auto", 1000.0)
-    compiled = torch.compile(denoiser, backend=keep, fullgraph=len(segments) == 2)
+    compiled = torch.compile(denoiser, backend=keep, fullgraph=fullgraph)
     x = torch.randn(32, 64)
     for level in (900.0, 100.0, 901.0, 101.0):
         timestep = torch.full((2,), level)
         assert torch.equal(compiled(x, timestep), denoiser(x, timestep))
-    assert len(traced) == graphs
+    return len(traced)
+
+
+def test_a_denoiser_of_one_segment_compiles_into_one_graph(caplog):
+    assert compiled_and_plain((0, 1), fullgraph=True) == 1
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_with_several_segments_the_timestep_is_read_between_graphs():
+    assert compiled_and_plain((0, 0.5, 1), fullgraph=False) > 1
+
+
+def test_quantizing_does_not_import_the_compiler():
+    """Which takes as long as torch itself; a decorator of torch.compiler is enough to bring it in."""
+    line = "import sys, viditq.quant; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", line], check=True)

@@ -151,13 +151,12 @@ class StepContext:
         if timestep is None:
             raise UserError(f"the denoiser was called without a timestep; pass {self._scale.argument}=...")
         self._noise_level, self._timestep = None, timestep
-        self.segment = 0 if len(self.edges) == 2 else self._find_segment()
-
-    @torch.compiler.disable(reason="the timestep decides which weights run")  # type: ignore[misc]
-    def _find_segment(self) -> int:
+        if len(self.edges) == 2:
+            self.segment = 0
+            return
         level = self.noise_level
         assert level is not None
-        return interval_of(self.edges, level)
+        self.segment = interval_of(self.edges, level)
 
 
 def _single_value(timestep: Tensor | float) -> float:
