@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -59,12 +59,10 @@ def _float_numbers(scheme: LayerScheme, layer: str) -> Refusal | None:
     return None
 
 
-def differences(spec: QuantSpec, wanted: QuantSpec) -> Iterator[tuple[str, object, object]]:
-    """Each field in which a format is another one: its name, what it has, what is wanted."""
-    for field in fields(spec):
-        found, value = getattr(spec, field.name), getattr(wanted, field.name)
-        if found != value:
-            yield field.name, found, value
+def difference(spec: QuantSpec | None, wanted: QuantSpec) -> tuple[str, object, object] | None:
+    """The first field in which a format is another one: its name, what it has, what is wanted; None = there is none."""
+    pairs = ((field.name, getattr(spec, field.name), getattr(wanted, field.name)) for field in fields(wanted))
+    return None if spec is None else next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def raise_refused(target: str, found: dict[str, Refusal], requantizes: bool) -> None:

@@ -23,7 +23,7 @@ from viditq.export.folding import folded
 from viditq.export.part import Again, Entry, Part
 from viditq.export.part_files import write_files
 from viditq.export.pipeline_folder import export_pipeline, is_exported
-from viditq.export.refusal import Refusal, differences, raise_refused, refusals, refuse_correction
+from viditq.export.refusal import Refusal, difference, raise_refused, refusals, refuse_correction
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.sdnq_layout import packed_shape, stored_grid, stored_weight
 from viditq.interop.folder import CHANGED
@@ -79,7 +79,8 @@ def refusal(scheme: LayerScheme, layer: str, shapes: Mapping[str, tuple[int, int
     if scheme.transforms:
         names = [transform.name for transform in scheme.transforms]
         return Refusal(layer, "transforms", names, "and SDNQ takes inputs as they are", NEAREST)
-    for field, found, value in differences(activation, ACTIVATION) if activation is not None else ():
+    if (other := difference(activation, ACTIVATION)) is not None:
+        field, found, value = other
         return Refusal(layer, f"activation.{field}", found, f"and SDNQ has it {value!r}", NEAREST)
     if activation is not None and weight.granularity == "group":
         why = "beside quantized activations, where SDNQ would round these weights again at each call"

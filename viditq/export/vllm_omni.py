@@ -20,7 +20,7 @@ from viditq.export.folding import folded
 from viditq.export.part import Again, Entry, Part, row_scale, signed_codes
 from viditq.export.part_files import write_files
 from viditq.export.pipeline_folder import export_pipeline, is_exported
-from viditq.export.refusal import Refusal, differences, raise_refused, refusals, refuse_correction
+from viditq.export.refusal import Refusal, difference, raise_refused, refusals, refuse_correction
 from viditq.export.requantize import ACTIVATION, WEIGHT
 from viditq.export.step_policy import core_of, kept_weights, step_policy
 from viditq.interop.folder import CHANGED
@@ -80,12 +80,13 @@ def refusal(scheme: LayerScheme, layer: str) -> Refusal | None:
         (scheme.low_rank is not None, "low_rank", scheme.low_rank, "and there is no branch beside the codes"),
         (bool(names), "transforms", names, "and inputs are taken as they are"),
     ]
-    for field, found, value in differences(activation, ACTIVATION) if activation is not None else ():
-        wrong.append((True, f"activation.{field}", found, f"and there it is {value!r}"))
-    if weight is not None:
+    alike = WEIGHT
+    if weight is not None:  # of any bits, with one scale for all of it as well
         alike = replace(WEIGHT, bits=weight.bits, granularity="tensor" if weight.granularity == "tensor" else "channel")
-        for field, found, value in differences(weight, alike):
-            wrong.append((True, f"weight.{field}", found, f"and there it is {value!r}"))
+    for side, other in (("activation", difference(activation, ACTIVATION)), ("weight", difference(weight, alike))):
+        if other is not None:
+            field, found, value = other
+            wrong.append((True, f"{side}.{field}", found, f"and there it is {value!r}"))
     return next((Refusal(layer, field, value, why, NEAREST) for is_so, field, value, why in wrong if is_so), None)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from viditq.errors import UserError, close_names
 from viditq.export.comfy_formats import AWQ, INT8, W4A8, W4A8_GROUP, Marker
+from viditq.export.requantize import ACTIVATION
 from viditq.importing.layer import MIDDLE, ImportedLayer, check_fields, check_shape, stored, unsigned
 from viditq.mapped import release
 from viditq.quant.description.quant_spec import QuantSpec
@@ -27,7 +28,6 @@ from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.methods.transforms.convrot import GROUP_SIZES, ConvRotSpec
 from viditq.quant.numerics.packing import unpack
 
-TOKEN = QuantSpec(8, True, "token", dynamic=True)
 ROTATED_GROUP, AWQ_GROUP = 256, 64  # where the marker does not say
 FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     INT8: {
@@ -129,7 +129,7 @@ class ComfyLayer:
         by_row = scale.numel() == n and n > 1
         scheme = LayerScheme(
             QuantSpec(8, True, "channel" if by_row else "tensor"),
-            None if self._flag("full_precision_matrix_mult") else TOKEN,
+            None if self._flag("full_precision_matrix_mult") else ACTIVATION,
             (self._rotation(),) if self._flag("convrot") else (),
         )
 
@@ -147,7 +147,7 @@ class ComfyLayer:
         s_channel = self._check("weight_s_channel", FLOATS, (n,))
         codebook = self._check(CODEBOOK, FLOATS, (16,)).float() if CODEBOOK in self.fields else None
         even = codebook is None and _is_power_by_row(s_rel)
-        scheme = LayerScheme(QuantSpec(4 if even else 8, True, "channel"), TOKEN, (self._rotation(),))
+        scheme = LayerScheme(QuantSpec(4 if even else 8, True, "channel"), ACTIVATION, (self._rotation(),))
 
         def read(rows: Rows) -> dict[str, Tensor]:
             codes, scale = unpack(rows.of(packed).view(torch.uint8), 4, k), rows.of(s_channel).float()[:, None]

@@ -14,7 +14,7 @@ WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 ACTIVATION_GRANULARITIES = ("tensor", "channel", "token", "group")
 YOUNGER = {"full_range": False, "number": "int", "block_scale": None}
 NUMBER_BITS = {"e4m3": 8, "e5m2": 8, "e2m1": 4}
-BLOCK_SCALES = {"e8m0": 1, "e4m3": 1}  # bytes of each
+BLOCK_SCALES = ("e8m0", "e4m3")  # a byte each
 LABELS = {("e4m3", "e8m0", 32): "mxfp8", ("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}
 
 
@@ -101,7 +101,7 @@ class QuantSpec:
     def bytes_per_scale(self) -> int:
         """Of a stored scale with its zero point."""
         if self.block_scale is not None:
-            return BLOCK_SCALES[self.block_scale]
+            return 1
         return 4 if self.symmetric else 5
 
     def check_weight(self) -> QuantSpec:
