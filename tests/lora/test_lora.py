@@ -181,6 +181,25 @@ def test_names_of_the_original_release(tmp_path: Path) -> None:
     torch.testing.assert_close(query(x), before + x @ (up @ down).T)
 
 
+def test_a_file_for_the_second_denoiser(tmp_path: Path) -> None:
+    pipeline = wan()
+    pipeline.register_modules(transformer_2=wan().transformer)
+    down, up = torch.randn(2, 24), torch.randn(24, 2)
+    theirs = "diffusion_model.blocks.0.self_attn.q"
+    save_file({f"{theirs}.lora_A.weight": down, f"{theirs}.lora_B.weight": up}, tmp_path / "low.safetensors")
+    queries = [part.blocks[0].attn1.to_q for part in (pipeline.transformer, pipeline.transformer_2)]
+    x = torch.randn(3, 24)
+    first, second = (query(x) for query in queries)
+    for wrong in ("vae", "transformer_3"):
+        with pytest.raises(UserError, match=rf"component='{wrong}' .* it has transformer, transformer_2\."):
+            viditq.add_lora(pipeline, tmp_path / "low.safetensors", component=wrong)
+    viditq.add_lora(pipeline, tmp_path / "low.safetensors", component="transformer_2")
+    assert torch.equal(queries[0](x), first)
+    torch.testing.assert_close(queries[1](x), second + x @ (up @ down).T)
+    viditq.remove_lora(pipeline)
+    assert torch.equal(queries[1](x), second)
+
+
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [

@@ -9,14 +9,19 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.lora.branch import LoraBranch, attach, branches, detach
-from viditq.lora.files import Update, read_lora
+from viditq.lora.files import Update, moved_to, read_lora
 from viditq.quant.execution.linear import QuantLinear
 
 __all__ = ["add_lora", "lora_scales", "remove_lora", "set_lora_scale"]
 
 
 def add_lora(
-    pipeline: Any, path: str | Path, scale: float = 1.0, name: str | None = None, weight_name: str | None = None
+    pipeline: Any,
+    path: str | Path,
+    scale: float = 1.0,
+    name: str | None = None,
+    weight_name: str | None = None,
+    component: str | None = None,
 ) -> str:
     """Add a LoRA to a pipeline; returns its name.
 
@@ -24,12 +29,16 @@ def add_lora(
     model would gain, whatever the codes are (Hu et al. 2021, arXiv 2106.09685). Blocks that hold such a Linear run
     unfused. pipeline: of `load_quantized`, of diffusers after `import viditq`, or a float one. path: a .safetensors
     file or a folder with one, in the layout of diffusers, PEFT or, where diffusers converts it, of the model's release.
-    name: to remove it by; None = the file's. weight_name: of the file in the folder.
+    name: to remove it by; None = the file's. weight_name: of the file in the folder. component: the denoiser that it
+    is for, where there are several (Wan 2.2's file for low noise: transformer_2); None = as the file's names say, which
+    are the first one's where they say nothing.
     Raises UserError for files that hold no LoRA, or one of another model, before anything is changed.
     """
     scale = _number(scale)
     _modules(pipeline)
     updates, file = read_lora(pipeline, Path(path).expanduser(), weight_name)
+    if component is not None:
+        updates = moved_to(pipeline, component, updates, file)
     name = file.stem.replace(".", "_") if name is None else name
     if not isinstance(name, str) or not name or "." in name:
         raise UserError(f"name={name!r} cannot name a LoRA: give a word without dots.")

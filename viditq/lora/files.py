@@ -23,6 +23,7 @@ PEFT_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # of diffusers, in the header
 DOWN = ("lora_A.weight", "lora_A.default.weight", "lora.down.weight", "lora_down.weight")
 UP = ("lora_B.weight", "lora_B.default.weight", "lora.up.weight", "lora_up.weight")
+DENOISERS = ("transformer", "unet")
 OTHER_KINDS = {
     r"dora_scale|lora_magnitude_vector": "DoRA",
     r"hada_": "LoHa",
@@ -65,6 +66,19 @@ def read_lora(pipeline: Any, path: Path, weight_name: str | None) -> tuple[list[
     if not found:
         raise UserError(f"{file} holds no tensors.")
     return [_update(*where, parts, config, file) for where, parts in found.items()], file
+
+
+def moved_to(pipeline: Any, component: str, updates: list[Update], file: Path) -> list[Update]:
+    """Updates of a denoiser as those of another; those of text encoders stay. Raises UserError if it lacks a layer."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    denoisers = [name for name in parts if name.startswith(DENOISERS)]
+    if component not in denoisers:
+        raise UserError(f"component={component!r} is no denoiser of this pipeline; it has {', '.join(denoisers)}.")
+    found = [u._replace(component=component) if u.component in denoisers else u for u in updates]
+    absent = [u.layer for u in found if not _has(parts[u.component], u.layer)]
+    if absent:
+        raise _stranger(pipeline, [f"{component}.{layer}" for layer in absent], file)
+    return found
 
 
 def find_file(path: Path, weight_name: str | None) -> Path:
@@ -171,7 +185,7 @@ def _layer(pipeline: Any, name: str) -> tuple[str, str] | None:
     if first in components and _has(components[first], rest):
         return first, rest
     bare = name.removeprefix("base_model.model.").removeprefix("diffusion_model.")
-    for component in ("transformer", "unet"):
+    for component in DENOISERS:
         if component in components and _has(components[component], bare):
             return component, bare
     return None
