@@ -33,6 +33,10 @@ class Forked:
         out, err = (file.read_text() for file in self._files)
         return self.process.exitcode, out, err
 
+    def report(self) -> str:
+        """What `ended` returns, as text: pytest would cut a tuple in its middle, where the reason stands."""
+        return "\n".join(map(str, self.ended()))
+
 
 def _run(files: list[Path], arguments: tuple[str, ...]) -> None:
     for number, file in enumerate(files, 1):

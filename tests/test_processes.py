@@ -110,7 +110,7 @@ def running(shrunk: list[str], tmp_path: Path) -> Iterator[Forked]:
     """A run that has just started its two processes."""
     fork = Forked(tmp_path, "run", *command(shrunk, tmp_path, "trainer=ddp_cpu", "data.num_prompts=12")[1:])
     while len(workers(fork.pid)) < 2:
-        assert fork.process.is_alive(), fork.ended()
+        assert fork.process.is_alive(), fork.report()
         time.sleep(0.02)
     yield fork
     fork.process.kill()
@@ -119,7 +119,7 @@ def running(shrunk: list[str], tmp_path: Path) -> Iterator[Forked]:
 def test_a_process_that_dies_ends_the_run_with_a_message(running: Forked, run: Run, tmp_path: Path) -> None:
     victim = workers(running.pid)[1]
     while not list(tmp_path.rglob("*.png")):
-        assert running.process.is_alive(), running.ended()
+        assert running.process.is_alive(), running.report()
         time.sleep(0.02)
     victim.kill()
     code, _, err = running.ended(timeout=120)
