@@ -1,6 +1,6 @@
 """Do the tiny models draw what they are told? The gate for shipping them.
 
-    python scripts/judge_tiny.py                  # 256 guided samples of both models
+    python scripts/judge_tiny.py                  # 256 guided samples of each model
     python scripts/judge_tiny.py --models tiny_video --count 64
 
 Prints the share of samples whose attributes the judge (checked on real clips first) reads as captioned. Exit status 1
@@ -29,7 +29,7 @@ from viditq.runner import quiet_libraries
 CONF = Path(__file__).parents[1] / "conf"
 GATE = {"color": 0.98, "shape": 0.95, "size": 0.95, "background": 0.95}
 DIRECTION_GATE, JUDGE_GATE = 0.95, 0.99
-MODELS = ["tiny_image", "tiny_video"]
+MODELS = ["tiny_image", "tiny_video", "tiny_image_hard", "tiny_video_hard"]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from diffusers import LatteTransformer3DModel, PixArtTransformer2DModel
 
 from viditq.tiny import networks
-from viditq.tiny.hard import LARGEST, MOVING, RATIO, STATIC, invite_outliers, sites
+from viditq.tiny.hard import LARGEST, LEAST_RMS, MOVING, RATIO, STATIC, WEIGHT, OutlierLoss, invite_outliers, sites
 from viditq.tiny.trainee import Schedule, Trainee
 
 Net = PixArtTransformer2DModel | LatteTransformer3DModel
@@ -70,3 +70,29 @@ def test_training_moves_every_weight_but_the_gains(started):
         moved = param != start[name]
         assert not moved[stays].any(), name
         assert moved[~stays & (start[name] != 1)].all(), name
+
+
+def test_channels_with_gains_that_grow_too_small_cost_something(started):
+    """LayerNorm leaves 1 on average; a channel that a sample's tokens hardly use counts, alone and squared."""
+    net, _ = started
+    blocks = 4 if isinstance(net, PixArtTransformer2DModel) else 8
+
+    def hidden_states(model, _):
+        for block in (m for m in model.modules() if hasattr(m, "scale_shift_table") and hasattr(m, "norm1")):
+            for norm in (block.norm1, block.norm2):
+                norm(x_BLC)
+        return torch.zeros(())
+
+    kept = OutlierLoss(net, 0, hidden_states)
+    x_BLC = torch.randn(2, 64, 192, generator=torch.Generator().manual_seed(0))
+    assert kept(net, {}) == 0
+    first, second = sites(192, blocks, 0)
+    elsewhere = torch.cat([second.moving, *second.static]).tolist()
+    channel = next(c for c in first.moving.tolist() if c not in elsewhere)
+    x_BLC[1, :, channel] = 0  # constant where the others vary: LayerNorm keeps it near 0
+    rms = torch.nn.functional.layer_norm(x_BLC, [192])[1, :, channel].square().mean().sqrt()
+    # One of two samples, of the channels of one site, and one of two sites in every block.
+    expected = WEIGHT * (1 - rms / LEAST_RMS) ** 2 / (2 * (MOVING + STATIC) * 2)
+    torch.testing.assert_close(kept(net, {}), expected, rtol=0.02, atol=0)
+    kept.remove()
+    assert not any(m._forward_hooks for m in net.modules())

@@ -19,7 +19,7 @@ from viditq.data.moving_shapes import ATTRIBUTES, draw_scenes, labels, render
 from viditq.errors import UserError
 from viditq.tiny import losses, networks
 from viditq.tiny.export import export, export_hard
-from viditq.tiny.hard import invite_outliers
+from viditq.tiny.hard import OutlierLoss, invite_outliers
 from viditq.tiny.text import encode, encode_null, t5_tokenizer
 from viditq.tiny.trainee import Batch, Schedule, Trainee
 
@@ -239,7 +239,17 @@ def train_image_hard(shop: Workshop) -> None:
     image = load_file(trained) if trained.exists() else shop.exported("transformer")
     embedder = {name: value for name, value in image.items() if name.startswith("adaln_single.emb.")}
     net.load_state_dict(embedder, strict=False)
-    shop.train("image_hard", net, draw, losses.image_loss, invite_outliers(net, shop.seed))
+    _train_hard(shop, "image_hard", net, draw, losses.image_loss)
+
+
+def _train_hard(
+    shop: Workshop, stage: str, net: Any, draw: Callable[[torch.Generator], Batch], loss: Callable[[Any, Batch], Tensor]
+) -> None:
+    """Train with outliers in place."""
+    masks = invite_outliers(net, shop.seed)
+    kept = OutlierLoss(net, shop.seed, loss)
+    shop.train(stage, net, draw, kept, masks)
+    kept.remove()
 
 
 def _draw_clips(shop: Workshop) -> Callable[[torch.Generator], Batch]:
@@ -259,8 +269,10 @@ def train_video(shop: Workshop, kind: str = "") -> None:
     image, video = networks.image_denoiser(), networks.video_denoiser()
     image.load_state_dict(load_file(shop.work / f"image{kind}.safetensors"))
     networks.inflate(image, video)
-    masks = invite_outliers(video, shop.seed) if kind else None
-    shop.train(f"video{kind}", video, _draw_clips(shop), losses.video_loss, masks)
+    if kind:
+        _train_hard(shop, f"video{kind}", video, _draw_clips(shop), losses.video_loss)
+    else:
+        shop.train("video", video, _draw_clips(shop), losses.video_loss)
 
 
 STAGES: dict[str, Callable[[Workshop], None]] = {
