@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 MOVING, STATIC = 16, 3  # channels of a site, of 192: the same in all blocks; of each block its own
 RATIO = 8.0  # by which a moving channel's gain changes from one end of the noise levels to the other
-MOVING_GAIN, STATIC_GAIN = 36.0, 18.0  # medians
-SMALLEST, LARGEST, SPREAD = 8.0, 70.0, 0.3
+MOVING_GAIN, STATIC_GAIN = 22.0, 11.0  # medians
+SMALLEST, LARGEST, SPREAD = 5.0, 45.0, 0.3
 REST = -0.8  # what is added to 1 + scale of a moving channel, so that little of it stays
 LEVELS, RIDGE = 101, 1e-4
 LEAST_RMS, WEIGHT = (
