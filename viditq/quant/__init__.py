@@ -33,6 +33,7 @@ from viditq.quant.methods.transforms import (
 from viditq.quant.reconstruction.collect import BlockInputs
 from viditq.quant.reconstruction.learn import BlockReconstruction
 from viditq.quant.reconstruction.store import BlockStore
+from viditq.quant.search.shared_codes import SharedCodes, share_codes
 
 __all__ = [
     "AdaRound",
@@ -67,6 +68,7 @@ __all__ = [
     "Rule",
     "SalienceSpec",
     "SegmentStats",
+    "SharedCodes",
     "Smooth",
     "SmoothSpec",
     "StepContext",
@@ -79,5 +81,6 @@ __all__ = [
     "load_denoiser",
     "quantize_denoiser",
     "save_denoiser",
+    "share_codes",
     "size_bytes",
 ]
