@@ -33,7 +33,6 @@ from viditq.quant.methods.transforms import (
 from viditq.quant.reconstruction.collect import BlockInputs
 from viditq.quant.reconstruction.learn import BlockReconstruction
 from viditq.quant.reconstruction.store import BlockStore
-from viditq.quant.search.shared_codes import SharedCodes, share_codes
 
 __all__ = [
     "AdaRound",
@@ -68,7 +67,6 @@ __all__ = [
     "Rule",
     "SalienceSpec",
     "SegmentStats",
-    "SharedCodes",
     "Smooth",
     "SmoothSpec",
     "StepContext",
@@ -81,6 +79,5 @@ __all__ = [
     "load_denoiser",
     "quantize_denoiser",
     "save_denoiser",
-    "share_codes",
     "size_bytes",
 ]

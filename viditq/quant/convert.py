@@ -91,7 +91,7 @@ class Conversion:
         if plan.open_layers:
             raise UserError(
                 f"this plan leaves open whether {plan.open_layers[0]} gets codes for each segment (min_gain): let "
-                "share_codes(denoiser, plan, stats) decide, and quantize by the plan that it gives"
+                "viditq.quant.search.shared_codes.share_codes decide, and quantize by the plan that it gives"
             )
         self.denoiser, self.plan, self.context = denoiser, plan, StepContext(plan.edges, timestep_scale)
         self._stats, self._reconstruct, self._dtypes = stats, reconstruct, dtypes or {}
