@@ -15,6 +15,7 @@ from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import quantize_denoiser
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.execution.linear import quant_linears
+from viditq.quant.search.shared_codes import share_codes
 from viditq.quant.sizes import laid_out
 
 NUM_BUCKETS = 20  # enough that every segment has one
@@ -52,7 +53,7 @@ def seconds_to_quantize(denoiser: nn.Module, plan: QuantPlan) -> float | None:
     one = QuantPlan(plan.edges, plan.schemes, {"linear": plan.layers[largest]})
     stats = CalibrationStats({"linear": _made_up_observer(linear.in_features)})
     start = time.perf_counter()
-    quantize_denoiser(alone, one, stats)
+    quantize_denoiser(alone, share_codes(alone, one, stats).plan, stats)
     return (time.perf_counter() - start) * sum(numel.values()) / numel[largest]
 
 

@@ -88,6 +88,11 @@ class Conversion:
             raise UserError(
                 "this plan learns roundings block by block: give quantize_denoiser the kept inputs of blocks"
             )
+        if plan.open_layers:
+            raise UserError(
+                f"this plan leaves open whether {plan.open_layers[0]} gets codes for each segment (min_gain): let "
+                "viditq.quant.search.shared_codes.share_codes decide, and quantize by the plan that it gives"
+            )
         self.denoiser, self.plan, self.context = denoiser, plan, StepContext(plan.edges, timestep_scale)
         self._stats, self._reconstruct, self._dtypes = stats, reconstruct, dtypes or {}
         self._backend = get_backend(backend)

@@ -27,6 +27,7 @@ from viditq.stages.card import update_card
 from viditq.stages.correct import correct, uncorrected
 from viditq.stages.external import skipped
 from viditq.stages.incoherence import calibrated_incoherence, quantized_weights, restore_incoherence
+from viditq.stages.shared_codes import settled
 from viditq.stages.text_encoders import quantize_encoders
 
 TELL_SECONDS = 10
@@ -98,6 +99,7 @@ def _quantize(job: Job, folder: Path) -> str:
     if stats is not None and processes.first:
         calibrated_incoherence(job, quantized_weights(job, denoiser), stats)
     reconstruct = _reconstruction(job, plan) if plan.learned_blocks else None
+    plan, decided = settled(job, plan, denoiser, stats)
     backend = "fake" if e.backend == "auto" else e.backend  # nothing is multiplied: asked what it takes
     conversion = Conversion(denoiser, plan, stats, backend, e.adapter.timestep_scale, reconstruct, runs)
     streaming = Streaming(conversion, runs)
@@ -112,7 +114,7 @@ def _quantize(job: Job, folder: Path) -> str:
     processes.wait()
 
     def finish() -> str:
-        writer.finish(plan, _told(job, denoiser, plan, stats), e.adapter.timestep_scale)
+        writer.finish(plan, _told(job, denoiser, plan, stats) | decided, e.adapter.timestep_scale)
         shutil.rmtree(job.run_dir.learned_blocks, ignore_errors=True)
         num_linears = sum(isinstance(m, nn.Linear) for m in denoiser.modules())
         return f"{len(plan.layers)} of {num_linears} Linears, {size_bytes(folder) / 1e6:.2f} MB ({folder})"

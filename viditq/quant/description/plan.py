@@ -94,6 +94,11 @@ class QuantPlan:
         """Block -> its layers whose roundings are learned together, on kept inputs of the block."""
         return by_block(self._layers_where(lambda layer, scheme: scheme.learned_in_block(layer)))
 
+    @property
+    def open_layers(self) -> list[str]:
+        """Layers of which calibration has yet to say whether they get codes for each segment (`share_codes`)."""
+        return self._layers_where(lambda _, scheme: any(t.is_open for t in scheme.transforms))
+
     def _layers_where(self, condition: Callable[[str, LayerScheme], bool]) -> list[str]:
         """Layers of which any scheme meets `condition`."""
         used = {layer: [self.schemes[name] for name in {*names} if name] for layer, names in self.layers.items()}

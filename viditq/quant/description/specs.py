@@ -59,6 +59,11 @@ class TransformSpec(NamedSpec):
         """Whether it is fitted for each segment on its own."""
         return False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether calibration has yet to say if it is fitted for each segment (`share_codes`)."""
+        return False
+
     def for_segment(self, index: int, num_segments: int) -> TransformSpec:
         """This description with the values of one segment; raises UserError when their number differs."""
         raise NotImplementedError

@@ -66,6 +66,8 @@ class SmoothSpec(TransformSpec):
     ema_from: where the running mean begins: at pure noise, as a sampler steps, or at clean samples, as the original's
     calibration does. What it begins with weighs most (0.95^19 = 0.38 of 20 buckets). It runs over the statistics'
     buckets: where there are more sampling steps, those that share a bucket count as one.
+    min_gain: 0 to 1; layers get scales, and so codes, of their own for each segment only where these take at least this
+    part off their output's error (squared); the others keep one set for all noise levels. None = all layers do.
     """
 
     name: ClassVar[str] = "smooth"
@@ -77,6 +79,7 @@ class SmoothSpec(TransformSpec):
     aggregate: str = "ema"
     percentile: float = 99.9
     ema_from: str = "noise"
+    min_gain: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, Sequence) and not isinstance(self.alpha, str):
@@ -92,10 +95,28 @@ class SmoothSpec(TransformSpec):
             raise UserError(f"percentile={self.percentile!r} is not possible: give a number above 0 and up to 100")
         if not isinstance(self.per_segment, bool):
             raise UserError(f"per_segment={self.per_segment!r} must be true or false")
+        if self.min_gain is not None and not (_is_number(self.min_gain) and 0 <= self.min_gain <= 1):
+            raise UserError(f"min_gain={self.min_gain!r} is not possible: give a number in [0, 1], or null")
+        if self.min_gain is not None and not self.per_segment:
+            raise UserError(
+                f"min_gain={self.min_gain} changes nothing here: it is about scales for each segment. Leave it out, or "
+                "set per_segment=true (quant/smoothing=timestep_aware)."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without a `min_gain` that nothing asks for: plans that were made before it hold the same bytes."""
+        fields = super().to_dict()
+        if self.min_gain is None:
+            del fields["min_gain"]
+        return fields
 
     @property
     def differs_by_segment(self) -> bool:
         return self.per_segment
+
+    @property
+    def is_open(self) -> bool:
+        return self.min_gain is not None
 
     def for_segment(self, index: int, num_segments: int) -> SmoothSpec:
         if not isinstance(self.alpha, tuple):
