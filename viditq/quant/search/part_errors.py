@@ -1,0 +1,107 @@
+"""What a treatment does to the outputs of a part's own Linears, on calibration rows: costs no sampling.
+
+Legend: n reservoir rows, C in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from viditq.quant.calibration.statistics import CalibrationStats
+from viditq.quant.convert import fit_variant
+from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.backends import get_backend
+from viditq.quant.search.treatments import Menu, Treatment
+
+TINY = torch.finfo(torch.float64).tiny
+Levels = Sequence[tuple[float, float]]
+
+
+class PartErrors:
+    """Of one part's Linears. segments: Linear -> noise levels of the segments that it runs in."""
+
+    def __init__(
+        self, denoiser: nn.Module, segments: Mapping[str, Levels], stats: CalibrationStats, symmetric: bool
+    ) -> None:
+        self._linears = {name: denoiser.get_submodule(name) for name in segments}
+        self._segments, self._stats, self._symmetric = segments, stats, symmetric
+        self._backend = get_backend("fake")
+        self._seen: dict[tuple[str, float, float], tuple[Tensor, Tensor]] = {}
+
+    def error(self, treatment: Treatment) -> float:
+        """Sum over the Linears of ||quantized(x) - float(x)||^2 / ||float(x)||^2 over the rows."""
+        scheme = treatment.scheme(self._symmetric)
+        return sum(self._layer_error(layer, scheme) for layer in self._linears)
+
+    @torch.no_grad()
+    def _layer_error(self, layer: str, scheme: LayerScheme) -> float:
+        linear, wrong, whole = self._linears[layer], 0.0, 0.0
+        assert isinstance(linear, nn.Linear)
+        for lo, hi in self._segments[layer] if scheme.per_segment else [(0.0, 1.0)]:
+            variant = fit_variant(layer, linear, scheme, self._stats, lo, hi).to(linear.weight.device)
+            self._backend.prepare(variant)
+            rows_nC, exact_nO = self._rows(layer, linear, lo, hi)
+            # one row = one token; a leading axis of 1 makes dynamic "tensor" take all rows together
+            error_nO = self._backend.linear(variant, rows_nC[None], None)[0] - exact_nO
+            wrong += float(error_nO.double().square().sum())
+            whole += float(exact_nO.double().square().sum())
+        return wrong / max(whole, TINY)
+
+    def _rows(self, layer: str, linear: nn.Linear, lo: float, hi: float) -> tuple[Tensor, Tensor]:
+        """Inputs and float outputs."""
+        if (layer, lo, hi) not in self._seen:
+            rows_nC = self._stats.segment(layer, lo, hi).rows.to(linear.weight.device, linear.weight.dtype)
+            self._seen[layer, lo, hi] = rows_nC, rows_nC.float() @ linear.weight.float().T
+        return self._seen[layer, lo, hi]
+
+
+def explored(
+    menu: Menu, error: Callable[[Treatment], float], nbytes: Callable[[Treatment], float]
+) -> dict[Treatment, float]:
+    """Errors of the treatments worth knowing, one choice after the other instead of their whole product.
+
+    Transforms and groups at middle widths, with the first rounding; then roundings and ranges, on the best of those;
+    then every width and group with the winners, and the best transform that is stored once where the winner is stored
+    for each segment; last low-rank branches, at middle widths first, and at all where bits do not buy more.
+    """
+    known: dict[Treatment, float] = {}
+
+    def best(treatments: Iterable[Treatment]) -> Treatment:
+        treatments = list(treatments)
+        known.update({treatment: error(treatment) for treatment in treatments if treatment not in known})
+        return min(treatments, key=lambda treatment: known[treatment])
+
+    plain = [menu.plain(transform, group) for transform, group in product(menu.transforms, menu.groups)]
+    first = best(plain)
+    once = [treatment for treatment in plain if not treatment.per_segment]
+    transforms = dict.fromkeys([first.transform, *([best(once).transform] if once else [])])
+    how = best(replace(first, rounding=r, ranges=s) for r, s in product(menu.roundings, menu.ranges))
+    widths = [*product(transforms, menu.weight_choices, menu.activation_choices, menu.groups)]
+    found = [Treatment(*choice, how.rounding, how.ranges, menu.low_ranks[0]) for choice in widths]
+    best(found)
+    for rank in menu.low_ranks[1:]:
+        branch = replace(how, low_rank=rank)
+        best([branch])
+        if known[branch] < _between(found, known, nbytes, nbytes(branch)):
+            best(replace(treatment, low_rank=rank) for treatment in found)
+    return known
+
+
+def _between(
+    treatments: Sequence[Treatment], known: Mapping[Treatment, float], nbytes: Callable[[Treatment], float], size: float
+) -> float:
+    """The error that these would have at this size: of the best ones a straight line of its logarithm."""
+    below = [t for t in treatments if nbytes(t) <= size]
+    above = [t for t in treatments if nbytes(t) > size]
+    if not below or not above:
+        return min((known[t] for t in below), default=math.inf)
+    low, high = (min(side, key=lambda t: known[t]) for side in (below, above))
+    high = min(above, key=lambda t: (known[t] - known[low]) / (nbytes(t) - nbytes(low)))
+    share = (size - nbytes(low)) / (nbytes(high) - nbytes(low))
+    return math.exp((1 - share) * math.log(max(known[low], TINY)) + share * math.log(max(known[high], TINY)))
