@@ -212,6 +212,10 @@ class RunDir:
         return self.path / "treatments.json"
 
     @property
+    def treatments_picture(self) -> Path:
+        return self.path / "treatments.png"
+
+    @property
     def heat_map(self) -> Path:
         return self.path / "sensitivity.png"
 

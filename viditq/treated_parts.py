@@ -24,9 +24,7 @@ def float_bytes(adapter: ModelAdapter) -> int:
     return sum(2 * p.numel() for p in adapter.build_denoiser().parameters()) + adapter.left_in_float_bytes()
 
 
-def check_treatments(
-    adapter: ModelAdapter, policy: TreatmentSearch, base: QuantPlan, roles: Mapping[str, str]
-) -> None:
+def check_treatments(adapter: ModelAdapter, policy: TreatmentSearch, base: QuantPlan, roles: Mapping[str, str]) -> None:
     """Raises UserError for a budget that even the leanest treatments exceed, and for what no part could have."""
     parts = policy.parts(base, roles, shapes_of(adapter.build_denoiser()))
     room = Room(adapter, policy, base.edges, parts)

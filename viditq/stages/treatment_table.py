@@ -2,20 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from itertools import pairwise
 from pathlib import Path
 
 from viditq.engine.probing import OUTPUT, Probe, Probing, Scores
 from viditq.engine.sampling import CALIBRATION_OFFSET, batches_of, run_batches
 from viditq.engine.treating import Found, Treating
-from viditq.errors import UserError
 from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.quant.calibration.statistics import CalibrationStats
-from viditq.quant.calibration.step_shares import step_shares
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.search.allotment import Part
-from viditq.quant.search.part_errors import Levels
 from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.quant.search.treatments import Treatment
 from viditq.run_dir import Entry, fingerprint
@@ -29,14 +25,13 @@ class TreatmentTable:
         e = job.experiment
         self.edges = e.plan.edges
         self.stats = CalibrationStats.load(job.stats_file)
-        self.prompts = e.data.calibration_prompts[: policy.num_prompts]
-        key = {"stats": job.stats.path.name, "seed": e.seed, "edges": self.edges, "prompts": e.data.calibration_prompts}
+        self.prompts, self.noise = e.held_out_prompts, CALIBRATION_OFFSET + len(e.observed_prompts)
+        key = {"stats": job.stats.path.name, "seed": e.seed, "edges": self.edges, "prompts": self.prompts}
         looks = {"num_steps": policy.num_steps, "step_prompts": policy.step_prompts, "symmetric": policy.symmetric}
         menu = {f.name: getattr(policy.menu, f.name) for f in fields(policy.menu)}
         layers = {part.name: part.group.layers for part in parts}
-        batching = {"num_prompts": len(self.prompts), "batch_size": e.adapter.calibration_batch_size}
         self.found_entry = Entry(e.cache_dir / "treatments", {**key, **looks, "menu": menu, "parts": layers})
-        self.plan_entry = Entry(e.cache_dir / "treated_plans", {**key, **batching})
+        self.plan_entry = Entry(e.cache_dir / "treated_plans", {**key, "batch_size": e.adapter.calibration_batch_size})
 
     def found(self) -> dict[str, Found]:
         """Of every part."""
@@ -66,10 +61,9 @@ class TreatmentTable:
         module = Treating(
             *(e.adapter, job.load_float(), job.load_embeds(self.prompts), e.seed),
             parts=parts,
-            prompts=[(i, CALIBRATION_OFFSET + i) for i in range(min(self.policy.step_prompts, len(self.prompts)))],
+            prompts=[(i, self.noise + i) for i in range(min(self.policy.step_prompts, len(self.prompts)))],
             num_steps=self.policy.num_steps,
             edges=self.edges,
-            segments=self._segments(),
             stats=self.stats,
             backend="fake",
             sink=sink,
@@ -77,23 +71,12 @@ class TreatmentTable:
         run_batches(e.make_trainer(), module, job.processes.share([*range(len(parts))]))
         job.processes.wait()
 
-    def _segments(self) -> dict[str, Levels]:
-        """Linear -> noise levels of the segments that it runs in."""
-        shares, levels = step_shares(self.stats, self.edges), [*pairwise(self.edges)]
-        idle = [layer for part in self.parts for layer in part.group.layers if layer not in shares]
-        if idle:
-            raise UserError(
-                f"{idle[0]} never ran during calibration ({len(idle)} such Linears), so there is nothing to measure of "
-                "it: leave it in float by a rule (quant.rules), or calibrate with more sampling steps."
-            )
-        return {layer: [one for one, s in zip(levels, of, strict=True) if s > 0] for layer, of in shares.items()}
-
     def _generate(self, probes: Sequence[Probe]) -> None:
         job, e = self.job, self.job.experiment
         module = Probing(
             *(e.adapter, job.load_float(), job.load_embeds(self.prompts), e.seed),
             prompts=self.prompts,
-            noise_indices=[CALIBRATION_OFFSET + i for i in range(len(self.prompts))],
+            noise_indices=[self.noise + i for i in range(len(self.prompts))],
             batches=batches_of(len(self.prompts), e.adapter.calibration_batch_size),
             metrics={},
             base=e.plan,
@@ -112,7 +95,6 @@ def _probe(plan: QuantPlan, file: Path) -> Probe:
 
 
 def _written(found: Found) -> dict[str, object]:
-    assert found.anchor is not None
     errors = [[asdict(treatment), error] for treatment, error in found.errors.items()]
     return {"errors": errors, "anchor": asdict(found.anchor), "output": found.output}
 

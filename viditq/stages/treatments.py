@@ -1,24 +1,25 @@
 """Stage `search` with quant/policy=treatments: the best plan for the budget, and what it was chosen from."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from functools import partial
+from math import inf
 from typing import Any
 
-from viditq.errors import UserError
+from viditq.engine.treating import Found
 from viditq.files import atomic, is_whole, write_json
 from viditq.job import Job
 from viditq.quant.convert import shapes_of
-from viditq.quant.search.allotment import SIZE, Treated, allotted, evenly, treated_plan, used
-from viditq.quant.search.treatment_policy import TreatmentSearch
-from viditq.quant.search.treatments import Treatment
+from viditq.quant.search.allotment import SIZE, Costs, Part, Treated, allotted, cost_of, evenly, treated_plan, used
+from viditq.quant.search.treatment_policy import SizedBudget, TreatmentSearch
+from viditq.report.treatments_picture import treatments_picture
 from viditq.stages.calibrate import observe
 from viditq.stages.search_result import average
 from viditq.stages.treatment_table import TreatmentTable
 from viditq.treated_parts import Room
 
-TRIES = 5  # what files take beside tensors is known when there is a plan
 POINTS = 9  # of the predicted curve
-Costs = Mapping[str, Mapping[Treatment, float]]
+HOW = {"by part": allotted, "alike": evenly}  # finalists
+Point = dict[str, Any]
 
 
 def search_treatments(job: Job, policy: TreatmentSearch) -> str:
@@ -32,45 +33,71 @@ def search_treatments(job: Job, policy: TreatmentSearch) -> str:
 
 
 def _search(job: Job, policy: TreatmentSearch) -> str:
-    e, budget = job.experiment, policy.parsed_budget
+    e = job.experiment
     parts = policy.parts(e.plan, e.roles, shapes_of(e.adapter.build_denoiser()))
     room, table = Room(e.adapter, policy, e.plan.edges, parts), TreatmentTable(job, policy, parts)
     found = table.found()
     costs = {name: one.costs for name, one in found.items()}
-    finalists = {"by part": room.fitting(lambda size: allotted(parts, costs, budget, size))}
-    alike = room.fitting(lambda size: evenly(parts, costs, budget, size))
-    finalists |= {} if alike is None else {"alike": alike}
+    finalists = _finalists(policy, parts, costs, room)
     plans = {how: treated_plan(e.plan.edges, parts, treated) for how, treated in finalists.items()}
-    errors = dict(zip(plans, table.output_errors([*plans.values()]), strict=True))
-    scores = {how: average(of, "geometric") for how, of in errors.items()}
-    best = min(scores, key=lambda how: scores[how])
-
-    def point(treated: Treated) -> dict[str, Any]:
-        uses = used(parts, treated, budget)
-        predicted = sum(costs[name][treatment] for name, treatment in treated.items())
-        return {**uses, SIZE: room.bytes_of(treated), "predicted": predicted}
+    errors = zip(plans, table.output_errors([*plans.values()]), strict=True)
+    measured = {how: average(of, "geometric") for how, of in errors}
+    best = min(measured, key=lambda how: measured[how])
 
     def conclude() -> str:
+        points = {how: _point(policy, parts, costs, room, treated) for how, treated in finalists.items()}
         result = {
             "budget": dict(policy.budget),
-            "used": point(finalists[best]),
             "chosen": best,
+            "prompts": len(table.prompts),
             "finalists": [
-                {"how": how, **point(treated), "measured": scores[how], "parts": _names(treated)}
-                for how, treated in finalists.items()
+                {"how": how, **point, "measured": measured[how], "parts": _names(finalists[how])}
+                for how, point in points.items()
             ],
-            "found": {
-                name: {"anchor": one.anchor.name, "output": one.output, "own": {t.name: v for t, v in one.errors.items()}}
-                for name, one in found.items()
-            },
+            "curve": _curve(policy, parts, costs, room),
+            "found": _told(found),
         }
         with atomic(job.run_dir.plan) as temporary:
             temporary.write_text(plans[best].to_json())
+        treatments_picture(result, job.run_dir.treatments_picture)
         write_json(job.run_dir.treatments, result)
-        return f"{result['used'][SIZE] / 1e6:.2f} MB, weights {result['used']['weight_bits']:.2f} bits ({job.run_dir.plan})"
+        size, bits = points[best][SIZE] / 1e6, points[best]["weight_bits"]
+        return f"{best}: {size:.2f} MB, weights {bits:.2f} bits ({job.run_dir.plan})"
 
     return job.processes.first_does(conclude)
 
 
+def _finalists(policy: TreatmentSearch, parts: list[Part], costs: Costs, room: Room) -> dict[str, Treated]:
+    """How each was found -> what it does to each part; one that gives all parts the same may not be there."""
+    tried = {how: room.fitting(partial(find, parts, costs, policy.parsed_budget)) for how, find in HOW.items()}
+    return {how: treated for how, treated in tried.items() if treated is not None}
+
+
+def _point(policy: TreatmentSearch, parts: list[Part], costs: Costs, room: Room, treated: Treated) -> Point:
+    """What treatments use, and their summed cost."""
+    uses = used(parts, treated, policy.parsed_budget)
+    return {**uses, SIZE: room.bytes_of(treated), "predicted": cost_of(costs, treated)}
+
+
+def _curve(policy: TreatmentSearch, parts: list[Part], costs: Costs, room: Room) -> list[Point]:
+    """The best plans from the fewest bytes to the most, whatever else is limited: nothing is generated."""
+    anything = SizedBudget(size=inf)
+    sizes = [{t: part.stored_bytes(t) for t in costs[part.name]} for part in parts]
+    least, most = (sum(end(of.values()) for of in sizes) for end in (min, max))
+    places = [least + (most - least) * i / (POINTS - 1) for i in range(POINTS)]
+    return [_point(policy, parts, costs, room, allotted(parts, costs, anything, place)) for place in places]
+
+
 def _names(treated: Treated) -> dict[str, str]:
     return {name: treatment.name for name, treatment in treated.items()}
+
+
+def _told(found: Mapping[str, Found]) -> dict[str, Any]:
+    return {
+        name: {
+            "anchor": one.anchor.name,
+            "output": one.output,
+            "own": {treatment.name: error for treatment, error in one.errors.items()},
+        }
+        for name, one in found.items()
+    }

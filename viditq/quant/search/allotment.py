@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from viditq.errors import UserError
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import FLOAT_BITS, LayerScheme
 from viditq.quant.execution.variant import empty_variant
 from viditq.quant.search.budget import Budget
 from viditq.quant.search.candidates import Group
-from viditq.quant.search.knapsack import Option, Problem, check_possible, solve_exact
-from viditq.quant.search.treatments import Menu, Treatment
+from viditq.quant.search.knapsack import Option, Problem, solve_exact
+from viditq.quant.search.treatments import MIDDLE_BITS, Menu, Treatment
 
 TENSOR_BYTES = 300  # about what headers and digests of an artifact say of each tensor
 SIZE = "size"
@@ -62,10 +61,12 @@ Costs = Mapping[str, Mapping[Treatment, float]]
 def anchor_of(errors: Mapping[Treatment, float]) -> Treatment:
     """The treatment that a part's error in the denoiser's output is measured with; others follow by their own errors.
 
-    Of middle widths, as most parts get: the further a treatment lies from it, the less its ratio says.
+    The best of middle widths and no branch, near what most parts get: the further a treatment lies from it, the less
+    the ratio of their errors says.
     """
-    fewest = min({t.weight_bits for t in errors if t.weight_bits >= 4} or {t.weight_bits for t in errors})
-    return min((t for t in errors if t.weight_bits == fewest), key=lambda t: errors[t])
+    fewest = min({t.weight_bits for t in errors if t.weight_bits >= MIDDLE_BITS} or {t.weight_bits for t in errors})
+    rank = min(t.low_rank for t in errors)
+    return min((t for t in errors if t.weight_bits == fewest and t.low_rank == rank), key=lambda t: errors[t])
 
 
 def allotted(parts: Sequence[Part], costs: Costs, budget: Budget, room: float | None) -> Treated:
@@ -79,22 +80,20 @@ def allotted(parts: Sequence[Part], costs: Costs, budget: Budget, room: float | 
 
 def evenly(parts: Sequence[Part], costs: Costs, budget: Budget, room: float | None) -> Treated | None:
     """The cheapest of those that give all parts the same widths, group and rank; None where none fits."""
-    problem, options = _problem(parts, costs, budget, room)
-    kinds = [{_kind(t) for t in of} for of in options]
-    found: list[tuple[float, Treated]] = []
-    for kind in set.intersection(*kinds):
-        choice = [min((i for i, t in enumerate(of) if _kind(t) == kind), key=_by(costs[p.name], of)) for p, of in zip(parts, options, strict=True)]
-        if problem.fits(tuple(choice)):
-            found.append((problem.cost(tuple(choice)), {p.name: of[i] for p, of, i in zip(parts, options, choice, strict=True)}))
+    kinds = set.intersection(*({_kind(treatment) for treatment in costs[part.name]} for part in parts))
+    found = []
+    for kind in kinds:
+        alike = {p.name: {t: cost for t, cost in costs[p.name].items() if _kind(t) == kind} for p in parts}
+        best = {name: [min(of.items(), key=lambda one: one[1])] for name, of in alike.items()}
+        problem, options = _problem(parts, {name: dict(of) for name, of in best.items()}, budget, room)
+        first = (0,) * len(parts)
+        if problem.fits(first):
+            found.append((problem.cost(first), {p.name: of[0] for p, of in zip(parts, options, strict=True)}))
     return min(found, key=lambda one: one[0])[1] if found else None
 
 
 def _kind(treatment: Treatment) -> tuple[int, int, int, int]:
     return treatment.weight_bits, treatment.activation_bits, treatment.group, treatment.low_rank
-
-
-def _by(costs: Mapping[Treatment, float], treatments: Sequence[Treatment]) -> Callable[[int], float]:
-    return lambda i: costs[treatments[i]]
 
 
 def _problem(
@@ -109,6 +108,11 @@ def _problem(
         uses = ({**part.uses(t, budget, whole), SIZE: float(part.stored_bytes(t))} for t in treatments)
         cells.append([Option(costs[part.name][t], u) for t, u in zip(treatments, uses, strict=True)])
     return Problem(cells, limits), options
+
+
+def cost_of(costs: Costs, treated: Treated) -> float:
+    """Summed cost."""
+    return sum(costs[name][treatment] for name, treatment in treated.items())
 
 
 def used(parts: Sequence[Part], treated: Treated, budget: Budget) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""What a treatment does to the outputs of a part's own Linears, on calibration rows: costs no sampling.
+"""What a treatment does to the outputs of a part's own Linears, on inputs of a float run: costs no sampling.
 
-Legend: n reservoir rows, C in_features, O out_features.
+Legend: n rows, C in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -20,45 +20,42 @@ from viditq.quant.execution.backends import get_backend
 from viditq.quant.search.treatments import Menu, Treatment
 
 TINY = torch.finfo(torch.float64).tiny
-Levels = Sequence[tuple[float, float]]
 
 
 class PartErrors:
-    """Of one part's Linears. segments: Linear -> noise levels of the segments that it runs in."""
+    """Of one part's Linears. rows: Linear -> segment -> inputs [n, C]. stats: what treatments are fitted to."""
 
     def __init__(
-        self, denoiser: nn.Module, segments: Mapping[str, Levels], stats: CalibrationStats, symmetric: bool
+        self,
+        denoiser: nn.Module,
+        rows: Mapping[str, Mapping[int, Tensor]],
+        edges: Sequence[float],
+        stats: CalibrationStats,
+        symmetric: bool,
     ) -> None:
-        self._linears = {name: denoiser.get_submodule(name) for name in segments}
-        self._segments, self._stats, self._symmetric = segments, stats, symmetric
+        self._denoiser, self._edges, self._stats, self._symmetric = denoiser, edges, stats, symmetric
         self._backend = get_backend("fake")
-        self._seen: dict[tuple[str, float, float], tuple[Tensor, Tensor]] = {}
+        self._rows = {layer: {s: x.float() for s, x in of.items()} for layer, of in rows.items()}
 
     def error(self, treatment: Treatment) -> float:
         """Sum over the Linears of ||quantized(x) - float(x)||^2 / ||float(x)||^2 over the rows."""
         scheme = treatment.scheme(self._symmetric)
-        return sum(self._layer_error(layer, scheme) for layer in self._linears)
+        return sum(self._layer_error(layer, scheme, rows) for layer, rows in self._rows.items())
 
     @torch.no_grad()
-    def _layer_error(self, layer: str, scheme: LayerScheme) -> float:
-        linear, wrong, whole = self._linears[layer], 0.0, 0.0
+    def _layer_error(self, layer: str, scheme: LayerScheme, rows: Mapping[int, Tensor]) -> float:
+        linear, wrong, whole = self._denoiser.get_submodule(layer), 0.0, 0.0
         assert isinstance(linear, nn.Linear)
-        for lo, hi in self._segments[layer] if scheme.per_segment else [(0.0, 1.0)]:
+        apart = {self._edges[s : s + 2]: x for s, x in rows.items()}
+        for (lo, hi), rows_nC in (apart if scheme.per_segment else {(0.0, 1.0): torch.cat([*rows.values()])}).items():
             variant = fit_variant(layer, linear, scheme, self._stats, lo, hi).to(linear.weight.device)
             self._backend.prepare(variant)
-            rows_nC, exact_nO = self._rows(layer, linear, lo, hi)
+            exact_nO = rows_nC @ linear.weight.float().T
             # one row = one token; a leading axis of 1 makes dynamic "tensor" take all rows together
-            error_nO = self._backend.linear(variant, rows_nC[None], None)[0] - exact_nO
+            error_nO = self._backend.linear(variant, rows_nC[None].to(linear.weight.dtype), None)[0] - exact_nO
             wrong += float(error_nO.double().square().sum())
             whole += float(exact_nO.double().square().sum())
         return wrong / max(whole, TINY)
-
-    def _rows(self, layer: str, linear: nn.Linear, lo: float, hi: float) -> tuple[Tensor, Tensor]:
-        """Inputs and float outputs."""
-        if (layer, lo, hi) not in self._seen:
-            rows_nC = self._stats.segment(layer, lo, hi).rows.to(linear.weight.device, linear.weight.dtype)
-            self._seen[layer, lo, hi] = rows_nC, rows_nC.float() @ linear.weight.float().T
-        return self._seen[layer, lo, hi]
 
 
 def explored(
@@ -82,8 +79,12 @@ def explored(
     once = [treatment for treatment in plain if not treatment.per_segment]
     transforms = dict.fromkeys([first.transform, *([best(once).transform] if once else [])])
     how = best(replace(first, rounding=r, ranges=s) for r, s in product(menu.roundings, menu.ranges))
-    widths = [*product(transforms, menu.weight_choices, menu.activation_choices, menu.groups)]
-    found = [Treatment(*choice, how.rounding, how.ranges, menu.low_ranks[0]) for choice in widths]
+    found = [
+        replace(how, transform=transform, weight_bits=weight, activation_bits=activation, group=group)
+        for transform, weight, activation, group in product(
+            transforms, menu.weight_choices, menu.activation_choices, menu.groups
+        )
+    ]
     best(found)
     for rank in menu.low_ranks[1:]:
         branch = replace(how, low_rank=rank)

@@ -1,11 +1,15 @@
-"""The denoiser's output in a few steps of a float run, with a part of it quantized: how parts compare."""
+"""A few steps of a float run on prompts that calibration has not seen: inputs of Linears, and the denoiser's output.
+
+Errors there are honest: roundings that learn (GPTQ) fit the very inputs that were observed, text above all, of which a
+few captions show little. Legend: n rows, C in_features.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,52 +21,85 @@ from viditq.quant.search.proxy import Call, copied
 from viditq.quant.search.sensitivity import Swapper
 
 TINY = torch.finfo(torch.float64).tiny
+ROWS = 64  # inputs of a Linear kept from each step
+
+
+class Step(NamedTuple):
+    """One call of a denoiser, and its output in float."""
+
+    prefix: str
+    segment: int
+    call: Call
+    exact: Tensor
 
 
 class SomeSteps:
-    """Error of the output in `count` steps, evenly spread, of each denoiser. Use: `with steps.recording(): sample`."""
+    """`count` steps of each denoiser, spread over segments, one of each at least. layers: whose inputs are kept.
 
-    def __init__(self, swapper: Swapper, count: int) -> None:
+    Use: `with steps.recording(): sample`, then `rows` and `error`.
+    """
+
+    def __init__(self, swapper: Swapper, count: int, layers: Sequence[str]) -> None:
         self._swapper, self._count = swapper, count
         self._parts = denoisers_of(swapper.denoiser)
-        self._calls: dict[str, list[Call]] = {}
-        self._exact: dict[str, list[Tensor]] = {}
+        self._linears = {layer: swapper.denoiser.get_submodule(layer) for layer in layers}
+        self._steps: list[Step] = []
+        self._rows: dict[str, dict[int, list[Tensor]]] = {layer: {} for layer in layers}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keeps the inputs of every step, and then of those that are taken."""
-        calls: dict[str, list[tuple[float, Call]]] = {prefix: [] for prefix in self._parts}
+        """Keeps the inputs of every step while it lasts, and then of those that are taken."""
+        context, calls = self._swapper.context, dict[tuple[str, int], list[tuple[float, Call]]]()
 
         def keep(prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            level = self._swapper.context.noise_level
-            assert level is not None
+            assert context.segment is not None and context.noise_level is not None
             call = tuple(map(copied, args)), {key: copied(value) for key, value in kwargs.items()}
-            calls[prefix].append((level, call))
+            calls.setdefault((prefix, context.segment), []).append((context.noise_level, call))
 
-        handles = [
+        hooks = [
             part.register_forward_pre_hook(partial(keep, prefix), with_kwargs=True)
             for prefix, part in self._parts.items()
         ]
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-        for prefix, made in calls.items():  # prompts of several lengths are sampled one group after the other
+            for hook in hooks:
+                hook.remove()
+        for (prefix, segment), made in calls.items():
             ordered = [call for _, call in sorted(made, key=lambda one: -one[0])]
-            count = min(self._count, len(ordered))
-            self._calls[prefix] = [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
-            self._exact[prefix] = [self._output(prefix, call) for call in self._calls[prefix]]
+            segments = len({of for name, of in calls if name == prefix})
+            count = min(-(-self._count // segments), len(ordered))
+            for i in range(count):
+                call = ordered[int((i + 0.5) * len(ordered) / count)]
+                self._steps.append(Step(prefix, segment, call, self._observed(prefix, segment, call)))
+
+    def rows(self, layer: str) -> dict[int, Tensor]:
+        """Segment -> inputs [n, C] of a Linear, of those segments that it was seen in."""
+        return {segment: torch.cat(rows) for segment, rows in self._rows[layer].items()}
 
     def error(self, plan: QuantPlan) -> float:
         """Mean over the steps of ||quantized - float||^2 / ||float||^2; plan: of Linears of one denoiser."""
-        layer = next(iter(plan.layers))
-        prefix = next(prefix for prefix in self._parts if layer.startswith(prefix))
+        layer, errors = next(iter(plan.layers)), []
         with self._swapper.swapped(plan):
-            outputs = [self._output(prefix, call) for call in self._calls[prefix]]
-        pairs = zip(outputs, self._exact[prefix], strict=True)
-        errors = [float((o - e).square().sum() / e.square().sum().clamp(min=TINY)) for o, e in pairs]
+            for step in (step for step in self._steps if layer.startswith(step.prefix)):
+                error = self._output(step.prefix, step.call) - step.exact
+                errors.append(float(error.square().sum() / step.exact.square().sum().clamp(min=TINY)))
         return sum(errors) / max(len(errors), 1)
+
+    def _observed(self, prefix: str, segment: int, call: Call) -> Tensor:
+        """The float output; inputs of Linears are kept beside it."""
+
+        def keep(layer: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows_nC = args[0].detach().flatten(0, -2)
+            chosen = torch.randperm(len(rows_nC), generator=torch.Generator().manual_seed(0))[:ROWS]
+            self._rows[layer].setdefault(segment, []).append(rows_nC[chosen.to(rows_nC.device)].clone())
+
+        hooks = [m.register_forward_pre_hook(partial(keep, layer)) for layer, m in self._linears.items()]
+        try:
+            return self._output(prefix, call)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _output(self, prefix: str, call: Call) -> Tensor:

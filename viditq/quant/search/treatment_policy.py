@@ -25,7 +25,10 @@ OWN = "the search chooses it for each part"
 
 @dataclass(frozen=True)
 class SizedBudget(Budget):
-    """Upper limits as of `Budget`; size: of the whole artifact, up to 1 = share of the denoiser in 16 bits, else bytes."""
+    """Upper limits as of `Budget`.
+
+    size: of the whole artifact; up to 1 a share of the denoiser in 16 bits, above 1 bytes.
+    """
 
     size: float | None = None
 
@@ -37,8 +40,9 @@ class SizedBudget(Budget):
 @dataclass(frozen=True)
 class TreatmentSearch:
     """Settings of the search. budget: see `SizedBudget`. symmetric: zero points of 0 only, as exports and the fastest
-    backends want. transforms ... low_ranks: see `Menu`. num_prompts: of the calibration prompts, finalists are
-    generated for; num_steps, step_prompts: how many steps of how many prompts tell what each part matters.
+    backends want. transforms ... low_ranks: see `Menu`. held_out: of the calibration prompts, those that are not
+    calibrated on, which errors are measured on and finalists generated for; num_steps, step_prompts: how many steps of
+    how many of these tell what each part matters.
     """
 
     budget: Mapping[str, Any]
@@ -50,7 +54,7 @@ class TreatmentSearch:
     roundings: Sequence[str]
     ranges: Sequence[str]
     low_ranks: Sequence[int]
-    num_prompts: int
+    held_out: int
     num_steps: int
     step_prompts: int
     parsed_budget: SizedBudget = field(init=False)
@@ -66,7 +70,7 @@ class TreatmentSearch:
         object.__setattr__(self, "menu", Menu(*(getattr(self, f.name) for f in fields(Menu))))
         if not isinstance(self.symmetric, bool):
             raise UserError(f"quant.policy.symmetric={self.symmetric!r} must be true or false.")
-        for name in ("num_prompts", "num_steps", "step_prompts"):
+        for name in ("held_out", "num_steps", "step_prompts"):
             if not is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise UserError(f"quant.policy.{name}={getattr(self, name)!r} must be a whole number of at least 1.")
 
@@ -92,9 +96,7 @@ class TreatmentSearch:
         names = (treatment.name,) * quantized.num_segments
         return QuantPlan(quantized.edges, {treatment.name: scheme}, dict.fromkeys(quantized.layers, names))
 
-    def parts(
-        self, base: QuantPlan, roles: Mapping[str, str], shapes: Mapping[str, tuple[int, int]]
-    ) -> list[Part]:
+    def parts(self, base: QuantPlan, roles: Mapping[str, str], shapes: Mapping[str, tuple[int, int]]) -> list[Part]:
         """What is treated alike: the Linears of one role in one block. shapes: (out_features, in_features) of each.
 
         Raises UserError where nothing of the menu is possible for one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from viditq.errors import UserError, close_names
@@ -121,30 +122,39 @@ class Menu:
         object.__setattr__(self, name, tuple(values))
         return tuple(values)
 
-    def plain(self, transform: str, group: int) -> Treatment:
-        """At middle widths, with the first rounding, range and rank: what transforms and groups are compared by."""
-        how = self.roundings[0], self.ranges[0], self.low_ranks[0]
-        weights = [bits for bits in self.weight_choices if bits >= MIDDLE_BITS] or [self.weight_choices[-1]]
-        return Treatment(transform, weights[0], self.activation_choices[-1], group, *how)
-
     @property
     def demanding(self) -> Treatment:
         """What calibration has to see most for: second moments, and statistics of each segment."""
+
+        def seen(name: str) -> int:
+            return sum(transform.needs_stats + transform.differs_by_segment for transform in TRANSFORMS[name])
+
         needs = [r for r in self.roundings if ROUNDINGS[r].needs_moments] or self.roundings
-        seen = sorted(self.transforms, key=lambda name: sum(t.needs_stats + t.differs_by_segment for t in TRANSFORMS[name]))
         widths = self.weight_choices[-1], self.activation_choices[-1]
-        return Treatment(seen[-1], *widths, min(self.groups), needs[0], self.ranges[0], min(self.low_ranks))
+        transform = max(self.transforms, key=seen)
+        return Treatment(transform, *widths, min(self.groups), needs[0], self.ranges[0], min(self.low_ranks))
 
     @property
     def lean(self) -> list[Treatment]:
         """The fewest bits, with any transform and group: the fewest bytes are among them."""
-        rank = min(self.low_ranks)
-        numbers = self.weight_choices[0], self.activation_choices[0]
-        how = self.roundings[0], self.ranges[0], rank
-        return [Treatment(t, *numbers, group, *how) for t in self.transforms for group in self.groups]
+        widths = self.weight_choices[0], self.activation_choices[0]
+        how = self.roundings[0], self.ranges[0]
+        return [
+            Treatment(transform, *widths, group, *how, low_rank=min(self.low_ranks))
+            for transform, group in product(self.transforms, self.groups)
+        ]
+
+    def plain(self, transform: str, group: int) -> Treatment:
+        """At middle widths, with the first rounding, range and rank: what transforms and groups are compared by."""
+        weights = [bits for bits in self.weight_choices if bits >= MIDDLE_BITS] or [self.weight_choices[-1]]
+        widths = weights[0], self.activation_choices[-1]
+        return Treatment(transform, *widths, group, self.roundings[0], self.ranges[0], self.low_ranks[0])
 
     def possible(self, shapes: Sequence[tuple[int, int]]) -> Menu:
-        """Without what Linears of these (out_features, in_features) cannot have. Raises UserError where nothing is left."""
+        """Without what Linears of these shapes (out_features, in_features) cannot have.
+
+        Raises UserError where nothing is left of a list.
+        """
         groups = tuple(g for g in self.groups if not g or all(columns % g == 0 for _, columns in shapes))
         ranks = tuple(r for r in self.low_ranks if all(r < min(shape) for shape in shapes))
         turns = all(columns % min(GROUP_SIZES) == 0 for _, columns in shapes)
