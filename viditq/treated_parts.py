@@ -1,22 +1,31 @@
 """The parts that a search of treatments has to choose for in one model, and the bytes of the artifact they lead to."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 from viditq.errors import UserError
+from viditq.mapped import header_bound
 from viditq.models.adapter import ModelAdapter
 from viditq.models.stored_weights import stored_dtypes
 from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.search.allotment import SIZE, Part, Treated, allotted, leanest, treated_plan, used
 from viditq.quant.search.treatment_policy import TreatmentSearch
-from viditq.quant.sizes import artifact_bytes, laid_out
+from viditq.quant.sizes import artifact_bytes, laid_out, safetensors_bytes, stored_entries
+
+META_BYTES = 800  # of meta.json: what it tells beside the model and its tensors
 
 
 def planned_bytes(adapter: ModelAdapter, plan: QuantPlan) -> int:
-    """Of the artifact that a plan leads to, and of denoisers left in float; nothing is read but headers."""
+    """Of the artifact that a plan leads to, at most, and of denoisers left in float; only headers of files are read."""
     quantized = laid_out(adapter.build_denoiser().to(adapter.torch_dtype), plan, adapter.timestep_scale)
-    meta = {"model": adapter.to_dict()}
-    return artifact_bytes(quantized, plan, stored_dtypes(adapter), meta) + adapter.left_in_float_bytes()
+    stored = stored_dtypes(adapter)
+    entries = stored_entries(quantized, stored)
+    tensors = sum(prod(shape) * dtype.itemsize for dtype, shape in entries.values())
+    header = safetensors_bytes(entries) - tensors
+    room = 16 + header_bound({name: shape for name, (_, shape) in entries.items()}, tensors)
+    rest = artifact_bytes(quantized, plan, stored, {"model": adapter.to_dict()}) - tensors - header
+    return tensors + room + rest + META_BYTES + adapter.left_in_float_bytes()
 
 
 def float_bytes(adapter: ModelAdapter) -> int:

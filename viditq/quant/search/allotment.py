@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 
+from viditq.errors import UserError
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import FLOAT_BITS, LayerScheme
 from viditq.quant.execution.variant import empty_variant
@@ -19,6 +22,12 @@ TENSOR_BYTES = 300  # about what headers and digests of an artifact say of each 
 SIZE = "size"
 Treated = dict[str, Treatment]
 """Name of a part -> what is done to it."""
+
+
+@lru_cache(maxsize=4096)  # laying out tensors takes a millisecond, and most Linears are like another
+def _tensor_bytes(treatment: Treatment, symmetric: bool, rows: int, columns: int) -> int:
+    tensors = empty_variant(treatment.scheme(symmetric), columns, rows, torch.float16).state_dict().values()
+    return sum(tensor.numel() * tensor.element_size() + TENSOR_BYTES for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,8 @@ class Part:
 
     def stored_bytes(self, treatment: Treatment) -> int:
         """Of all that an artifact keeps of these Linears but their biases."""
-        scheme = treatment.scheme(self.symmetric)
         times = self.num_segments if treatment.per_segment else 1
-        variants = [empty_variant(scheme, columns, rows, torch.float16) for rows, columns in self.shapes]
-        tensors = [tensor for variant in variants for tensor in variant.state_dict().values()]
-        return times * sum(tensor.numel() * tensor.element_size() + TENSOR_BYTES for tensor in tensors)
+        return times * sum(_tensor_bytes(treatment, self.symmetric, *shape) for shape in self.shapes)
 
     def uses(self, treatment: Treatment, budget: Budget, whole: tuple[int, int]) -> dict[str, float]:
         """Of each limit but the size. whole: weights and inputs of all parts."""
@@ -80,16 +86,12 @@ def allotted(parts: Sequence[Part], costs: Costs, budget: Budget, room: float | 
 
 def evenly(parts: Sequence[Part], costs: Costs, budget: Budget, room: float | None) -> Treated | None:
     """The cheapest of those that give all parts the same widths, group and rank; None where none fits."""
-    kinds = set.intersection(*({_kind(treatment) for treatment in costs[part.name]} for part in parts))
-    found = []
-    for kind in kinds:
-        alike = {p.name: {t: cost for t, cost in costs[p.name].items() if _kind(t) == kind} for p in parts}
-        best = {name: [min(of.items(), key=lambda one: one[1])] for name, of in alike.items()}
-        problem, options = _problem(parts, {name: dict(of) for name, of in best.items()}, budget, room)
-        first = (0,) * len(parts)
-        if problem.fits(first):
-            found.append((problem.cost(first), {p.name: of[0] for p, of in zip(parts, options, strict=True)}))
-    return min(found, key=lambda one: one[0])[1] if found else None
+    found: list[Treated] = []
+    for kind in set.intersection(*({_kind(treatment) for treatment in costs[part.name]} for part in parts)):
+        alike = {name: {t: cost for t, cost in of.items() if _kind(t) == kind} for name, of in costs.items()}
+        with suppress(UserError):  # it does not fit
+            found.append(allotted(parts, alike, budget, room))
+    return min(found, key=partial(cost_of, costs), default=None)
 
 
 def _kind(treatment: Treatment) -> tuple[int, int, int, int]:
