@@ -67,7 +67,6 @@ def test_another_budget_finds_no_part_again(
         (["quant.policy.budget.size=0.1"], "size=0.1 is .* bytes, and the least that the choices lead to is"),
         (["quant.policy.budget.weight_bits=2"], "weight_bits=2 is not possible"),
         (["quant.policy.held_out=4"], "held_out=4 leaves none of 4 calibration prompts"),
-        (["quant/rounding=gptq"], "rounding=gptq changes nothing here"),
         (["quant=w8a8"], "quant.weight is set, but the search chooses it"),
     ],
 )

@@ -214,8 +214,8 @@ def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], words: 
 
 def test_a_recipe_that_says_what_is_searched_is_refused() -> None:
     search = TreatmentSearch(**SETTINGS)
-    plan = search.plan(Recipe(segments=EDGES, rules=[{"pattern": "*.fc2", "keep_float": True}]), [*ROLES], ["time"])  # type: ignore[list-item]
-    assert {*plan.layers} == {"blocks.0.fc1", "blocks.1.fc1"} and plan.edges == EDGES
+    plan = search.plan(Recipe(segments=EDGES, rules=[{"pattern": "*.fc2", "keep_float": True}]), [*ROLES], ["*.1.fc1"])  # type: ignore[list-item]
+    assert {*plan.layers} == {"blocks.0.fc1"} and plan.edges == EDGES
     with pytest.raises(UserError, match="the search chooses it"):
         search.plan(Recipe(QuantSpec(8, granularity="channel")), [*ROLES], [])
     with pytest.raises(UserError, match=r"rule '\*.fc2' says how to quantize"):

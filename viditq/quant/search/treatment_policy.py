@@ -17,7 +17,7 @@ from viditq.quant.search.candidates import groups_of
 from viditq.quant.search.treatments import Menu
 
 INSTEAD = (
-    "Leave it out (experiment=best has no formats of its own), and say what there is to choose from by quant.policy "
+    "Leave it out (quant=none, as experiment=best has it), and say what there is to choose from by quant.policy "
     "(transforms, weight_choices, groups, roundings, ...)."
 )
 OWN = "the search chooses it for each part"
