@@ -10,6 +10,7 @@ import pytest
 from viditq.errors import UserError
 from viditq.quant.artifact import size_bytes
 from viditq.quant.description.plan import QuantPlan
+from viditq.report.treatments_view import treatments_view
 from viditq.stages import treatment_table
 
 SIZE = 1.9e6  # tiny_image: 1.84 MB with 3 bits everywhere
@@ -43,7 +44,10 @@ def test_the_artifact_keeps_to_the_budget(best: Path) -> None:
     assert chosen["measured"] == min(one["measured"] for one in told["finalists"])
     predicted = [point["predicted"] for point in told["curve"]]
     assert len(predicted) == 9 and predicted == sorted(predicted, reverse=True)
-    assert (best / "treatments.png").read_bytes().startswith(b"\x89PNG")
+    view = treatments_view(told, best / "treatments.png")
+    assert view.picture.startswith("data:image/png;base64,iVBOR") and view.num_prompts == 2
+    assert [treatment for _, treatment, _ in view.parts] == [*chosen["parts"].values()]
+    assert {how for how, *_ in view.finalists} == {"by part", "alike"}
     assert json.loads((best / "run.json").read_text())["quant"]["policy"]["budget"]["size"] == SIZE
 
 

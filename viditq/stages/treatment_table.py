@@ -16,6 +16,8 @@ from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.quant.search.treatments import Treatment
 from viditq.run_dir import Entry, fingerprint
 
+EXPLORED = 1  # how treatments are explored; what was found otherwise is found anew
+
 
 class TreatmentTable:
     """What is not known yet is made by all processes together; a killed search goes on with the next part or plan."""
@@ -30,7 +32,9 @@ class TreatmentTable:
         looks = {"num_steps": policy.num_steps, "step_prompts": policy.step_prompts, "symmetric": policy.symmetric}
         menu = {f.name: getattr(policy.menu, f.name) for f in fields(policy.menu)}
         layers = {part.name: part.group.layers for part in parts}
-        self.found_entry = Entry(e.cache_dir / "treatments", {**key, **looks, "menu": menu, "parts": layers})
+        self.found_entry = Entry(
+            e.cache_dir / "treatments", {**key, **looks, "menu": menu, "parts": layers, "explored": EXPLORED}
+        )
         self.plan_entry = Entry(e.cache_dir / "treated_plans", {**key, "batch_size": e.adapter.calibration_batch_size})
 
     def found(self) -> dict[str, Found]:

@@ -20,6 +20,7 @@ from viditq.quant.execution.backends import get_backend
 from viditq.quant.search.treatments import Menu, Treatment
 
 TINY = torch.finfo(torch.float64).tiny
+WORTH = 0.8  # of an error: what a later transform has to bring it down to, as rotating costs time at every step
 
 
 class PartErrors:
@@ -63,9 +64,10 @@ def explored(
 ) -> dict[Treatment, float]:
     """Errors of the treatments worth knowing, one choice after the other instead of their whole product.
 
-    Transforms and groups at middle widths, with the first rounding; then roundings and ranges, on the best of those;
-    then every width and group with the winners, and the best transform that is stored once where the winner is stored
-    for each segment; last low-rank branches, at middle widths first, and at all where bits do not buy more.
+    Transforms and groups at middle widths, with the first rounding, of which the first transform is taken that comes
+    near the best (`WORTH`), and the first that is stored once beside one that is stored for each segment; then
+    roundings and ranges on top; then every width and group with the winners; last low-rank branches, at middle widths
+    first, and at all where bits do not buy more.
     """
     known: dict[Treatment, float] = {}
 
@@ -74,10 +76,16 @@ def explored(
         known.update({treatment: error(treatment) for treatment in treatments if treatment not in known})
         return min(treatments, key=lambda treatment: known[treatment])
 
+    def near(treatments: Sequence[Treatment]) -> Treatment:
+        enough = known[best(treatments)] / WORTH
+        close = {treatment.transform for treatment in treatments if known[treatment] <= enough}
+        chosen = next(transform for transform in menu.transforms if transform in close)
+        return best(treatment for treatment in treatments if treatment.transform == chosen)
+
     plain = [menu.plain(transform, group) for transform, group in product(menu.transforms, menu.groups)]
-    first = best(plain)
     once = [treatment for treatment in plain if not treatment.per_segment]
-    transforms = dict.fromkeys([first.transform, *([best(once).transform] if once else [])])
+    few = [near(plain), *([near(once)] if once else [])]
+    first, transforms = few[0], dict.fromkeys(treatment.transform for treatment in few)
     how = best(replace(first, rounding=r, ranges=s) for r, s in product(menu.roundings, menu.ranges))
     found = [
         replace(how, transform=transform, weight_bits=weight, activation_bits=activation, group=group)
