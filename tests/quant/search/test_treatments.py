@@ -96,6 +96,13 @@ def test_exploring_ends_at_the_best_of_what_compounds() -> None:
         assert anchor_of(known).weight_bits == 4 and not anchor_of(known).low_rank
 
 
+@pytest.mark.parametrize(("gain", "taken"), [(0.9, "none"), (0.7, "rotate")])
+def test_a_rotation_has_to_be_worth_its_time(gain: float, taken: str) -> None:
+    menu = replace(MENU, transforms=("none", "rotate"), low_ranks=(0,))
+    known = explored(menu, lambda t: (gain if t.transform == "rotate" else 1.0) * 4.0**-t.weight_bits, lambda t: 1.0)
+    assert {t.transform for t in known if t.weight_bits == 8} == {taken}
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "budget",
