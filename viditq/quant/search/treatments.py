@@ -18,7 +18,7 @@ from viditq.quant.methods.transforms import ConvRotSpec, RotateSpec, SmoothSpec
 from viditq.quant.methods.transforms.convrot import GROUP_SIZES
 from viditq.quant.search.candidates import Bits, check_choices
 
-# As conf/quant/smoothing calls them.
+# Named as in conf/quant/smoothing; scales from the largest values, which suit 4 bits and less.
 TRANSFORMS: Mapping[str, tuple[TransformSpec, ...]] = {
     "none": (),
     "static": (SmoothSpec(0.5, aggregate="max"),),
