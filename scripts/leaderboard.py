@@ -12,40 +12,22 @@ run are left out and named.
 
 import argparse
 import base64
-import glob
 import math
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
-
-import torch
 
 from viditq.errors import UserError
-from viditq.files import atomic, read_mapping
-from viditq.metrics.bootstrap import bootstrap_interval
+from viditq.files import atomic
 from viditq.report.inputs import by_inputs, what_differs
 from viditq.report.leaderboard import Board, comma_separated, heading, make_board, markdown, page
 from viditq.report.pareto import Panel, Point, pareto_picture
-from viditq.report.row import Row, directed, labels_of, ranking_metric
+from viditq.report.row import directed, labels_of, ranking_metric
 from viditq.report.widths import methods_table, widths_picture
-from viditq.run_dir import flatten
+from viditq.sweeps.gathered import Runs, find, interval_of, read, rows, unrepeated, width_of
 
-FILES = {  # of a finished run, with the keys that have to be there
-    "run.json": ("name", "seed"),
-    "metrics.json": (
-        *("model", "experiment", "seed", "prompts", "metrics", "labels", "float_metrics", "seconds"),
-        *("average_weight_bits", "average_activation_bits", "size_bytes"),
-    ),
-    "per_prompt.json": ("prompts", "metrics", "reference"),
-}
-SPEED, SPEED_KEYS = "speed.json", ("backend", "batch_size", "rounds", "machine", "candidates")
-Runs = dict[Path, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any] | None]]
-WIDTHS = ("quant.weight.bits", "quant.activation.bits")
 COSTS = {  # name -> axis, attribute of a row
     "bits": ("weight bits", "weight_bits"),
     "bytes": ("denoiser, MB", "megabytes"),
@@ -55,94 +37,6 @@ NOT_MEASURED = "no run has a step that was measured without emulation (the stage
 PARETO_ALT = "Quality of {} against {}, with the Pareto front"
 WIDTHS_ALT = "Quality of each method on {} at each pair of bit widths, with error bars"
 BOLD = "Bold: the best of its width, and all whose paired 95 % interval to it includes 0."
-NOT_NAMED = {"seed", "name"}  # keys of a configuration that never tell rows apart
-
-
-def find(arguments: list[str]) -> list[Path]:
-    """Folders given by name or by pattern, each once. Raises UserError for one that does not exist."""
-    found: dict[Path, None] = {}
-    for argument in arguments:
-        names = [argument] if Path(argument).exists() else sorted(glob.glob(argument))
-        if not names:
-            raise UserError(f"{argument} does not exist. Give folders of runs, or a pattern in quotes: 'outputs/*/*'.")
-        found |= {Path(os.path.normpath(name)): None for name in names if Path(name).is_dir()}
-    return list(found)
-
-
-def read(folders: list[Path]) -> Runs:
-    """metrics.json, configuration, per_prompt.json and speed.json (None without) of every finished run; names the
-    others on stderr.
-    """
-    runs: Runs = {}
-    for folder in folders:
-        absent = [name for name in FILES if not (folder / name).is_file()]
-        if absent:
-            print(f"left out: {folder} has no {' and no '.join(absent)}", file=sys.stderr)
-            continue
-        try:
-            config, metrics, per_prompt = (read_mapping(folder / name, keys) for name, keys in FILES.items())
-            speed = read_mapping(folder / SPEED, SPEED_KEYS) if (folder / SPEED).is_file() else None
-            runs[folder] = metrics, flatten(config), per_prompt, speed
-        except UserError as error:
-            print(f"left out: {error}", file=sys.stderr)
-    if not runs:
-        raise UserError(f"None of these folders holds a finished run ({', '.join(FILES)}).")
-    return runs
-
-
-def configuration(run: dict[str, Any]) -> str:
-    """What a run shares with those of other seeds."""
-    return repr(sorted((k, repr(v)) for k, v in run.items() if k != "seed"))
-
-
-def unrepeated(runs: Runs) -> Runs:
-    """Without runs that repeat a seed of a configuration, which are named."""
-    found: Runs = {}
-    seen: dict[tuple[str, int], Path] = {}
-    for folder, run in runs.items():
-        first = seen.setdefault((configuration(run[1]), run[0]["seed"]), folder)
-        if first == folder:
-            found[folder] = run
-        else:
-            print(f"left out: {folder} repeats {first}", file=sys.stderr)
-    return found
-
-
-def rows(runs: Runs, beside: Path) -> list[Row]:
-    """Each a configuration with its seeds."""
-    groups: dict[str, dict[int, Path]] = defaultdict(dict)
-    for folder, (metrics, config, _, _) in runs.items():
-        groups[configuration(config)][metrics["seed"]] = folder
-    found, firsts = [], [seeds[min(seeds)] for seeds in groups.values()]
-    for seeds in groups.values():
-        ordered = [runs[seeds[seed]] for seed in sorted(seeds)]
-        first, (metrics, config, _, _) = seeds[min(seeds)], ordered[0]
-        name = metrics["experiment"]
-        name += difference(config, [runs[f][1] for f in firsts if runs[f][0]["experiment"] == name])
-        report = first / "report.html"
-        link = quote(Path(os.path.relpath(report, beside)).as_posix()) if report.is_file() else ""
-        all_metrics, _, per_prompt, speeds = zip(*ordered, strict=True)
-        found.append(Row(name, all_metrics, per_prompt, link, speeds))
-    return found
-
-
-def difference(config: dict[str, Any], rivals: list[dict[str, Any]]) -> str:
-    """What tells a configuration from others of its name: ` W4A8 seed=1`; empty if it has the name alone."""
-    keys = sorted({k for rival in rivals for k in {*rival, *config} if rival.get(k) != config.get(k)} - NOT_NAMED)
-    named = [k for k in keys if not k.startswith("inputs.")] or keys
-    if width_of(config) and not {*WIDTHS}.isdisjoint(named):
-        return f" {width_of(config)}" + "".join(f" {key}={config.get(key)}" for key in named if key not in WIDTHS)
-    return "".join(f" {key}={config.get(key)}" for key in named)
-
-
-def width_of(config: dict[str, Any]) -> str:
-    """`W4A8`; empty unless both are quantized, and where a plan gives each part bits of its own."""
-    if str(config.get("quant.policy._target_", "")).endswith((".PlanFile", ".SensitivitySearch")):
-        return ""
-    weight, activation = (config.get(key) for key in WIDTHS)
-    if weight is activation is None and config.get("quant.policy.activation_bits", 16) < 16:  # quant=external/...
-        weight, activation = (config.get(f"quant.policy.{side}_bits") for side in ("weight", "activation"))
-    return f"W{weight:g}A{activation:g}" if weight and activation else ""
 
 
 def of_widths(runs: Runs) -> dict[str, Runs]:
@@ -181,11 +75,6 @@ def write(path: Path, text: str) -> Path:
     with atomic(path) as temporary:
         temporary.write_text(text)
     return path
-
-
-def interval_of(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of a mean over prompts."""
-    return bootstrap_interval(torch.tensor(values, dtype=torch.float64))
 
 
 def make_boards(model: str, runs: Runs, beside: Path, metric: str | None, by_width: bool) -> list[Board]:

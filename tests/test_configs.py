@@ -31,7 +31,9 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
-METHODS = [name for name in options("experiment") if name != "bench" and not re.match(r"w\d|fp16|smoke|tune", name)]
+METHODS = [
+    name for name in options("experiment") if name != "bench" and not re.match(r"w\d|best$|fp16|smoke|tune", name)
+]
 PRESETS = [name for name in options("quant") if name != "base"]
 SHIPPED_MODELS = [m for m in options("model") if "\npath: shipped:" in (ROOT / f"conf/model/{m}.yaml").read_text()]
 
@@ -43,9 +45,11 @@ def test_experiment_builds(name: str, configure: Configure, tmp_path: Path) -> N
     assert experiment.name == name
     linears = linear_names(experiment.adapter.build_denoiser())
     assert set(experiment.plan.layers) <= set(linears)
-    quantized = cfg.quant.weight is not None or cfg.quant.activation is not None
+    quantized = cfg.quant.weight is not None or cfg.quant.activation is not None or name == "best"
     assert bool(experiment.plan.layers) == quantized
-    assert (experiment.plan.edges == (0.0, 1.0)) != ("_ts_" in name or name in ("smoke", "tune_alpha") or "_mp" in name)
+    assert (experiment.plan.edges == (0.0, 1.0)) != (
+        "_ts_" in name or name in ("best", "smoke", "tune_alpha") or "_mp" in name
+    )
     roles = experiment.adapter.linear_roles(linears)
     if quantized:
         assert set(experiment.plan.layers) == {layer for layer, role in roles.items() if role != "float"}
@@ -147,8 +151,10 @@ def test_policy_composes(name: str, configure: Configure, tmp_path: Path) -> Non
         (tmp_path / "plan.json").write_text(build(configure("name=x", "quant=w6a6")).plan.to_json())
         (tmp_path / "meta.json").write_text('{"format_version": 3, "sha256": {"meta.json": "x"}}')
         overrides.append(f"quant.policy.path='{tmp_path}'")
+    if name == "treatments":  # whose start has the widest of its own formats
+        overrides.append("quant=none")
     experiment = build(configure(*overrides))
-    wanted = 6 if name in ("plan_file", "artifact") else 4
+    wanted = {"plan_file": 6, "artifact": 6, "treatments": 8}.get(name, 4)
     assert {scheme.weight.bits for scheme in experiment.plan.schemes.values() if scheme.weight} == {wanted}
 
 

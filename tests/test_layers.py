@@ -28,7 +28,7 @@ FLOORS: list[list[str]] = [
         *["estimate", "experiment", "external", "plans"],
         *["export", "finished", "gate", "importing", "interop", "job"],
         *["loading", "lora", "nulls", "provenance", "runner", "settled", "signatures", "stages", "summary", "sweeps"],
-        *["trial", "worker"],
+        *["treated_parts", "trial", "worker"],
     ],
 ]
 BASIC = set(FLOORS[0])

@@ -1,4 +1,6 @@
-"""`python -m viditq`: hand a quantized model to another program (export), or take one from it (import)."""
+"""`python -m viditq`: hand a quantized model to another program (export), take one from it (import), or tell which
+of finished runs to use (which).
+"""
 
 import argparse
 import shlex
@@ -85,11 +87,19 @@ def bring(args: argparse.Namespace) -> None:
     print(out)
 
 
+def advise(args: argparse.Namespace) -> None:
+    """Print which of finished runs to use."""
+    from viditq.export.exact import exact_targets  # torch and diffusers take seconds
+    from viditq.sweeps.which import which
+
+    print(which(args.runs, args.metric, exact_targets), end="")
+
+
 def main(words: list[str] | None = None) -> int:
     """The exit status."""
     words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser("python -m viditq", description="Hand a quantized model to another program.")
-    commands = parser.add_subparsers(required=True, metavar="export or import")
+    commands = parser.add_subparsers(required=True, metavar="export, import or which")
     command = commands.add_parser("export", help="write another program's format")
     command.add_argument("run", metavar="RUN", help="a run's folder, or its artifact (RUN/quantized)")
     known = "; ".join(f"{name}: {target.what}" for name, target in TARGETS.items())
@@ -105,6 +115,10 @@ def main(words: list[str] | None = None) -> int:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.path=FOLDER")
     command.add_argument("--out", required=True, help="the folder of the artifact")
     command.set_defaults(work=bring)
+    command = commands.add_parser("which", help="tell which of finished runs to use")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, of a model's runs, or of a sweep")
+    command.add_argument("--metric", help="what ranks them (the first of the runs' metrics)")
+    command.set_defaults(work=advise)
     args = parser.parse_args(words)
     args.words = words
     return guarded(DictConfig({"debug": False}), lambda: args.work(args), choice="--out PLACE")

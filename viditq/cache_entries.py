@@ -83,7 +83,7 @@ class CacheEntries:
     @property
     def _calibration_key(self) -> dict[str, Any]:
         e = self.experiment
-        prompts = {"calibration_prompts": e.data.calibration_prompts, "batch_size": e.adapter.calibration_batch_size}
+        prompts = {"calibration_prompts": e.observed_prompts, "batch_size": e.adapter.calibration_batch_size}
         return {**self._base_key, "seed": e.seed, **prompts, "num_buckets": e.num_buckets}
 
     @property

@@ -14,6 +14,7 @@ from viditq.byte_numbers import num_bytes
 from viditq.checks import Checked, check
 from viditq.data.prompts import PromptData
 from viditq.equipment import backend_for, make_logger, make_trainer
+from viditq.errors import UserError
 from viditq.external.denoisers import check_source
 from viditq.external.policy import ExternalQuantization
 from viditq.files import digest_of
@@ -30,6 +31,7 @@ from viditq.nulls import check_nulls
 from viditq.plans import check_segments, denoiser_plan, encoder_plans
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.policy import StoredArtifact
+from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.quant.setting import QuantSetting
 from viditq.run_dir import fingerprint
 
@@ -77,6 +79,17 @@ class Experiment:
     memory_budget: int | None = None
 
     @property
+    def observed_prompts(self) -> list[str]:
+        """The calibration prompts that are calibrated on."""
+        prompts = self.data.calibration_prompts
+        return prompts[: len(prompts) - _held_out(self.quant)]
+
+    @property
+    def held_out_prompts(self) -> list[str]:
+        """The others, which a search of treatments keeps to itself."""
+        return self.data.calibration_prompts[len(self.observed_prompts) :]
+
+    @property
     def floor_seed(self) -> int:
         """The other seed of the noise floor; the next one, whose samples a sweep over seeds shares."""
         return self.seed + 1
@@ -101,6 +114,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     quant, data = checked.quant, checked.data
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
+    _check_held_out(quant, data)
     check_nulls(cfg.model, "model", but=GUESSED)  # told by check_values, which knows what is guessed
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     _check_model(adapter, data, lenient=cfg.estimate == "meta" or cfg.fit is not None)
@@ -165,6 +179,20 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     backend = backend_for(cfg.backend, device.type, plan)
     budget = num_bytes(getattr(trainer, "memory_budget", None))
     return replace(experiment, backend=backend, offload=getattr(trainer, "offload", None), memory_budget=budget)
+
+
+def _held_out(quant: QuantSetting) -> int:
+    """Number of calibration prompts that are not calibrated on, the last ones."""
+    return quant.policy.held_out if isinstance(quant.policy, TreatmentSearch) else 0
+
+
+def _check_held_out(quant: QuantSetting, data: PromptData) -> None:
+    count, held_out = len(data.calibration_prompts), _held_out(quant)
+    if held_out >= count:
+        raise UserError(
+            f"quant.policy.held_out={held_out} leaves none of {count} calibration prompts to calibrate on: give more "
+            "(data.num_calibration_prompts), or hold fewer out."
+        )
 
 
 def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None:

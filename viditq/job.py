@@ -22,6 +22,7 @@ from viditq.quant.artifact import broken_file
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.search.policy import SensitivitySearch
+from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.run_dir import Entry, RunDir, timed
 
 
@@ -40,7 +41,7 @@ class Job(CacheEntries):
     @property
     def searches(self) -> bool:
         """Whether the plan is found during the run."""
-        return isinstance(self.experiment.quant.policy, SensitivitySearch)
+        return isinstance(self.experiment.quant.policy, SensitivitySearch | TreatmentSearch)
 
     @property
     def stored_artifact(self) -> StoredArtifact | None:

@@ -14,8 +14,10 @@ from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixe
 from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.search.policy import SensitivitySearch
+from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.quant.setting import QuantSetting
 from viditq.quant.text_encoder import text_encoder_plan
+from viditq.treated_parts import check_treatments
 
 MOST_BUCKETS = 1000  # as many as there are timesteps
 
@@ -32,6 +34,8 @@ def denoiser_plan(adapter: ModelAdapter, quant: QuantSetting) -> tuple[QuantPlan
     plan = only_foldable(quant.plan(names, [name for name, role in roles.items() if role == FLOAT]), denoiser)
     if isinstance(quant.policy, SensitivitySearch):
         quant.policy.check(plan, roles, shapes_of(denoiser), USUAL, adapter.left_in_float_bytes())
+    if isinstance(quant.policy, TreatmentSearch):
+        check_treatments(adapter, quant.policy, plan, roles)
     return plan, roles
 
 

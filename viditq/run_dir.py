@@ -207,6 +207,15 @@ class RunDir:
         return self.path / "search.json"
 
     @property
+    def treatments(self) -> Path:
+        """What a search of treatments has measured and decided."""
+        return self.path / "treatments.json"
+
+    @property
+    def treatments_picture(self) -> Path:
+        return self.path / "treatments.png"
+
+    @property
     def heat_map(self) -> Path:
         return self.path / "sensitivity.png"
 

@@ -26,6 +26,7 @@ from viditq.estimate.work import Counter, Work, work_of
 from viditq.job import Job
 from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
+from viditq.models.stored_weights import stored_dtypes
 from viditq.quant.calibration.context import denoisers_of
 from viditq.quant.convert import linear_names
 from viditq.quant.sizes import (
@@ -144,7 +145,7 @@ def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | N
     )
     layer_bytes = max((module_bytes(m) for m in linears.values()), default=0) * dtype.itemsize // 4
     gpu = trainer.strategy.root_device.type != "cpu"
-    stored = parts.stored_dtypes(e.adapter)
+    stored = stored_dtypes(e.adapter)
     artifact = artifact_bytes(quantized, plan, stored, {"model": e.adapter.to_dict(), "weights": e.weights})
     once = seen.load_seconds, seen.quantize_seconds
     works = work_of(job, texts, seen.float_model, seen.quantized, once, passes.left)

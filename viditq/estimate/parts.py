@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from viditq.models.generate import group_by_shape
 from viditq.models.parts import TEXT, models_of
 from viditq.models.registry import find_class
 from viditq.models.stored_embeds import NEGATIVE
+from viditq.models.stored_weights import files_of_part
 from viditq.models.text import PromptEmbeds, encode_prompt
 from viditq.models.text_encoders import ENCODER
-from viditq.models.weight_files import COPY_AGAIN, stored_tensors, variant_of
+from viditq.models.weight_files import COPY_AGAIN
 from viditq.quant.sizes import module_bytes, tensor_bytes
 
 
@@ -131,25 +131,17 @@ def _assembled(adapter: ModelAdapter, parts: Mapping[str, Any]) -> Any:
     return pipeline
 
 
-def weight_files(adapter: ModelAdapter, part: str) -> list[Path]:
-    """The safetensors files of a part in the variant that is loaded, as far as they are here."""
-    folder = adapter.part_folder(part, weights=False)
-    mark = variant_of(folder, adapter.variant) or ""
-    marks = {path: "".join(path.name.split(".")[1:-1]) for path in sorted(folder.glob("*.safetensors"))}
-    return [path for path, own in marks.items() if own.startswith(mark) and bool(own) == bool(mark)]
-
-
 def text_file_bytes(adapter: ModelAdapter, loaded: Mapping[str, int]) -> int:
     """Bytes of the files of the largest text encoder; loaded: part -> bytes as loaded, for those that are not here."""
     texts = [part for part in loaded if part.startswith(TEXT)]
-    files = {part: sum(path.stat().st_size for path in weight_files(adapter, part)) for part in texts}
+    files = {part: sum(path.stat().st_size for path in files_of_part(adapter, part)) for part in texts}
     return max((files[part] or loaded[part] for part in texts), default=0)
 
 
 def largest_file(adapter: ModelAdapter) -> int:
     """Bytes of the largest file with weights of a denoiser; 0 where none is here."""
     names = [*adapter.denoiser_names, *adapter.float_denoisers]
-    files = [path for part in names for path in weight_files(adapter, part)]
+    files = [path for part in names for path in files_of_part(adapter, part)]
     return max((path.stat().st_size for path in files), default=0)
 
 
@@ -161,16 +153,4 @@ def text_on_disk(adapter: ModelAdapter) -> dict[str, OnDisk]:
             module = on_meta_part(adapter, part, cls)
             streamed = part.startswith(ENCODER) and issubclass(cls, transformers.PreTrainedModel)
             found[part] = on_disk(module, {}) if streamed else OnDisk(module_bytes(module))
-    return found
-
-
-def stored_dtypes(adapter: ModelAdapter) -> dict[str, torch.dtype]:
-    """Parameters of the denoisers -> their types in the safetensors files, as far as those are here; raises UserError
-    for a file that was cut off.
-    """
-    found: dict[str, torch.dtype] = {}
-    for part in adapter.denoiser_names:
-        prefix = f"{part}." if len(adapter.denoiser_names) > 1 else ""
-        stored = stored_tensors(weight_files(adapter, part))
-        found |= {prefix + name: tensor.dtype for name, tensor in stored.items()}
     return found

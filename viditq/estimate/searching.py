@@ -13,7 +13,9 @@ from viditq.quant.search.allocate import Search
 from viditq.quant.search.candidates import candidates_of
 from viditq.quant.search.costs import to_measure
 from viditq.quant.search.policy import SensitivitySearch
+from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.stages.search_table import PROXY_PROMPTS, known_errors, table_entry
+from viditq.stages.treatments import HOW
 
 
 def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work:
@@ -22,6 +24,8 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
     Pruning is known only when the proxies are: without them every candidate that it may leave is counted.
     """
     policy, e = job.experiment.quant.policy, job.experiment
+    if isinstance(policy, TreatmentSearch):
+        return _treating(job, policy, counter, seen, quantized)
     if not isinstance(policy, SensitivitySearch):
         return Work(note=DONE)
     if is_whole(job.run_dir.search) and is_whole(job.run_dir.plan):
@@ -47,6 +51,20 @@ def searching(job: Job, counter: Counter, seen: Probe, quantized: Probe) -> Work
             seconds += proxy.seconds + len(candidates) * quantized.forward_seconds
     samples = exact.samples + len(prompts) * (len(missing) + len(policy.curve))
     return Work(samples, 0, forwards, seconds, f"at most, {len(missing)} candidates")
+
+
+def _treating(job: Job, policy: TreatmentSearch, counter: Counter, seen: Probe, quantized: Probe) -> Work:
+    """A few prompts in float, a few steps for each part, and the finalists; fitting treatments is not timed."""
+    e = job.experiment
+    if is_whole(job.run_dir.treatments) and is_whole(job.run_dir.plan):
+        return Work(note=DONE)
+    parts = policy.parts(e.plan, e.roles, shapes_of(e.adapter.build_denoiser()))
+    few = [*range(min(policy.step_prompts, policy.held_out))]
+    exact = counter.work(seen, e.held_out_prompts, [few], decode=False)
+    batches = batches_of(policy.held_out, e.adapter.calibration_batch_size)
+    finalists = counter.work(quantized, e.held_out_prompts, batches * len(HOW))
+    forwards = exact.forwards + finalists.forwards + policy.num_steps * len(parts)
+    return Work(exact.samples + finalists.samples, 0, forwards, None, f"{len(parts)} parts; fits are not timed")
 
 
 def _space(job: Job, policy: SensitivitySearch) -> Search:

@@ -92,7 +92,7 @@ def work_of(
 
 def _observing(counter: Counter, seen: Probe, passes: int) -> Work:
     e = counter.job.experiment
-    prompts = e.data.calibration_prompts
+    prompts = e.observed_prompts
     batches = batches_of(len(prompts), e.adapter.calibration_batch_size) * passes
     work = counter.work(seen, prompts, batches, decode=False)
     if passes < 2:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from viditq.export.cost import told_cost
 from viditq.export.float_weights import FloatWeights
 from viditq.export.folding import folded
 from viditq.export.refusal import Refusal, raise_refused, refusals, refuse_correction
+from viditq.export.releases import release_of
 from viditq.files import is_whole, stored_metadata
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import read_meta
@@ -43,7 +45,7 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     denoiser = adapter.build_denoiser()
     again: dict[str, LayerScheme] = {}
     while True:
-        tensors, refused = folded(artifact, meta, denoiser, _refusals, requantize, again)
+        tensors, refused = folded(artifact, meta, denoiser, partial(cannot_hold, denoiser=denoiser), requantize, again)
         if not requantize:
             raise_refused("comfyui", refused, True)
         weights = FloatWeights(adapter.build_denoiser(), tensors.plan, tensors) if requantize else None
@@ -73,7 +75,10 @@ def _write(files: Mapping[Path, ComfyFile], work: Path, key: Mapping[str, Any], 
         shutil.rmtree(work)
 
 
-def _refusals(plan: QuantPlan) -> dict[str, Refusal]:
+def cannot_hold(plan: QuantPlan, denoiser: nn.Module) -> dict[str, Refusal]:
+    """Layer -> why it cannot go. Raises UserError for a denoiser whose release's names are not known."""
+    for part in denoiser.values() if isinstance(denoiser, nn.ModuleDict) else (denoiser,):
+        release_of(type(part).__name__)
     return refusals(plan, refusal, BY_NOISE_LEVEL)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from viditq.export.cost import told_cost
 from viditq.export.float_weights import FloatWeights
@@ -57,11 +57,7 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     adapter, again, changed = ModelAdapter.from_dict(meta["model"]), None, ""
     denoiser = adapter.build_denoiser()
     shapes = shapes_of(denoiser)
-
-    def found(plan: QuantPlan) -> dict[str, Refusal]:
-        return refusals(plan, partial(refusal, shapes=shapes), f"{NEAREST} and segments=[0, 1]")
-
-    tensors, refused = folded(artifact, meta, denoiser, found, requantize)
+    tensors, refused = folded(artifact, meta, denoiser, partial(cannot_hold, denoiser=denoiser), requantize)
     if not requantize:
         raise_refused(TARGET, refused, True)
     elif refused:
@@ -69,6 +65,11 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
         again = Again({layer: _scheme_again(tensors.plan, layer, shapes[layer]) for layer in refused}, weights)
         changed = told_cost(artifact, adapter, again.schemes, weights)[CHANGED]
     export_pipeline(artifact, out, TARGET, partial(write_part, again=again), changed)
+
+
+def cannot_hold(plan: QuantPlan, denoiser: nn.Module) -> dict[str, Refusal]:
+    """Layer -> why it cannot go."""
+    return refusals(plan, partial(refusal, shapes=shapes_of(denoiser)), f"{NEAREST} and segments=[0, 1]")
 
 
 def refusal(scheme: LayerScheme, layer: str, shapes: Mapping[str, tuple[int, int]]) -> Refusal | None:

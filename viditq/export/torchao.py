@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
+from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.export.folding import folded, opened
@@ -62,7 +62,7 @@ def export(artifact: Path, out: Path) -> None:
     """Write the folder `out`; errors as of `export_pipeline`, and for what torchao cannot hold exactly."""
     meta = read_meta(artifact)
     denoiser = ModelAdapter.from_dict(meta["model"]).build_denoiser()
-    raise_refused("torchao", folded(artifact, meta, denoiser, _refusals, False)[1], False)
+    raise_refused("torchao", folded(artifact, meta, denoiser, partial(cannot_hold, denoiser=denoiser), False)[1], False)
     refuse_correction("torchao", meta)
     halves = sorted(layer for layer, dtype in meta["dtypes"].items() if dtype == "float16")
     if halves:
@@ -73,7 +73,8 @@ def export(artifact: Path, out: Path) -> None:
     export_pipeline(artifact, out, "torchao", write_part)
 
 
-def _refusals(plan: QuantPlan) -> dict[str, Refusal]:
+def cannot_hold(plan: QuantPlan, denoiser: nn.Module) -> dict[str, Refusal]:
+    """Layer -> why it cannot go."""
     return refusals(plan, refusal, "quant/smoothing=static and dynamic activations")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from viditq.export.cost import told_cost
 from viditq.export.float_weights import FloatWeights
@@ -47,12 +48,13 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     if is_exported(artifact, out, TARGET):
         return
     adapter, policy, again, changed = ModelAdapter.from_dict(meta["model"]), dict[str, Any](), None, ""
-    tensors, refused = folded(artifact, meta, adapter.build_denoiser(), _refusals, requantize)
+    denoiser = adapter.build_denoiser()
+    tensors, refused = folded(artifact, meta, denoiser, partial(cannot_hold, denoiser=denoiser), requantize)
     if not requantize:
         raise_refused(TARGET, refused, True)
     plan, core = tensors.plan, core_of(tensors.plan)
     if refused or core.others:
-        weights = FloatWeights(adapter.build_denoiser(), plan, tensors, core.first)
+        weights = FloatWeights(denoiser, plan, tensors, core.first)
         again = Again(dict.fromkeys(refused, LayerScheme(WEIGHT, ACTIVATION)), weights) if refused else None
     if core.others:
         changed = kept_weights(TARGET, plan, core, weights, again, requantize)
@@ -66,7 +68,8 @@ def export(artifact: Path, out: Path, requantize: bool = False) -> None:
     export_pipeline(artifact, out, TARGET, write, changed)
 
 
-def _refusals(plan: QuantPlan) -> dict[str, Refusal]:
+def cannot_hold(plan: QuantPlan, denoiser: nn.Module) -> dict[str, Refusal]:
+    """Layer -> why it cannot go."""
     return refusals(core_of(plan).plan, refusal, BY_NOISE_LEVEL)
 
 

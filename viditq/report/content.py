@@ -40,6 +40,7 @@ class PageContent:
     that stage has not run). `segments` are noise levels from 0 to 1. `pairs` come worst first and already limited (to
     MAX_PAIRS, if the caller has no other wish); `sorted_by` names the metric that ordered them. `search`,
     `heat_map` and `budget_curve` are the content of search.json and its pictures, where a plan was searched;
+    `treatments` and `treatments_picture` the same of treatments.json;
     `incoherence` and `speed` are the content of incoherence.json and speed.json, where there is one.
     """
 
@@ -62,6 +63,8 @@ class PageContent:
     search: Mapping[str, Any] | None = None
     heat_map: Path | None = None
     budget_curve: Path | None = None
+    treatments: Mapping[str, Any] | None = None
+    treatments_picture: Path | None = None
     incoherence: Mapping[str, Any] | None = None
     speed: Mapping[str, Any] | None = None
 

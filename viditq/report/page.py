@@ -24,6 +24,7 @@ from viditq.report.plan_view import segment_words
 from viditq.report.search_view import SearchView, search_view
 from viditq.report.speed import emulated, speed_line, speed_view
 from viditq.report.text_encoders import text_encoder_view
+from viditq.report.treatments_view import TreatmentsView, treatments_view
 from viditq.report.verdicts import headline, judge_all
 from viditq.report.wording import digits_for, finite, plain
 
@@ -81,6 +82,7 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
             speed_line=speed_line(content.metrics.get("backend"), content.speed),
             text_encoders=text_encoder_view(content.metrics),
             search=_search_view(content),
+            treatments=_treatments_view(content),
             segment_words=segment_words(content.segments),
             stage_seconds=_stage_seconds(content.metrics),
             prompt_table=_prompt_table(content),
@@ -90,6 +92,12 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
             "base-uri 'none'; form-action 'none'",
         )
     )
+
+
+def _treatments_view(content: PageContent) -> TreatmentsView | None:
+    if content.treatments is None or content.treatments_picture is None:
+        return None
+    return treatments_view(content.treatments, content.treatments_picture)
 
 
 def _search_view(content: PageContent) -> SearchView | None:

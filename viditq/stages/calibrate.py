@@ -31,7 +31,7 @@ def calibrate(job: Job) -> str:
         return "not needed: this recipe takes no statistics"
     already = not missing(job)
     observe(job)
-    what = "already done" if already else f"{len(job.experiment.data.calibration_prompts)} prompts observed"
+    what = "already done" if already else f"{len(job.experiment.observed_prompts)} prompts observed"
     return f"{what} ({job.stats_file})"
 
 
@@ -101,7 +101,7 @@ def _finish(job: Job, this: Pass, state: State) -> None:
 
 def _sample(job: Job, this: Pass, partials: Partials) -> None:
     e, processes = job.experiment, job.processes
-    prompts = e.data.calibration_prompts
+    prompts = e.observed_prompts
     done = processes.first_does(partials.compact)
     batches = list(enumerate(batches_of(len(prompts), e.adapter.calibration_batch_size)))
     pipeline = job.load_float()

@@ -44,7 +44,7 @@ def quantized_weights(job: Job, denoiser: nn.Module) -> dict[str, Tensor]:
 def calibrated_incoherence(job: Job, weights: Mapping[str, Tensor], stats: CalibrationStats) -> None:
     """Write the file, if it is missing, from the statistics of the calibration."""
     if job.plan.layers and not is_whole(job.run_dir.incoherence):
-        write_incoherence(job, weights, stats, "calibrate", len(job.experiment.data.calibration_prompts))
+        write_incoherence(job, weights, stats, "calibrate", len(job.experiment.observed_prompts))
 
 
 def write_incoherence(

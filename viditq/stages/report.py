@@ -119,4 +119,6 @@ def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt:
         incoherence=read_json(run_dir.incoherence) if is_whole(run_dir.incoherence) else None,
         speed=read_json(run_dir.speed) if is_whole(run_dir.speed) else None,
         budget_curve=run_dir.budget_curve if is_whole(run_dir.budget_curve) else None,
+        treatments=read_json(run_dir.treatments) if is_whole(run_dir.treatments) else None,
+        treatments_picture=run_dir.treatments_picture if is_whole(run_dir.treatments_picture) else None,
     )

@@ -11,10 +11,12 @@ from viditq.quant.search.allocate import Search
 from viditq.quant.search.candidates import SIDES, candidates_of
 from viditq.quant.search.costs import to_measure
 from viditq.quant.search.policy import SensitivitySearch, found_plan
+from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.stages.calibrate import observe
 from viditq.stages.external import skipped
 from viditq.stages.search_result import Costs, allocated, average, costs_of, point, result_of, write
 from viditq.stages.search_table import SearchTable
+from viditq.stages.treatments import search_treatments
 
 
 def search(job: Job) -> str:
@@ -22,6 +24,8 @@ def search(job: Job) -> str:
     if why := skipped(job, "search"):
         return why
     policy = job.experiment.quant.policy
+    if isinstance(policy, TreatmentSearch):
+        return search_treatments(job, policy)
     if not isinstance(policy, SensitivitySearch):
         return "not needed: the policy names the bits"
     run_dir = job.run_dir

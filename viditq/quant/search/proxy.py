@@ -53,8 +53,8 @@ class OneStep:
 
         def keep(prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert context.segment is not None and context.noise_level is not None
-            copies = {key: _copy(value) for key, value in kwargs.items()}
-            call = context.noise_level, (tuple(map(_copy, args)), copies)
+            copies = {key: copied(value) for key, value in kwargs.items()}
+            call = context.noise_level, (tuple(map(copied, args)), copies)
             calls.setdefault((prefix, context.segment), []).append(call)
 
         handles = [
@@ -90,7 +90,8 @@ class OneStep:
         return predicted(self._parts[step[0]](*args, **kwargs), inputs).double()
 
 
-def _copy(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A tensor as it is now; anything else itself."""
     return value.clone() if isinstance(value, Tensor) else value
 
 

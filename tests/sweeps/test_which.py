@@ -1,0 +1,116 @@
+"""`python -m viditq which` on runs written here: five rows, and intervals that decide what is called better."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from viditq import __main__
+from viditq.errors import UserError
+from viditq.sweeps.which import which
+
+LABELS = {"psnr": {"label": "PSNR", "unit": "dB", "higher_is_better": True}}
+W8, W4 = ({"quant": {side: {"bits": bits} for side in ("weight", "activation")}} for bits in (8, 4))
+SPREAD = (-2.0, -1.0, 0.0, 0.0, 1.0, 2.0)  # around a run's PSNR, by prompt
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """A finished run. noise: by which its prompts differ from others' beside their mean."""
+
+    def run(name: str, psnr: float, megabytes: float, config: Any = W4, noise: float = 0.0, **rest: Any) -> Path:
+        folder = tmp_path / rest.get("folder", "runs") / name
+        folder.mkdir(parents=True)
+        values = [psnr + spread + noise * (-1) ** i for i, spread in enumerate(SPREAD)]
+        model, prompts = rest.get("model", "m"), [str(i) for i in range(len(values))]
+        metrics = {"model": model, "experiment": name, "seed": 0, "prompts": len(values), "labels": LABELS}
+        metrics |= {"metrics": {"psnr": psnr}, "standard_errors": {"psnr": 0.5}, "float_metrics": {}, "seconds": {}}
+        metrics |= {"average_weight_bits": 4.5, "average_activation_bits": 8.5, "size_bytes": megabytes * 1e6}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "run.json").write_text(json.dumps({"name": name, "seed": 0, "model": {"name": model}, **config}))
+        per_prompt = {"prompts": prompts, "metrics": {"psnr": values}, "reference": "/cache/r"}
+        (folder / "per_prompt.json").write_text(json.dumps(per_prompt))
+        if ratio := rest.get("ratio"):
+            backend = {"requested": "native", "layers": {rest.get("backend", "native"): 4}}
+            seconds = {"quantized": 1.0, "float": ratio}
+            candidates = {n: {"dtype": "float32", "seconds": {"median": s}} for n, s in seconds.items()}
+            machine = {"cpu": "c", "cores": 2, "threads": 1, "isa": [], "gpu": None, "torch": "2"}
+            told = {"backend": backend, "batch_size": 8, "rounds": 5, "machine": machine, "candidates": candidates}
+            (folder / "speed.json").write_text(json.dumps(told))
+        if rest.get("exact") is not None:
+            (folder / "quantized").mkdir()
+            (folder / "quantized" / "meta.json").write_text(json.dumps(rest["exact"]))
+        return folder
+
+    return run
+
+
+def exact(artifact: Path) -> list[str]:
+    """What the run was written to be exact for."""
+    found: list[str] = json.loads((artifact / "meta.json").read_text())
+    return found
+
+
+def answers(text: str) -> dict[str, list[str]]:
+    """First cell -> the others, of one model's table."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    return {
+        cells[0].strip(): [c.strip() for c in cells[1:]] for cells in (line.strip("|").split(" | ") for line in lines)
+    }
+
+
+def test_five_rows(write: Write, tmp_path: Path) -> None:
+    write("fine", 60, 5.2, W8, exact=[])
+    write("plain", 50, 5.0, W8, exact=["torchao", "sdnq"], ratio=2.0)
+    write("large", 70, 7.0, W8)  # a branch beside 8 bits: not of their bytes
+    write("small", 40, 2.5, exact=["comfyui"], ratio=1.5)
+    write("smaller", 30, 2.4, ratio=9.0, backend="fake")
+    write("poor", 25, 2.6)
+    rows = answers(which([str(tmp_path / "runs")], None, exact))
+    assert [*rows] == [
+        *("best at 8 bits", "best at half the bytes of that", "fastest", "best exportable", "what not to use")
+    ]
+    assert rows["best at 8 bits"][0] == "fine" and "certainly better than 4 others" in rows["best at 8 bits"][-1]
+    half = rows["best at half the bytes of that"]
+    assert half[0] == "small" and half[2] == "2.50" and half[-1].startswith("48 % of its bytes; certainly better")
+    assert rows["fastest"][0] == "plain" and "of 2 of 6 runs" in rows["fastest"][-1]
+    assert rows["best exportable"][0] == "plain" and "exact for torchao, sdnq" in rows["best exportable"][-1]
+    worse = rows["what not to use"][-1]
+    assert worse.startswith("poor: small is better by +15") and "smaller" not in worse and "plain" not in worse
+
+
+def test_nothing_is_called_better_that_an_interval_cannot_tell(write: Write, tmp_path: Path) -> None:
+    write("one", 51, 5.0, W8, noise=6.0)
+    write("other", 50, 5.0, W8)
+    write("behind", 20, 4.8, W8, noise=3.0)
+    rows = answers(which([str(tmp_path / "runs/*")], None, exact))
+    assert rows["best at 8 bits"][0] == "one" and rows["best at 8 bits"][-1] == "not certainly better than other"
+    assert rows["what not to use"][-1] == "no run is certainly worse than another of no more bytes"
+    assert rows["best at half the bytes of that"][0] == "-"
+
+
+def test_what_no_run_has_is_said(write: Write, tmp_path: Path) -> None:
+    write("small", 40, 2.5, exact=[], ratio=3.0, backend="fake")
+    rows = answers(which([str(tmp_path / "runs/small")], None, exact))
+    assert rows["best at 8 bits"][-1] == rows["best at half the bytes of that"][-1] == "no run has 8 bits on both sides"
+    assert rows["fastest"][-1].startswith("not measured") and "--requantize" in rows["best exportable"][-1]
+    with pytest.raises(UserError, match="None of these folders holds a finished run"):
+        which([str(tmp_path)], None, exact)
+
+
+def test_models_have_tables_of_their_own_and_sweeps_name_their_runs(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write("w8a8", 50, 5.0, W8, model=model, folder=model) for model in ("a", "b")]
+    (tmp_path / "sweep").mkdir()
+    for num, run in enumerate(runs):
+        record = {"num": num, "overrides": [], "folder": str(run), "status": "done"}
+        (tmp_path / "sweep" / f"{num:04d}.json").write_text(json.dumps(record))
+    assert __main__.main(["which", str(tmp_path / "sweep")]) == 0
+    told = capsys.readouterr().out
+    assert "### a: which to use, by PSNR dB" in told and "### b: which to use" in told
+    assert __main__.main(["which", str(tmp_path / "sweep"), "--metric", "fvd"]) == 2
+    assert "no metric that ranks runs" in capsys.readouterr().err

@@ -1,0 +1,185 @@
+"""`python -m viditq which`: of finished runs, the ones to take, in five rows a model.
+
+What is called better is better in the paired difference over the same prompts and noise, with its 95 % interval.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from viditq.errors import UserError
+from viditq.files import is_whole
+from viditq.report.inputs import by_inputs, what_differs
+from viditq.report.leaderboard import heading, table_line
+from viditq.report.paired import Paired, paired_text
+from viditq.report.row import Row, directed, labels_of, ranking_metric
+from viditq.sweeps.gathered import Runs, find, interval_of, is_run, read, rows, unrepeated, width_of
+from viditq.sweeps.records import read_jobs
+
+ROOM = 1.1  # of the bytes of the smallest run at 8 bits: groups and plans take a few more
+HALF, NEARLY = 0.5, 0.67  # of the bytes of the best at 8 bits; of small models much stays in float
+SAME_BYTES = 1.01
+HEADINGS = ("", "run", "", "MB", "step", "why")
+NOBODY = ("-", "-", "-", "-")
+ExactTargets = Callable[[Path], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Rows of one model and the same inputs; folders: row name -> those of its runs; eights: names of rows whose
+    weights and activations all have 8 bits.
+    """
+
+    title: str
+    rows: Sequence[Row]
+    metric: str
+    label: str
+    higher: bool
+    folders: Mapping[str, Sequence[Path]]
+    eights: frozenset[str]
+
+    def value(self, row: Row) -> float:
+        """The larger the better."""
+        score = row.score(self.metric)
+        return -math.inf if score is None else score.value if self.higher else -score.value
+
+    def better(self, row: Row, other: Row) -> Paired | None:
+        """The paired difference to another row, where it is certainly better."""
+        paired = row.minus(other, self.metric, interval_of)
+        if paired is None or paired[1] is None:
+            return None
+        low, high = paired[1]
+        return paired if (low > 0 if self.higher else high < 0) else None
+
+    def best(self, among: Sequence[Row]) -> Row | None:
+        return max(among, key=self.value, default=None)
+
+    def equals(self, best: Row, among: Sequence[Row]) -> list[str]:
+        """Names of those that the best one is not certainly better than."""
+        return [row.name for row in among if row is not best and self.better(best, row) is None]
+
+
+def which(arguments: Sequence[str], metric: str | None, exact_targets: ExactTargets) -> str:
+    """Markdown. arguments: folders of runs, of models that hold them, or of a sweep's records; patterns of these.
+
+    exact_targets: artifact -> the programs that hold it exactly. Raises UserError where there is no finished run, or
+    none that ranks.
+    """
+    runs = unrepeated(read([run for folder in find([*arguments]) for run in runs_in(folder)]))
+    tables = []
+    for model in sorted({metrics["model"] for metrics, *_ in runs.values()}):
+        of_model = {folder: run for folder, run in runs.items() if run[0]["model"] == model}
+        tables += [_table(field, exact_targets) for field in _fields(model, of_model, metric)]
+    if not tables:
+        raise UserError("None of these runs has a metric that ranks, higher or lower being better: measure psnr too.")
+    return "\n\n".join(tables) + "\n"
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder if it is a run's; else those of the jobs of a sweep's records; else the runs beneath it."""
+    if is_run(folder):
+        return [folder]
+    if jobs := [Path(job.folder) for job in read_jobs(folder)]:
+        return [job for job in jobs if is_run(job)]
+    return [child for child in sorted(folder.iterdir()) if is_run(child)] or [folder]
+
+
+def _fields(model: str, runs: Runs, metric: str | None) -> list[Field]:
+    fields = []
+    groups = [group for group in by_inputs(rows(runs, Path())) if directed(labels_of(group))]
+    for number, group in enumerate(groups, 1):
+        apart = what_differs(group[0], groups[0][0])
+        title = f"{model}, inputs {number}: {apart}" if apart else model
+        labels = labels_of(group)
+        first = ranking_metric(title, labels, metric)
+        folders = {row.name: [f for f, run in runs.items() if run[0] in [*row.metrics]] for row in group}
+        widths = {name: {width_of(runs[f][1]) for f in of} for name, of in folders.items()}
+        eights = frozenset(name for name, of in widths.items() if of == {"W8A8"})
+        better = bool(labels[first]["higher_is_better"])
+        fields.append(Field(title, group, first, heading(labels[first]), better, folders, eights))
+    return fields
+
+
+def _table(field: Field, exact_targets: ExactTargets) -> str:
+    lines = [f"### {field.title}: which to use, by {field.label}", ""]
+    named = [*HEADINGS[:2], field.label, *HEADINGS[3:]]
+    lines += [table_line(named), "|" + "---|" * len(named)]
+    eight = _at_eight(field)
+    best = field.best(eight)
+    half = [] if best is None else _at_half(field, best)
+    lines.append(table_line(["best at 8 bits", *_told(field, best, eight, "no run has 8 bits on both sides")]))
+    without = "no run takes so few" if best else "no run has 8 bits on both sides"
+    lines.append(table_line(["best at half the bytes of that", *_told(field, field.best(half), half, without, best)]))
+    lines.append(table_line(["fastest", *_fastest(field)]))
+    lines.append(table_line(["best exportable", *_exportable(field, exact_targets)]))
+    lines.append(table_line(["what not to use", *_not_to_use(field)]))
+    return "\n".join(lines)
+
+
+def _at_eight(field: Field) -> list[Row]:
+    sizes = [row.megabytes for row in field.rows if row.name in field.eights]
+    return [row for row in field.rows if sizes and row.megabytes <= ROOM * min(sizes)]
+
+
+def _at_half(field: Field, best: Row) -> list[Row]:
+    for share in (HALF, NEARLY):
+        if found := [row for row in field.rows if row.megabytes <= share * best.megabytes]:
+            return found
+    return []
+
+
+def _cells(field: Field, row: Row, why: str) -> list[str]:
+    score = row.score(field.metric)
+    step = row.step.text if row.step else "not measured"
+    return [row.name, score.text if score else "-", f"{row.megabytes:.2f}", step, why]
+
+
+def _told(field: Field, best: Row | None, among: Sequence[Row], nobody: str, of: Row | None = None) -> list[str]:
+    if best is None:
+        return [*NOBODY, nobody]
+    equal = field.equals(best, among)
+    share = "" if of is None else f"{100 * best.megabytes / of.megabytes:.0f} % of its bytes; "
+    if equal:
+        return _cells(field, best, f"{share}not certainly better than {', '.join(equal)}")
+    others = len(among) - 1
+    return _cells(field, best, f"{share}certainly better than {others} other{'s' * (others != 1)} of so many bytes")
+
+
+def _fastest(field: Field) -> list[str]:
+    timed = [row for row in field.rows if row.step is not None and not row.step.emulated]
+    if not timed:
+        return [*NOBODY, "not measured: no run has a step without emulation (the stage benchmark)"]
+    fastest = max(timed, key=lambda row: row.step.against_float if row.step else 0.0)
+    assert fastest.step is not None
+    slower = "; slower than float all the same" * (fastest.step.against_float < 1)
+    return _cells(field, fastest, f"of {len(timed)} of {len(field.rows)} runs whose step was measured{slower}")
+
+
+def _exportable(field: Field, exact_targets: ExactTargets) -> list[str]:
+    asked = {
+        row.name: [*exact_targets(field.folders[row.name][0] / "quantized")]
+        for row in field.rows
+        if is_whole(field.folders[row.name][0] / "quantized" / "meta.json")
+    }
+    exact = [row for row in field.rows if asked.get(row.name)]
+    best = field.best(exact)
+    if best is None:
+        return [*NOBODY, f"no other program holds any of {len(asked)} artifacts exactly (--requantize converts)"]
+    equal = field.equals(best, exact)
+    tied = f"; not certainly better than {', '.join(equal)}" if equal else ""
+    return _cells(field, best, f"exact for {', '.join(asked[best.name])}{tied}")
+
+
+def _not_to_use(field: Field) -> list[str]:
+    """Rows that another one of no more bytes is certainly better than."""
+    found = []
+    for row in sorted(field.rows, key=field.value):
+        rivals = [r for r in field.rows if r is not row and r.megabytes <= SAME_BYTES * row.megabytes]
+        beaten = [(field.value(rival), rival, paired) for rival in rivals if (paired := field.better(rival, row))]
+        if beaten:
+            _, rival, paired = max(beaten, key=lambda one: one[0])
+            found.append(f"{row.name}: {rival.name} is better by {paired_text(paired)} in {rival.megabytes:.2f} MB")
+    if not found:
+        return [*NOBODY, "no run is certainly worse than another of no more bytes"]
+    return ["see why", "-", "-", "-", "; ".join(found)]
