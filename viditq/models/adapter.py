@@ -22,6 +22,7 @@ from viditq.models.pipelines import load_pipeline
 from viditq.models.registry import find_class
 from viditq.models.schedulers import check_scheduler
 from viditq.models.source import Source
+from viditq.models.stand_ins import beside_text, compute_on_cpu
 from viditq.models.timestep_scale import measured_scale
 from viditq.models.weight_files import COPY_AGAIN
 
@@ -186,12 +187,10 @@ class ModelAdapter:
         return DTYPES[self.dtype]
 
     def load_text_part(self, encoders: Mapping[str, nn.Module] | None = None) -> Any:
-        """The pipeline with its tokenizers and text encoders only; `encoders` replace the stored ones."""
+        """The pipeline without weights but those of its text encoders, for the CPU; `encoders` replace the stored ones."""
         if encoders is None:
             contents.check_contents(self)  # also of what is loaded later: before anything is encoded
-        return load_pipeline(
-            self, {name: None for name in self.components if name not in self.text_parts} | {**(encoders or {})}
-        )
+        return compute_on_cpu(load_pipeline(self, beside_text(self) | {**(encoders or {})}))
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
         """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""

@@ -12,20 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
+from viditq.models.stand_ins import compute_on_cpu, stand_in
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
 NUM_TOKENS = 8
 TIMESTEPS = ("timestep", "t", "timesteps", "time")
 """What denoisers call the argument that tells them the noise level."""
-CPU = torch.device("cpu")
 
 
 class _AllSteps(Exception):
@@ -90,20 +88,12 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
         if value[0] == "transformers" or name.startswith("tokenizer"):
             parts[name] = None
             continue
-        cls = find_class(value[1])
-        if _is_model(cls):
-            with init_empty_weights(include_buffers=False):
-                parts[name] = cls.from_config(cls.load_config(adapter.folder / name))
-    cls = find_class(adapter.pipeline)
-    pipeline = cls.from_pretrained(adapter.folder, local_files_only=True, **parts)
+        model = stand_in(adapter, name)
+        if model is not None:
+            parts[name] = model
+    pipeline = find_class(adapter.pipeline).from_pretrained(adapter.folder, local_files_only=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    on_cpu = property(lambda _: CPU)  # where the stand-ins' parameters are, nothing can be computed
-    pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": on_cpu, "device": on_cpu})
-    return pipeline
-
-
-def _is_model(cls: Any) -> bool:
-    return inspect.isclass(cls) and issubclass(cls, ModelMixin)
+    return compute_on_cpu(pipeline)
 
 
 def _embeddings(adapter: Any) -> tuple[Any, ...]:

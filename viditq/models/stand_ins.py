@@ -1,0 +1,43 @@
+"""Parts of a pipeline without their weights: their configuration, which other parts and the pipeline's code ask for."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from torch import nn
+
+from viditq.models.parts import TEXT, part_class
+
+CPU = torch.device("cpu")
+
+
+def stand_in(adapter: Any, name: str) -> nn.Module | None:
+    """A model of diffusers from its config.json, parameters on the meta device; None for what is no such model."""
+    cls = part_class(adapter.index()[name])
+    if not (inspect.isclass(cls) and issubclass(cls, ModelMixin)):
+        return None
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = cls.from_config(cls.load_config(adapter.part_folder(name, weights=False)))
+    return model.to(adapter.torch_dtype)
+
+
+def beside_text(adapter: Any) -> dict[str, Any]:
+    """Part -> its stand-in, of the neural networks that encode no prompts; None for those that are not diffusers' own.
+
+    Processors, schedulers and whatever else has no weights are not among them: prompts may be encoded with them.
+    """
+    parts = {name: part_class(adapter.index()[name]) for name in adapter.components if not name.startswith(TEXT)}
+    models = [name for name, cls in parts.items() if inspect.isclass(cls) and issubclass(cls, nn.Module)]
+    return {name: stand_in(adapter, name) for name in models}
+
+
+def compute_on_cpu(pipeline: Any) -> Any:
+    """The pipeline, computing there, whatever the first of its parts lies on: nothing is computed on stand-ins."""
+    cls = type(pipeline)
+    on_cpu = property(lambda _: CPU)
+    pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": on_cpu, "device": on_cpu})
+    return pipeline
