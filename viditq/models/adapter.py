@@ -18,6 +18,7 @@ from viditq.models.attention import check_attention, check_dispatches
 from viditq.models.checks import check_arguments, check_call, check_values, given_to_call
 from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
+from viditq.models.negative_prompt import own_negative_prompt
 from viditq.models.pipelines import load_pipeline
 from viditq.models.registry import find_class
 from viditq.models.schedulers import check_scheduler
@@ -39,7 +40,7 @@ class ModelAdapter:
     conditioning: text (`encode_prompt`) or class (labels). encode: keyword arguments of `encode_prompt`;
     encode_outputs: in order, the names under which `__call__` takes what it returns, None for what it does not take;
     list_embeds: it takes lists of tensors. negative_prompt: encoded by a call of its own, as `negative_<name>`; None =
-    `encode_prompt` sees to it. prompt_tokenizer: the one whose tokens max_tokens counts. call: more arguments of
+    `encode_prompt` sees to it (guessed: the one that the pipeline's call encodes by itself, if any). prompt_tokenizer: the one whose tokens max_tokens counts. call: more arguments of
     `__call__`, for embeddings made before.
 
     timestep_scale: the timestep that means pure noise, or {at_noise, at_clean, argument} of the denoiser's forward.
@@ -105,6 +106,8 @@ class ModelAdapter:
         check_call(find_class(self.pipeline), given_to_call(self))
         check_arguments(self, find_class(self.pipeline))
         check_scheduler(self)
+        if self.guess and self.negative_prompt is None and self.conditioning == "text":
+            object.__setattr__(self, "negative_prompt", own_negative_prompt(self))
         if self.timestep_scale is None:
             object.__setattr__(self, "timestep_scale", measured_scale(self))
 
@@ -166,9 +169,12 @@ class ModelAdapter:
         return "+".join([whole, *(self.denoiser_source.fingerprint(part) for part in parts)])
 
     def index(self) -> dict[str, Any]:
-        """The content of model_index.json."""
+        """The content of model_index.json, in which parts are lists [library, class]; settings that are lists: tuples."""
         values: dict[str, Any] = read_json(self.folder / "model_index.json", COPY_AGAIN)
-        return values
+        return {
+            name: value if parts.is_entry(value) or not isinstance(value, list) else tuple(value)
+            for name, value in values.items()
+        }
 
     @property
     def components(self) -> list[str]:

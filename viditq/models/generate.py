@@ -85,7 +85,8 @@ def text_settings(adapter: ModelAdapter, pipeline: Any) -> dict[str, Any]:
     of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
     settings = {k: v for k, v in call_settings(adapter, pipeline).items() if k not in of_text}
     settings |= {k: v for k, v in adapter.encode.items() if k in of_call}
-    return settings | ({} if adapter.negative_prompt is None else {"negative_prompt": adapter.negative_prompt})
+    own = adapter.negative_prompt is not None and "negative_prompt" in of_call  # else it is the pipeline's own choice
+    return settings | ({"negative_prompt": adapter.negative_prompt} if own else {})
 
 
 def _call(

@@ -75,7 +75,7 @@ def _guess(blocks: str, rest: str, joint: set[str], alone: str) -> str:
     kind = _kind(rest, single_stream="single" in blocks)
     if kind == FLOAT:
         return FLOAT
-    if "refiner" in blocks and re.search("context|token|text|caption", blocks):
+    if blocks.startswith("text_") or ("refiner" in blocks and re.search("context|token|text|caption", blocks)):
         return "text_refiner"
     if kind == "mlp":
         return kind
@@ -89,8 +89,8 @@ def _guess(blocks: str, rest: str, joint: set[str], alone: str) -> str:
 
 
 def _kind(rest: str, single_stream: bool) -> str:
-    """mlp, attention or float; a single-stream block's proj_out takes the attention's and the feed-forward's output."""
-    if OF_FEED_FORWARD.search(rest) or (single_stream and rest == "proj_out"):
+    """mlp, attention or float; a single-stream block's last one takes the attention's and the feed-forward's output."""
+    if OF_FEED_FORWARD.search(rest) or (single_stream and rest in ("proj_out", "attn.to_out")):
         return "mlp"
     if IN_EMBEDDER.search(rest):
         return FLOAT

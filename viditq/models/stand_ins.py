@@ -22,7 +22,7 @@ def stand_in(adapter: Any, name: str) -> nn.Module | None:
         return None
     with init_empty_weights(include_buffers=False):
         model: nn.Module = cls.from_config(cls.load_config(adapter.part_folder(name, weights=False)))
-    return model.to(adapter.torch_dtype)
+    return nn.Module.to(model, adapter.torch_dtype)  # diffusers' own warns of what matters to weights only
 
 
 def beside_text(adapter: Any) -> dict[str, Any]:

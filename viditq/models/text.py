@@ -52,7 +52,8 @@ def encode_prompt(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEm
     embeds = _encode(adapter, pipeline, prompt)
     if adapter.negative_prompt is not None:
         negative = _encode(adapter, pipeline, adapter.negative_prompt)
-        embeds |= {f"negative_{name}": value for name, value in negative.items()}
+        taken = inspect.signature(pipeline.__call__).parameters  # some take less of it, and need no more
+        embeds |= {key: value for name, value in negative.items() if (key := f"negative_{name}") in taken}
     return embeds
 
 

@@ -27,7 +27,7 @@ TIMESTEPS = ("timestep", "t", "timesteps", "time")
 
 
 class _AllSteps(Exception):
-    """The last step is done; decoding comes next."""
+    """What was to be recorded is; denoising, or decoding, comes next."""
 
 
 class TrialError(Exception):
@@ -61,8 +61,21 @@ def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[
         raise TrialError(f"{type(error).__name__}: {error}") from error
 
 
+def encoded_texts(adapter: Any, scheduler: Any) -> list[Any]:
+    """What one call of the pipeline, given a prompt, hands to `encode_prompt`, call by call, until it denoises."""
+    recorder = _Recorder(adapter, scheduler, text_only=True)
+    with suppress(Exception), torch.no_grad():  # whether it samples so is another question (`try_out`)
+        _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
+    return recorder.texts
+
+
 def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]:
     recorder = _Recorder(adapter, scheduler)
+    _run(adapter, scheduler, settings, recorder)
+    return recorder.steps
+
+
+def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: _Recorder) -> None:
     joined = adapter.build_denoiser()
     denoisers = dict(joined) if isinstance(joined, nn.ModuleDict) else {adapter.denoiser_names[0]: joined}
     for denoiser in denoisers.values():
@@ -73,11 +86,10 @@ def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]
         prompt: dict[str, Any] = {"class_labels": [0]}
     else:
         prompt = {"prompt": "a"}
-        pipeline.encode_prompt = lambda *args, **kwargs: _embeddings(adapter)
+        pipeline.encode_prompt = recorder.encode(pipeline.encode_prompt)
     settings = call_settings(adapter, pipeline) | settings
     with suppress(_AllSteps):
         pipeline(**prompt, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
-    return recorder.steps
 
 
 def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
@@ -110,14 +122,29 @@ def _embeddings(adapter: Any) -> tuple[Any, ...]:
 
 
 class _Recorder:
-    """What denoisers are told between the scheduler's steps."""
+    """What denoisers are told between the scheduler's steps, and which texts are encoded before.
 
-    def __init__(self, adapter: Any, scheduler: Any) -> None:
-        self.adapter, self.scheduler = adapter, scheduler
+    text_only: the call ends where it begins to denoise.
+    """
+
+    def __init__(self, adapter: Any, scheduler: Any, text_only: bool = False) -> None:
+        self.adapter, self.scheduler, self.text_only = adapter, scheduler, text_only
+        self.texts: list[Any] = []
         self.num_train = float(scheduler.config.get("num_train_timesteps", 1000))
         self.told: list[tuple[str, float]] = []
         self.steps: list[Step] = []
         self.count = 0
+
+    def encode(self, plain: Any) -> Any:
+        """In place of `encode_prompt`."""
+        signature = inspect.signature(plain)
+
+        @functools.wraps(plain)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            self.texts.append(signature.bind(*args, **kwargs).arguments.get("prompt"))
+            return _embeddings(self.adapter)
+
+        return recorded
 
     def around(self, denoiser: Any) -> Any:
         """In place of its forward: takes note, and predicts nothing."""
@@ -127,6 +154,8 @@ class _Recorder:
 
         @functools.wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
+            if self.text_only:
+                raise _AllSteps
             given = signature.bind(*args, **kwargs).arguments
             self.told.append((argument, _single(given[argument])))
             out = _prediction(next(iter(given.values())), denoiser.config)
