@@ -21,8 +21,8 @@ from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
 from viditq.models.parts import TEXT, models_of
 from viditq.models.registry import find_class
-from viditq.models.stored_embeds import NEGATIVE
 from viditq.models.stand_ins import beside_text, compute_on_cpu
+from viditq.models.stored_embeds import NEGATIVE
 from viditq.models.text import PromptEmbeds, encode_prompt
 from viditq.models.text_encoders import ENCODER
 from viditq.models.weight_files import COPY_AGAIN, stored_tensors, variant_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from viditq.models.parts import TEXT, part_class
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def stand_in(adapter: Any, name: str) -> nn.Module | None:
     """A model of diffusers from its config.json, parameters on the meta device; None for what is no such model."""
     cls = part_class(adapter.index()[name])
-    if not (inspect.isclass(cls) and issubclass(cls, ModelMixin)):
+    if not _is_kind(cls, ModelMixin):
         return None
     with init_empty_weights(include_buffers=False):
         model: nn.Module = cls.from_config(cls.load_config(adapter.part_folder(name, weights=False)))
@@ -31,8 +31,11 @@ def beside_text(adapter: Any) -> dict[str, Any]:
     Processors, schedulers and whatever else has no weights are not among them: prompts may be encoded with them.
     """
     parts = {name: part_class(adapter.index()[name]) for name in adapter.components if not name.startswith(TEXT)}
-    models = [name for name, cls in parts.items() if inspect.isclass(cls) and issubclass(cls, nn.Module)]
-    return {name: stand_in(adapter, name) for name in models}
+    return {name: stand_in(adapter, name) for name, cls in parts.items() if _is_kind(cls, nn.Module)}
+
+
+def _is_kind(cls: Any, kind: type) -> bool:
+    return inspect.isclass(cls) and issubclass(cls, kind)
 
 
 def compute_on_cpu(pipeline: Any) -> Any:
@@ -41,3 +44,35 @@ def compute_on_cpu(pipeline: Any) -> Any:
     on_cpu = property(lambda _: CPU)
     pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": on_cpu, "device": on_cpu})
     return pipeline
+
+
+def stand_in_encoders(pipeline: Any) -> None:
+    """Let a pipeline of stand-ins encode pictures: to zeros, of the size that its VAE gives."""
+    if hasattr(pipeline, "encode_image"):
+        pipeline.encode_image = lambda *args, **kwargs: torch.zeros(1, 1, 1)
+    vae = getattr(pipeline, "vae", None)
+    if vae is None or not hasattr(vae, "encode"):
+        return
+    encode = vae.encode
+
+    def encoded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = encode(x.to("meta", vae.dtype))
+        return _Encoded(out.latent if hasattr(out, "latent") else out.latent_dist.mode())
+
+    vae.encode = encoded
+
+
+class _Encoded:
+    """What autoencoders return, whichever of them."""
+
+    def __init__(self, latent: Tensor) -> None:
+        self.latent = torch.zeros(latent.shape)
+        self.latent_dist = self
+
+    def mode(self) -> Tensor:
+        """The likeliest latents."""
+        return self.latent
+
+    def sample(self, generator: Any = None) -> Tensor:
+        """Latents drawn at random."""
+        return self.latent

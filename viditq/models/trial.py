@@ -16,9 +16,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from viditq.errors import UserError
+from viditq.models.conditions import made_up
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
-from viditq.models.stand_ins import compute_on_cpu, stand_in
+from viditq.models.stand_ins import compute_on_cpu, stand_in, stand_in_encoders
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
 NUM_TOKENS = 8
@@ -87,6 +88,8 @@ def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: _Reco
     else:
         prompt = {"prompt": "a"}
         pipeline.encode_prompt = recorder.encode(pipeline.encode_prompt)
+        prompt |= made_up(adapter)
+        stand_in_encoders(pipeline)
     settings = call_settings(adapter, pipeline) | settings
     with suppress(_AllSteps):
         pipeline(**prompt, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
