@@ -1,4 +1,4 @@
-"""`python -m viditq`: hand a quantized model to another program (export), or take one from it (import)."""
+"""`python -m viditq`: hand a quantized model to another program (export), take one from it (import); describe one."""
 
 import argparse
 import shlex
@@ -85,11 +85,19 @@ def bring(args: argparse.Namespace) -> None:
     print(out)
 
 
+def describe(args: argparse.Namespace) -> None:
+    """Print the yaml of a pipeline that has none."""
+    from viditq.describe import describe as text_of  # torch and diffusers take seconds
+    from viditq.importing.float_model import float_model
+
+    print(text_of(float_model(args.model, args.set), args.name), end="")
+
+
 def main(words: list[str] | None = None) -> int:
     """The exit status."""
     words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser("python -m viditq", description="Hand a quantized model to another program.")
-    commands = parser.add_subparsers(required=True, metavar="export or import")
+    commands = parser.add_subparsers(required=True, metavar="export, import or describe")
     command = commands.add_parser("export", help="write another program's format")
     command.add_argument("run", metavar="RUN", help="a run's folder, or its artifact (RUN/quantized)")
     known = "; ".join(f"{name}: {target.what}" for name, target in TARGETS.items())
@@ -105,6 +113,11 @@ def main(words: list[str] | None = None) -> int:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.path=FOLDER")
     command.add_argument("--out", required=True, help="the folder of the artifact")
     command.set_defaults(work=bring)
+    command = commands.add_parser("describe", help="print a yaml of what is guessed and measured of a pipeline")
+    command.add_argument("model", metavar="MODEL", help="a folder in diffusers' layout, or an id on the hub")
+    command.add_argument("--name", default="my_model", help="of the model")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.num_frames=81")
+    command.set_defaults(work=describe)
     args = parser.parse_args(words)
     args.words = words
     return guarded(DictConfig({"debug": False}), lambda: args.work(args), choice="--out PLACE")

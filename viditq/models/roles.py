@@ -106,8 +106,13 @@ def counts(roles: Mapping[str, str]) -> str:
 
 
 def summary(roles: Mapping[str, str]) -> str:
-    """Role: the names of its Linears with numbers as `*`, one line each: patterns to correct a guess with."""
+    """Role: the patterns of its Linears, one line each, to correct a guess with."""
+    return "\n".join(f"  {role}: {', '.join(names)}" for role, names in patterns(roles).items())
+
+
+def patterns(roles: Mapping[str, str]) -> dict[str, list[str]]:
+    """Role -> the names of its Linears with the first number as `*`."""
     globs: dict[str, dict[str, None]] = {}
     for name, role in roles.items():
         globs.setdefault(role, {})[re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1)] = None
-    return "\n".join(f"  {role}: {', '.join(names)}" for role, names in globs.items())
+    return {role: [*names] for role, names in globs.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,12 +37,13 @@ class TrialError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """told: what a denoiser was given as `argument`. level: the scheduler's timestep, as a share of those trained on;
+    """told: what `denoiser` was given as `argument`. level: the scheduler's timestep, as a share of those trained on;
     where it rises from step to step (a model that counts backwards), 1 less that."""
 
     argument: str
     told: float
     level: float
+    denoiser: str = ""
 
 
 def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[Step]:
@@ -79,8 +80,8 @@ def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]
 def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: _Recorder) -> None:
     joined = adapter.build_denoiser()
     denoisers = dict(joined) if isinstance(joined, nn.ModuleDict) else {adapter.denoiser_names[0]: joined}
-    for denoiser in denoisers.values():
-        denoiser.forward = recorder.around(denoiser)
+    for name, denoiser in denoisers.items():
+        denoiser.forward = recorder.around(denoiser, name)
     scheduler.step = recorder.step(scheduler.step)
     pipeline = _assembled(adapter, {**denoisers, "scheduler": scheduler})
     if adapter.conditioning == "class":
@@ -134,7 +135,7 @@ class _Recorder:
         self.adapter, self.scheduler, self.text_only = adapter, scheduler, text_only
         self.texts: list[Any] = []
         self.num_train = float(scheduler.config.get("num_train_timesteps", 1000))
-        self.told: list[tuple[str, float]] = []
+        self.told: list[tuple[str, str, float]] = []
         self.steps: list[Step] = []
         self.count = 0
 
@@ -149,7 +150,7 @@ class _Recorder:
 
         return recorded
 
-    def around(self, denoiser: Any) -> Any:
+    def around(self, denoiser: Any, name: str) -> Any:
         """In place of its forward: takes note, and predicts nothing."""
         forward = denoiser.forward
         signature = inspect.signature(forward)
@@ -160,7 +161,7 @@ class _Recorder:
             if self.text_only:
                 raise _AllSteps
             given = signature.bind(*args, **kwargs).arguments
-            self.told.append((argument, _single(given[argument])))
+            self.told.append((name, argument, _single(given[argument])))
             out = _prediction(next(iter(given.values())), denoiser.config)
             return (out,) if given.get("return_dict") is False else Transformer2DModelOutput(sample=out)
 
@@ -174,7 +175,7 @@ class _Recorder:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
             level = float(given["timestep"]) / self.num_train
-            self.steps += [Step(argument, told, level) for argument, told in self.told]
+            self.steps += [Step(argument, told, level, name) for name, argument, told in self.told]
             self.told = []
             self.count += 1
             sample, out = given["sample"], given["model_output"]
@@ -227,5 +228,5 @@ def _prediction(x: Any, config: Any) -> Any:
 def _in_order(steps: list[Step]) -> list[Step]:
     """Sampling goes from noise to none: where the scheduler counts up, it counts what is clean."""
     if steps and steps[0].level < steps[-1].level:
-        return [Step(step.argument, step.told, 1 - step.level) for step in steps]
+        return [replace(step, level=1 - step.level) for step in steps]
     return steps
