@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,3 +150,33 @@ def test_conditions_that_the_call_does_not_take(configure: Any, folder_of: Any) 
     path = f"model.path='{folder_of(images.flux_dev)}'"
     with pytest.raises(Exception, match=r"model\.conditions has 'image'; FluxPipeline takes these pictures: none"):
         instantiate(configure(*SHRUNK, path, "+model.conditions=[image]").model, _convert_="all")
+
+
+class Editing:
+    """A pipeline whose call prepares the picture before `encode_prompt` looks at it, and encodes a negative prompt."""
+
+    def encode_prompt(self, prompt: Any, image: Any = None, prompt_embeds: Any = None) -> tuple[torch.Tensor, None]:
+        return torch.full((1, 2, 3), float(len(prompt) * image.width)), None
+
+    def __call__(
+        self, image: Any = None, prompt: Any = None, height: int = 8, prompt_embeds: Any = None, negative_prompt: str = "",
+        negative_prompt_embeds: Any = None, num_inference_steps: int = 4,
+    ) -> None:  # fmt: skip
+        small = image.resize((height, height))
+        self.encode_prompt(prompt, small)
+        self.encode_prompt(negative_prompt, small)
+        pytest.fail("all is encoded")
+
+
+def test_what_looks_at_pictures_is_encoded_by_the_pipelines_own_call(pictures: Path) -> None:
+    adapter: Any = SimpleNamespace(
+        **{"conditioning": "text", "encode_outputs": ["prompt_embeds", None], "negative_prompt": "ab", "encode": {}},
+        **{"num_steps": 2, "guidance_argument": "guidance_scale", "guidance_scale": None, "height": 5, "width": None},
+        **{"modality": "image", "call": {}, "pipeline": "Editing"},
+    )
+    embeds = encode_prompt(adapter, Editing(), Prompt("abc", {"image": pictures / "0.png"}))
+    assert embeds.keys() == {"prompt_embeds", "negative_prompt_embeds", "condition:image"}
+    assert embeds["prompt_embeds"].unique().tolist() == [15] and embeds["negative_prompt_embeds"][0, 0, 0] == 10
+    with pytest.raises(UserError, match="Editing cannot encode 'abc' with its pictures"):
+        adapter.height = "x"
+        encode_prompt(adapter, Editing(), Prompt("abc", {"image": pictures / "0.png"}))

@@ -23,7 +23,10 @@ SIZES = ["height=32", "width=32", "num_steps=4"]
         (
             conditioned.wan22_i2v,
             ["num_frames=5"],
-            ["# transformer: 2 of 4 steps, 2 calls a step, timestep 999, 900", "# transformer_2: 2 of 4 steps, 2 calls"],
+            [
+                "# transformer: 2 of 4 steps, 2 calls a step, timestep 999, 900",
+                "# transformer_2: 2 of 4 steps, 2 calls",
+            ],
         ),
         (guided.krea2, [], ["# transformer: 4 of 4 steps, 2 calls a step, timestep 1, 0.8"]),
     ],
