@@ -1,11 +1,15 @@
-"""`run.py` in a fork of this process, where what takes many seconds to import is there already."""
+"""`run.py` in a fork of a process that has only imported it, which takes many seconds, and run no test.
+
+Not a fork of the tests' own process: whatever its thousands of tests have left there, threads' locks among it, would
+be in the run.
+"""
 
 import os
 import runpy
 import signal
 import sys
 from multiprocessing import get_context
-from multiprocessing.context import ForkProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -15,10 +19,10 @@ class Forked:
     """`run.py ARGUMENTS...`, with what it prints in the files `<name>.out` and `<name>.err` of a folder."""
 
     def __init__(self, folder: Path, name: str, *arguments: str) -> None:
-        import viditq.runner  # noqa: F401  # before the fork, which is what this is for
-
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["viditq.runner"])
         self._files = [folder / f"{name}.{end}" for end in ("out", "err")]
-        self.process: ForkProcess = get_context("fork").Process(target=_run, args=(self._files, arguments))
+        self.process: ForkServerProcess = context.Process(target=_run, args=(self._files, arguments))
         self.process.start()
 
     @property
