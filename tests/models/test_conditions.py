@@ -159,9 +159,14 @@ class Editing:
         return torch.full((1, 2, 3), float(len(prompt) * image.width)), None
 
     def __call__(
-        self, image: Any = None, prompt: Any = None, height: int = 8, prompt_embeds: Any = None, negative_prompt: str = "",
-        negative_prompt_embeds: Any = None, num_inference_steps: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        image: Any = None,
+        prompt: Any = None,
+        height: int = 8,
+        negative_prompt: str = "",
+        negative_prompt_embeds: Any = None,
+        num_inference_steps: int = 4,
+    ) -> None:
         small = image.resize((height, height))
         self.encode_prompt(prompt, small)
         self.encode_prompt(negative_prompt, small)

@@ -39,7 +39,7 @@ def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> N
 
 
 def _check_length(adapter: ModelAdapter, pipeline: Any, prompt: str, limit: int) -> None:
-    count = len(getattr(pipeline, adapter.prompt_tokenizer)(prompt)["input_ids"])
+    count = len(getattr(pipeline, adapter.prompt_tokenizer)(str(prompt))["input_ids"])
     if count > limit:
         raise UserError(
             f"The prompt {prompt[:60]!r}... has {count} tokens, {adapter.name} takes at most "
