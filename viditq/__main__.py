@@ -1,5 +1,5 @@
-"""`python -m viditq`: hand a quantized model to another program (export), take one from it (import), or tell which
-of finished runs to use (which).
+"""`python -m viditq`: hand a quantized model to another program (export), take one from it (import), tell which of
+finished runs to use (which), or describe a pipeline that has no yaml (describe).
 """
 
 import argparse
@@ -95,11 +95,19 @@ def advise(args: argparse.Namespace) -> None:
     print(which(args.runs, args.metric, exact_targets), end="")
 
 
+def describe(args: argparse.Namespace) -> None:
+    """Print the yaml of a pipeline that has none."""
+    from viditq.describe import describe as text_of  # torch and diffusers take seconds
+    from viditq.importing.float_model import float_model
+
+    print(text_of(float_model(args.model, args.set), args.name), end="")
+
+
 def main(words: list[str] | None = None) -> int:
     """The exit status."""
     words = sys.argv[1:] if words is None else words
     parser = argparse.ArgumentParser("python -m viditq", description="Hand a quantized model to another program.")
-    commands = parser.add_subparsers(required=True, metavar="export, import or which")
+    commands = parser.add_subparsers(required=True, metavar="export, import, which or describe")
     command = commands.add_parser("export", help="write another program's format")
     command.add_argument("run", metavar="RUN", help="a run's folder, or its artifact (RUN/quantized)")
     known = "; ".join(f"{name}: {target.what}" for name, target in TARGETS.items())
@@ -119,6 +127,11 @@ def main(words: list[str] | None = None) -> int:
     command.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, of a model's runs, or of a sweep")
     command.add_argument("--metric", help="what ranks them (the first of the runs' metrics)")
     command.set_defaults(work=advise)
+    command = commands.add_parser("describe", help="print a yaml of what is guessed and measured of a pipeline")
+    command.add_argument("model", metavar="MODEL", help="a folder in diffusers' layout, or an id on the hub")
+    command.add_argument("--name", default="my_model", help="of the model")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.num_frames=81")
+    command.set_defaults(work=describe)
     args = parser.parse_args(words)
     args.words = words
     return guarded(DictConfig({"debug": False}), lambda: args.work(args), choice="--out PLACE")

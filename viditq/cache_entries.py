@@ -9,6 +9,7 @@ from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.models.stored_embeds import read_embeds
 from viditq.models.text import PromptEmbeds
+from viditq.prompt import key_of, keys_of
 from viditq.quant.calibration.row_sample import MOMENT_ROWS, MOMENT_SHARE
 from viditq.quant.calibration.statistics import STATS_LAYOUT
 from viditq.quant.reconstruction.slots import LAYOUT
@@ -20,7 +21,7 @@ NOT_SAMPLING = (
     *("roles", "keep_float", "guess", "float_denoisers"),
     "calibration_batch_size",  # a key of its own, where it counts
 )
-UNLESS_GIVEN = ("scheduler", "scheduler_settings", "variant")  # younger than what caches hold
+UNLESS_GIVEN = ("scheduler", "scheduler_settings", "variant", "conditions")  # younger than what caches hold
 OF_TEXT = (
     *("pipeline", "dtype", "component_dtypes", "conditioning", "negative_prompt"),
     *("encode", "encode_outputs", "max_tokens", "prompt_tokenizer", "variant"),
@@ -44,7 +45,9 @@ class CacheEntries:
     @cached_property
     def embeds(self) -> Entry:
         """Embeddings of prompts."""
-        model = {k: v for k, v in self._base_key["model"].items() if k in OF_TEXT}
+        # where pictures may be encoded with the text, by the pipeline's own call, all that it is given counts
+        whole = bool(self.experiment.adapter.conditions)
+        model = {k: v for k, v in self._base_key["model"].items() if whole or k in OF_TEXT}
         return self._entry("prompts", {"model": model, "weights": self.experiment.weights})
 
     @cached_property
@@ -60,7 +63,7 @@ class CacheEntries:
 
     def float_samples(self, seed: int, denoiser_dtype: str | None) -> Entry:
         """The same from another seed, or with the denoiser in another dtype (None = the model's own)."""
-        key = {**self._base_key, "seed": seed, "prompts": self.experiment.data.prompts}
+        key = {**self._base_key, "seed": seed, "prompts": keys_of(self.experiment.data.prompts)}
         key |= {"denoiser_dtype": denoiser_dtype} if denoiser_dtype else {}
         return self._entry("reference", key | ({"compile": True} if self.experiment.adapter.compile else {}))
 
@@ -83,7 +86,8 @@ class CacheEntries:
     @property
     def _calibration_key(self) -> dict[str, Any]:
         e = self.experiment
-        prompts = {"calibration_prompts": e.observed_prompts, "batch_size": e.adapter.calibration_batch_size}
+        prompts: dict[str, Any] = {"calibration_prompts": keys_of(e.observed_prompts)}
+        prompts |= {"batch_size": e.adapter.calibration_batch_size}
         return {**self._base_key, "seed": e.seed, **prompts, "num_buckets": e.num_buckets}
 
     @property
@@ -118,7 +122,7 @@ class CacheEntries:
 
     def embeds_path(self, prompt: str, entry: Entry | None = None) -> Path:
         """The cached embeddings of one prompt; entry: of the float encoder (None) or `quantized_embeds`."""
-        return (entry or self.embeds).path / f"{fingerprint({'prompt': prompt})}.safetensors"
+        return (entry or self.embeds).path / f"{fingerprint({'prompt': key_of(prompt)})}.safetensors"
 
     def load_embeds(self, prompts: list[str], entry: Entry | None = None) -> Callable[[int], PromptEmbeds]:
         """Index of a prompt -> its embeddings; entry: as of `embeds_path`."""

@@ -23,12 +23,14 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.attention import check_device
 from viditq.models.checks import GUESSED
 from viditq.models.compiling import check_compiler
+from viditq.models.conditions import check_conditions
 from viditq.models.contents import check_contents
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedulers import make_scheduler
 from viditq.models.text import check_encodes
 from viditq.nulls import check_nulls
 from viditq.plans import check_segments, denoiser_plan, encoder_plans
+from viditq.prompt import keys_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.search.treatment_policy import TreatmentSearch
@@ -133,7 +135,9 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     tracked["calibration"].pop("moment_bytes")  # how often the prompts are sampled, not what comes of it
     if quant.text_encoder is None:  # likewise
         tracked["quant"].pop("text_encoder", None)
-    prompts = fingerprint({"evaluation": data.prompts, "calibration": data.calibration_prompts})
+    if not tracked["data"].get("images"):
+        tracked["data"].pop("images", None)
+    prompts = fingerprint({"evaluation": keys_of(data.prompts), "calibration": keys_of(data.calibration_prompts)})
     inputs: dict[str, Any] = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     inputs |= {} if stored is None else {"artifact": stored.digest}
     external = quant.policy if isinstance(quant.policy, ExternalQuantization) else None
@@ -197,6 +201,7 @@ def _check_held_out(quant: QuantSetting, data: PromptData) -> None:
 
 def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None:
     """Raises UserError unless the model's files hold all that the run needs of them; weights of the hub come later."""
+    check_conditions(adapter, [*data.prompts, *data.calibration_prompts])
     to_encode = [p for p in (*data.prompts, *data.calibration_prompts) if p not in data.ready_embeds]
     if to_encode:
         check_encodes(adapter, to_encode)

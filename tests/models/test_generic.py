@@ -7,46 +7,67 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from zoo import videos
+from zoo import guided, images, unlisted, videos
 from zoo.saving import save
 
 from viditq.models.adapter import ModelAdapter
-from viditq.models.generate import _call, noise_generator
+from viditq.models.generate import _as_tensor, _call, noise_generator, with_settings
 from viditq.models.text import encode_prompt
 from viditq.quant import linear_names
 
 SHRUNK = ["name=x", "model=diffusers", "model.num_steps=4", "model.height=32", "model.width=32"]
+PROMPT = "a small red circle"
+CLIP = "model.num_frames=5"
+# builder -> overrides, Linears by role, timestep scale, negative prompt
+KNOWN: dict[Callable[[], Any], tuple[list[str], dict[str, int], Any, str | None]] = {
+    videos.sana_video: ([CLIP], {"self_attention": 8, "cross_attention": 8, "float": 6}, 1000.0, None),
+    guided.krea2: ([], {"self_attention": 8, "mlp": 6, "text_refiner": 14, "float": 12}, 1.0, ""),
+    guided.flux2_klein: (
+        ["+model.encode.text_encoder_out_layers=[1,2]"],
+        {"joint_attention": 16, "mlp": 12, "float": 9},
+        1.0,
+        "",
+    ),
+    guided.hunyuan_image: ([], {"joint_attention": 11, "mlp": 6, "text_refiner": 6, "float": 16}, 1000.0, ""),
+    guided.hunyuan_video15: ([CLIP], {"joint_attention": 8, "mlp": 4, "text_refiner": 6, "float": 17}, 1000.0, ""),
+    unlisted.lumina2: (
+        [],
+        {"self_attention": 12, "mlp": 9, "text_refiner": 7, "float": 9},
+        {"at_noise": 0.0, "at_clean": 1.0, "argument": "timestep"},
+        None,
+    ),
+    unlisted.mochi: (
+        ["model.num_frames=7"],
+        {"joint_attention": 15, "mlp": 6, "float": 12},
+        {"at_noise": 0.0, "at_clean": 1000.0, "argument": "timestep"},
+        None,
+    ),
+    unlisted.chroma: ([], {"joint_attention": 22, "mlp": 12, "float": 7}, 1.0, None),
+    unlisted.ovis_image: ([], {"joint_attention": 22, "mlp": 12, "float": 12}, 1.0, None),
+    unlisted.skyreels_v2: ([CLIP], {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 6}, 1000.0, None),
+    images.aura_flow: ([], {"joint_attention": 12, "mlp": 9, "float": 9}, 1.0, None),
+}
+
+QUICK = (videos.sana_video, guided.krea2, guided.flux2_klein, guided.hunyuan_video15, unlisted.lumina2, unlisted.mochi)
 
 
 @pytest.mark.parametrize(
-    ("build", "own", "roles"),
-    [(videos.sana_video, ["model.num_frames=5"], {"self_attention": 8, "cross_attention": 8, "float": 6})],
+    "build", [pytest.param(b, marks=[pytest.mark.slow] * (b not in QUICK), id=b.__name__) for b in KNOWN]
 )
 def test_samples_are_those_of_the_pipelines_own_call(
-    build: Callable[[], Any],
-    own: list[str],
-    roles: dict[str, int],
-    configure: Callable[..., Any],
-    tmp_path: Path,
+    build: Callable[[], Any], configure: Callable[..., Any], tmp_path: Path
 ) -> None:
+    own, roles, scale, negative = KNOWN[build]
     save(build, tmp_path / "model")
     cfg = configure(*SHRUNK, *own, f"model.path='{tmp_path / 'model'}'").model
     adapter: ModelAdapter = instantiate(cfg, _convert_="all")
+    assert (adapter.timestep_scale, adapter.negative_prompt) == (scale, negative)
     found = [*adapter.linear_roles(linear_names(adapter.build_denoiser())).values()]
     assert {role: found.count(role) for role in dict.fromkeys(found)} == roles
-    prompt, pipeline = "a small red circle", adapter.load_complete()
-    embeds = encode_prompt(adapter, adapter.load_text_part(), prompt)
+    embeds = encode_prompt(adapter, adapter.load_text_part(), PROMPT)
     ours = _call(adapter, adapter.load(), [embeds], [3], 0, "pt")
-    settings = {
-        "num_inference_steps": 4,
-        "height": 32,
-        "width": 32,
-        "frames": 5,
-        "output_type": "pt",
-        "return_dict": False,
-    }
-    given = {**adapter.encode, **adapter.call, **settings}
-    theirs = torch.as_tensor(pipeline(prompt, generator=noise_generator(0, 3), **given)[0])
-    assert ours.shape == (1, 5, 3, 32, 32)
-    torch.testing.assert_close(ours, theirs.reshape(ours.shape), rtol=0, atol=1e-5)
-    assert adapter.timestep_scale == 1000.0
+    pipeline = with_settings(adapter, adapter.load_complete())
+    given = {"generator": noise_generator(0, 3), "output_type": "pt", "return_dict": False}
+    theirs = _as_tensor(pipeline(prompt=PROMPT, **given)[0])
+    assert ours.shape[-3:] == (3, 32, 32) and (ours.ndim == 4 or ours.shape[1] in (5, 7))
+    torch.testing.assert_close(ours.float(), theirs.reshape(ours.shape).float(), rtol=0, atol=1e-5)

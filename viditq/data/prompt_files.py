@@ -28,6 +28,20 @@ def read_prompts(path: str, column: str | None = None) -> list[str]:
     path: of UTF-8 text (a byte order mark is no part of it), or shipped:prompts/NAME. column: where a table or entries
     of json hold them. Raises UserError for anything that cannot be meant as a prompt, with its line.
     """
+    where = "entry" if prompt_file(path).suffix.lower() == ".json" else "line"
+    found = _read(path, column)
+    prompts = [_checked(value, f"Prompt file {path!r}, {where} {number}") for number, value in found]
+    if not prompts:
+        raise UserError(f"Prompt file {path!r} holds no prompt. Write one prompt a line.")
+    return prompts
+
+
+def read_column(path: str, column: str) -> list[Any]:
+    """What a table, or entries of json, hold under a name, row by row; raises UserError as `read_prompts`."""
+    return [value for _, value in _read(path, column)]
+
+
+def _read(path: str, column: str | None) -> Iterator[Numbered]:
     file = prompt_file(path)
     suffix = file.suffix.lower()
     if not file.is_file():
@@ -36,18 +50,12 @@ def read_prompts(path: str, column: str | None = None) -> list[str]:
         raise UserError(f"Prompt file {path!r}: {suffix} is not read as prompts. {KINDS}")
     text = _text(file, path)
     if suffix in DELIMITERS:
-        found = _of_table(path, text, DELIMITERS[suffix], column)
-    elif suffix in (".json", ".jsonl", ".ndjson"):
-        found = _of_entries(path, _json(path, text, lines=suffix != ".json"), column)
-    elif column is not None:
+        return _of_table(path, text, DELIMITERS[suffix], column)
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        return _of_entries(path, _json(path, text, lines=suffix != ".json"), column)
+    if column is not None:
         raise UserError(f"data.column={column!r}: a text file such as {path!r} has no columns. {KINDS}")
-    else:
-        found = ((number, line) for number, line in enumerate(NEWLINE.split(text), 1) if line)
-    where = "entry" if suffix == ".json" else "line"
-    prompts = [_checked(value, f"Prompt file {path!r}, {where} {number}") for number, value in found]
-    if not prompts:
-        raise UserError(f"Prompt file {path!r} holds no prompt. Write one prompt a line.")
-    return prompts
+    return ((number, line) for number, line in enumerate(NEWLINE.split(text), 1) if line)
 
 
 def prompt_file(path: str) -> Path:

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from viditq.data.counts import check_counts
+from viditq.data.images import pictures_of, with_images
 from viditq.data.moving_shapes import SCENES, Scene, render
 from viditq.data.prompt_files import has_ink, prompt_file, read_prompts
 from viditq.data.text_embeds import digest, read_text_embeds
@@ -18,6 +20,7 @@ from viditq.errors import UserError
 class PromptData(Protocol):
     """Prompts to evaluate on, prompts to calibrate on, and real clips where there are any.
 
+    Prompts that come with pictures are `viditq.prompt.Prompt`.
     ready_embeds: what stands in for the text encoder's output, for the prompts that have it; ready_digest: its hash.
     files: all that these were read from.
     """
@@ -32,15 +35,6 @@ class PromptData(Protocol):
         """Clips of the training distribution, uint8 [B, F, C, H, W], one per index; None where there are none."""
 
 
-MOST = 1_000_000  # the noise of calibration is drawn by indices from here on (engine/sampling.py)
-
-
-def _check_counts(num_prompts: int, num_calibration_prompts: int) -> None:
-    for name, count in (("num_prompts", num_prompts), ("num_calibration_prompts", num_calibration_prompts)):
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST:
-            raise UserError(f"data.{name}={count!r} must be a whole number of at least 1 and at most {MOST}.")
-
-
 @dataclass
 class MovingShapes:
     """Captions of the procedural clips, the same for every seed; evaluation and calibration scenes are disjoint.
@@ -52,20 +46,21 @@ class MovingShapes:
     num_prompts: int
     num_calibration_prompts: int
     prompt_seed: int = 0
+    images: str | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(self.num_prompts, self.num_calibration_prompts)
+        check_counts(self.num_prompts, self.num_calibration_prompts)
         self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
         self.ready_digest: str | None = None
-        self.files: Sequence[Path] = ()
         generator = torch.Generator().manual_seed(self.prompt_seed)
         order = torch.randperm(len(SCENES), generator=generator).tolist()
         held_out, evaluation = order[:136], order[136:]
         video = self.modality == "video"
         self.scenes = [SCENES[evaluation[i % len(evaluation)]] for i in range(self.num_prompts)]
         calibration = [SCENES[held_out[i % len(held_out)]] for i in range(self.num_calibration_prompts)]
-        self.prompts = [s.caption(video) for s in self.scenes]
-        self.calibration_prompts = [s.caption(video) for s in calibration]
+        captions, others = ([s.caption(video) for s in scenes] for scenes in (self.scenes, calibration))
+        self.prompts, self.calibration_prompts = with_images(captions, others, self.images)
+        self.files: Sequence[Path] = pictures_of([*self.prompts, *self.calibration_prompts])
 
     def real_clips(self, indices: Sequence[int]) -> Tensor:
         """One drawn clip (or frame) per prompt index, of that prompt's scene."""
@@ -93,13 +88,14 @@ class PromptFile:
     calibration_path: str | None = None
     embeds: str | None = None
     column: str | None = None
+    images: str | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(self.num_prompts, self.num_calibration_prompts)
+        check_counts(self.num_prompts, self.num_calibration_prompts)
         prompts, other = read_prompts(self.path, self.column), self.calibration_path
         rest = read_prompts(other, self.column) if other else prompts[self.num_prompts :] or prompts
-        self.prompts = prompts[: self.num_prompts]
-        self.calibration_prompts = rest[: self.num_calibration_prompts]
+        texts = prompts[: self.num_prompts], rest[: self.num_calibration_prompts]
+        self.prompts, self.calibration_prompts = with_images(*texts, self.images)
         self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
         self.ready_digest = None if self.embeds is None else digest(self.embeds)
         if self.embeds is not None:
@@ -110,7 +106,8 @@ class PromptFile:
                 )
             self.ready_embeds = dict(zip(prompts, embeds, strict=True))
         named = [prompt_file(path) for path in (self.path, other) if path]
-        self.files: Sequence[Path] = [*named, *([Path(self.embeds).expanduser()] if self.embeds else [])]
+        named += [Path(self.embeds).expanduser()] if self.embeds else []
+        self.files: Sequence[Path] = [*named, *pictures_of([*self.prompts, *self.calibration_prompts])]
 
     def real_clips(self, indices: Sequence[int]) -> None:
         """A text file has no clips."""
@@ -127,17 +124,20 @@ class CocoCaptions:
     path: str
     num_prompts: int
     num_calibration_prompts: int
+    images: str | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(self.num_prompts, self.num_calibration_prompts)
+        check_counts(self.num_prompts, self.num_calibration_prompts)
         captions = read_coco(self.path)
         wanted = self.num_prompts + self.num_calibration_prompts
         if len(captions) < wanted:
             raise UserError(f"{self.path} has captions of {len(captions)} images; {wanted} are asked for.")
-        self.prompts, self.calibration_prompts = captions[: self.num_prompts], captions[self.num_prompts : wanted]
+        texts = captions[: self.num_prompts], captions[self.num_prompts : wanted]
+        self.prompts, self.calibration_prompts = with_images(*texts, self.images)
         self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
         self.ready_digest: str | None = None
-        self.files: Sequence[Path] = [Path(self.path).expanduser()]
+        pictures = pictures_of([*self.prompts, *self.calibration_prompts])
+        self.files: Sequence[Path] = [Path(self.path).expanduser(), *pictures]
 
     def real_clips(self, indices: Sequence[int]) -> None:
         """The captions come without their images."""
@@ -175,7 +175,7 @@ class ClassLabels:
     prompt_seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_counts(self.num_prompts, self.num_calibration_prompts)
+        check_counts(self.num_prompts, self.num_calibration_prompts)
         if self.num_classes < 1:
             raise UserError(f"data.num_classes={self.num_classes} must be a whole number of at least 1.")
         self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}

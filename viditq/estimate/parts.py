@@ -20,6 +20,7 @@ from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
 from viditq.models.parts import TEXT, models_of
 from viditq.models.registry import find_class
+from viditq.models.stand_ins import beside_text, compute_on_cpu
 from viditq.models.stored_embeds import NEGATIVE
 from viditq.models.stored_weights import files_of_part
 from viditq.models.text import PromptEmbeds, encode_prompt
@@ -78,15 +79,12 @@ class TextShapes:
 
     @cached_property
     def _pipeline(self) -> Any:
-        parts: dict[str, Any] = {}
-        for part in (name for name, value in self.adapter.index().items() if isinstance(value, list)):
-            cls = models_of(self.adapter.index()).get(part)
-            if part.startswith("text_") and cls is not None:
+        parts = beside_text(self.adapter)
+        for part, cls in models_of(self.adapter.index()).items():
+            if part.startswith("text_"):
                 parts[part] = hollowed(on_meta_part(self.adapter, part, cls, few_layers=True))
                 answer_from_meta(parts[part], self._tell)
-            elif not part.startswith(TEXT):
-                parts[part] = None
-        return _assembled(self.adapter, parts)
+        return compute_on_cpu(_assembled(self.adapter, parts))
 
     def _tell(self, nbytes: int) -> None:
         self.encoding = max(self.encoding, nbytes)

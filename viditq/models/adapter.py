@@ -18,10 +18,12 @@ from viditq.models.attention import check_attention, check_dispatches
 from viditq.models.checks import check_arguments, check_call, check_values, given_to_call
 from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
+from viditq.models.negative_prompt import own_negative_prompt
 from viditq.models.pipelines import load_pipeline
 from viditq.models.registry import find_class
 from viditq.models.schedulers import check_scheduler
 from viditq.models.source import Source
+from viditq.models.stand_ins import beside_text, compute_on_cpu
 from viditq.models.timestep_scale import measured_scale
 from viditq.models.weight_files import COPY_AGAIN
 
@@ -38,8 +40,9 @@ class ModelAdapter:
     conditioning: text (`encode_prompt`) or class (labels). encode: keyword arguments of `encode_prompt`;
     encode_outputs: in order, the names under which `__call__` takes what it returns, None for what it does not take;
     list_embeds: it takes lists of tensors. negative_prompt: encoded by a call of its own, as `negative_<name>`; None =
-    `encode_prompt` sees to it. prompt_tokenizer: the one whose tokens max_tokens counts. call: more arguments of
-    `__call__`, for embeddings made before.
+    `encode_prompt` sees to it (guessed: the one that the pipeline's call encodes by itself, if any). prompt_tokenizer:
+    the one whose tokens max_tokens counts. call: more arguments of `__call__`, for embeddings made before. conditions:
+    those that take pictures, which prompts may come with (data.images).
 
     timestep_scale: the timestep that means pure noise, or {at_noise, at_clean, argument} of the denoiser's forward.
     scheduler: another scheduler class of diffusers than the stored one; scheduler_settings: what replaces its settings.
@@ -92,6 +95,7 @@ class ModelAdapter:
     guess: bool = False
     variant: str | None = None
     float_denoisers: Sequence[str] = ()
+    conditions: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -99,11 +103,14 @@ class ModelAdapter:
         if self.guess:
             given = {key: getattr(self, key) for key in ("pipeline", "denoisers", "encode_outputs")}
             self._fill_in(guess_settings(self.index(), given))
+        object.__setattr__(self, "conditions", list(self.conditions or ()))
         parts.check_pipeline(self.pipeline, self.index())
         parts.check_denoisers(self.denoiser_names, list(self.float_denoisers), self.index())
         check_call(find_class(self.pipeline), given_to_call(self))
         check_arguments(self, find_class(self.pipeline))
         check_scheduler(self)
+        if self.guess and self.negative_prompt is None and self.conditioning == "text":
+            object.__setattr__(self, "negative_prompt", own_negative_prompt(self))
         if self.timestep_scale is None:
             object.__setattr__(self, "timestep_scale", measured_scale(self))
 
@@ -165,9 +172,12 @@ class ModelAdapter:
         return "+".join([whole, *(self.denoiser_source.fingerprint(part) for part in parts)])
 
     def index(self) -> dict[str, Any]:
-        """The content of model_index.json."""
+        """The content of model_index.json: parts are lists [library, class], settings that are lists tuples."""
         values: dict[str, Any] = read_json(self.folder / "model_index.json", COPY_AGAIN)
-        return values
+        return {
+            name: value if parts.is_entry(value) or not isinstance(value, list) else tuple(value)
+            for name, value in values.items()
+        }
 
     @property
     def components(self) -> list[str]:
@@ -186,12 +196,10 @@ class ModelAdapter:
         return DTYPES[self.dtype]
 
     def load_text_part(self, encoders: Mapping[str, nn.Module] | None = None) -> Any:
-        """The pipeline with its tokenizers and text encoders only; `encoders` replace the stored ones."""
+        """The pipeline without weights but its text encoders', for the CPU; `encoders` replace the stored ones."""
         if encoders is None:
             contents.check_contents(self)  # also of what is loaded later: before anything is encoded
-        return load_pipeline(
-            self, {name: None for name in self.components if name not in self.text_parts} | {**(encoders or {})}
-        )
+        return compute_on_cpu(load_pipeline(self, beside_text(self) | {**(encoders or {})}))
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
         """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""

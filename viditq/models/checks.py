@@ -5,7 +5,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from viditq.errors import UserError
@@ -19,7 +19,8 @@ FRAMES = ("num_frames", "video_length", "frames")
 """The names that pipelines use for how long a clip is."""
 OURS = ("generator", "output_type", "return_dict", "prompt")
 """What every call is given here."""
-TAKES_IMAGE = r"(cond_|control_|conditioning_|reference_|mask_)?(image|images|video)"
+TAKES_IMAGE = r"(cond_|control_|conditioning_|reference_|mask_|input_|pose_|face_)?(image|images|video)"
+TAKES_MORE = r"last_image|(mask|background|inpaint)_(image|video)|mask"  # beside one of these
 # Class names of pipelines that have such an argument with a default, and fail without it all the same
 FROM_IMAGE = (
     r"Img2Img|Image2Image|ImageToVideo|Image2Video|(?<!T)I2V|VideoToVideo|VideoToWorld|Inpaint|Edit|Pix2Pix|Control|Adapter"
@@ -55,6 +56,8 @@ def check_values(model: Any) -> None:
     _check_number("guidance_scale", model.guidance_scale, whole=False, lowest=0)
     if not isinstance(model.timestep_scale, dict):
         _check_number("timestep_scale", model.timestep_scale, whole=False, lowest=None)
+    if isinstance(model.conditions, str) or not all(map(_is_text, model.conditions or ())):
+        raise UserError(f"model.conditions={model.conditions!r} must be a list of arguments, such as [image].")
     if model.denoisers is not None and (isinstance(model.denoisers, str) or not model.denoisers):
         raise UserError(f"model.denoisers={model.denoisers!r} must be a list of parts, such as [transformer].")
 
@@ -81,28 +84,44 @@ def check_parts(pipeline: Any, index: Mapping[str, Any]) -> None:
 
 
 def check_call(pipeline: Any, given: set[str]) -> None:
-    """Raises UserError for a pipeline that samples from more than text or a class, such as an image.
+    """Raises UserError for a pipeline that samples from more than text, a class or what model.conditions names.
 
     given: the arguments of its call that have a value.
     """
+    if needed := needed_arguments(pipeline, given):
+        named = f"[{', '.join(needed)}]"
+        raise UserError(
+            f"{pipeline.__name__} needs {', '.join(needed)}, which no prompt gives. Where these are pictures, name "
+            f"them (+model.conditions={named}) and give data.images or data=image_prompts; otherwise choose a "
+            "text-to-image, text-to-video or class-conditional pipeline."
+        )
+
+
+def needed_arguments(pipeline: Any, given: Collection[str]) -> list[str]:
+    """The arguments of a pipeline's call that it does not sample without, but for those of `given`."""
     parameters = inspect.signature(pipeline.__call__).parameters
     needed = [
         name
         for name, p in parameters.items()
         if name not in ("self", *given) and p.kind not in VARIADIC and p.default is p.empty
     ]
-    if not needed and re.search(FROM_IMAGE, pipeline.__name__):
-        needed = [name for name in parameters if re.fullmatch(TAKES_IMAGE, name) and name not in given][:1]
-    if needed:
-        raise UserError(
-            f"{pipeline.__name__} needs {', '.join(needed)}, which no prompt gives. viditq samples from text or class "
-            "labels alone: choose a text-to-image, text-to-video or class-conditional pipeline."
-        )
+    if re.search(FROM_IMAGE, pipeline.__name__):
+        first, *others = [*(name for name in parameters if re.fullmatch(TAKES_IMAGE, name)), ""]
+        wanted = [first, *(name for name in others if re.search("mask|control", name))]
+        needed += [name for name in wanted if name not in ("", *given, *needed)]
+    return needed
+
+
+def conditions_of_call(pipeline: Any) -> list[str]:
+    """The arguments of a pipeline's call that take pictures, as far as their names tell."""
+    names = [*inspect.signature(pipeline.__call__).parameters]
+    return [name for name in names if re.fullmatch(f"{TAKES_IMAGE}|{TAKES_MORE}", name)]
 
 
 def given_to_call(model: Any) -> set[str]:
     """The arguments of the pipeline's call that a run gives it, besides those that every call has."""
-    return {name for name in model.encode_outputs or ["class_labels"] if name is not None} | {*model.call}
+    encoded = {name for name in model.encode_outputs or ["class_labels"] if name is not None}
+    return encoded | {*model.call} | {*(model.conditions or ())}
 
 
 def check_arguments(model: Any, pipeline: Any) -> None:
@@ -120,6 +139,10 @@ def check_arguments(model: Any, pipeline: Any) -> None:
                 raise UserError(
                     f"model.{node}.{key}: {pipeline.__name__}.{function} {why}. Leave it out; those to set are {names}."
                 )
+    for name in model.conditions or ():
+        if name not in of_call or name in OURS:
+            taken = ", ".join(conditions_of_call(pipeline)) or "none"
+            raise UserError(f"model.conditions has {name!r}; {pipeline.__name__} takes these pictures: {taken}.")
     _check_given_once(model, of_call)
     _check_modality(model, pipeline)
 

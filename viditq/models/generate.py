@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.hooks import add_hook
+from viditq.models import conditions
 from viditq.models.adapter import ModelAdapter
-from viditq.models.settings import call_settings
+from viditq.models.settings import call_settings, text_settings
 from viditq.models.text import PromptEmbeds
 
 SIZES = ("num_frames", "height", "width")
@@ -35,10 +36,11 @@ def _stack(embeds: list[PromptEmbeds]) -> PromptEmbeds:
 
 
 def group_by_shape(embeds: list[PromptEmbeds]) -> list[list[int]]:
-    """Positions of the prompts whose embeddings can share a batch (trimmed ones differ in length)."""
+    """Positions of the prompts that can share a batch: trimmed embeddings differ in length, pictures go alone."""
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for position, one in enumerate(embeds):
-        groups.setdefault(tuple(tuple(v.shape) for v in one.values()), []).append(position)
+        alone = (position,) if conditions.are_among(one) else ()  # of several pictures few pipelines make a batch
+        groups.setdefault((alone, *(tuple(v.shape) for v in one.values())), []).append(position)
     return list(groups.values())
 
 
@@ -79,15 +81,6 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
     return pipeline
 
 
-def text_settings(adapter: ModelAdapter, pipeline: Any) -> dict[str, Any]:
-    """Arguments of the call of a pipeline (or of its class) that is given a text, but for the text."""
-    of_call = inspect.signature(pipeline.__call__).parameters
-    of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
-    settings = {k: v for k, v in call_settings(adapter, pipeline).items() if k not in of_text}
-    settings |= {k: v for k, v in adapter.encode.items() if k in of_call}
-    return settings | ({} if adapter.negative_prompt is None else {"negative_prompt": adapter.negative_prompt})
-
-
 def _call(
     adapter: ModelAdapter,
     pipeline: Any,
@@ -97,7 +90,8 @@ def _call(
     output: str,
 ) -> Tensor:
     device = pipeline._execution_device  # not that of the weights, which may be offloaded
-    arguments = _arguments(adapter, {k: v.to(device) for k, v in _stack(embeds).items()})
+    stacked = {k: v.to(device) for k, v in _stack(embeds).items()}
+    arguments = _arguments(adapter, conditions.without(stacked)) | conditions.given(stacked)
     if "negative_prompt_embeds" in arguments and "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
         arguments["negative_prompt"] = None
     generators = [noise_generator(seed, i) for i in indices]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.models.checks import makes_clips
+from viditq.models.checks import conditions_of_call, makes_clips
 from viditq.models.registry import find_class
 
 REQUIRED = {"do_classifier_free_guidance": True, "num_images_per_prompt": 1, "num_videos_per_prompt": 1}
@@ -33,6 +33,7 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
     return {
         "pipeline": name,
         "modality": "video" if makes_clips(cls) else "image",
+        "conditions": conditions_of_call(cls),
         "denoisers": given.get("denoisers") or _denoisers(index),
         "encode_outputs": given.get("encode_outputs") or _encode_outputs(cls, set(of_call)),
         "encode": encode | {k: v for k, v in PLAIN.items() if k in of_text},

@@ -22,6 +22,11 @@ NAMES = r"(transformer|unet|dit)(_\d+)?"
 DENOISERS = ("diffusers.models.transformers", "diffusers.models.unets", "viditq.models.stdit")
 
 
+def is_entry(value: Any) -> bool:
+    """Whether a value of model_index.json names a part: [library, class], both null where there is none."""
+    return isinstance(value, list) and len(value) == 2 and all(one is None or isinstance(one, str) for one in value)
+
+
 def part_class(entry: Any) -> Any:
     """The class that an entry [library, class] of model_index.json names; None where there is none."""
     if not isinstance(entry, list) or entry[0] is None:

@@ -37,12 +37,16 @@ def load_pipeline(adapter: Any, components: Mapping[str, Any]) -> Any:
         raise UserError(f"The pipeline in {folder} cannot be loaded: {error}. {COPY_AGAIN}") from error
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module):
+        if _has_weights(component):
             contents.check_finite(name, folder, component.eval().requires_grad_(False))
-        if name in (*adapter.denoisers, *adapter.float_denoisers) and component is not None:
+        if name in (*adapter.denoisers, *adapter.float_denoisers) and _has_weights(component):
             set_attention(adapter.attention, component)
     give_back()
     return pipeline
+
+
+def _has_weights(component: Any) -> bool:
+    return isinstance(component, nn.Module) and not any(p.is_meta for p in component.parameters())
 
 
 def _denoisers_elsewhere(adapter: Any, components: Mapping[str, Any]) -> dict[str, Any]:

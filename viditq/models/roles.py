@@ -75,7 +75,7 @@ def _guess(blocks: str, rest: str, joint: set[str], alone: str) -> str:
     kind = _kind(rest, single_stream="single" in blocks)
     if kind == FLOAT:
         return FLOAT
-    if "refiner" in blocks and re.search("context|token|text|caption", blocks):
+    if blocks.startswith("text_") or ("refiner" in blocks and re.search("context|token|text|caption", blocks)):
         return "text_refiner"
     if kind == "mlp":
         return kind
@@ -89,8 +89,8 @@ def _guess(blocks: str, rest: str, joint: set[str], alone: str) -> str:
 
 
 def _kind(rest: str, single_stream: bool) -> str:
-    """mlp, attention or float; a single-stream block's proj_out takes the attention's and the feed-forward's output."""
-    if OF_FEED_FORWARD.search(rest) or (single_stream and rest == "proj_out"):
+    """mlp, attention or float; a single-stream block's last one takes the attention's and the feed-forward's output."""
+    if OF_FEED_FORWARD.search(rest) or (single_stream and rest in ("proj_out", "attn.to_out")):
         return "mlp"
     if IN_EMBEDDER.search(rest):
         return FLOAT
@@ -106,8 +106,13 @@ def counts(roles: Mapping[str, str]) -> str:
 
 
 def summary(roles: Mapping[str, str]) -> str:
-    """Role: the names of its Linears with numbers as `*`, one line each: patterns to correct a guess with."""
+    """Role: the patterns of its Linears, one line each, to correct a guess with."""
+    return "\n".join(f"  {role}: {', '.join(names)}" for role, names in patterns(roles).items())
+
+
+def patterns(roles: Mapping[str, str]) -> dict[str, list[str]]:
+    """Role -> the names of its Linears with the first number as `*`."""
     globs: dict[str, dict[str, None]] = {}
     for name, role in roles.items():
         globs.setdefault(role, {})[re.sub(r"(?<=\.)\d+(?=\.)", "*", name, count=1)] = None
-    return "\n".join(f"  {role}: {', '.join(names)}" for role, names in globs.items())
+    return {role: [*names] for role, names in globs.items()}

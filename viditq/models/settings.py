@@ -17,3 +17,13 @@ def call_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
         given |= dict.fromkeys(FRAMES, adapter.num_frames)
     known = inspect.signature(pipeline.__call__).parameters  # a size that is not among them is the model's own
     return {**adapter.call, **{k: v for k, v in given.items() if v is not None and k in known}}
+
+
+def text_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
+    """Arguments of the call of a pipeline (or of its class) that is given a text, but for the text."""
+    of_call = inspect.signature(pipeline.__call__).parameters
+    of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
+    settings = {k: v for k, v in call_settings(adapter, pipeline).items() if k not in of_text}
+    settings |= {k: v for k, v in adapter.encode.items() if k in of_call}
+    own = adapter.negative_prompt is not None and "negative_prompt" in of_call  # else it is the pipeline's own choice
+    return settings | ({"negative_prompt": adapter.negative_prompt} if own else {})

@@ -1,14 +1,17 @@
 """Prompt embeddings: each prompt encoded alone, by the pipeline's own code, so that batches change nothing."""
 
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from viditq.errors import UserError
+from viditq.models import conditions
 from viditq.models.adapter import ModelAdapter
 from viditq.models.labels import class_label
+from viditq.models.settings import text_settings
 
 PromptEmbeds = dict[str, Tensor]
 """Argument name of the pipeline's `__call__` -> tensor with a leading axis of 1."""
@@ -36,7 +39,7 @@ def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> N
 
 
 def _check_length(adapter: ModelAdapter, pipeline: Any, prompt: str, limit: int) -> None:
-    count = len(getattr(pipeline, adapter.prompt_tokenizer)(prompt)["input_ids"])
+    count = len(getattr(pipeline, adapter.prompt_tokenizer)(str(prompt))["input_ids"])
     if count > limit:
         raise UserError(
             f"The prompt {prompt[:60]!r}... has {count} tokens, {adapter.name} takes at most "
@@ -46,18 +49,66 @@ def _check_length(adapter: ModelAdapter, pipeline: Any, prompt: str, limit: int)
 
 @torch.no_grad()
 def encode_prompt(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbeds:
-    """One prompt -> what the pipeline takes: embeddings, masks, those of the negative prompt; or its class label."""
+    """One prompt -> what the pipeline takes: embeddings, masks, those of the negative prompt; or its class label.
+
+    And the prompt's pictures (`conditions.py`), which some pipelines encode with the text.
+    """
     if adapter.conditioning == "class":
         return {"class_labels": torch.tensor([class_label(adapter, prompt)])}
+    pictures = conditions.stored(prompt)
+    if pictures and conditions.encoded_with_text(pipeline):
+        return record_encoding(adapter, pipeline, prompt) | pictures
+    return _encode_all(adapter, pipeline, prompt) | pictures
+
+
+def _encode_all(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbeds:
     embeds = _encode(adapter, pipeline, prompt)
     if adapter.negative_prompt is not None:
         negative = _encode(adapter, pipeline, adapter.negative_prompt)
-        embeds |= {f"negative_{name}": value for name, value in negative.items()}
+        taken = inspect.signature(pipeline.__call__).parameters  # some take less of it, and need no more
+        embeds |= {key: value for name, value in negative.items() if (key := f"negative_{name}") in taken}
     return embeds
 
 
 def _encode(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbeds:
-    returned = pipeline.encode_prompt(prompt, **_as_called(pipeline) | dict(adapter.encode))
+    return _named(adapter, pipeline.encode_prompt(str(prompt), **_as_called(pipeline) | dict(adapter.encode)))
+
+
+def record_encoding(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbeds:
+    """What the pipeline's own call, given the prompt and its pictures, has encoded by the time that it denoises.
+
+    Raises UserError where it fails before.
+    """
+    encode, found = pipeline.encode_prompt, []
+    expected = 2 if adapter.negative_prompt is not None else 1
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        found.append(encode(*args, **kwargs))
+        if len(found) == expected:
+            raise _Encoded
+        return found[-1]
+
+    pipeline.encode_prompt = recorded
+    try:
+        with suppress(_Encoded):
+            pipeline(
+                prompt=str(prompt), **conditions.given(conditions.stored(prompt)), **text_settings(adapter, pipeline)
+            )
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{adapter.pipeline} cannot encode {prompt[:60]!r} with its pictures: {error}") from error
+    finally:
+        del pipeline.encode_prompt
+    taken = inspect.signature(pipeline.__call__).parameters
+    first, *second = [_named(adapter, one) for one in found]
+    negative = {key: value for one in second for name, value in one.items() if (key := f"negative_{name}") in taken}
+    return first | negative
+
+
+class _Encoded(Exception):
+    """All that was to be encoded is."""
+
+
+def _named(adapter: ModelAdapter, returned: Any) -> PromptEmbeds:
     names = adapter.encode_outputs
     if len(returned) != len(names):
         raise UserError(

@@ -8,28 +8,27 @@ from __future__ import annotations
 import functools
 import inspect
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from viditq.errors import UserError
+from viditq.models.conditions import made_up
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
+from viditq.models.stand_ins import compute_on_cpu, stand_in, stand_in_encoders
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
 NUM_TOKENS = 8
 TIMESTEPS = ("timestep", "t", "timesteps", "time")
 """What denoisers call the argument that tells them the noise level."""
-CPU = torch.device("cpu")
 
 
 class _AllSteps(Exception):
-    """The last step is done; decoding comes next."""
+    """What was to be recorded is; denoising, or decoding, comes next."""
 
 
 class TrialError(Exception):
@@ -38,12 +37,13 @@ class TrialError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """told: what a denoiser was given as `argument`. level: the scheduler's timestep, as a share of those trained on;
+    """told: what `denoiser` was given as `argument`. level: the scheduler's timestep, as a share of those trained on;
     where it rises from step to step (a model that counts backwards), 1 less that."""
 
     argument: str
     told: float
     level: float
+    denoiser: str = ""
 
 
 def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[Step]:
@@ -63,23 +63,37 @@ def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[
         raise TrialError(f"{type(error).__name__}: {error}") from error
 
 
+def encoded_texts(adapter: Any, scheduler: Any) -> list[Any]:
+    """What one call of the pipeline, given a prompt, hands to `encode_prompt`, call by call, until it denoises."""
+    recorder = _Recorder(adapter, scheduler, text_only=True)
+    with suppress(Exception), torch.no_grad():  # whether it samples so is another question (`try_out`)
+        _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
+    return recorder.texts
+
+
 def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]:
     recorder = _Recorder(adapter, scheduler)
+    _run(adapter, scheduler, settings, recorder)
+    return recorder.steps
+
+
+def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: _Recorder) -> None:
     joined = adapter.build_denoiser()
     denoisers = dict(joined) if isinstance(joined, nn.ModuleDict) else {adapter.denoiser_names[0]: joined}
-    for denoiser in denoisers.values():
-        denoiser.forward = recorder.around(denoiser)
+    for name, denoiser in denoisers.items():
+        denoiser.forward = recorder.around(denoiser, name)
     scheduler.step = recorder.step(scheduler.step)
     pipeline = _assembled(adapter, {**denoisers, "scheduler": scheduler})
     if adapter.conditioning == "class":
         prompt: dict[str, Any] = {"class_labels": [0]}
     else:
         prompt = {"prompt": "a"}
-        pipeline.encode_prompt = lambda *args, **kwargs: _embeddings(adapter)
+        pipeline.encode_prompt = recorder.encode(pipeline.encode_prompt)
+        prompt |= made_up(adapter)
+        stand_in_encoders(pipeline)
     settings = call_settings(adapter, pipeline) | settings
     with suppress(_AllSteps):
         pipeline(**prompt, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
-    return recorder.steps
 
 
 def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
@@ -90,20 +104,12 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
         if value[0] == "transformers" or name.startswith("tokenizer"):
             parts[name] = None
             continue
-        cls = find_class(value[1])
-        if _is_model(cls):
-            with init_empty_weights(include_buffers=False):
-                parts[name] = cls.from_config(cls.load_config(adapter.folder / name))
-    cls = find_class(adapter.pipeline)
-    pipeline = cls.from_pretrained(adapter.folder, local_files_only=True, **parts)
+        model = stand_in(adapter, name)
+        if model is not None:
+            parts[name] = model
+    pipeline = find_class(adapter.pipeline).from_pretrained(adapter.folder, local_files_only=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    on_cpu = property(lambda _: CPU)  # where the stand-ins' parameters are, nothing can be computed
-    pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": on_cpu, "device": on_cpu})
-    return pipeline
-
-
-def _is_model(cls: Any) -> bool:
-    return inspect.isclass(cls) and issubclass(cls, ModelMixin)
+    return compute_on_cpu(pipeline)
 
 
 def _embeddings(adapter: Any) -> tuple[Any, ...]:
@@ -120,16 +126,31 @@ def _embeddings(adapter: Any) -> tuple[Any, ...]:
 
 
 class _Recorder:
-    """What denoisers are told between the scheduler's steps."""
+    """What denoisers are told between the scheduler's steps, and which texts are encoded before.
 
-    def __init__(self, adapter: Any, scheduler: Any) -> None:
-        self.adapter, self.scheduler = adapter, scheduler
+    text_only: the call ends where it begins to denoise.
+    """
+
+    def __init__(self, adapter: Any, scheduler: Any, text_only: bool = False) -> None:
+        self.adapter, self.scheduler, self.text_only = adapter, scheduler, text_only
+        self.texts: list[Any] = []
         self.num_train = float(scheduler.config.get("num_train_timesteps", 1000))
-        self.told: list[tuple[str, float]] = []
+        self.told: list[tuple[str, str, float]] = []
         self.steps: list[Step] = []
         self.count = 0
 
-    def around(self, denoiser: Any) -> Any:
+    def encode(self, plain: Any) -> Any:
+        """In place of `encode_prompt`."""
+        signature = inspect.signature(plain)
+
+        @functools.wraps(plain)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            self.texts.append(signature.bind(*args, **kwargs).arguments.get("prompt"))
+            return _embeddings(self.adapter)
+
+        return recorded
+
+    def around(self, denoiser: Any, name: str) -> Any:
         """In place of its forward: takes note, and predicts nothing."""
         forward = denoiser.forward
         signature = inspect.signature(forward)
@@ -137,8 +158,10 @@ class _Recorder:
 
         @functools.wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
+            if self.text_only:
+                raise _AllSteps
             given = signature.bind(*args, **kwargs).arguments
-            self.told.append((argument, _single(given[argument])))
+            self.told.append((name, argument, _single(given[argument])))
             out = _prediction(next(iter(given.values())), denoiser.config)
             return (out,) if given.get("return_dict") is False else Transformer2DModelOutput(sample=out)
 
@@ -152,7 +175,7 @@ class _Recorder:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
             level = float(given["timestep"]) / self.num_train
-            self.steps += [Step(argument, told, level) for argument, told in self.told]
+            self.steps += [Step(argument, told, level, name) for name, argument, told in self.told]
             self.told = []
             self.count += 1
             sample, out = given["sample"], given["model_output"]
@@ -205,5 +228,5 @@ def _prediction(x: Any, config: Any) -> Any:
 def _in_order(steps: list[Step]) -> list[Step]:
     """Sampling goes from noise to none: where the scheduler counts up, it counts what is clean."""
     if steps and steps[0].level < steps[-1].level:
-        return [Step(step.argument, step.told, 1 - step.level) for step in steps]
+        return [replace(step, level=1 - step.level) for step in steps]
     return steps

@@ -6,10 +6,11 @@ from math import inf
 from typing import Any
 
 from viditq.report.content import PageContent, Pair
-from viditq.report.media import Sheet
+from viditq.report.media import Encoding, Sheet, make_sheet
 from viditq.report.wording import digits_for, finite, plain
 
 LONG_PROMPT = 180
+OF_CONDITIONS = Encoding(128, 80)  # what the samples started from, which is not judged
 PROMPT_ORDER = ""
 
 
@@ -31,6 +32,7 @@ class Card:
     reference: Sheet
     sample: Sheet
     scores: tuple[tuple[str, str], ...]
+    conditions: tuple[tuple[str, Sheet], ...] = ()
 
 
 def sort_keys(content: PageContent) -> list[SortKey]:
@@ -62,7 +64,8 @@ def make_card(content: PageContent, pair: Pair, sheets: tuple[Sheet, Sheet]) -> 
         digits = digits_for(score)
         own = f" (float {plain(reference, digits)})" if reference is not None else ""
         scores.append((content.label(name), plain(score, digits, content.unit(name)) + own))
-    return Card(pair.index, pair.prompt, len(pair.prompt) > LONG_PROMPT, *sheets, tuple(scores))
+    conditions = tuple((name, make_sheet(clip, OF_CONDITIONS)) for name, clip in pair.conditions.items())
+    return Card(pair.index, pair.prompt, len(pair.prompt) > LONG_PROMPT, *sheets, tuple(scores), conditions)
 
 
 def clip_data(content: PageContent, sheets: Sequence[tuple[Sheet, Sheet]]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What the page says, as its caller describes it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from viditq.report.media import Clips
 from viditq.report.plan_view import RolePlan
@@ -15,12 +17,16 @@ MAX_PAIRS = 24
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt's float and quantized clip; `scores` are its per-prompt metrics (None or nan where there is none)."""
+    """One prompt's float and quantized clip; `scores` are its per-prompt metrics (None or nan where there is none).
+
+    conditions: what sampling started from, by the argument that took it, uint8 [F, C, H, W].
+    """
 
     index: int
     prompt: str
     clips: Clips
     scores: Mapping[str, Value]
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

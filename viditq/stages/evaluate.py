@@ -14,6 +14,7 @@ from viditq.errors import UserError
 from viditq.files import is_whole, read_json, read_tensors, write_json, write_tensors
 from viditq.job import Job
 from viditq.metrics.verdict import verdicts
+from viditq.prompt import conditions_of
 from viditq.run_dir import read_seconds
 from viditq.stages.card import update_card
 from viditq.stages.external import sizes_of
@@ -90,7 +91,9 @@ def _write(
     if job.floors:
         floors_took = (read_seconds(entry.path).get("reference", 0.0) for entry in job.floors.values())
         seconds["noise_floor"] = round(sum(floors_took), 2)
-    per_prompt = {"prompts": e.data.prompts, "reference": str(job.reference.path.resolve())}
+    per_prompt: dict[str, Any] = {"prompts": e.data.prompts, "reference": str(job.reference.path.resolve())}
+    pictures = [{name: str(path) for name, path in conditions_of(prompt).items()} for prompt in e.data.prompts]
+    per_prompt |= {"conditions": pictures} if any(pictures) else {}
     columns = {"metrics": summary.pop("per_prompt"), "differences": summary.pop("differences")}
     write_json(run_dir.per_prompt, per_prompt | columns)
     of_denoiser = sizes_of(job)

@@ -13,6 +13,7 @@ from viditq.data.samples import load_sample, sample_path
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.job import Job
+from viditq.prompt import Prompt
 from viditq.report.content import MAX_PAIRS, PageContent, Pair
 from viditq.report.incoherence_picture import incoherence_picture
 from viditq.report.page import write_page
@@ -63,6 +64,12 @@ def _clips(job: Job, index: int) -> tuple[Tensor, Tensor]:
     return float_clip, quantized_clip
 
 
+def _conditions(prompt: str) -> dict[str, Tensor]:
+    pixels = prompt.pixels() if isinstance(prompt, Prompt) else {}
+    clips = {name: torch.from_numpy(value) for name, value in pixels.items()}
+    return {name: (clip if clip.ndim == 4 else clip[None]).movedim(-1, 1) for name, clip in clips.items()}
+
+
 def _draw(job: Job, ranking: Ranking, label: Mapping[str, Any]) -> None:
     e, path = job.experiment, job.run_dir.picture
     worst = ranking.indices[:MAX_PAIRS]
@@ -110,6 +117,7 @@ def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt:
                 prompt=e.data.prompts[i],
                 clips=partial(_clips, job, i),
                 scores={name: column[i] for name, column in values.items()},
+                conditions=_conditions(e.data.prompts[i]),
             )
             for i in ranking.indices[:MAX_PAIRS]
         ],

@@ -86,3 +86,18 @@ def sana_vae() -> nn.Module:
         decoder_qkv_multiscales=((), (), (), (5,)),
         scaling_factor=0.41407,
     ).eval()
+
+
+def flux2_vae() -> nn.Module:
+    """Of FLUX.2: statistics of packed latents in place of a scale, here 2 times smaller."""
+    return diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()

@@ -1,0 +1,53 @@
+"""What was guessed and measured of a pipeline, as a yaml of conf/model that can be saved and changed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import yaml
+
+from viditq.models.adapter import ModelAdapter
+from viditq.models.roles import FLOAT, patterns
+from viditq.models.schedulers import make_scheduler
+from viditq.models.trial import TrialError, try_out
+from viditq.quant.convert import linear_names
+
+HEAD = """# Guessed and measured by `python -m viditq describe`; what is null is left as the pipeline has it.
+{told}
+defaults:
+  - override /metric@_global_.metric: {modality}
+
+"""
+SETTINGS = ("revision", "dtype", "timestep_scale", "encode", "call", "negative_prompt", "attention", "compile", "roles")
+"""Keys that are there whatever they say, so that a command line can set them."""
+
+
+def describe(adapter: ModelAdapter, name: str) -> str:
+    """The text of the yaml, called `name`, with which the model is driven as it is by `adapter`."""
+    values = adapter.to_dict() | {"name": name, "guess": False}
+    known = adapter.linear_roles(linear_names(adapter.build_denoiser()))
+    globs = patterns({adapter.bare_name(linear): role for linear, role in known.items()})
+    values |= {"keep_float": globs.pop(FLOAT, []), "roles": globs}
+    plain = {field.name: field.default for field in dataclasses.fields(adapter)}
+    kept = {key: value for key, value in values.items() if key in SETTINGS or (value or None) != (plain[key] or None)}
+    kept = {"_target_": f"{ModelAdapter.__module__}.{ModelAdapter.__qualname__}", **kept}
+    body = yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=116, allow_unicode=True)
+    return HEAD.format(told=_told(adapter), modality=adapter.modality) + body
+
+
+def _told(adapter: ModelAdapter) -> str:
+    """Comments: which denoisers a call of the pipeline calls, how often a step, and what it tells them."""
+    try:
+        steps = try_out(adapter, make_scheduler(adapter))
+    except TrialError as error:
+        return f"# The pipeline's call could not be tried out: {error}".replace("\n", " ")
+    lines = []
+    for denoiser in dict.fromkeys(step.denoiser for step in steps):
+        mine = [step for step in steps if step.denoiser == denoiser]
+        levels = list(dict.fromkeys(step.told for step in mine))
+        values = ", ".join(f"{value:.4g}" for value in levels[:4]) + (", ..." if len(levels) > 4 else "")
+        lines.append(
+            f"# {denoiser}: {len(levels)} of {adapter.num_steps} steps, {len(mine) / len(levels):g} calls a step, "
+            f"{mine[0].argument} {values}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Parts of a pipeline without their weights: their configuration, which other parts and the pipeline's code ask for."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from viditq.models.parts import TEXT, part_class
+
+CPU = torch.device("cpu")
+
+
+def stand_in(adapter: Any, name: str) -> nn.Module | None:
+    """A model of diffusers from its config.json, parameters on the meta device; None for what is no such model."""
+    cls = part_class(adapter.index()[name])
+    if not _is_kind(cls, ModelMixin):
+        return None
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = cls.from_config(cls.load_config(adapter.part_folder(name, weights=False)))
+    return nn.Module.to(model, adapter.torch_dtype)  # diffusers' own warns of what matters to weights only
+
+
+def beside_text(adapter: Any) -> dict[str, Any]:
+    """Part -> its stand-in, of the neural networks that encode no prompts; None for those that are not diffusers' own.
+
+    Processors, schedulers and whatever else has no weights are not among them: prompts may be encoded with them.
+    """
+    parts = {name: part_class(adapter.index()[name]) for name in adapter.components if not name.startswith(TEXT)}
+    return {name: stand_in(adapter, name) for name, cls in parts.items() if _is_kind(cls, nn.Module)}
+
+
+def _is_kind(cls: Any, kind: type) -> bool:
+    return inspect.isclass(cls) and issubclass(cls, kind)
+
+
+def compute_on_cpu(pipeline: Any) -> Any:
+    """The pipeline, computing there, whatever the first of its parts lies on: nothing is computed on stand-ins."""
+    cls = type(pipeline)
+    on_cpu = property(lambda _: CPU)
+    pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": on_cpu, "device": on_cpu})
+    return pipeline
+
+
+def stand_in_encoders(pipeline: Any) -> None:
+    """Let a pipeline of stand-ins encode pictures: to zeros, of the size that its VAE gives."""
+    if hasattr(pipeline, "encode_image"):
+        pipeline.encode_image = lambda *args, **kwargs: torch.zeros(1, 1, 1)
+    vae = getattr(pipeline, "vae", None)
+    if vae is None or not hasattr(vae, "encode"):
+        return
+    encode = vae.encode
+
+    def encoded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = encode(x.to("meta", vae.dtype))
+        return _Encoded(out.latent if hasattr(out, "latent") else out.latent_dist.mode())
+
+    vae.encode = encoded
+
+
+class _Encoded:
+    """What autoencoders return, whichever of them."""
+
+    def __init__(self, latent: Tensor) -> None:
+        self.latent = torch.zeros(latent.shape)
+        self.latent_dist = self
+
+    def mode(self) -> Tensor:
+        """The likeliest latents."""
+        return self.latent
+
+    def sample(self, generator: Any = None) -> Tensor:
+        """Latents drawn at random."""
+        return self.latent
