@@ -107,15 +107,12 @@ def test_a_pipeline_that_takes_the_same_denoiser(folders: Callable[..., Path], a
 # What it samples from -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["diffusers", "wan2.1_1.3b"])
-def test_a_pipeline_that_needs_an_image(
-    model: str, folders: Callable[..., Path], tmp_path: Path, adapter_of: Adapter
-) -> None:
+def test_a_pipeline_that_needs_an_image(folders: Callable[..., Path], tmp_path: Path, adapter_of: Adapter) -> None:
+    """Of a yaml that names no conditions; model=diffusers finds them (test_conditions.py)."""
     absent = {"image_processor": [None, None], "image_encoder": [None, None]}
     folder = edited(folders(videos.wan21), tmp_path / "i2v", _class_name="WanImageToVideoPipeline", **absent)
-    more = [] if model == "diffusers" else ["model.pipeline=WanImageToVideoPipeline"]
     with pytest.raises(UserError, match=r"WanImageToVideoPipeline needs image, .*choose a text-to-image"):
-        adapter_of(model, folder, *more)
+        adapter_of("wan2.1_1.3b", folder, "model.pipeline=WanImageToVideoPipeline")
 
 
 @pytest.mark.parametrize(
@@ -125,9 +122,9 @@ def test_a_pipeline_that_needs_an_image(
         ("LTXImageToVideoPipeline", "image"),  # whose default is None
         ("QwenImageEditPipeline", "image"),
         ("FluxImg2ImgPipeline", "image"),
-        ("FluxFillPipeline", "image"),
+        ("FluxFillPipeline", "image, mask_image"),
         ("FluxControlNetPipeline", "control_image"),
-        ("StableDiffusion3InpaintPipeline", "image"),
+        ("StableDiffusion3InpaintPipeline", "image, mask_image"),
         ("WanVideoToVideoPipeline", "video"),
         ("WanAnimatePipeline", "image, pose_video, face_video"),
         ("I2VGenXLPipeline", "image"),
