@@ -35,7 +35,8 @@ from viditq.models.generate import denoise, generate
 from viditq.models.text import PromptEmbeds, encode_prompt
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.statistics import CalibrationStats
-from viditq.quant.convert import linear_names, quantize_denoiser
+from viditq.quant.convert import quantize_denoiser
+from viditq.quant.execution.model_linears import linear_names
 from viditq.quant.reconstruction.collect import BlockInputs
 from viditq.quant.reconstruction.joint_calibrator import JointCalibrator
 from viditq.quant.setting import QuantSetting

@@ -22,7 +22,7 @@ from viditq.models.generate import denoise
 from viditq.models.text import encode_prompt
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.step_shares import step_shares
-from viditq.quant.convert import linear_names, shapes_of
+from viditq.quant.execution.model_linears import linear_names, shapes_of
 from viditq.quant.search.candidates import candidates_of
 from viditq.quant.search.policy import SensitivitySearch, groups_by_name
 from viditq.quant.search.proxy import OneStep, proxy_errors

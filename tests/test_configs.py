@@ -17,8 +17,8 @@ from viditq import config
 from viditq.config import check_overrides
 from viditq.errors import UserError
 from viditq.experiment import build
-from viditq.quant.convert import linear_names
 from viditq.quant.description.quant_spec import QuantSpec
+from viditq.quant.execution.model_linears import linear_names
 from viditq.quant.setting import QuantSetting
 from viditq.runner import described
 

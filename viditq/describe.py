@@ -10,7 +10,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.roles import FLOAT, patterns
 from viditq.models.schedulers import make_scheduler
 from viditq.models.trial import TrialError, try_out
-from viditq.quant.convert import linear_names
+from viditq.quant.execution.model_linears import linear_names
 
 HEAD = """# Guessed and measured by `python -m viditq describe`; what is null is left as the pipeline has it.
 {told}

@@ -11,8 +11,8 @@ from viditq.models.roles import FLOAT, USUAL
 from viditq.models.schedule import noise_levels
 from viditq.models.text_encoders import build_encoder, encoder_names
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of, mixed_bucket
-from viditq.quant.convert import linear_names, shapes_of
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.model_linears import linear_names, shapes_of
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.quant.setting import QuantSetting

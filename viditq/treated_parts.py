@@ -7,8 +7,8 @@ from viditq.errors import UserError
 from viditq.mapped import header_bound
 from viditq.models.adapter import ModelAdapter
 from viditq.models.stored_weights import stored_dtypes
-from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.search.allotment import SIZE, Part, Treated, allotted, leanest, treated_plan, used
 from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.quant.sizes import artifact_bytes, laid_out, safetensors_bytes, stored_entries

@@ -18,10 +18,11 @@ from viditq.models.generate import generate
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.observer_bank import ObserverBank
 from viditq.quant.calibration.summary import summary_of
-from viditq.quant.convert import linear_names, quantize_denoiser
+from viditq.quant.convert import quantize_denoiser
 from viditq.quant.correction.ptqd import CorrectionFit, attach_corrections
 from viditq.quant.diagnosis.diagnosis import Diagnosis
 from viditq.quant.execution.linear import quant_linears
+from viditq.quant.execution.model_linears import linear_names
 
 CPU = torch.device("cpu")
 

@@ -40,8 +40,8 @@ from viditq.quant import (
     save_denoiser,
 )
 from viditq.quant.artifact import read_meta
-from viditq.quant.convert import shapes_of
 from viditq.quant.execution.linear import quant_linears
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.methods.transforms.foldable import foldable_scale, smooths_foldably, without_foldable
 
 Configure = Callable[..., DictConfig]

@@ -40,7 +40,7 @@ from viditq.quant import (
     quantize_denoiser,
     save_denoiser,
 )
-from viditq.quant.convert import shapes_of
+from viditq.quant.execution.model_linears import shapes_of
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "sdnq.safetensors"
 PYTHON = os.environ.get("VIDITQ_SDNQ_PYTHON")

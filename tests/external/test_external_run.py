@@ -21,7 +21,7 @@ from viditq.external.refusals import check_external
 from viditq.interop.quantizer import ViditqConfig
 from viditq.memory import set_aside
 from viditq.models.adapter import ModelAdapter
-from viditq.quant.convert import linear_names
+from viditq.quant.execution.model_linears import linear_names
 from viditq.runner import run
 
 SMALL = [

@@ -12,7 +12,6 @@ from diffusers.utils import load_image
 from hydra.utils import instantiate
 from PIL import Image
 from zoo import conditioned, images
-from zoo.saving import save
 
 from viditq.errors import UserError
 from viditq.files import read_json
@@ -62,19 +61,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = torch.randint(256, (40, 40 + 8 * (i % 2), 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
     return folder
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], Path]:
-    """Builder -> the folder of its pipeline, saved once."""
-    root = tmp_path_factory.mktemp("models")
-
-    def folder_of(build: Callable[[], Any]) -> Path:
-        if not (root / build.__name__).exists():
-            save(build, root / build.__name__)
-        return root / build.__name__
-
-    return folder_of
 
 
 @pytest.mark.parametrize("build", KNOWN, ids=lambda build: build.__name__)

@@ -19,7 +19,7 @@ from viditq.errors import UserError
 from viditq.models import outline
 from viditq.models.adapter import ModelAdapter
 from viditq.models.registry import OWN
-from viditq.quant.convert import linear_names
+from viditq.quant.execution.model_linears import linear_names
 
 YAMLS = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))]
 PIPELINES = sorted({str(values["pipeline"]) for values in YAMLS if values.get("pipeline")} - {*OWN})

@@ -12,7 +12,6 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from rich.console import Console
 from zoo import images, videos
-from zoo.saving import save
 
 from viditq.errors import UserError
 from viditq.estimate import Estimate, estimate
@@ -38,19 +37,6 @@ SMALL = [
     *("noise_floor.num_prompts=0", "diagnosis.num_prompts=0", "logger=none"),
     "stages=[prompts,reference,calibrate,quantize,generate,evaluate]",
 ]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], Path]:
-    """Builder -> the folder of its pipeline."""
-    root = tmp_path_factory.mktemp("models")
-
-    def folder_of(build: Callable[[], Any]) -> Path:
-        if not (root / build.__name__).exists():
-            save(build, root / build.__name__)
-        return root / build.__name__
-
-    return folder_of
 
 
 @pytest.fixture
@@ -88,29 +74,31 @@ def edited(folder: Path, target: Path, **values: Any) -> Path:
         ("StableDiffusion3Pipeline", r"lacks: text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3"),
     ],
 )
-def test_a_pipeline_of_another_class(name: str, words: str, folders: Callable[..., Path], adapter_of: Adapter) -> None:
+def test_a_pipeline_of_another_class(
+    name: str, words: str, folder_of: Callable[..., Path], adapter_of: Adapter
+) -> None:
     with pytest.raises(UserError, match=words):
-        adapter_of("pixart_alpha", folders(images.pixart_alpha), f"model.pipeline={name}")
+        adapter_of("pixart_alpha", folder_of(images.pixart_alpha), f"model.pipeline={name}")
 
 
-def test_a_pipeline_of_the_same_parts_but_another_denoiser(folders: Callable[..., Path], adapter_of: Adapter) -> None:
-    adapter = adapter_of("pixart_alpha", folders(images.pixart_alpha), "model.pipeline=SanaPipeline")
+def test_a_pipeline_of_the_same_parts_but_another_denoiser(folder_of: Callable[..., Path], adapter_of: Adapter) -> None:
+    adapter = adapter_of("pixart_alpha", folder_of(images.pixart_alpha), "model.pipeline=SanaPipeline")
     with pytest.raises(UserError, match=r"takes \w+ as transformer; the folder has PixArtTransformer2DModel"):
         adapter.build_denoiser()
 
 
-def test_a_pipeline_that_takes_the_same_denoiser(folders: Callable[..., Path], adapter_of: Adapter) -> None:
-    adapter = adapter_of("pixart_alpha", folders(images.pixart_alpha), "model.pipeline=PixArtSigmaPipeline")
+def test_a_pipeline_that_takes_the_same_denoiser(folder_of: Callable[..., Path], adapter_of: Adapter) -> None:
+    adapter = adapter_of("pixart_alpha", folder_of(images.pixart_alpha), "model.pipeline=PixArtSigmaPipeline")
     assert adapter.build_denoiser() is not None
 
 
 # What it samples from -------------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_that_needs_an_image(folders: Callable[..., Path], tmp_path: Path, adapter_of: Adapter) -> None:
+def test_a_pipeline_that_needs_an_image(folder_of: Callable[..., Path], tmp_path: Path, adapter_of: Adapter) -> None:
     """Of a yaml that names no conditions; model=diffusers finds them (test_conditions.py)."""
     absent = {"image_processor": [None, None], "image_encoder": [None, None]}
-    folder = edited(folders(videos.wan21), tmp_path / "i2v", _class_name="WanImageToVideoPipeline", **absent)
+    folder = edited(folder_of(videos.wan21), tmp_path / "i2v", _class_name="WanImageToVideoPipeline", **absent)
     with pytest.raises(UserError, match=r"WanImageToVideoPipeline needs image, .*choose a text-to-image"):
         adapter_of("wan2.1_1.3b", folder, "model.pipeline=WanImageToVideoPipeline")
 
@@ -147,9 +135,9 @@ def test_pipelines_that_can_do_without(pipeline: str) -> None:
     ("part", "words"), [("tokenizer", "holds no tokenizer,"), ("text_encoder", "no text_encoder,")]
 )
 def test_a_pipeline_that_cannot_encode(
-    part: str, words: str, folders: Callable[..., Path], tmp_path: Path, adapter_of: Adapter
+    part: str, words: str, folder_of: Callable[..., Path], tmp_path: Path, adapter_of: Adapter
 ) -> None:
-    adapter = adapter_of("wan2.1_1.3b", edited(folders(videos.wan21), tmp_path / "m", **{part: [None, None]}))
+    adapter = adapter_of("wan2.1_1.3b", edited(folder_of(videos.wan21), tmp_path / "m", **{part: [None, None]}))
     with pytest.raises(UserError, match=rf"{words} and 2 prompts have no embeddings, first 'a'.*data\.embeds"):
         check_encodes(adapter, ["a", "b"])
 
@@ -190,18 +178,18 @@ def test_denoisers_that_are_left_out(denoisers: list[str], floats: list[str], wo
         parts.check_denoisers(denoisers, floats, index)
 
 
-def test_a_yaml_of_one_denoiser_on_a_folder_of_two(folders: Callable[..., Path], adapter_of: Adapter) -> None:
+def test_a_yaml_of_one_denoiser_on_a_folder_of_two(folder_of: Callable[..., Path], adapter_of: Adapter) -> None:
     with pytest.raises(UserError, match=r"does not name: transformer_2\. They would run in float without a word"):
-        adapter_of("wan2.1_14b", folders(videos.wan22))
+        adapter_of("wan2.1_14b", folder_of(videos.wan22))
 
 
 def test_denoisers_left_in_float_on_purpose_are_told_and_counted(
     configure: Callable[..., Any],
-    folders: Callable[..., Path],
+    folder_of: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    where = [f"model.path='{folders(videos.wan22)}'", f"cache_dir='{tmp_path}/cache'"]
+    where = [f"model.path='{folder_of(videos.wan22)}'", f"cache_dir='{tmp_path}/cache'"]
     one, both = (
         run(configure(f"model={model}", *SMALL, *where, *more), tmp_path / model)
         for model, more in (("wan2.1_14b", ["+model.float_denoisers=[transformer_2]"]), ("wan2.2", []))
@@ -219,9 +207,9 @@ def test_denoisers_left_in_float_on_purpose_are_told_and_counted(
 
 
 def test_the_estimate_counts_denoisers_left_in_float(
-    configure: Callable[..., Any], folders: Callable[..., Path], tmp_path: Path
+    configure: Callable[..., Any], folder_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    where = [*SMALL, f"model.path='{folders(videos.wan22)}'", f"cache_dir='{tmp_path}/cache'"]
+    where = [*SMALL, f"model.path='{folder_of(videos.wan22)}'", f"cache_dir='{tmp_path}/cache'"]
 
     def told(model: str, *more: str) -> Estimate:
         experiment = build(configure(f"model={model}", *where, *more))
@@ -238,9 +226,9 @@ def test_the_estimate_counts_denoisers_left_in_float(
 
 
 def test_a_search_counts_denoisers_left_in_float_in_its_bytes(
-    configure: Callable[..., Any], folders: Callable[..., Path], tmp_path: Path
+    configure: Callable[..., Any], folder_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    settings = [*SMALL, f"model.path='{folders(videos.wan22)}'", f"cache_dir='{tmp_path}/cache'"]
+    settings = [*SMALL, f"model.path='{folder_of(videos.wan22)}'", f"cache_dir='{tmp_path}/cache'"]
     settings += ["model=wan2.1_14b", "+model.float_denoisers=[transformer_2]", "quant/policy=sensitivity"]
     settings += ["quant.policy.budget.weight_bits=null", "quant.policy.budget.size_bytes=1000"]
     with pytest.raises(UserError, match="size_bytes=1000 is not possible") as error:

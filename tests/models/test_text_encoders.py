@@ -15,10 +15,11 @@ from viditq.errors import UserError
 from viditq.loading import load_encoders
 from viditq.models.text_encoders import build_encoder, encoder_names, encoders_on_disk, map_encoder
 from viditq.quant.artifact import StoredTensors, load_denoiser, read_meta, verify
-from viditq.quant.convert import Conversion, linear_names, quantize_denoiser
+from viditq.quant.convert import Conversion, quantize_denoiser
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.execution.linear import backend_counts, quant_linears
+from viditq.quant.execution.model_linears import linear_names
 from viditq.quant.streaming import quantize_to
 from viditq.quant.text_encoder import text_encoder_plan
 

@@ -17,7 +17,6 @@ import yaml
 from hydra.utils import instantiate
 from torch import nn
 from zoo import images, videos
-from zoo.saving import save
 
 from viditq.assets import is_hub_id
 from viditq.data.samples import load_sample, sample_path
@@ -30,8 +29,8 @@ from viditq.models.generate import noise_generator, with_settings
 from viditq.models.stored_embeds import read_embeds, write_embeds
 from viditq.models.text import encode_prompt
 from viditq.quant.calibration.statistics import CalibrationStats
-from viditq.quant.convert import linear_names
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.model_linears import linear_names
 from viditq.runner import run
 
 ROOT = Path(__file__).parents[2]
@@ -101,20 +100,6 @@ def quick_garbage_collection() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], Path]:
-    """Builder -> the folder of its pipeline, saved once."""
-    root, saved = tmp_path_factory.mktemp("zoo"), {}
-
-    def folder_of(build: Callable[[], Any]) -> Path:
-        if build not in saved:
-            saved[build] = root / build.__name__
-            save(build, saved[build])
-        return saved[build]
-
-    return folder_of
 
 
 @pytest.fixture

@@ -17,12 +17,13 @@ from viditq.models.mapped_weights import map_denoiser
 from viditq.quant.artifact import MODEL, size_bytes
 from viditq.quant.calibration.observers import Observer, blank_state
 from viditq.quant.calibration.statistics import CalibrationStats
-from viditq.quant.convert import Conversion, linear_names, quantize_denoiser
+from viditq.quant.convert import Conversion, quantize_denoiser
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends import Backend, FakeBackend
 from viditq.quant.execution.linear import quant_linears
+from viditq.quant.execution.model_linears import linear_names
 from viditq.quant.sizes import (
     artifact_bytes,
     held_bytes,

@@ -28,7 +28,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
 from viditq.models.stored_weights import stored_dtypes
 from viditq.quant.calibration.context import denoisers_of
-from viditq.quant.convert import linear_names
+from viditq.quant.execution.model_linears import linear_names
 from viditq.quant.sizes import (
     WeightBytes,
     artifact_bytes,

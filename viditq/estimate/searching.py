@@ -8,7 +8,7 @@ from viditq.estimate.work import DONE, Counter, Work
 from viditq.files import is_whole
 from viditq.job import Job
 from viditq.models.schedule import noise_levels
-from viditq.quant.convert import shapes_of
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.search.allocate import Search
 from viditq.quant.search.candidates import candidates_of
 from viditq.quant.search.costs import to_measure

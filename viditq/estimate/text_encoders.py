@@ -14,7 +14,7 @@ from viditq.job import Job
 from viditq.mapped import DTYPES as DTYPES_STORED
 from viditq.models.adapter import ModelAdapter
 from viditq.models.text_encoders import build_encoder, run_dtype
-from viditq.quant.convert import shapes_of
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.sizes import artifact_bytes, laid_out, weight_bytes
 from viditq.quant.text_encoder import BACKEND
 

@@ -27,9 +27,9 @@ from viditq.files import atomic
 from viditq.mapped import Writer, header_bound, release
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import StoredTensors
-from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.methods.quantizer import QuantizedWeight
 from viditq.quant.numerics.packing import unpack
 

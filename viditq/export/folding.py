@@ -21,8 +21,8 @@ from viditq.errors import UserError
 from viditq.export.refusal import Refusal
 from viditq.models.fold_sites import KNOWN, Site, fold_sites
 from viditq.quant.artifact import PLAN, StoredTensors
-from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.methods.transforms.foldable import smooths_foldably, without_foldable
 
 Edit = Callable[[Tensor], Tensor]

@@ -21,9 +21,9 @@ from viditq.export.requantize import quantized_again
 from viditq.mapped import release
 from viditq.models.registry import find_class
 from viditq.quant.artifact import read_meta
-from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.methods.quantizer import QuantizedWeight
 from viditq.quant.numerics.packing import unpack
 

@@ -29,10 +29,10 @@ from viditq.export.sdnq_layout import packed_shape, stored_grid, stored_weight
 from viditq.interop.folder import CHANGED
 from viditq.models.adapter import ModelAdapter
 from viditq.quant.artifact import read_meta
-from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.model_linears import shapes_of
 
 TARGET, VERSION = "sdnq", "0.2.8"
 NEAREST = "quant=w8a8_sym (or w4a8_sym, or weights only) with quant/smoothing=none"

@@ -30,10 +30,10 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.registry import find_class
 from viditq.quant.artifact import StoredTensors, read_meta
 from viditq.quant.artifact_writer import SHARD_BYTES, in_shards
-from viditq.quant.convert import shapes_of
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.numerics.packing import unpack
 
 EMULATED = "quant=w8a8 (or w4a8), whose activations are asymmetric per token"

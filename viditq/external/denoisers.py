@@ -14,7 +14,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.registry import find_class
 from viditq.models.roles import FLOAT
 from viditq.models.weight_files import variant_of
-from viditq.quant.convert import linear_names
+from viditq.quant.execution.model_linears import linear_names
 
 
 def load_denoisers(adapter: ModelAdapter, policy: ExternalQuantization) -> nn.Module:

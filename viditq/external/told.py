@@ -12,7 +12,7 @@ from viditq.external.denoisers import source_of
 from viditq.external.policy import ExternalQuantization
 from viditq.models.adapter import ModelAdapter
 from viditq.models.roles import FLOAT
-from viditq.quant.convert import shapes_of
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.sizes import held_bytes
 
 FLOAT_BITS = 16

@@ -24,7 +24,7 @@ from viditq.importing.comfy_layers import ComfyLayer, Rows, check_format
 from viditq.importing.denoiser import ImportedDenoiser, check_names
 from viditq.importing.layer import ImportedLayer
 from viditq.mapped import mapped_tensors
-from viditq.quant.convert import shapes_of
+from viditq.quant.execution.model_linears import shapes_of
 
 PREFIX = "model.diffusion_model."
 SCALED_FLOAT8 = "scaled_fp8"

@@ -24,9 +24,9 @@ from viditq.importing.denoiser import ImportedDenoiser, check_names
 from viditq.importing.layer import MIDDLE, ImportedLayer, check_fields, check_shape, stored, unsigned
 from viditq.mapped import mapped_tensors, release
 from viditq.models.weight_files import DIFFUSERS, weight_files
-from viditq.quant.convert import shapes_of
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.methods.transforms.given_scale import GivenScaleSpec
 
 INT8, INTX = "Int8Tensor", "IntxUnpackedToInt8Tensor"

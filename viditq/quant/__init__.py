@@ -6,7 +6,7 @@ from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.context import StepContext
 from viditq.quant.calibration.segment_stats import SegmentStats
 from viditq.quant.calibration.statistics import CalibrationStats
-from viditq.quant.convert import build_quantized, linear_names, quantize_denoiser
+from viditq.quant.convert import build_quantized, quantize_denoiser
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.recipe import Recipe, Rule
@@ -15,6 +15,7 @@ from viditq.quant.description.specs import RangeSpec, RoundingSpec, TransformSpe
 from viditq.quant.diagnosis.diagnosis import Diagnosis
 from viditq.quant.execution.backends import Backend, get_backend
 from viditq.quant.execution.linear import QuantLinear
+from viditq.quant.execution.model_linears import linear_names
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.ranges import GridFit, LpSearch, MinMax, NormalSteps, Percentile
 from viditq.quant.methods.rounding import AdaRound, BlockAdaRound, Gptq, Nearest

@@ -21,6 +21,7 @@ from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends import Backend, check_supported, get_backend
 from viditq.quant.execution.denoiser import settle
 from viditq.quant.execution.linear import QuantLinear
+from viditq.quant.execution.model_linears import linears_of, places_of, put_at
 from viditq.quant.execution.variant import Variant, empty_variant
 from viditq.quant.methods.quantizer import Grid
 from viditq.quant.methods.ranges import static_grid
@@ -30,31 +31,6 @@ from viditq.quant.numerics.low_rank import check_rank
 from viditq.quant.reconstruction.learn import BlockReconstruction
 
 MakeVariant = Callable[[nn.Linear, LayerScheme, float, float], Variant]
-
-
-def linear_names(denoiser: nn.Module) -> list[str]:
-    """Names of the Linears that can be quantized, in module order; one reached by two names appears once."""
-    return list(_linears(denoiser))
-
-
-def shapes_of(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
-    """Linear -> (out_features, in_features)."""
-    return {name: (linear.out_features, linear.in_features) for name, linear in _linears(denoiser).items()}
-
-
-def _linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    # MultiheadAttention reads its out_proj's weight itself: a swapped one would never be called
-    excluded = nn.modules.linear.NonDynamicallyQuantizableLinear
-    modules = denoiser.named_modules()
-    return {name: m for name, m in modules if isinstance(m, nn.Linear) and not isinstance(m, excluded)}
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are reached by an earlier name too, as where an embedding is shared -> that name."""
-    first: dict[int, str] = {}
-    everything = model.named_parameters(remove_duplicate=False)
-    names = {name: first.setdefault(id(parameter), name) for name, parameter in everything}
-    return {name: earlier for name, earlier in names.items() if name != earlier}
 
 
 class Conversion:
@@ -182,12 +158,12 @@ def quantize_denoiser(
 
 def convert_in_place(conversion: Conversion) -> StepContext:
     """The denoiser gets its QuantLinears and the returned StepContext. Raises UserError for NaN or inf in a weight."""
-    places = _places(conversion.denoiser)
+    places = places_of(conversion.denoiser)
     conversion.check_finite(conversion.plan.layers)
     for names in conversion.turns:
         for name, quantized in conversion.quantized(names).items():
             quantized.prepare()
-            _replace(places[conversion.linears[name]], quantized)
+            put_at(places[conversion.linears[name]], quantized)
     settle(conversion.denoiser, conversion.context)
     return conversion.context
 
@@ -198,13 +174,13 @@ def build_quantized(
     """Swaps in the structure that `load_state_dict` fills; call `prepare` on each QuantLinear afterwards."""
     chosen = get_backend(backend)
     linears = _checked_linears(denoiser, plan, chosen)
-    context, places = StepContext(plan.edges, timestep_scale), _places(denoiser)
+    context, places = StepContext(plan.edges, timestep_scale), places_of(denoiser)
 
     def empty(linear: nn.Linear, scheme: LayerScheme, lo: float, hi: float) -> Variant:
         return empty_variant(scheme, linear.in_features, linear.out_features, linear.weight.dtype)
 
     for name in plan.layers:
-        _replace(places[linears[name]], quant_linear(name, linears[name], plan, empty, context, chosen))
+        put_at(places[linears[name]], quant_linear(name, linears[name], plan, empty, context, chosen))
     settle(denoiser, context)
     return context
 
@@ -242,7 +218,7 @@ def fit_variant(
 
 
 def _checked_linears(denoiser: nn.Module, plan: QuantPlan, backend: Backend) -> dict[str, nn.Linear]:
-    linears = _linears(denoiser)
+    linears = linears_of(denoiser)
     for name in plan.layers:
         if name not in linears:
             raise UserError(f"the plan quantizes {name}, which is no Linear of the model; {close_names(name, linears)}")
@@ -284,18 +260,3 @@ def quant_linear(
             variants.append(make(linear, scheme, plan.edges[segment], plan.edges[segment + 1]))
         segment_to_variant.append(index_of[key])
     return QuantLinear(name, linear.bias, variants, segment_to_variant, linear.out_features, context, backend)
-
-
-def _places(denoiser: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Module -> every (parent, attribute) it hangs from: a shared Linear must stay shared."""
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in denoiser.modules():
-        for key, child in parent._modules.items():  # named_children skips a child's second name
-            if child is not None:
-                places.setdefault(child, []).append((parent, key))
-    return places
-
-
-def _replace(places: list[tuple[nn.Module, str]], new: nn.Module) -> None:
-    for parent, key in places:
-        setattr(parent, key, new)

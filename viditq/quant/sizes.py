@@ -21,11 +21,12 @@ from viditq.mapped import NAMES
 from viditq.quant.artifact import FORMAT_VERSION, META, PLAN
 from viditq.quant.calibration.observers import blank_state
 from viditq.quant.calibration.statistics import shared_tensor
-from viditq.quant.convert import build_quantized, tied_names
+from viditq.quant.convert import build_quantized
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends import get_backend
 from viditq.quant.execution.linear import QuantLinear, quant_linears
+from viditq.quant.execution.model_linears import tied_names
 from viditq.quant.execution.variant import Variant
 
 KINDS = {

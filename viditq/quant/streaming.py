@@ -12,8 +12,9 @@ import torch
 from viditq.errors import UserError
 from viditq.mapped import header_bound, is_finite, release
 from viditq.quant.artifact_writer import SHARD_BYTES, ArtifactWriter, Content, content_of, in_shards
-from viditq.quant.convert import Conversion, tied_names
+from viditq.quant.convert import Conversion
 from viditq.quant.execution.linear import QuantLinear
+from viditq.quant.execution.model_linears import tied_names
 from viditq.work_folder import held, work_folder
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from torch import nn
 
 from viditq.errors import UserError
-from viditq.quant.convert import shapes_of, tied_names
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.execution.model_linears import shapes_of, tied_names
 
 BACKEND = "weight_only"  # of what reads the artifact: a float copy of the weights is what it is to save
 

@@ -14,7 +14,7 @@ from viditq.memory import give_back
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.moment_passes import MomentPass
 from viditq.quant.calibration.statistics import CalibrationStats
-from viditq.quant.convert import linear_names
+from viditq.quant.execution.model_linears import linear_names
 from viditq.quant.reconstruction.collect import BlockInputs, finish, joined_states
 from viditq.quant.reconstruction.joint_calibrator import JointCalibrator, divided
 from viditq.quant.reconstruction.store import BlockStore

@@ -1,12 +1,13 @@
-"""Stage `search`: with quant/policy=sensitivity, what each part costs, and the plan that follows from it."""
+"""Stage `search`: what each part costs, and the plan that follows from it (quant/policy=sensitivity or treatments)."""
 
+from functools import partial
 from typing import Any
 
 from viditq.files import is_whole
 from viditq.job import Job
 from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.calibration.step_shares import step_shares
-from viditq.quant.convert import linear_names, shapes_of
+from viditq.quant.execution.model_linears import linear_names, shapes_of
 from viditq.quant.search.allocate import Search
 from viditq.quant.search.candidates import SIDES, candidates_of
 from viditq.quant.search.costs import to_measure
@@ -23,17 +24,18 @@ def search(job: Job) -> str:
     """Find the plan within the budget; every candidate's scores are kept in the cache, for other budgets too."""
     if why := skipped(job, "search"):
         return why
-    policy = job.experiment.quant.policy
+    policy, run_dir = job.experiment.quant.policy, job.run_dir
     if isinstance(policy, TreatmentSearch):
-        return search_treatments(job, policy)
-    if not isinstance(policy, SensitivitySearch):
+        record, work = run_dir.treatments, partial(search_treatments, job, policy)
+    elif isinstance(policy, SensitivitySearch):
+        record, work = run_dir.search, partial(_search, job, policy)
+    else:
         return "not needed: the policy names the bits"
-    run_dir = job.run_dir
-    if job.processes.first_does(lambda: is_whole(run_dir.search) and is_whole(run_dir.plan)):
+    if job.processes.first_does(lambda: is_whole(record) and is_whole(run_dir.plan)):
         return f"already done ({run_dir.plan})"
     observe(job)
     with job.timed(run_dir.path, "search"):
-        return _search(job, policy)
+        return work()
 
 
 def _search(job: Job, policy: SensitivitySearch) -> str:

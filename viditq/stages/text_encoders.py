@@ -16,8 +16,9 @@ from viditq.models.text import check_prompts, encode_prompt
 from viditq.models.text_encoders import map_encoder
 from viditq.quant.artifact import FORMAT_VERSION, read_meta, size_bytes
 from viditq.quant.artifact_writer import ArtifactWriter
-from viditq.quant.convert import Conversion, shapes_of
+from viditq.quant.convert import Conversion
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.streaming import Streaming
 from viditq.quant.text_encoder import BACKEND
 from viditq.stages.embedding_error import embedding_errors, mean_errors

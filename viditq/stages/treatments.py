@@ -6,13 +6,12 @@ from math import inf
 from typing import Any
 
 from viditq.engine.treating import Found
-from viditq.files import atomic, is_whole, write_json
+from viditq.files import atomic, write_json
 from viditq.job import Job
-from viditq.quant.convert import shapes_of
+from viditq.quant.execution.model_linears import shapes_of
 from viditq.quant.search.allotment import SIZE, Costs, Part, Treated, allotted, cost_of, evenly, treated_plan, used
 from viditq.quant.search.treatment_policy import SizedBudget, TreatmentSearch
 from viditq.report.treatments_picture import treatments_picture
-from viditq.stages.calibrate import observe
 from viditq.stages.search_result import average
 from viditq.stages.treatment_table import TreatmentTable
 from viditq.treated_parts import Room
@@ -24,15 +23,6 @@ Point = dict[str, Any]
 
 def search_treatments(job: Job, policy: TreatmentSearch) -> str:
     """Find the plan; what is found of parts and finalists is kept in the cache, for other budgets too."""
-    run_dir = job.run_dir
-    if job.processes.first_does(lambda: is_whole(run_dir.treatments) and is_whole(run_dir.plan)):
-        return f"already done ({run_dir.plan})"
-    observe(job)
-    with job.timed(run_dir.path, "search"):
-        return _search(job, policy)
-
-
-def _search(job: Job, policy: TreatmentSearch) -> str:
     e = job.experiment
     parts = policy.parts(e.plan, e.roles, shapes_of(e.adapter.build_denoiser()))
     room, table = Room(e.adapter, policy, e.plan.edges, parts), TreatmentTable(job, policy, parts)

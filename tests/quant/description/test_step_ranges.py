@@ -9,11 +9,11 @@ import yaml
 
 from viditq.errors import UserError
 from viditq.models.stdit import STDiT
-from viditq.quant.convert import linear_names
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.description.step_ranges import RENAMES, edges_of, import_plan, linspace_levels, parse_ranges, renamed
+from viditq.quant.execution.model_linears import linear_names
 
 FOLDER = Path(__file__).parents[2] / "data" / "golden" / "open_sora"
 SCHEME = LayerScheme(QuantSpec(8, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True))

@@ -160,7 +160,7 @@ class Recipe:
         return matched
 
     def resolve(self, linear_names: Sequence[str]) -> QuantPlan:
-        """The plan for a denoiser with these Linears (`convert.linear_names`)."""
+        """The plan for a denoiser with these Linears (`execution.model_linears.linear_names`)."""
         schemes: dict[str, LayerScheme] = {}
         layers: dict[str, tuple[str | None, ...]] = {}
         for layer, rule in self._match(linear_names).items():

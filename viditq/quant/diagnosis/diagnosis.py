@@ -15,12 +15,12 @@ from viditq.errors import UserError, close_names
 from viditq.quant.calibration.context import Attachment, StepContext, TimestepScaleLike, denoisers_of
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of
 from viditq.quant.calibration.observers import NUM_BUCKETS
-from viditq.quant.convert import linear_names
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import FLOAT_BITS
 from viditq.quant.diagnosis.error_sums import ErrorSums
 from viditq.quant.execution.linear import QuantLinear, quant_linears
+from viditq.quant.execution.model_linears import linear_names
 
 
 class Diagnosis:
