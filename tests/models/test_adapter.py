@@ -98,6 +98,22 @@ def test_text_and_cached_embeddings_give_the_same_picture(adapter: ModelAdapter)
         torch.testing.assert_close(out, cached, atol=1e-5, rtol=0)
 
 
+def test_a_lone_text_is_the_prompt_of_pipelines_whose_first_argument_is_an_image(adapter: ModelAdapter) -> None:
+    """FLUX.2's and FLUX.1 Kontext's: findings/a_prompt_taken_for_an_image.sh."""
+
+    editing = adapter.load()
+
+    class Editing(type(editing)):
+        def __call__(self, image: object = None, prompt: str | None = None, **settings: object) -> tuple[object, ...]:
+            return image, prompt
+
+    editing.__class__ = Editing
+    pipeline, picture = sampling.with_settings(adapter, editing), object()
+    assert pipeline("a circle") == (None, "a circle")
+    assert pipeline(picture) == (picture, None)
+    assert pipeline(picture, "a circle") == (picture, "a circle")
+
+
 def test_prompt_counts_all_its_tokens(adapter: ModelAdapter, pipeline: object) -> None:
     limit = adapter.max_tokens
     check_prompts(adapter, pipeline, ["red " * (limit - 1)])  # and the end token

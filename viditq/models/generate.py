@@ -72,9 +72,12 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
     What it does to text follows `adapter.encode`: `adapter.call` is for embeddings made before.
     """
     cls, defaults = type(pipeline), text_settings(adapter, pipeline)
+    has_prompt = "prompt" in inspect.signature(cls.__call__).parameters
 
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if has_prompt and len(args) == 1 and isinstance(args[0], str):  # FLUX.2's and Kontext's first is the image
+            return cls.__call__(self, prompt=args[0], **defaults | kwargs)
         return cls.__call__(self, *args, **defaults | kwargs)
 
     pipeline.__class__ = type(cls.__name__, (cls,), {"__call__": call})
