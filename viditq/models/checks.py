@@ -15,7 +15,7 @@ CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
 COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps", "calibration_batch_size")
 MAPPINGS = ("encode", "call", "roles", "component_dtypes", "scheduler_settings")
 OPTIONAL = ("num_frames", "height", "width", "max_tokens", "guidance_scale")
-FRAMES = ("num_frames", "video_length", "frames")
+FRAMES = ("num_frames", "video_length", "frames", "segment_frame_length")
 """The names that pipelines use for how long a clip is."""
 OURS = ("generator", "output_type", "return_dict", "prompt")
 """What every call is given here."""

@@ -118,6 +118,8 @@ def ltx2_vae() -> nn.Module:
         decoder_block_out_channels=(8, 8, 8),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
     ).eval()
 
 

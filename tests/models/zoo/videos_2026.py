@@ -3,8 +3,14 @@
 from typing import Any
 
 import diffusers
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from zoo import conditioned, guided, text, text_2026, unlisted, vaes, videos
 
