@@ -106,20 +106,28 @@ def flux2_vae() -> nn.Module:
 def allegro_vae() -> nn.Module:
     """Of Allegro: 4 times fewer frames, 8 times smaller."""
     return diffusers.AutoencoderKLAllegro(
-        block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=32
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=128
     ).eval()
 
 
 def ltx2_vae() -> nn.Module:
-    """Of LTX-2: 8 times fewer frames, 32 times smaller."""
+    """Of LTX-2, here with half of the frames and 8 times smaller."""
     return diffusers.AutoencoderKLLTX2Video(
         latent_channels=4,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1),
-        spatial_compression_ratio=32,
-        temporal_compression_ratio=8,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        down_block_types=("LTX2VideoDownBlock3D",),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatiotemporal",),
+        upsample_type=("spatiotemporal",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=2,
     ).eval()
 
 
