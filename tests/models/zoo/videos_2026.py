@@ -171,10 +171,7 @@ def skyreels_v2_i2v() -> Any:
 
 
 def sana_video_i2v() -> Any:
-    parts = videos.sana_video().components
-    return diffusers.SanaImageToVideoPipeline(
-        **{**parts, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)}
-    )
+    return diffusers.SanaImageToVideoPipeline(**videos.sana_video().components)
 
 
 def cogvideox_i2v() -> Any:

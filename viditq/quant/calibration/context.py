@@ -69,7 +69,7 @@ class TimestepScale:
         """
         if not isinstance(timestep, Tensor):
             return float(timestep)
-        values = timestep.detach().reshape(len(timestep) if timestep.ndim > 1 else -1, -1)
+        values = timestep.detach().reshape(len(timestep) if timestep.ndim > 1 else timestep.numel(), -1)
         low, high = values.aminmax(dim=1)
         noisiest = high if self.at_noise > self.at_clean else low
         first = float(noisiest[0])
@@ -122,7 +122,7 @@ class StepContext:
 
     @property
     def noise_level(self) -> float | None:
-        """As the class says. Raises UserError unless samples share one timestep (`TimestepScale.of_step`) on the scale."""
+        """As the class says. Raises UserError as `TimestepScale.of_step`, and off the scale."""
         if self._noise_level is None and self._timestep is not None:
             assert self._scale is not None
             self._noise_level = self._scale.noise_level(self._scale.of_step(self._timestep))
