@@ -29,14 +29,14 @@ TEXT = "a small red circle"
 
 @dataclass(frozen=True)
 class Case:
-    """A builder, Linears by role, the conditions that are given, clips' frames and size, other overrides."""
+    """A builder, Linears by role, the conditions that are given, clips' frames and size, whether they are settings."""
 
     build: Callable[[], Any]
     roles: dict[str, int]
     given: tuple[str, ...] = ()
     frames: int = 5
     size: int = 32
-    more: tuple[str, ...] = ()
+    sized: bool = True
 
 
 WAN = {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 6}
@@ -46,7 +46,8 @@ LTX2 = {"self_attention": 8, "cross_attention": 16, "mlp": 4, "float": 54}
 KANDINSKY = {"self_attention": 8, "cross_attention": 8, "mlp": 4, "text_refiner": 6, "float": 10}
 SANA = {"self_attention": 8, "cross_attention": 8, "float": 6}
 MODELS = {
-    "wan2.1_i2v_480p": Case(conditioned.wan_i2v, WAN_IMAGE, ("image", "last_image")),
+    "wan2.1_i2v_480p": Case(conditioned.wan_i2v, WAN_IMAGE, ("image",)),
+    "wan2.1_flf2v": Case(zoo.wan_flf2v, WAN_IMAGE, ("image", "last_image")),
     "wan2.1_i2v_720p": Case(conditioned.wan_i2v, WAN_IMAGE, ("image",)),
     "wan2.2_i2v": Case(conditioned.wan22_i2v, {role: 2 * n for role, n in WAN.items()}, ("image",)),
     "wan2.2_5b_i2v": Case(zoo.wan22_5b_i2v, WAN, ("image",)),
@@ -62,7 +63,7 @@ MODELS = {
     "skyreels_v2": Case(unlisted.skyreels_v2, WAN),
     "skyreels_v2_i2v": Case(zoo.skyreels_v2_i2v, WAN_IMAGE, ("image",)),
     "hunyuan_video15": Case(guided.hunyuan_video15, HUNYUAN),
-    "hunyuan_video15_i2v": Case(zoo.hunyuan_video15_i2v, HUNYUAN, ("image",), size=16, more=("~model.height",)),
+    "hunyuan_video15_i2v": Case(zoo.hunyuan_video15_i2v, HUNYUAN, ("image",), size=16, sized=False),
     "ltx2": Case(zoo.ltx2, LTX2),
     "ltx2_i2v": Case(zoo.ltx2_i2v, LTX2, ("image",)),
     "ltx_video_i2v": Case(zoo.ltx_i2v, {**WAN, "float": 7}, ("image",), frames=9),
@@ -112,7 +113,7 @@ def _given(arguments: tuple[str, ...], folder: Path) -> dict[str, Any]:
 
 def _overrides(case: Case, table: Path) -> list[str]:
     steps = [f"model.num_frames={case.frames}", "model.num_steps=2", "model.dtype=float32"]
-    sizes = ["model.height={0}", "model.width={0}"] if not case.more else []
+    sizes = ["model.height={0}", "model.width={0}"] if case.sized else []
     columns = ", ".join(f"{name}: {_column(name)}" for name in case.given)
     data = [f"data.path='{table}'", "data=image_prompts", f"data.conditions={{{columns}}}"]
     data = data if case.given else [f"data.path='{table}'", "data=prompt_file", "data.column=prompt"]

@@ -35,7 +35,7 @@ def qwen_vl_text() -> tuple[Any, Any]:
     """The text model of Qwen2.5-VL, of HunyuanVideo 1.5."""
     values = {k: v for k, v in DECODER.items() if k != "head_dim"}
     config = Qwen2_5_VLTextConfig(**values, rope_parameters=MROPE)
-    return word_tokenizer(1200, ends=False), Qwen2_5_VLTextModel(config).eval()
+    return word_tokenizer(1200, ends=False, lead=108), Qwen2_5_VLTextModel(config).eval()
 
 
 def gemma3() -> tuple[Any, Any]:

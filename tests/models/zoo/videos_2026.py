@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffusers
+import torch
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -25,6 +26,14 @@ def _parts(pipeline: Any, *names: str) -> dict[str, Any]:
 
 def _of_wan(pipeline: Any) -> dict[str, Any]:
     return _parts(pipeline, "tokenizer", "text_encoder", "vae", "scheduler")
+
+
+def wan_flf2v() -> Any:
+    """CLIP sees both pictures."""
+    pipeline = conditioned.wan_i2v()
+    config = {**pipeline.transformer.config, "pos_embed_seq_len": 10}
+    pipeline.register_modules(transformer=diffusers.WanTransformer3DModel.from_config(config))
+    return pipeline
 
 
 def wan22_5b_i2v() -> Any:
@@ -141,11 +150,13 @@ def kandinsky5(cls: Any = None) -> Any:
         axes_dims=(2, 2, 4),
         visual_cond=from_image,
     )
+    for parameter in transformer.parameters():  # modulations are 0 at first, and no block would count
+        parameter.data += 0.1 * torch.randn(parameter.shape)
     return (cls or diffusers.Kandinsky5T2VPipeline)(
         transformer=transformer,
         vae=vaes.hunyuan_vae(),
         text_encoder=encoder,
-        tokenizer=text.word_tokenizer(1024, ends=False),
+        tokenizer=text.word_tokenizer(1024, ends=False, lead=128),
         text_encoder_2=clip,
         tokenizer_2=clip_tokenizer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),

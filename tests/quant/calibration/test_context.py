@@ -7,6 +7,7 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant import QuantSpec, StepContext, quantize_denoiser
+from viditq.quant.calibration.context import TimestepScale
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
 
