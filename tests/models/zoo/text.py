@@ -62,7 +62,7 @@ def word_tokenizer(max_length: int, ends: bool = True, lead: int = 0) -> PreTrai
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        chat_template=CHAT,
+        chat_template="{{ '<bos> ' * " + str(lead) + " }}" + CHAT,
     )
 
 

@@ -31,8 +31,8 @@ def _of_wan(pipeline: Any) -> dict[str, Any]:
 def wan_flf2v() -> Any:
     """CLIP sees both pictures."""
     pipeline = conditioned.wan_i2v()
-    config = {**pipeline.transformer.config, "pos_embed_seq_len": 10}
-    pipeline.register_modules(transformer=diffusers.WanTransformer3DModel.from_config(config))
+    config = {k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
+    pipeline.register_modules(transformer=diffusers.WanTransformer3DModel(**{**config, "pos_embed_seq_len": 10}))
     return pipeline
 
 
