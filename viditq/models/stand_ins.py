@@ -61,8 +61,11 @@ def pass_on(model: nn.Module) -> nn.Module:
     return model
 
 
-def stand_in_encoders(pipeline: Any) -> None:
-    """Let a pipeline of stand-ins encode pictures: to zeros, of the size that its VAE gives."""
+def stand_in_encoders(pipeline: Any, shown: list[Tensor]) -> None:
+    """Let a pipeline of stand-ins encode pictures: to zeros, of the size that its VAE gives.
+
+    shown: what the VAE is given is appended.
+    """
     if hasattr(pipeline, "encode_image"):
         pipeline.encode_image = lambda *args, **kwargs: torch.zeros(1, 1, 1)
     vae = getattr(pipeline, "vae", None)
@@ -71,6 +74,7 @@ def stand_in_encoders(pipeline: Any) -> None:
     encode = vae.encode
 
     def encoded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shown.append(x)
         out = encode(x.to("meta", vae.dtype))
         return _Encoded(out.latent if hasattr(out, "latent") else out.latent_dist.mode())
 

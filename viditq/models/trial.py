@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from viditq.errors import UserError
-from viditq.models.conditions import made_up
+from viditq.models import conditions
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
 from viditq.models.stand_ins import compute_on_cpu, pass_on, stand_in, stand_in_encoders
@@ -71,6 +72,26 @@ def encoded_texts(adapter: Any, scheduler: Any) -> list[Any]:
     return recorder.texts
 
 
+def shown_pictures(adapter: Any, scheduler: Any, prompts: Sequence[str]) -> list[Tensor | None]:
+    """What the pipeline shows its VAE first of each prompt's pictures, as it resizes them: float [C, H, W] in [0, 1].
+
+    None where it shows it nothing before it denoises. Raises TrialError where the call fails before.
+    """
+    found: list[Tensor | None] = []
+    recorder = _Recorder(adapter, scheduler, text_only=True)
+    pipeline = _recorded(adapter, scheduler, recorder)
+    for prompt in prompts:
+        recorder.encoded.clear()
+        try:
+            with torch.no_grad():
+                _call(adapter, pipeline, conditions.given(conditions.stored(prompt)), {})
+        except Exception as error:  # as in `try_out`
+            raise TrialError(f"{type(error).__name__}: {error}") from error
+        first = recorder.encoded[0] if recorder.encoded else None
+        found.append(None if first is None else (first if first.ndim == 4 else first[:, :, 0])[0].float() / 2 + 0.5)
+    return found
+
+
 def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]:
     recorder = _Recorder(adapter, scheduler)
     _run(adapter, scheduler, settings, recorder)
@@ -80,22 +101,29 @@ def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]
 
 
 def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: _Recorder) -> None:
+    pictures = {} if adapter.conditioning == "class" else conditions.made_up(adapter)
+    _call(adapter, _recorded(adapter, scheduler, recorder), pictures, settings)
+
+
+def _recorded(adapter: Any, scheduler: Any, recorder: _Recorder) -> Any:
+    """A pipeline of stand-ins whose calls the recorder takes note of."""
     joined = adapter.build_denoiser()
     denoisers = dict(joined) if isinstance(joined, nn.ModuleDict) else {adapter.denoiser_names[0]: joined}
     for name, denoiser in denoisers.items():
         denoiser.forward = recorder.around(denoiser, name)
     scheduler.step = recorder.step(scheduler.step)
     pipeline = _assembled(adapter, {**denoisers, "scheduler": scheduler})
-    if adapter.conditioning == "class":
-        prompt: dict[str, Any] = {"class_labels": [0]}
-    else:
-        prompt = {"prompt": "a"}
+    if adapter.conditioning != "class":
         pipeline.encode_prompt = recorder.encode(pipeline.encode_prompt)
-        prompt |= made_up(adapter)
-        stand_in_encoders(pipeline)
+        stand_in_encoders(pipeline, recorder.encoded)
+    return pipeline
+
+
+def _call(adapter: Any, pipeline: Any, pictures: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    prompt: dict[str, Any] = {"class_labels": [0]} if adapter.conditioning == "class" else {"prompt": "a"}
     settings = call_settings(adapter, pipeline) | settings
     with suppress(_AllSteps):
-        pipeline(**prompt, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
+        pipeline(**prompt, **pictures, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
 
 
 def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
@@ -131,13 +159,14 @@ class _Recorder:
     """What denoisers are told between the scheduler's steps, and which texts are encoded before.
 
     ranges: of each step the lowest and the highest value told; they differ where tokens that are given (a first frame)
-    are told that they are clean, which is the same at every step.
+    are told that they are clean, which is the same at every step. encoded: what the VAE is shown.
     text_only: the call ends where it begins to denoise.
     """
 
     def __init__(self, adapter: Any, scheduler: Any, text_only: bool = False) -> None:
         self.adapter, self.scheduler, self.text_only = adapter, scheduler, text_only
         self.texts: list[Any] = []
+        self.encoded: list[Tensor] = []
         self.num_train = float(scheduler.config.get("num_train_timesteps", 1000))
         self.told: list[tuple[str, str, tuple[float, float]]] = []
         self.steps: list[Step] = []
