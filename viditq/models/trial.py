@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,7 +119,7 @@ def _recorded(adapter: Any, scheduler: Any, recorder: _Recorder) -> Any:
     return pipeline
 
 
-def _call(adapter: Any, pipeline: Any, pictures: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def _call(adapter: Any, pipeline: Any, pictures: dict[str, Any], settings: dict[str, Any]) -> None:
     prompt: dict[str, Any] = {"class_labels": [0]} if adapter.conditioning == "class" else {"prompt": "a"}
     settings = call_settings(adapter, pipeline) | settings
     with suppress(_AllSteps):
