@@ -22,7 +22,8 @@ Results = dict[str, dict[str, Tensor]]
 class Pairs(Dataset[EvalBatch | None]):
     """Batches of (sample, reference) pairs, with real clips where the data has them.
 
-    given: prompt -> the picture that sampling started from. Without any batch it holds one that is None: a process with nothing to score must take part in the synchronisation.
+    given: prompt -> the picture that sampling started from. Without any batch it holds one that is None: a process with
+    nothing to score must take part in the synchronisation.
     """
 
     def __init__(

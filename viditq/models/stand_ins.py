@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
@@ -72,6 +73,7 @@ def stand_in_encoders(pipeline: Any, shown: list[Tensor]) -> None:
     if vae is None or not hasattr(vae, "encode"):
         return
     encode = vae.encode
+    vae._hf_hook = SimpleNamespace(execution_device=CPU)  # as of an offloaded part: what it is given lies there
 
     def encoded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         shown.append(x)
