@@ -32,7 +32,6 @@ def picture(tmp_path: Path) -> Path:
     ("model", "build", "own", "mode", "size"),
     [
         ("wan2.1_i2v_480p", conditioned.wan_i2v, SIZE, "default", (32, 48)),
-        ("ltx2_i2v", zoo.ltx2_i2v, [*SIZE[::2], "model.width=64"], "default", (32, 64)),
         ("hunyuan_video15_i2v", zoo.hunyuan_video15_i2v, SIZE[2:], "crop", (12, 16)),
     ],
 )

@@ -127,12 +127,20 @@ def test_whole_run(
     """And the float sample is that of the pipeline's own call; what is guessed of roles and measured is as said."""
     case = MODELS[model]
     paths = [f"model={model}", f"model.path='{folder_of(case.build)}'", f"cache_dir='{tmp_path}/cache'", "name=x"]
-    shrunk = ["quant=w4a8", "metric=[psnr]", "logger=none", "batch_size=1", "data.num_prompts=2"]
+    first = ["first_frame_psnr"] * ("i2v" in model)
+    shrunk = [
+        "quant=w4a8",
+        f"metric=[{','.join(['psnr', *first])}]",
+        "logger=none",
+        "batch_size=1",
+        "data.num_prompts=2",
+    ]
     shrunk += ["data.num_calibration_prompts=1", "noise_floor.num_prompts=0", "diagnosis.num_prompts=0"]
     shrunk += ["quant/smoothing=static", "stages=[prompts,reference,calibrate,quantize,generate,evaluate]"]
     cfg = configure(*paths, *shrunk, *_overrides(case, table))
     metrics = run(cfg, tmp_path / "run")
     assert metrics is not None and 0 < metrics["metrics"]["psnr"] < 100
+    assert all(0 < metrics["metrics"][name] < 100 and metrics["verdict"][name]["float"] for name in first)
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     scale = adapter.timestep_scale
     full = {"argument": "timestep", **scale} if isinstance(scale, dict) else scale
