@@ -107,7 +107,7 @@ def sd35_medium() -> Any:
     return sd35(dual_attention_layers=(0,))
 
 
-def sana() -> Any:
+def sana(**kwargs: Any) -> Any:
     tokenizer, encoder = text.gemma()
     transformer = diffusers.SanaTransformer2DModel(
         in_channels=4,
@@ -120,6 +120,7 @@ def sana() -> Any:
         cross_attention_dim=16,
         caption_channels=text.WIDTH,
         sample_size=4,
+        **kwargs,
     )
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,
