@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.models import conditions
+from viditq.models import conditions, replay
 from viditq.models.adapter import ModelAdapter
 from viditq.models.labels import class_label
 from viditq.models.settings import text_settings
@@ -56,6 +56,8 @@ def encode_prompt(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEm
     if adapter.conditioning == "class":
         return {"class_labels": torch.tensor([class_label(adapter, prompt)])}
     pictures = conditions.stored(prompt)
+    if adapter.replays:
+        return replay.record(adapter, pipeline, prompt)
     if pictures and conditions.encoded_with_text(pipeline):
         return record_encoding(adapter, pipeline, prompt) | pictures
     return _encode_all(adapter, pipeline, prompt) | pictures

@@ -93,6 +93,7 @@ def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: _Reco
         stand_in_encoders(pipeline)
     settings = call_settings(adapter, pipeline) | settings
     with suppress(_AllSteps):
+        settings |= {"output_type": "latent"}  # of a scheduler that lists a timestep more than its steps all is run
         pipeline(**prompt, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
 
 

@@ -40,7 +40,7 @@ def sana_sprint() -> Any:
 
 def hidream() -> Any:
     """Four text encoders; of the last one a layer for each block."""
-    (tokenizer, clip), (_, clip_2) = text.clip(projection=True, width=8), text.clip(projection=True, width=8)
+    (tokenizer, clip), (_, clip_2) = (text.clip(projection=True, width=8, max_length=248) for _ in range(2))
     t5_tokenizer, t5 = text.t5()
     llama_tokenizer, llama = text_2026.llama_lm()
     transformer = diffusers.HiDreamImageTransformer2DModel(
@@ -64,7 +64,7 @@ def hidream() -> Any:
         text_encoder=clip,
         tokenizer=tokenizer,
         text_encoder_2=clip_2,
-        tokenizer_2=text.word_tokenizer(77),
+        tokenizer_2=text.word_tokenizer(248),
         text_encoder_3=t5,
         tokenizer_3=t5_tokenizer,
         text_encoder_4=llama,
@@ -149,7 +149,7 @@ def longcat_image() -> Any:
     """A tokenizer stands for Qwen2.5-VL's processor, which needs torchvision."""
     tokenizer, encoder = text.qwen_vl()
     transformer = diffusers.LongCatImageTransformer2DModel(
-        in_channels=16,
+        in_channels=64,
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=8,
@@ -160,7 +160,7 @@ def longcat_image() -> Any:
     )
     return diffusers.LongCatImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC),
-        vae=vaes.image_vae(**FLUX_VAE),
+        vae=vaes.image_vae(16, **FLUX_VAE),
         text_encoder=encoder,
         tokenizer=tokenizer,
         text_processor=text.word_tokenizer(1024, ends=False),
