@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffusers
+from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from zoo import images, text, text_2026, vaes
 from zoo.guided import DYNAMIC
@@ -221,4 +222,25 @@ def ideogram4() -> Any:
         tokenizer=tokenizer,
         transformer=transformer(),
         unconditional_transformer=transformer(),
+    )
+
+
+def qwen_image21() -> Any:
+    """Makes RGBA; Llava's processor stands for Qwen3-VL's, which needs torchvision."""
+    tokenizer, encoder = text_2026.qwen3_vl_lm()
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        context_in_dim=text.WIDTH,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return diffusers.QwenImage21Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+        vae=vaes.qwen21_vae(),
+        text_encoder=encoder,
+        processor=LlavaProcessor(image_processor=CLIPImageProcessorPil(), tokenizer=tokenizer, chat_template=text.CHAT),
+        transformer=transformer,
     )

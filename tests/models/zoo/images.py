@@ -45,10 +45,11 @@ def dit_xl2_256() -> Any:
     )
 
 
-def flux_dev(guidance: bool = True) -> Any:
+def flux_dev(guidance: bool = True, in_channels: int = 16) -> Any:
     (clip_tokenizer, clip), (t5_tokenizer, t5) = text.clip(), text.t5()
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
+        in_channels=in_channels,
+        out_channels=16,
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=8,
