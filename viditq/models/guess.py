@@ -70,7 +70,7 @@ def _encode_outputs(cls: type, of_call: set[str]) -> list[str | None]:
     They are those that its return statements have, or, where more of them are known, those that `__call__` gives them.
     Where it takes none of them all are None.
     """
-    returned = [_names(node.value) for node in _nodes(cls, "encode_prompt", ast.Return)]
+    returned = returned_names(cls)
     assigned = [
         _names(node.targets[0])
         for node in _nodes(cls, "__call__", ast.Assign)
@@ -85,6 +85,11 @@ def _encode_outputs(cls: type, of_call: set[str]) -> list[str | None]:
             f"What {cls.__name__}.encode_prompt returns is not understood; name it: model.encode_outputs=[...]."
         )
     return best
+
+
+def returned_names(cls: type) -> list[list[str]]:
+    """What the values that `encode_prompt` returns are called in it, for each of its return statements."""
+    return [_names(node.value) for node in _nodes(cls, "encode_prompt", ast.Return)]
 
 
 def _nodes(cls: type, method: str, kind: type) -> list[Any]:

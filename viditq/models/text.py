@@ -39,7 +39,8 @@ def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> N
 
 
 def _check_length(adapter: ModelAdapter, pipeline: Any, prompt: str, limit: int) -> None:
-    count = len(getattr(pipeline, adapter.prompt_tokenizer)(str(prompt))["input_ids"])
+    part = getattr(pipeline, adapter.prompt_tokenizer)
+    count = len(getattr(part, "tokenizer", part)(str(prompt))["input_ids"])  # a processor's first argument is a picture
     if count > limit:
         raise UserError(
             f"The prompt {prompt[:60]!r}... has {count} tokens, {adapter.name} takes at most "

@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffusers
+import torch
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from zoo import images, text, text_2026, vaes
@@ -123,7 +124,7 @@ def prx() -> Any:
 def kandinsky5() -> Any:
     """Made at a few large sizes only; a tokenizer stands for Qwen2.5-VL's processor, which needs torchvision."""
     (tokenizer, encoder), (clip_tokenizer, clip) = text.qwen_vl(), text.clip()
-    transformer = diffusers.Kandinsky5Transformer3DModel(
+    transformer: Any = diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         out_visual_dim=4,
         in_text_dim=text.WIDTH,
@@ -135,6 +136,9 @@ def kandinsky5() -> Any:
         num_visual_blocks=1,
         axes_dims=(4, 2, 2),
     )
+    for parameter in transformer.parameters():  # modulations begin at zero, where no block changes anything
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
     return diffusers.Kandinsky5T2IPipeline(
         transformer=transformer,
         vae=vaes.image_vae(**FLUX_VAE),
@@ -228,6 +232,9 @@ def ideogram4() -> Any:
 def qwen_image21() -> Any:
     """Makes RGBA; Llava's processor stands for Qwen3-VL's, which needs torchvision."""
     tokenizer, encoder = text_2026.qwen3_vl_lm()
+    picture = {"additional_special_tokens": ["<|image_pad|>"]}
+    tokenizer.add_special_tokens(picture)
+    encoder.resize_token_embeddings(len(tokenizer))
     transformer = diffusers.QwenImage21Transformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -241,6 +248,11 @@ def qwen_image21() -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC),
         vae=vaes.qwen21_vae(),
         text_encoder=encoder,
-        processor=LlavaProcessor(image_processor=CLIPImageProcessorPil(), tokenizer=tokenizer, chat_template=text.CHAT),
+        processor=LlavaProcessor(
+            image_processor=CLIPImageProcessorPil(),
+            tokenizer=tokenizer,
+            chat_template=text.CHAT,
+            image_token="<|image_pad|>",
+        ),
         transformer=transformer,
     )
