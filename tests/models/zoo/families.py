@@ -6,7 +6,7 @@ import diffusers
 import torch
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-from zoo import images, text, text_2026, vaes
+from zoo import guided, images, text, text_2026, vaes
 from zoo.guided import DYNAMIC
 from zoo.unlisted import FLUX_VAE
 
@@ -32,6 +32,11 @@ def flux2_dev() -> Any:
         tokenizer=tokenizer,
         transformer=diffusers.Flux2Transformer2DModel(**FLUX2, guidance_embeds=True),
     )
+
+
+def flux2_klein() -> Any:
+    """Distilled: without guidance."""
+    return guided.flux2_klein(is_distilled=True)
 
 
 def sana_sprint() -> Any:
