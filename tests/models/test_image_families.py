@@ -76,14 +76,11 @@ FAMILIES = {
     ),
     "hidream": Family(families.hidream, {"joint_attention": 12, "mlp": 21, "float": 12}, LARGE),
     "krea2": Family(guided.krea2, {"joint_attention": 8, "text_refiner": 14, "mlp": 6, "float": 12}),
-    "ideogram4": Family(
-        families.ideogram4, {"joint_attention": 16, "mlp": 12, "float": 18}, ["model.max_tokens=64"]
-    ),
+    "ideogram4": Family(families.ideogram4, {"joint_attention": 16, "mlp": 12, "float": 18}, ["model.max_tokens=64"]),
     "aura_flow": Family(images.aura_flow, {"joint_attention": 12, "mlp": 9, "float": 9}),
     "cogview4": Family(families.cogview4, {"joint_attention": 8, "mlp": 4, "float": 10}),
-    "bria_fibo2": Family(
-        families.bria_fibo2, {"self_attention": 16, "cross_attention": 8, "mlp": 12, "float": 8}
-    ),
+    "cogview3_plus": Family(families.cogview3, {"joint_attention": 8, "mlp": 4, "float": 10}),
+    "bria_fibo2": Family(families.bria_fibo2, {"self_attention": 16, "cross_attention": 8, "mlp": 12, "float": 8}),
     "kandinsky5_image": Family(
         families.kandinsky5, {"self_attention": 4, "cross_attention": 4, "text_refiner": 6, "mlp": 2, "float": 9}, LARGE
     ),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import test_image_families
 import yaml
 from hydra.utils import instantiate
 from torch import nn
@@ -127,7 +128,9 @@ def test_every_model_of_the_hub_is_here() -> None:
         return str(yaml.safe_load(file.read_text()).get("path", "a/model"))  # one that builds on another has its source
 
     files = {file.stem: path(file) for file in (ROOT / "conf" / "model").glob("*.yaml")}
-    assert {name for name, path in files.items() if is_hub_id(path)} == MODELS.keys()
+    assert {
+        name for name, path in files.items() if is_hub_id(path)
+    } == MODELS.keys() | test_image_families.FAMILIES.keys()
 
 
 def test_a_search_measures_each_of_two_denoisers_where_it_runs(shrink: Callable[..., Any], tmp_path: Path) -> None:

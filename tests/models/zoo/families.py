@@ -261,3 +261,26 @@ def qwen_image21() -> Any:
         ),
         transformer=transformer,
     )
+
+
+def cogview3() -> Any:
+    tokenizer, encoder = text.t5()
+    transformer = diffusers.CogView3PlusTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=text.WIDTH,
+        time_embed_dim=8,
+        condition_dim=4,
+        pos_embed_max_size=8,
+        sample_size=4,
+    )
+    return diffusers.CogView3PlusPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vaes.image_vae(),
+        transformer=transformer,
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+    )
