@@ -45,7 +45,7 @@ class CacheEntries:
     @cached_property
     def embeds(self) -> Entry:
         """Embeddings of prompts."""
-        # where the pipeline's own call encodes (pictures with the text, what it takes no embeddings of), all that it is given counts
+        # where the pipeline's own call encodes (with pictures; as it takes no embeddings) all that it is given counts
         whole = bool(self.experiment.adapter.conditions) or self.experiment.adapter.replays
         model = {k: v for k, v in self._base_key["model"].items() if whole or k in OF_TEXT}
         return self._entry("prompts", {"model": model, "weights": self.experiment.weights})

@@ -1,7 +1,7 @@
 """The yamls of 2025's and 2026's image models, each on a tiny random pipeline of its real classes."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class Family(NamedTuple):
 
     build: Callable[[], Any]
     roles: dict[str, int]
-    overrides: list[str] = []
+    overrides: Sequence[str] = ()
     pictures: tuple[str, ...] = ()
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import test_image_families
+import torch
 import yaml
 from hydra.utils import instantiate
 from torch import nn

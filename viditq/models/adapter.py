@@ -38,11 +38,12 @@ class ModelAdapter:
     guidance_scale, max_tokens: None = as the pipeline has it. guidance_argument: what `__call__` names the guidance.
 
     conditioning: text (`encode_prompt`) or class (labels). encode: keyword arguments of `encode_prompt`;
-    encode_outputs: in order, the names under which `__call__` takes what it returns, None for what it does not take
-    (all None: it takes nothing, and is given the prompt again, `replay.py`); list_embeds: it takes lists of tensors. negative_prompt: encoded by a call of its own, as `negative_<name>`; None =
-    `encode_prompt` sees to it (guessed: the one that the pipeline's call encodes by itself, if any). prompt_tokenizer:
-    the one whose tokens max_tokens counts. call: more arguments of `__call__`, for embeddings made before. conditions:
-    those that take pictures, which prompts may come with (data.images).
+    encode_outputs: in order, the names under which `__call__` takes what it returns, None for what it does not take;
+    all None: it is given the prompt again (`replay.py`). list_embeds: it takes lists of tensors. negative_prompt:
+    encoded by a call of its own, as `negative_<name>`; None = `encode_prompt` sees to it (guessed: the one that the
+    pipeline's call encodes by itself, if any). prompt_tokenizer: the one whose tokens max_tokens counts. call: more
+    arguments of `__call__`, for embeddings made before. conditions: those that take pictures, which prompts may come
+    with (data.images).
 
     timestep_scale: the timestep that means pure noise, or {at_noise, at_clean, argument} of the denoiser's forward.
     scheduler: another scheduler class of diffusers than the stored one; scheduler_settings: what replaces its settings.

@@ -44,7 +44,7 @@ def _batch_axis(value: Tensor) -> int:
 
 
 def group_by_shape(embeds: list[PromptEmbeds]) -> list[list[int]]:
-    """Positions of the prompts that can share a batch: of one length, with no pictures, encoded by no call of their own."""
+    """Positions of the prompts that can share a batch: of one length, without pictures or a call that encodes them."""
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for position, one in enumerate(embeds):
         apart = conditions.are_among(one) or replay.are_among(one)  # of several pictures few pipelines make a batch
