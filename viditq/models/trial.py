@@ -92,9 +92,9 @@ def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: _Reco
         pipeline.encode_prompt = recorder.encode(pipeline.encode_prompt)
         prompt |= made_up(adapter)
         stand_in_encoders(pipeline)
-    settings = call_settings(adapter, pipeline) | settings
+    # a scheduler that lists a timestep more than it steps does not end the call: nothing is there to decode with
+    settings = {**call_settings(adapter, pipeline), **settings, "output_type": "latent"}
     with suppress(_AllSteps):
-        settings |= {"output_type": "latent"}  # of a scheduler that lists a timestep more than its steps all is run
         pipeline(**prompt, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
 
 
