@@ -31,6 +31,7 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
     if not hasattr(cls, "encode_prompt"):
         raise UserError(f"{name} has no encode_prompt; model=diffusers cannot drive it. Write a yaml for it.")
     of_call, of_text = (inspect.signature(f).parameters for f in (cls.__call__, cls.encode_prompt))
+    denoisers = given.get("denoisers") or _denoisers(index)
     outputs = given.get("encode_outputs") or _encode_outputs(cls, set(of_call))
     of_text = of_text if any(outputs) else {}  # else it is the call that knows what to encode with
     encode = {k: REQUIRED.get(k) for k, p in of_text.items() if k not in ("self", "prompt") and _required(p)}
@@ -38,7 +39,7 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
         "pipeline": name,
         "modality": "video" if makes_clips(cls) else "image",
         "conditions": conditions_of_call(cls),
-        "denoisers": given.get("denoisers") or _denoisers(index),
+        "denoisers": denoisers,
         "encode_outputs": outputs,
         "encode": encode | {k: v for k, v in PLAIN.items() if k in of_text},
         "call": {k: v for k, v in {**PLAIN, **UNCHANGED}.items() if k in of_call}

@@ -19,7 +19,9 @@ PromptEmbeds = dict[str, Tensor]
 
 def check_encodes(adapter: ModelAdapter, prompts: list[str]) -> None:
     """Raises UserError where prompts are to be encoded and the pipeline has no text encoder, or no tokenizer."""
-    absent = [part for part in ("tokenizer", "text_encoder") if adapter.index().get(part, [None])[0] is None]
+    index = adapter.index()
+    tokenizer = "processor" if "processor" in index and "tokenizer" not in index else "tokenizer"
+    absent = [part for part in (tokenizer, "text_encoder") if index.get(part, [None])[0] is None]
     if adapter.conditioning == "text" and absent:
         raise UserError(
             f"The pipeline in {adapter.folder} holds no {' and no '.join(absent)}, and {len(prompts)} prompts have no "
