@@ -47,8 +47,8 @@ class CacheEntries:
     @cached_property
     def embeds(self) -> Entry:
         """Embeddings of prompts."""
-        # where pictures may be encoded with the text, by the pipeline's own call, all that it is given counts
-        whole = bool(self.experiment.adapter.conditions)
+        # where the pipeline's own call encodes (with pictures; as it takes no embeddings) all that it is given counts
+        whole = bool(self.experiment.adapter.conditions) or self.experiment.adapter.replays
         model = {k: v for k, v in self._base_key["model"].items() if whole or k in OF_TEXT}
         return self._entry("prompts", {"model": model, "weights": self.experiment.weights})
 

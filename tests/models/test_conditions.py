@@ -163,7 +163,7 @@ def test_what_looks_at_pictures_is_encoded_by_the_pipelines_own_call(pictures: P
     adapter: Any = SimpleNamespace(
         **{"conditioning": "text", "encode_outputs": ["prompt_embeds", None], "negative_prompt": "ab", "encode": {}},
         **{"num_steps": 2, "guidance_argument": "guidance_scale", "guidance_scale": None, "height": 5, "width": None},
-        **{"modality": "image", "call": {}, "pipeline": "Editing"},
+        **{"modality": "image", "call": {}, "pipeline": "Editing", "replays": False},
     )
     embeds = encode_prompt(adapter, Editing(), Prompt("abc", {"image": pictures / "0.png"}))
     assert embeds.keys() == {"prompt_embeds", "negative_prompt_embeds", "condition:image"}

@@ -206,12 +206,15 @@ def test_guesses() -> None:
     assert sd3["encode"] == {"prompt_2": None, "prompt_3": None}  # encode_prompt has no defaults for them
 
 
+NEGATIVE = ("negative_prompt_embeds", "negative_prompt_attention_mask")
+
+
 @pytest.mark.parametrize(
     ("pipeline", "names"),
     [
         ("LongCatImagePipeline", ["prompt_embeds", None]),  # returned as expressions, named where they are called for
         ("Kandinsky5T2VPipeline", ["prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens"]),
-        ("PRXPipeline", ["prompt_embeds", "prompt_attention_mask", None, None]),  # the last two only for some prompts
+        ("PRXPipeline", ["prompt_embeds", "prompt_attention_mask", *NEGATIVE]),  # the last two only for some prompts
     ],
 )
 def test_embeddings_are_known_by_their_names_in_the_call(pipeline: str, names: list[str | None]) -> None:

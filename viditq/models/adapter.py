@@ -39,10 +39,11 @@ class ModelAdapter:
 
     conditioning: text (`encode_prompt`) or class (labels). encode: keyword arguments of `encode_prompt`;
     encode_outputs: in order, the names under which `__call__` takes what it returns, None for what it does not take;
-    list_embeds: it takes lists of tensors. negative_prompt: encoded by a call of its own, as `negative_<name>`; None =
-    `encode_prompt` sees to it (guessed: the one that the pipeline's call encodes by itself, if any). prompt_tokenizer:
-    the one whose tokens max_tokens counts. call: more arguments of `__call__`, for embeddings made before. conditions:
-    those that take pictures, which prompts may come with (data.images).
+    all None: it is given the prompt again (`replay.py`). list_embeds: it takes lists of tensors. negative_prompt:
+    encoded by a call of its own, as `negative_<name>`; None = `encode_prompt` sees to it (guessed: the one that the
+    pipeline's call encodes by itself, if any). prompt_tokenizer: the one whose tokens max_tokens counts. call: more
+    arguments of `__call__`, for embeddings made before. conditions: those that take pictures, which prompts may come
+    with (data.images).
 
     timestep_scale: the timestep that means pure noise, or {at_noise, at_clean, argument} of the denoiser's forward.
     scheduler: another scheduler class of diffusers than the stored one; scheduler_settings: what replaces its settings.
@@ -210,6 +211,11 @@ class ModelAdapter:
     def load_complete(self, denoiser: nn.Module | None = None, encoders: Mapping[str, nn.Module] | None = None) -> Any:
         """The whole pipeline, ready for `pipeline(prompt)`; `denoiser` and `encoders` replace the stored ones."""
         return load_pipeline(self, self._as_parts(denoiser) | {**(encoders or {})})
+
+    @property
+    def replays(self) -> bool:
+        """Whether the call takes nothing of what `encode_prompt` returns, so that this is kept and given back to it."""
+        return self.conditioning == "text" and not any(self.encode_outputs)
 
     # Denoisers --------------------------------------------------------------------------------------------------------
 

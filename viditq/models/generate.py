@@ -6,7 +6,8 @@ Legend: B samples, F frames (1 for an image), C = 3, H, W pixels.
 import functools
 import inspect
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.hooks import add_hook
-from viditq.models import conditions
+from viditq.models import conditions, replay
 from viditq.models.adapter import ModelAdapter
 from viditq.models.settings import call_settings, text_settings
 from viditq.models.text import PromptEmbeds
@@ -29,17 +30,25 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
 
 
 def _stack(embeds: list[PromptEmbeds]) -> PromptEmbeds:
-    """Concatenate along the batch; all prompts of a batch must have equally long embeddings."""
+    """Concatenate along the batch, each tensor's first axis of 1; all prompts must have equally long embeddings."""
+    if len(embeds) == 1:
+        return embeds[0]
     shapes = [{k: tuple(v.shape) for k, v in e.items()} for e in embeds]
     assert all(s == shapes[0] for s in shapes), "group_by_shape comes first"
-    return {k: torch.cat([e[k] for e in embeds]) for k in embeds[0]}
+    return {k: torch.cat([e[k] for e in embeds], _batch_axis(v)) for k, v in embeds[0].items()}
+
+
+def _batch_axis(value: Tensor) -> int:
+    """Not the first where an encoder's layers come before it (HiDream's Llama), nor of lengths in a row."""
+    return next((axis for axis, size in enumerate(value.shape) if size == 1), 0)
 
 
 def group_by_shape(embeds: list[PromptEmbeds]) -> list[list[int]]:
-    """Positions of the prompts that can share a batch: trimmed embeddings differ in length, pictures go alone."""
+    """Positions of the prompts that can share a batch: of one length, without pictures or a call that encodes them."""
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for position, one in enumerate(embeds):
-        alone = (position,) if conditions.are_among(one) else ()  # of several pictures few pipelines make a batch
+        apart = conditions.are_among(one) or replay.are_among(one)  # of several pictures few pipelines make a batch
+        alone = (position,) if apart else ()
         groups.setdefault((alone, *(tuple(v.shape) for v in one.values())), []).append(position)
     return list(groups.values())
 
@@ -94,18 +103,15 @@ def _call(
 ) -> Tensor:
     device = pipeline._execution_device  # not that of the weights, which may be offloaded
     stacked = {k: v.to(device) for k, v in _stack(embeds).items()}
-    arguments = _arguments(adapter, conditions.without(stacked)) | conditions.given(stacked)
-    if "negative_prompt_embeds" in arguments and "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
-        arguments["negative_prompt"] = None
     generators = [noise_generator(seed, i) for i in indices]
     try:
-        out = pipeline(
-            **arguments,
-            **call_settings(adapter, pipeline),
-            generator=generators[0] if len(generators) == 1 else generators,  # some take no list, not even of one
-            output_type=output,
-            return_dict=False,
-        )[0]
+        with _prompted(adapter, pipeline, stacked) as arguments:
+            out = pipeline(
+                **arguments,
+                generator=generators[0] if len(generators) == 1 else generators,  # some take no list, not even of one
+                output_type=output,
+                return_dict=False,
+            )[0]
     except UserError:
         raise
     except ValueError as error:  # the pipeline's own check of sizes and steps
@@ -140,6 +146,20 @@ def _call(
     if not torch.isfinite(out).all():
         raise UserError(f"Samples of prompts {indices} are not finite. Use model.dtype=float32 or more bits.")
     return out
+
+
+@contextmanager
+def _prompted(adapter: ModelAdapter, pipeline: Any, stacked: PromptEmbeds) -> Iterator[dict[str, Any]]:
+    """The prompts and the model's settings, as the call takes them."""
+    pictures = conditions.given(stacked)
+    if adapter.replays:
+        with replay.given_back(pipeline, stacked) as prompt:
+            yield prompt | pictures | text_settings(adapter, pipeline)
+        return
+    arguments = _arguments(adapter, conditions.without(stacked)) | pictures
+    if "negative_prompt_embeds" in arguments and "negative_prompt" in inspect.signature(pipeline.__call__).parameters:
+        arguments["negative_prompt"] = None
+    yield arguments | call_settings(adapter, pipeline)
 
 
 def _raised_in(error: BaseException, function: str) -> bool:

@@ -9,10 +9,12 @@ from typing import Any
 
 from viditq.errors import UserError
 from viditq.models.checks import conditions_of_call, makes_clips
+from viditq.models.parts import NAMES
 from viditq.models.registry import find_class
 
 REQUIRED = {"do_classifier_free_guidance": True, "num_images_per_prompt": 1, "num_videos_per_prompt": 1}
 PLAIN = {"clean_caption": False, "use_resolution_binning": False}  # what needs another package or changes the size
+UNCHANGED = {"enable_prompt_rewrite": False, "use_pe": False}  # the prompt, which a language model would write anew
 
 
 def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -29,15 +31,18 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
     if not hasattr(cls, "encode_prompt"):
         raise UserError(f"{name} has no encode_prompt; model=diffusers cannot drive it. Write a yaml for it.")
     of_call, of_text = (inspect.signature(f).parameters for f in (cls.__call__, cls.encode_prompt))
-    encode = {k: REQUIRED.get(k) for k, p in of_text.items() if k not in ("self", "prompt") and _required(p)}
+    denoisers = given.get("denoisers") or _denoisers(index)
+    outputs = given.get("encode_outputs") or _encode_outputs(cls, set(of_call))
+    asked = dict(of_text) if any(outputs) else {}  # else it is the call that knows what to encode with
+    encode = {k: REQUIRED.get(k) for k, p in asked.items() if k not in ("self", "prompt") and _required(p)}
     return {
         "pipeline": name,
         "modality": "video" if makes_clips(cls) else "image",
         "conditions": conditions_of_call(cls),
-        "denoisers": given.get("denoisers") or _denoisers(index),
-        "encode_outputs": given.get("encode_outputs") or _encode_outputs(cls, set(of_call)),
-        "encode": encode | {k: v for k, v in PLAIN.items() if k in of_text},
-        "call": {k: v for k, v in PLAIN.items() if k in of_call}
+        "denoisers": denoisers,
+        "encode_outputs": outputs,
+        "encode": encode | {k: v for k, v in PLAIN.items() if k in asked},
+        "call": {k: v for k, v in {**PLAIN, **UNCHANGED}.items() if k in of_call}
         | ({"mask_feature": False} if "mask_feature" in of_call else {}),
     }
 
@@ -51,7 +56,7 @@ def _denoisers(index: Mapping[str, Any]) -> list[str]:
     found = [
         name
         for name, value in index.items()
-        if isinstance(value, list) and value[0] is not None and re.fullmatch(r"(transformer|unet|dit)(_\d+)?", name)
+        if isinstance(value, list) and value[0] is not None and re.fullmatch(NAMES, name)
     ]
     if not found:
         raise UserError(
@@ -64,20 +69,28 @@ def _encode_outputs(cls: type, of_call: set[str]) -> list[str | None]:
     """Names of what `encode_prompt` returns, as far as `__call__` takes them; None for the others.
 
     They are those that its return statements have, or, where more of them are known, those that `__call__` gives them.
+    Where it takes none of them all are None.
     """
-    returned = [_names(node.value) for node in _nodes(cls, "encode_prompt", ast.Return)]
+    returned = returned_names(cls)
     assigned = [
         _names(node.targets[0])
         for node in _nodes(cls, "__call__", ast.Assign)
         if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "self.encode_prompt"
     ]
     known = [[name if name in of_call else None for name in names] for names in [*returned, *assigned]]
-    best = max(known, key=lambda names: sum(name is not None for name in names), default=[])
+    best = max(filter(any, known), key=lambda names: sum(name is not None for name in names), default=[])
+    if not best and (unknown := max([*returned, *assigned], key=len, default=[])):
+        return [None] * len(unknown)
     if not any(name is not None and "prompt_embeds" in name and "negative" not in name for name in best):
         raise UserError(
             f"What {cls.__name__}.encode_prompt returns is not understood; name it: model.encode_outputs=[...]."
         )
     return best
+
+
+def returned_names(cls: type) -> list[list[str]]:
+    """What the values that `encode_prompt` returns are called in it, for each of its return statements."""
+    return [_names(node.value) for node in _nodes(cls, "encode_prompt", ast.Return)]
 
 
 def _nodes(cls: type, method: str, kind: type) -> list[Any]:
@@ -87,6 +100,14 @@ def _nodes(cls: type, method: str, kind: type) -> list[Any]:
 
 
 def _names(value: ast.expr | None) -> list[str]:
-    """Of a tuple of names; what is an expression in it has none. Of anything else: nothing."""
-    elements = value.elts if isinstance(value, ast.Tuple) else []
-    return [element.id if isinstance(element, ast.Name) else "" for element in elements]
+    """Of a tuple of names; what is another expression in it has none. Of anything else: nothing."""
+    return [_name(element) for element in value.elts] if isinstance(value, ast.Tuple) else []
+
+
+def _name(value: ast.expr) -> str:
+    """Of `name`, `name if ... else None` and `name.to(...)`."""
+    if isinstance(value, ast.IfExp):
+        return _name(value.body)
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "to":
+        return _name(value.func.value)
+    return value.id if isinstance(value, ast.Name) else ""

@@ -18,7 +18,7 @@ from viditq.models.outline import NO_PIPELINE
 from viditq.models.registry import find_class
 
 TEXT = ("text_", "tokenizer")  # begin the names of parts that only encode prompts
-NAMES = r"(transformer|unet|dit)(_\d+)?"
+NAMES = r"(unconditional_)?(transformer|unet|dit)(_\d+)?"
 DENOISERS = ("diffusers.models.transformers", "diffusers.models.unets", "viditq.models.stdit")
 
 

@@ -58,7 +58,7 @@ def check_keep_float(model: str, keep_float: Sequence[str], names: Sequence[str]
 def guess(names: Sequence[str]) -> dict[str, str]:
     """Linear -> role as its name suggests; what lies outside of blocks, or is not understood, stays float."""
     # a query of its own: keys and values alone are those of an image that is only looked at (Wan 2.1 I2V)
-    joint = {_split(name)[0] for name in names if ".add_q" in name or "to_add_out" in name}
+    joint = {_split(name)[0] for name in names if re.search(r"\.add_q|to_add_out|\.to_q_t$", name)}
     alone = "spatial_attention" if any("temporal" in name for name in names) else "self_attention"
     return {name: _guess(*_split(name), joint, alone) for name in names}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.models import conditions
+from viditq.models import conditions, replay
 from viditq.models.adapter import ModelAdapter
 from viditq.models.labels import class_label
 from viditq.models.settings import text_settings
@@ -19,7 +19,9 @@ PromptEmbeds = dict[str, Tensor]
 
 def check_encodes(adapter: ModelAdapter, prompts: list[str]) -> None:
     """Raises UserError where prompts are to be encoded and the pipeline has no text encoder, or no tokenizer."""
-    absent = [part for part in ("tokenizer", "text_encoder") if adapter.index().get(part, [None])[0] is None]
+    index = adapter.index()
+    tokenizer = "processor" if "processor" in index and "tokenizer" not in index else "tokenizer"
+    absent = [part for part in (tokenizer, "text_encoder") if index.get(part, [None])[0] is None]
     if adapter.conditioning == "text" and absent:
         raise UserError(
             f"The pipeline in {adapter.folder} holds no {' and no '.join(absent)}, and {len(prompts)} prompts have no "
@@ -39,7 +41,8 @@ def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> N
 
 
 def _check_length(adapter: ModelAdapter, pipeline: Any, prompt: str, limit: int) -> None:
-    count = len(getattr(pipeline, adapter.prompt_tokenizer)(str(prompt))["input_ids"])
+    part = getattr(pipeline, adapter.prompt_tokenizer)
+    count = len(getattr(part, "tokenizer", part)(str(prompt))["input_ids"])  # a processor's first argument is a picture
     if count > limit:
         raise UserError(
             f"The prompt {prompt[:60]!r}... has {count} tokens, {adapter.name} takes at most "
@@ -56,6 +59,8 @@ def encode_prompt(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEm
     if adapter.conditioning == "class":
         return {"class_labels": torch.tensor([class_label(adapter, prompt)])}
     pictures = conditions.stored(prompt)
+    if adapter.replays:
+        return replay.record(adapter, pipeline, prompt)
     if pictures and conditions.encoded_with_text(pipeline):
         return record_encoding(adapter, pipeline, prompt) | pictures
     return _encode_all(adapter, pipeline, prompt) | pictures

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.models import conditions
+from viditq.models.guess import returned_names
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
 from viditq.models.stand_ins import compute_on_cpu, pass_on, stand_in, stand_in_encoders
@@ -121,7 +122,8 @@ def _recorded(adapter: Any, scheduler: Any, recorder: _Recorder) -> Any:
 
 def _call(adapter: Any, pipeline: Any, pictures: dict[str, Any], settings: dict[str, Any]) -> None:
     prompt: dict[str, Any] = {"class_labels": [0]} if adapter.conditioning == "class" else {"prompt": "a"}
-    settings = call_settings(adapter, pipeline) | settings
+    # a scheduler that lists a timestep more than it steps does not end the call: nothing is there to decode with
+    settings = {**call_settings(adapter, pipeline), **settings, "output_type": "latent"}
     with suppress(_AllSteps):
         pipeline(**prompt, **pictures, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
 
@@ -137,7 +139,11 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
         model = stand_in(adapter, name)
         if model is not None:
             parts[name] = pass_on(model)
-    pipeline = find_class(adapter.pipeline).from_pretrained(adapter.folder, local_files_only=True, **parts)
+    load = functools.partial(find_class(adapter.pipeline).from_pretrained, adapter.folder, local_files_only=True)
+    try:
+        pipeline = load(**parts)
+    except AttributeError:  # some ask their processor for its template when they are made
+        pipeline = load(**{name: part for name, part in parts.items() if not name.endswith("processor")})
     pipeline.set_progress_bar_config(disable=True)
     return compute_on_cpu(pipeline)
 
@@ -149,10 +155,10 @@ def _embeddings(adapter: Any) -> tuple[Any, ...]:
     if adapter.list_embeds:
         embeds = [embeds[0]]
     kinds = {"mask": mask, "pooled": pooled}
-    return tuple(
-        next((value for kind, value in kinds.items() if kind in (name or "")), embeds)
-        for name in adapter.encode_outputs
-    )
+    count, found = len(adapter.encode_outputs), returned_names(find_class(adapter.pipeline))
+    theirs = next((names for names in found if len(names) == count), [""] * count)
+    names = [name or own for name, own in zip(adapter.encode_outputs, theirs, strict=True)]
+    return tuple(next((value for kind, value in kinds.items() if kind in name), embeds) for name in names)
 
 
 class _Recorder:

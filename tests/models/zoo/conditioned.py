@@ -54,3 +54,15 @@ def flux_kontext() -> Any:
     """The picture's latents as more tokens."""
     parts = images.flux_dev().components
     return diffusers.FluxKontextPipeline(**{k: v for k, v in parts.items() if v is not None})
+
+
+def flux_fill() -> Any:
+    """Latents of the masked picture and the mask, 8 x 8 of it for each latent, beside the sample's."""
+    parts = images.flux_dev(in_channels=16 + 16 + 256).components
+    return diffusers.FluxFillPipeline(**{k: v for k, v in parts.items() if v is not None})
+
+
+def qwen_image_edit() -> Any:
+    """A tokenizer stands for Qwen2.5-VL's processor, which needs torchvision: the text encoder sees no picture."""
+    parts = images.qwen_image().components
+    return diffusers.QwenImageEditPlusPipeline(**parts, processor=text.word_tokenizer(1024, ends=False))

@@ -45,10 +45,11 @@ def dit_xl2_256() -> Any:
     )
 
 
-def flux_dev(guidance: bool = True) -> Any:
+def flux_dev(guidance: bool = True, in_channels: int = 16) -> Any:
     (clip_tokenizer, clip), (t5_tokenizer, t5) = text.clip(), text.t5()
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
+        in_channels=in_channels,
+        out_channels=16,
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=8,
@@ -107,7 +108,7 @@ def sd35_medium() -> Any:
     return sd35(dual_attention_layers=(0,))
 
 
-def sana() -> Any:
+def sana(**kwargs: Any) -> Any:
     tokenizer, encoder = text.gemma()
     transformer = diffusers.SanaTransformer2DModel(
         in_channels=4,
@@ -120,6 +121,7 @@ def sana() -> Any:
         cross_attention_dim=16,
         caption_channels=text.WIDTH,
         sample_size=4,
+        **kwargs,
     )
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,

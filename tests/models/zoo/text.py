@@ -82,7 +82,7 @@ def _t5_config(cls: Any, vocab_size: int, width: int) -> Any:
     return cls(vocab_size=vocab_size, d_model=width, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
 
 
-def clip(projection: bool = False, width: int = WIDTH) -> tuple[Any, Any]:
+def clip(projection: bool = False, width: int = WIDTH, max_length: int = 77) -> tuple[Any, Any]:
     """CLIP's text model, with its projection or without."""
     config = CLIPTextConfig(
         vocab_size=NUM_WORDS,
@@ -90,14 +90,14 @@ def clip(projection: bool = False, width: int = WIDTH) -> tuple[Any, Any]:
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=77,
+        max_position_embeddings=max_length,
         projection_dim=width,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
     cls = CLIPTextModelWithProjection if projection else CLIPTextModel
-    return word_tokenizer(77), cls(config).eval()
+    return word_tokenizer(max_length), cls(config).eval()
 
 
 def llama() -> tuple[Any, LlamaModel]:

@@ -5,13 +5,25 @@ from typing import Any
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GlmConfig,
+    GlmModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
+    T5GemmaConfig,
+    T5GemmaModuleConfig,
 )
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from zoo.text import DECODER, ROPE, WIDTH, word_tokenizer
 
@@ -24,11 +36,20 @@ def qwen3_lm() -> tuple[Any, Any]:
     return word_tokenizer(512, ends=False), Qwen3ForCausalLM(Qwen3Config(**DECODER)).eval()
 
 
-def qwen3_vl() -> tuple[Any, Any]:
-    """Qwen3-VL, of Krea 2."""
+def qwen3_vl(num_layers: int = 3) -> tuple[Any, Any]:
+    """Qwen3-VL, of Krea 2 and Ideogram 4."""
+    return word_tokenizer(600, ends=False), Qwen3VLModel(_qwen3_vl(num_layers)).eval()
+
+
+def qwen3_vl_lm(num_layers: int = 3) -> tuple[Any, Any]:
+    """Qwen3-VL with its head, of Bria FIBO 2 and Qwen-Image 2.1."""
+    return word_tokenizer(600, ends=False), Qwen3VLForConditionalGeneration(_qwen3_vl(num_layers)).eval()
+
+
+def _qwen3_vl(num_layers: int) -> Qwen3VLConfig:
     vision = {**VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-    config = Qwen3VLConfig(text_config={**DECODER, "rope_parameters": MROPE}, vision_config=vision)
-    return word_tokenizer(600, ends=False), Qwen3VLModel(config).eval()
+    layers = {"num_hidden_layers": num_layers, "rope_parameters": MROPE}
+    return Qwen3VLConfig(text_config={**DECODER, **layers}, vision_config=vision)
 
 
 def qwen_vl_text() -> tuple[Any, Any]:
@@ -44,3 +65,29 @@ def gemma3() -> tuple[Any, Any]:
     values = {k: v for k, v in DECODER.items() if k != "bos_token_id"}
     config = Gemma3Config(text_config=values, vision_config={**vision, "image_size": 16, "patch_size": 8})
     return word_tokenizer(64), Gemma3ForConditionalGeneration(config).eval()
+
+
+def llama_lm() -> tuple[Any, Any]:
+    """Llama with its head, of HiDream."""
+    return word_tokenizer(512), LlamaForCausalLM(LlamaConfig(**{**DECODER, "num_hidden_layers": 2})).eval()
+
+
+def mistral3() -> tuple[Any, Any]:
+    """Mistral 3, of FLUX.2 dev."""
+    vision = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config=MistralConfig(**DECODER),
+        vision_config=PixtralVisionConfig(**vision, head_dim=8, image_size=32, patch_size=16),
+    )
+    return word_tokenizer(512, ends=False), Mistral3ForConditionalGeneration(config).eval()
+
+
+def glm() -> tuple[Any, Any]:
+    """GLM, of CogView4."""
+    return word_tokenizer(1024), GlmModel(GlmConfig(**DECODER)).eval()
+
+
+def t5_gemma() -> tuple[Any, Any]:
+    """The encoder of T5-Gemma, of PRX."""
+    module = T5GemmaModuleConfig(**DECODER)
+    return word_tokenizer(256), T5GemmaEncoder(T5GemmaConfig(encoder=module, decoder=module).encoder).eval()

@@ -148,3 +148,16 @@ def ltx2_vocoder() -> nn.Module:
         resnet_kernel_sizes=[3],
         resnet_dilations=[[1, 3, 5]],
     ).eval()
+
+
+def qwen21_vae() -> nn.Module:
+    """Of Qwen-Image 2.1: RGBA, 16 times smaller."""
+    return diffusers.AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
