@@ -159,7 +159,7 @@ def test_the_noise_level_is_what_is_measured(model: str, shrink: Callable[..., A
     adapter: ModelAdapter = instantiate(shrink(model, "model.num_steps=4").model, _convert_="all")
     steps = try_out(adapter, make_scheduler(adapter))
     levels = levels_of(steps, adapter.timestep_scale)
-    assert 0.7 < levels[0] <= 1 and levels == sorted(levels, reverse=True) and levels[-1] >= 0
+    assert 0.7 < levels[0] < 1 + 1e-5 and levels == sorted(levels, reverse=True) and levels[-1] >= 0
     if model != "sana_sprint":  # its scheduler counts in angles
         assert levels == pytest.approx(levels_of(steps, measured_scale(adapter)), abs=1e-6)
 
