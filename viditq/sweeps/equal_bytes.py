@@ -1,0 +1,2 @@
+def equal_bytes(folders, is_best):
+    return ""
