@@ -23,7 +23,8 @@ from viditq.sweeps.gathered import is_run
 ROOT = Path(__file__).parents[1]
 MODELS = ("tiny_image", "tiny_image_hard", "tiny_video", "tiny_video_hard")
 NUM_PROMPTS, NUM_CLIPS = 32, 16
-COMMON = ("diagnosis.num_prompts=0", "logger=none", "benchmark.rounds=5")
+STAGES = "stages=[prompts,reference,noise_floor,calibrate,search,quantize,generate,benchmark,evaluate]"
+COMMON = (STAGES, "diagnosis.num_prompts=0", "logger=none", "benchmark.rounds=5")
 METHODS = "experiment=naive,per_token,smoothquant,viditq,q_dit,svdquant"
 EXTERNAL = "torchao_int8_dynamic sdnq_int8 torchao_int8 quanto_int8 sdnq_uint4 sdnq_uint4_svd quanto_int4"
 
@@ -68,7 +69,7 @@ SWEEPS: Mapping[str, Sequence[Sweep]] = {
         *(Best(recipe, bits) for bits in ("w4a8", "w8a8") for recipe in ("q_dit", "per_token")),
         *(Best(recipe, activation=16) for recipe in ("w4_group64_gptq", "w8")),
     ],
-    "widths": [(METHODS, "bits=w6a6,w4a4"), Best("q_dit", "w6a6"), Best("q_dit", "w4a4", activation=4)],
+    "widths": [(METHODS, "bits=w6a6,w4a4"), Best("q_dit", "w6a6", activation=6), Best("q_dit", "w4a4", activation=4)],
 }
 PARTS = (*SWEEPS, "table")
 

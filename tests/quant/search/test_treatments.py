@@ -92,8 +92,8 @@ def test_exploring_ends_at_the_best_of_what_compounds() -> None:
         assert min(known.values()) == pytest.approx(min(error(t) for t in every(MENU) if t.low_rank in ranks))
         widest = [t for t in known if t.weight_bits == 8]
         assert {t.low_rank for t in widest} == ranks
-        # the best, the best that is stored once, and of those the best that does not rotate
-        assert {t.transform for t in widest} == {"timestep_aware", "rotate", "static"}
+        # the best, the best that is stored once, and the first that does not rotate and comes near the best of those
+        assert {t.transform for t in widest} == {"timestep_aware", "rotate", "none"}
         assert anchor_of(known).weight_bits == 4 and not anchor_of(known).low_rank
 
 
