@@ -64,10 +64,10 @@ def explored(
 ) -> dict[Treatment, float]:
     """Errors of the treatments worth knowing, one choice after the other instead of their whole product.
 
-    Transforms and groups at middle widths, with the first rounding, of which the first transform is taken that comes
-    near the best (`WORTH`), beside it the first that is stored once and the first that does not rotate; then
-    roundings and ranges on top; then every width and group with the winners; last low-rank branches, at middle widths
-    first, and at all where bits do not buy more. Of many widths two are fitted (`between_widths`).
+    Transforms at middle widths, with the first group and rounding, of which the first is taken that comes near the best
+    (`WORTH`), beside it the first that is stored once and the first that does not rotate; then roundings and ranges on
+    top; then every width and group with the winners; last low-rank branches, at middle widths first, and at all where
+    bits do not buy more. Of many widths two are fitted (`between_widths`).
     """
     known: dict[Treatment, float] = {}
 
@@ -78,9 +78,7 @@ def explored(
 
     def near(treatments: Sequence[Treatment]) -> Treatment:
         enough = known[best(treatments)] / WORTH
-        close = {treatment.transform for treatment in treatments if known[treatment] <= enough}
-        chosen = next(transform for transform in menu.transforms if transform in close)
-        return best(treatment for treatment in treatments if treatment.transform == chosen)
+        return next(treatment for treatment in treatments if known[treatment] <= enough)
 
     def everywhere(treatments: Sequence[Treatment]) -> None:
         best(treatment for treatment in treatments if treatment.weight_bits in menu.fitted_bits)
@@ -89,7 +87,7 @@ def explored(
                 fitted = {bits: known[replace(treatment, weight_bits=bits)] for bits in menu.fitted_bits}
                 known[treatment] = between_widths(fitted, treatment.weight_bits)
 
-    plain = [menu.plain(transform, group) for transform, group in product(menu.transforms, menu.groups)]
+    plain = [menu.plain(transform) for transform in menu.transforms]
     once = [treatment for treatment in plain if not treatment.per_segment]
     still = [treatment for treatment in once if not treatment.rotates]
     few = [near(some) for some in (plain, once, still) if some]
@@ -102,8 +100,9 @@ def explored(
         )
     ]
     everywhere(found)
+    grouped = best(replace(how, group=group) for group in menu.groups)
     for rank in menu.low_ranks[1:]:
-        branch = replace(how, low_rank=rank)
+        branch = replace(grouped, low_rank=rank)
         best([branch])
         if known[branch] < _between(found, known, nbytes, nbytes(branch)):
             everywhere([replace(treatment, low_rank=rank) for treatment in found])

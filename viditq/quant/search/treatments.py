@@ -152,7 +152,7 @@ class Menu:
 
     @property
     def middle_bits(self) -> int:
-        """Of weights, at which transforms and groups are compared."""
+        """Of weights, at which transforms are compared."""
         return next((bits for bits in self.weight_choices if bits >= MIDDLE_BITS), self.weight_choices[-1])
 
     @property
@@ -161,10 +161,11 @@ class Menu:
         few = (self.middle_bits, self.weight_choices[-1])
         return few if len(self.weight_choices) > 3 else self.weight_choices
 
-    def plain(self, transform: str, group: int) -> Treatment:
-        """At middle widths, with the first rounding, range and rank: what transforms and groups are compared by."""
+    def plain(self, transform: str) -> Treatment:
+        """At middle widths, with the first group, rounding, range and rank: what transforms are compared by."""
         widths = self.middle_bits, self.activation_choices[-1]
-        return Treatment(transform, *widths, group, self.roundings[0], self.ranges[0], self.low_ranks[0])
+        how = self.roundings[0], self.ranges[0], self.low_ranks[0]
+        return Treatment(transform, *widths, self.groups[0], *how)
 
     def possible(self, shapes: Sequence[tuple[int, int]]) -> Menu:
         """Without what Linears of these shapes (out_features, in_features) cannot have.
