@@ -23,6 +23,7 @@ from viditq.sweeps.gathered import is_run
 ROOT = Path(__file__).parents[1]
 MODELS = ("tiny_image", "tiny_image_hard", "tiny_video", "tiny_video_hard")
 NUM_PROMPTS, NUM_CLIPS = 32, 16
+STEP = 10_000  # of a budget in bytes, in which seeds do not differ
 STAGES = "stages=[prompts,reference,noise_floor,calibrate,search,quantize,generate,benchmark,evaluate]"
 COMMON = (STAGES, "diagnosis.num_prompts=0", "logger=none", "benchmark.rounds=5")
 METHODS = "experiment=naive,per_token,smoothquant,viditq,q_dit,svdquant"
@@ -53,7 +54,8 @@ class Best:
                 )
             sizes.append(int(read_json(found[0] / "metrics.json")["size_bytes"]))
         choices = f"quant.policy.activation_choices=[{self.activation}]"
-        return ["experiment=best", f"name={self.name}", f"quant.policy.budget.size={min(sizes)}", choices]
+        size = min(sizes) // STEP * STEP
+        return ["experiment=best", f"name={self.name}", f"quant.policy.budget.size={size}", choices]
 
 
 Sweep = Sequence[str] | Best
