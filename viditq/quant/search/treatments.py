@@ -164,8 +164,8 @@ class Menu:
     def plain(self, transform: str) -> Treatment:
         """At middle widths, with the first group, rounding, range and rank: what transforms are compared by."""
         widths = self.middle_bits, self.activation_choices[-1]
-        how = self.roundings[0], self.ranges[0], self.low_ranks[0]
-        return Treatment(transform, *widths, self.groups[0], *how)
+        how = self.roundings[0], self.ranges[0]
+        return Treatment(transform, *widths, self.groups[0], *how, low_rank=self.low_ranks[0])
 
     def possible(self, shapes: Sequence[tuple[int, int]]) -> Menu:
         """Without what Linears of these shapes (out_features, in_features) cannot have.
