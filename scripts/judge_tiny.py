@@ -29,7 +29,7 @@ from viditq.runner import quiet_libraries
 CONF = Path(__file__).parents[1] / "conf"
 GATE = {"color": 0.98, "shape": 0.95, "size": 0.95, "background": 0.95}
 DIRECTION_GATE, JUDGE_GATE = 0.95, 0.99
-MODELS = ["tiny_image", "tiny_video", "tiny_image_hard"]
+MODELS = ["tiny_image", "tiny_video", "tiny_image_hard", "tiny_video_hard"]
 
 
 @torch.no_grad()

@@ -21,7 +21,9 @@ NOT_SAMPLING = (
     *("roles", "keep_float", "guess", "float_denoisers"),
     "calibration_batch_size",  # a key of its own, where it counts
 )
-UNLESS_GIVEN = ("scheduler", "scheduler_settings", "variant", "conditions")  # younger than what caches hold
+UNLESS_GIVEN = (  # younger than what caches hold
+    *("scheduler", "scheduler_settings", "variant", "conditions", "vae_tiling"),
+)
 OF_TEXT = (
     *("pipeline", "dtype", "component_dtypes", "conditioning", "negative_prompt"),
     *("encode", "encode_outputs", "max_tokens", "prompt_tokenizer", "variant"),

@@ -137,6 +137,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         tracked["quant"].pop("text_encoder", None)
     if not tracked["data"].get("images"):
         tracked["data"].pop("images", None)
+    tracked["data"].pop("first_frames", None)  # a place: what lies there is among the prompts
     prompts = fingerprint({"evaluation": keys_of(data.prompts), "calibration": keys_of(data.calibration_prompts)})
     inputs: dict[str, Any] = {"weights": weights, "prompts": prompts, "plan": fingerprint({"json": plan.to_json()})}
     inputs |= {} if stored is None else {"artifact": stored.digest}

@@ -13,6 +13,7 @@ from viditq.metrics.batch import EvalBatch
 from viditq.metrics.bootstrap import MIN_PROMPTS
 from viditq.metrics.frechet import FeatureDistance
 from viditq.metrics.streaming import PerSampleMetric
+from viditq.prompt import conditions_of
 
 FRAMES, SIDE = 16, 128  # of the made-up pair, where the pipeline alone knows the size of what it makes
 
@@ -51,7 +52,9 @@ def made_up_pair(experiment: Experiment) -> EvalBatch:
         return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
 
     data, prompts = experiment.data.real_clips([0]), experiment.data.prompts[:1]
-    return EvalBatch(clip(), clip(), prompts, torch.tensor([0]), data)
+    pictured = all("image" in conditions_of(prompt) for prompt in experiment.data.prompts)
+    given = [clip()[0, 0]] if pictured else None
+    return EvalBatch(clip(), clip(), prompts, torch.tensor([0]), data, given)
 
 
 def check_gate(gate: Gate, metrics: Mapping[str, Metric], num_prompts: int, floor_size: int = 0) -> None:

@@ -9,6 +9,7 @@ from viditq.data.moving_shapes import SCENES
 from viditq.data.prompts import MovingShapes, PromptFile
 from viditq.data.samples import load_sample, missing_samples, sample_path, save_sample
 from viditq.errors import UserError
+from viditq.prompt import Prompt, conditions_of, key_of
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])
@@ -62,3 +63,21 @@ def test_damaged_sample_is_named(modality: str, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-80])
     with pytest.raises(UserError, match=r"000000.*Delete it"):
         load_sample(path)
+
+
+def test_first_frames_are_those_of_the_real_clips(tmp_path: Path) -> None:
+    data = MovingShapes("video", 3, 2, first_frames=str(tmp_path))
+    assert data.prompts[0] == Prompt(MovingShapes("video", 3, 2).prompts[0], conditions_of(data.prompts[0]))
+    clips = data.real_clips([0, 1, 2])
+    for prompt, clip in zip(data.prompts, clips, strict=True):
+        assert isinstance(prompt, Prompt)
+        assert torch.equal(torch.from_numpy(prompt.pixels()["image"]).permute(2, 0, 1), clip[0])
+    files = [conditions_of(prompt)["image"] for prompt in [*data.prompts, *data.calibration_prompts]]
+    assert len({file.read_bytes() for file in files}) == 5 and [*data.files] == sorted(files)
+    written = files[1].stat().st_mtime_ns
+    files[0].write_bytes(files[1].read_bytes())  # exchanged: drawn anew
+    again = MovingShapes("video", 3, 2, first_frames=str(tmp_path))
+    assert [key_of(prompt) for prompt in again.prompts] == [key_of(prompt) for prompt in data.prompts]
+    assert files[1].stat().st_mtime_ns == written
+    with pytest.raises(UserError, match=r"data\.images and data\.first_frames both give"):
+        MovingShapes("video", 3, 2, images=str(tmp_path), first_frames=str(tmp_path))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_zoo_videos
 import torch
 import yaml
 from hydra.utils import instantiate
@@ -127,7 +128,7 @@ def test_every_model_of_the_hub_is_here() -> None:
         return str(yaml.safe_load(file.read_text()).get("path", "a/model"))  # one that builds on another has its source
 
     files = {file.stem: path(file) for file in (ROOT / "conf" / "model").glob("*.yaml")}
-    assert {name for name, path in files.items() if is_hub_id(path)} == MODELS.keys()
+    assert {name for name, path in files.items() if is_hub_id(path)} == {*MODELS, *test_zoo_videos.MODELS}
 
 
 def test_a_search_measures_each_of_two_denoisers_where_it_runs(shrink: Callable[..., Any], tmp_path: Path) -> None:

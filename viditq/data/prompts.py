@@ -9,12 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from viditq.data.counts import check_counts
+from viditq.data.counts import MOST, check_counts
 from viditq.data.images import pictures_of, with_images
 from viditq.data.moving_shapes import SCENES, Scene, render
 from viditq.data.prompt_files import has_ink, prompt_file, read_prompts
+from viditq.data.samples import is_intact, save_sample
 from viditq.data.text_embeds import digest, read_text_embeds
 from viditq.errors import UserError
+from viditq.prompt import Prompt
 
 
 class PromptData(Protocol):
@@ -40,6 +42,7 @@ class MovingShapes:
     """Captions of the procedural clips, the same for every seed; evaluation and calibration scenes are disjoint.
 
     Image captions leave the motion out, so as captions (not as noise) they recur: there are only 136 of them.
+    first_frames: a folder; each caption comes with the first frame of its clip (`real_clips`), drawn there.
     """
 
     modality: str
@@ -47,9 +50,12 @@ class MovingShapes:
     num_calibration_prompts: int
     prompt_seed: int = 0
     images: str | None = None
+    first_frames: str | None = None
 
     def __post_init__(self) -> None:
         check_counts(self.num_prompts, self.num_calibration_prompts)
+        if self.images is not None and self.first_frames is not None:
+            raise UserError("data.images and data.first_frames both give the first picture. Set one of them to null.")
         self.ready_embeds: Mapping[str, dict[str, Tensor]] = {}
         self.ready_digest: str | None = None
         generator = torch.Generator().manual_seed(self.prompt_seed)
@@ -60,11 +66,24 @@ class MovingShapes:
         calibration = [SCENES[held_out[i % len(held_out)]] for i in range(self.num_calibration_prompts)]
         captions, others = ([s.caption(video) for s in scenes] for scenes in (self.scenes, calibration))
         self.prompts, self.calibration_prompts = with_images(captions, others, self.images)
+        if self.first_frames is not None:
+            self.prompts = self._with_first_frames(self.scenes, 0)
+            self.calibration_prompts = self._with_first_frames(calibration, MOST)
         self.files: Sequence[Path] = pictures_of([*self.prompts, *self.calibration_prompts])
 
     def real_clips(self, indices: Sequence[int]) -> Tensor:
         """One drawn clip (or frame) per prompt index, of that prompt's scene."""
         return torch.stack([self._real_clip(self.scenes[i], i) for i in indices])
+
+    def _with_first_frames(self, scenes: Sequence[Scene], first: int) -> list[str]:
+        folder, video = Path(str(self.first_frames)).expanduser(), self.modality == "video"
+        prompts: list[str] = []
+        for index, scene in enumerate(scenes, first):
+            file = folder / f"{index:07d}_{SCENES.index(scene):03d}.png"
+            if not is_intact(file, renew=True):
+                save_sample(file, self._real_clip(scene, index)[:1])
+            prompts.append(Prompt(scene.caption(video), {"image": file}))
+        return prompts
 
     def _real_clip(self, scene: Scene, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(7_000_003 + index)

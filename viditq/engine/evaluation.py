@@ -22,14 +22,21 @@ Results = dict[str, dict[str, Tensor]]
 class Pairs(Dataset[EvalBatch | None]):
     """Batches of (sample, reference) pairs, with real clips where the data has them.
 
-    Without any batch it holds one that is None: a process with nothing to score must take part in the synchronisation.
+    given: prompt -> the picture that sampling started from. Without any batch it holds one that is None: a process with
+    nothing to score must take part in the synchronisation.
     """
 
     def __init__(
-        self, samples: Path, references: Path, data: PromptData, modality: str, batches: Sequence[list[int]]
+        self,
+        samples: Path,
+        references: Path,
+        data: PromptData,
+        modality: str,
+        batches: Sequence[list[int]],
+        given: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.samples, self.references, self.data = samples, references, data
-        self.modality, self.batches = modality, batches or [[]]
+        self.modality, self.batches, self.given = modality, batches or [[]], given
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -44,6 +51,7 @@ class Pairs(Dataset[EvalBatch | None]):
             prompts=[self.data.prompts[i] for i in indices],
             index=torch.tensor(indices),
             data=self.data.real_clips(indices),
+            given=None if self.given is None else [self.given[i] for i in indices],
         )
 
     def _load(self, folder: Path, indices: list[int]) -> Tensor:

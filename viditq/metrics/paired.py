@@ -32,8 +32,9 @@ class Paired(PerSampleMetric):
         unit: str = "",
         value_range: str = "unit",
         ceiling: float | None = None,
+        scores_references: bool = False,
     ) -> None:
-        super().__init__(name, unit)
+        super().__init__(name, unit, scores_references)
         if value_range not in VALUE_RANGES:
             raise UserError(f"value_range is {value_range!r}. Use one of: {', '.join(VALUE_RANGES)}.")
         self.metric, self.value_range, self.ceiling = metric, value_range, ceiling
@@ -47,12 +48,16 @@ class Paired(PerSampleMetric):
 
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """One value of the stock metric per pair, [B]."""
+        return {"per_sample": self.against(batch.samples, batch.references, batch.index)}
+
+    def against(self, clips_BFCHW: Tensor, others_BFCHW: Tensor, index: Tensor) -> Tensor:
+        """The stock metric of each uint8 clip and its other, [B]."""
         prepare = VALUE_RANGES[self.value_range]
-        samples, references = prepare(to_unit(batch.samples)), prepare(to_unit(batch.references))
-        values = [self._score(s, r) for s, r in zip(samples, references, strict=True)]
+        clips, others = prepare(to_unit(clips_BFCHW)), prepare(to_unit(others_BFCHW))
+        values = [self._score(clip, other) for clip, other in zip(clips, others, strict=True)]
         per_sample = torch.stack(values).double().clamp(max=inf if self.ceiling is None else self.ceiling)
-        self._refuse_non_finite(per_sample, batch.index)
-        return {"per_sample": per_sample}
+        self._refuse_non_finite(per_sample, index)
+        return per_sample
 
     def _score(self, sample_FCHW: Tensor, reference_FCHW: Tensor) -> Tensor:
         self.metric.reset()

@@ -53,7 +53,8 @@ class ModelAdapter:
     correction, diagnosis), whatever batch_size is: the last bits of matrix products depend on how many there are.
 
     dtype: of all parts but component_dtypes (part -> dtype). attention: native (ours, on a CPU) or a backend of
-    diffusers' dispatch, None = the model's own. compile: torch.compile while samples are generated. roles: role ->
+    diffusers' dispatch, None = the model's own. vae_tiling: the VAE works in tiles, of its own sizes, which takes less
+    memory and moves samples a little. compile: torch.compile while samples are generated. roles: role ->
     patterns of Linear names, for reports and mixed precision; keep_float: patterns of Linears never quantized. guess:
     the roles are guessed, and every field that is None but has to have a value. Raises UserError on values outside
     these.
@@ -96,6 +97,7 @@ class ModelAdapter:
     variant: str | None = None
     float_denoisers: Sequence[str] = ()
     conditions: Sequence[str] | None = None
+    vae_tiling: bool = False
 
     def __post_init__(self) -> None:
         check_values(self)

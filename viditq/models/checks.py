@@ -15,7 +15,7 @@ CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
 COUNTS = ("num_steps", "num_frames", "height", "width", "max_tokens", "fps", "calibration_batch_size")
 MAPPINGS = ("encode", "call", "roles", "component_dtypes", "scheduler_settings")
 OPTIONAL = ("num_frames", "height", "width", "max_tokens", "guidance_scale")
-FRAMES = ("num_frames", "video_length", "frames")
+FRAMES = ("num_frames", "video_length", "frames", "segment_frame_length")
 """The names that pipelines use for how long a clip is."""
 OURS = ("generator", "output_type", "return_dict", "prompt")
 """What every call is given here."""
@@ -49,8 +49,9 @@ def check_values(model: Any) -> None:
     for key, patterns in {"keep_float": model.keep_float, **{f"roles.{k}": v for k, v in model.roles.items()}}.items():
         if not isinstance(patterns, Sequence) or isinstance(patterns, str) or not all(map(_is_text, patterns)):
             raise UserError(f"model.{key}={patterns!r} must be a list of patterns of Linears, such as ['proj_out'].")
-    if not isinstance(model.compile, bool):
-        raise UserError(f"model.compile={model.compile!r} must be true or false.")
+    for key in ("compile", "vae_tiling"):
+        if not isinstance(getattr(model, key), bool):
+            raise UserError(f"model.{key}={getattr(model, key)!r} must be true or false.")
     for key in COUNTS:
         _check_number(key, getattr(model, key), whole=True, lowest=1)
     _check_number("guidance_scale", model.guidance_scale, whole=False, lowest=0)

@@ -41,6 +41,8 @@ def load_pipeline(adapter: Any, components: Mapping[str, Any]) -> Any:
             contents.check_finite(name, folder, component.eval().requires_grad_(False))
         if name in (*adapter.denoisers, *adapter.float_denoisers) and _has_weights(component):
             set_attention(adapter.attention, component)
+    if adapter.vae_tiling:
+        pipeline.vae.enable_tiling()
     give_back()
     return pipeline
 

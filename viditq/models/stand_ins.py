@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -46,16 +48,35 @@ def compute_on_cpu(pipeline: Any) -> Any:
     return pipeline
 
 
-def stand_in_encoders(pipeline: Any) -> None:
-    """Let a pipeline of stand-ins encode pictures: to zeros, of the size that its VAE gives."""
+def pass_on(model: nn.Module) -> nn.Module:
+    """A stand-in whose forward hands on what it is given first, as often as its signature says that it returns it."""
+    several = get_args(inspect.signature(model.forward, eval_str=True).return_annotation)
+    count = len(several) if several and set(several) == {Tensor} else 0
+
+    @functools.wraps(model.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        first = next(iter([*args, *kwargs.values()]))
+        return (first,) * count if count else first
+
+    model.forward = forward
+    return model
+
+
+def stand_in_encoders(pipeline: Any, shown: list[Tensor]) -> None:
+    """Let a pipeline of stand-ins encode pictures: to zeros, of the size that its VAE gives.
+
+    shown: what the VAE is given is appended.
+    """
     if hasattr(pipeline, "encode_image"):
         pipeline.encode_image = lambda *args, **kwargs: torch.zeros(1, 1, 1)
     vae = getattr(pipeline, "vae", None)
     if vae is None or not hasattr(vae, "encode"):
         return
     encode = vae.encode
+    vae._hf_hook = SimpleNamespace(execution_device=CPU)  # as of an offloaded part: what it is given lies there
 
     def encoded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shown.append(x)
         out = encode(x.to("meta", vae.dtype))
         return _Encoded(out.latent if hasattr(out, "latent") else out.latent_dist.mode())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from viditq.errors import UserError
-from viditq.models.conditions import made_up
+from viditq.models import conditions
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
-from viditq.models.stand_ins import compute_on_cpu, stand_in, stand_in_encoders
+from viditq.models.stand_ins import compute_on_cpu, pass_on, stand_in, stand_in_encoders
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
 NUM_TOKENS = 8
@@ -71,29 +72,58 @@ def encoded_texts(adapter: Any, scheduler: Any) -> list[Any]:
     return recorder.texts
 
 
+def shown_pictures(adapter: Any, scheduler: Any, prompts: Sequence[str]) -> list[Tensor | None]:
+    """What the pipeline shows its VAE first of each prompt's pictures, as it resizes them: float [C, H, W] in [0, 1].
+
+    None where it shows it nothing before it denoises. Raises TrialError where the call fails before.
+    """
+    found: list[Tensor | None] = []
+    recorder = _Recorder(adapter, scheduler, text_only=True)
+    pipeline = _recorded(adapter, scheduler, recorder)
+    for prompt in prompts:
+        recorder.encoded.clear()
+        try:
+            with torch.no_grad():
+                _call(adapter, pipeline, conditions.given(conditions.stored(prompt)), {})
+        except Exception as error:  # as in `try_out`
+            raise TrialError(f"{type(error).__name__}: {error}") from error
+        first = recorder.encoded[0] if recorder.encoded else None
+        found.append(None if first is None else (first if first.ndim == 4 else first[:, :, 0])[0].float() / 2 + 0.5)
+    return found
+
+
 def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]:
     recorder = _Recorder(adapter, scheduler)
     _run(adapter, scheduler, settings, recorder)
-    return recorder.steps
+    lows, highs = ([pair[i] for pair in recorder.ranges] for i in range(2))
+    varying = max(lows, highs, key=lambda values: max(values, default=0.0) - min(values, default=0.0))
+    return [replace(step, told=told) for step, told in zip(recorder.steps, varying, strict=True)]
 
 
 def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: _Recorder) -> None:
+    pictures = {} if adapter.conditioning == "class" else conditions.made_up(adapter)
+    _call(adapter, _recorded(adapter, scheduler, recorder), pictures, settings)
+
+
+def _recorded(adapter: Any, scheduler: Any, recorder: _Recorder) -> Any:
+    """A pipeline of stand-ins whose calls the recorder takes note of."""
     joined = adapter.build_denoiser()
     denoisers = dict(joined) if isinstance(joined, nn.ModuleDict) else {adapter.denoiser_names[0]: joined}
     for name, denoiser in denoisers.items():
         denoiser.forward = recorder.around(denoiser, name)
     scheduler.step = recorder.step(scheduler.step)
     pipeline = _assembled(adapter, {**denoisers, "scheduler": scheduler})
-    if adapter.conditioning == "class":
-        prompt: dict[str, Any] = {"class_labels": [0]}
-    else:
-        prompt = {"prompt": "a"}
+    if adapter.conditioning != "class":
         pipeline.encode_prompt = recorder.encode(pipeline.encode_prompt)
-        prompt |= made_up(adapter)
-        stand_in_encoders(pipeline)
+        stand_in_encoders(pipeline, recorder.encoded)
+    return pipeline
+
+
+def _call(adapter: Any, pipeline: Any, pictures: dict[str, Any], settings: dict[str, Any]) -> None:
+    prompt: dict[str, Any] = {"class_labels": [0]} if adapter.conditioning == "class" else {"prompt": "a"}
     settings = call_settings(adapter, pipeline) | settings
     with suppress(_AllSteps):
-        pipeline(**prompt, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
+        pipeline(**prompt, **pictures, **settings, generator=torch.Generator().manual_seed(0), return_dict=False)
 
 
 def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
@@ -106,7 +136,7 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
             continue
         model = stand_in(adapter, name)
         if model is not None:
-            parts[name] = model
+            parts[name] = pass_on(model)
     pipeline = find_class(adapter.pipeline).from_pretrained(adapter.folder, local_files_only=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return compute_on_cpu(pipeline)
@@ -128,15 +158,19 @@ def _embeddings(adapter: Any) -> tuple[Any, ...]:
 class _Recorder:
     """What denoisers are told between the scheduler's steps, and which texts are encoded before.
 
+    ranges: of each step the lowest and the highest value told; they differ where tokens that are given (a first frame)
+    are told that they are clean, which is the same at every step. encoded: what the VAE is shown.
     text_only: the call ends where it begins to denoise.
     """
 
     def __init__(self, adapter: Any, scheduler: Any, text_only: bool = False) -> None:
         self.adapter, self.scheduler, self.text_only = adapter, scheduler, text_only
         self.texts: list[Any] = []
+        self.encoded: list[Tensor] = []
         self.num_train = float(scheduler.config.get("num_train_timesteps", 1000))
-        self.told: list[tuple[str, str, float]] = []
+        self.told: list[tuple[str, str, tuple[float, float]]] = []
         self.steps: list[Step] = []
+        self.ranges: list[tuple[float, float]] = []
         self.count = 0
 
     def encode(self, plain: Any) -> Any:
@@ -154,16 +188,18 @@ class _Recorder:
         """In place of its forward: takes note, and predicts nothing."""
         forward = denoiser.forward
         signature = inspect.signature(forward)
-        argument = _argument(self.adapter, signature)
+        argument, beside = _argument(self.adapter, signature), _streams(signature)[1:]
 
         @functools.wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self.text_only:
                 raise _AllSteps
             given = signature.bind(*args, **kwargs).arguments
-            self.told.append((name, argument, _single(given[argument])))
+            self.told.append((name, argument, _range(given[argument])))
             out = _prediction(next(iter(given.values())), denoiser.config)
-            return (out,) if given.get("return_dict") is False else Transformer2DModelOutput(sample=out)
+            if given.get("return_dict") is not False:
+                return Transformer2DModelOutput(sample=out)
+            return (out, *(torch.zeros_like(given[name]) for name in beside))
 
         return recorded
 
@@ -174,13 +210,16 @@ class _Recorder:
         @functools.wraps(plain)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
+            if not self.told:  # of a copy of the scheduler: another stream's, after the same call of the denoiser
+                return (given["sample"],) if given.get("return_dict") is False else _Stepped(given["sample"])
             level = float(given["timestep"]) / self.num_train
-            self.steps += [Step(argument, told, level, name) for name, argument, told in self.told]
+            self.steps += [Step(argument, told[1], level, name) for name, argument, told in self.told]
+            self.ranges += [told for _, _, told in self.told]
             self.told = []
             self.count += 1
             sample, out = given["sample"], given["model_output"]
             if self.count <= NUM_REAL:
-                if out.ndim == 3:  # tokens: of a denoiser that sees more of them than it predicts
+                if out.ndim == 3 or out.shape[2:] != sample.shape[2:]:  # of a denoiser that sees more than it predicts
                     given["model_output"] = torch.zeros_like(sample)
                 stepped = plain(**given)
             else:
@@ -207,11 +246,18 @@ def _argument(adapter: Any, signature: inspect.Signature) -> str:
     return found
 
 
-def _single(value: Any) -> float:
-    values = torch.as_tensor(value, dtype=torch.float64).flatten()
-    if bool((values != values[0]).any()):
+def _streams(signature: inspect.Signature) -> list[str]:
+    """The arguments that hold what is denoised: the sample, and what is made beside it (LTX-2's sound)."""
+    required = [name for name, p in signature.parameters.items() if p.default is p.empty]
+    return [name for name in required if name.endswith("hidden_states") and "encoder" not in name]
+
+
+def _range(value: Any) -> tuple[float, float]:
+    """The lowest and the highest; between them there is nothing in a model that samples all tokens in step."""
+    values = torch.as_tensor(value, dtype=torch.float64).unique()
+    if len(values) > 2:
         raise ValueError("its denoiser is told several timesteps at once")
-    return float(values[0])
+    return float(values[0]), float(values[-1])
 
 
 def _prediction(x: Any, config: Any) -> Any:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torchmetrics import Metric
 
 from viditq.data.samples import missing_samples
@@ -14,6 +15,7 @@ from viditq.errors import UserError
 from viditq.files import is_whole, read_json, read_tensors, write_json, write_tensors
 from viditq.job import Job
 from viditq.metrics.verdict import verdicts
+from viditq.models.shown import as_shown
 from viditq.prompt import conditions_of
 from viditq.run_dir import read_seconds
 from viditq.stages.card import update_card
@@ -56,7 +58,16 @@ def _measured(job: Job, metrics: Mapping[str, Metric], samples: Path, count: int
         if gone := job.processes.first_does(partial(missing_samples, folder, count, modality)):
             raise UserError(f"{len(gone)} samples are missing in {folder}. Run the stages before evaluate too.")
     batches = job.processes.share(batches_of(count, PAIRS_AT_ONCE))
-    return measure(e.make_trainer(), metrics, Pairs(samples, job.reference.path, e.data, modality, batches))
+    given = _given(job, [i for batch in batches for i in batch])
+    return measure(e.make_trainer(), metrics, Pairs(samples, job.reference.path, e.data, modality, batches, given))
+
+
+def _given(job: Job, indices: list[int]) -> dict[int, Tensor] | None:
+    """Prompt -> the picture that sampling started from; None where prompts come with none."""
+    e = job.experiment
+    if not all("image" in conditions_of(prompt) for prompt in e.data.prompts):
+        return None
+    return dict(zip(indices, as_shown(e.adapter, [e.data.prompts[i] for i in indices]), strict=True))
 
 
 def _floor_results(job: Job, metrics: Mapping[str, Metric]) -> dict[str, Results]:

@@ -18,7 +18,7 @@ FLOW_SHIFT = {"tiny_image": 2.0, "tiny_video": 4.0}
 
 def export(shop: Any) -> None:
     """Write tiny_image/, tiny_video/, clip/ and judge/ under `shop.out`, weights in fp16."""
-    _export_pipelines(shop, "")
+    _export_pipelines(shop, "", video="video")
     clip = networks.clip()
     clip.load_state_dict(load_file(shop.work / "clip.safetensors"))
     clip.half().save_pretrained(shop.out / "clip")
@@ -32,15 +32,17 @@ def export(shop: Any) -> None:
 
 def export_hard(shop: Any) -> None:
     """Write tiny_image_hard/ and tiny_video_hard/ under `shop.out`, weights in fp16."""
-    _export_pipelines(shop, "_hard")
+    _export_pipelines(shop, "_hard", video="video_hard_fine")
 
 
-def _export_pipelines(shop: Any, kind: str) -> None:
-    image, video = networks.image_denoiser(), networks.video_denoiser()
-    for name, cls, net in (("image", PixArtAlphaPipeline, image), ("video", LattePipeline, video)):
-        net.load_state_dict(load_file(shop.work / f"{name}{kind}.safetensors"))
-        pipeline = _pipeline(cls, shop, net, f"tiny_{name}")
-        pipeline.to(torch.float16).save_pretrained(shop.out / f"tiny_{name}{kind}")
+def _export_pipelines(shop: Any, kind: str, video: str) -> None:
+    """video: the stage that the video denoiser comes from."""
+    for name, cls, net, stage in (
+        ("tiny_image", PixArtAlphaPipeline, networks.image_denoiser(), f"image{kind}"),
+        ("tiny_video", LattePipeline, networks.video_denoiser(), video),
+    ):
+        net.load_state_dict(load_file(shop.work / f"{stage}.safetensors"))
+        _pipeline(cls, shop, net, name).to(torch.float16).save_pretrained(shop.out / f"{name}{kind}")
 
 
 def _pipeline(cls: type[DiffusionPipeline], shop: Any, denoiser: nn.Module, name: str) -> DiffusionPipeline:

@@ -32,6 +32,7 @@ SCHEDULES = {
     "video": Schedule(steps=4500, lr=1e-3, decay=0.5),
     "image_hard": Schedule(steps=3500, lr=1.5e-3, decay=0.5),
     "video_hard": Schedule(steps=4500, lr=1e-3, decay=0.5),
+    "video_hard_fine": Schedule(steps=1200, lr=6e-4, decay=0.9),
 }
 POOL_CLIPS = 16384
 CAPTION_DROPOUT = 0.1
@@ -270,7 +271,9 @@ def train_video(shop: Workshop, kind: str = "") -> None:
     image.load_state_dict(load_file(shop.work / f"image{kind}.safetensors"))
     networks.inflate(image, video)
     if kind:
-        _train_hard(shop, f"video{kind}", video, _draw_clips(shop), losses.video_loss)
+        draw = _draw_clips(shop)
+        _train_hard(shop, f"video{kind}", video, draw, losses.video_loss)
+        _train_hard(shop, f"video{kind}_fine", video.requires_grad_(True), draw, losses.video_loss)
     else:
         shop.train("video", video, _draw_clips(shop), losses.video_loss)
 

@@ -44,12 +44,16 @@ DECODER: dict[str, Any] = {
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def word_tokenizer(max_length: int, ends: bool = True) -> PreTrainedTokenizerFast:
-    """Whole words, with a begin and an end token if `ends`; stands for the BPE tokenizers."""
+def word_tokenizer(max_length: int, ends: bool = True, lead: int = 0) -> PreTrainedTokenizerFast:
+    """Whole words, with a begin and an end token if `ends`; stands for the BPE tokenizers.
+
+    lead: tokens before all others, as many as a pipeline cuts off for its instruction.
+    """
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if ends:
-        template = {"single": "<bos> $A <eos>", "special_tokens": [("<bos>", 1), ("<eos>", 2)]}
+    if ends or lead:
+        single = "<bos> " * lead + "$A" if lead else "<bos> $A <eos>"
+        template = {"single": single, "special_tokens": [("<bos>", 1), ("<eos>", 2)]}
         tokenizer.post_processor = processors.TemplateProcessing(**template)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -58,7 +62,7 @@ def word_tokenizer(max_length: int, ends: bool = True) -> PreTrainedTokenizerFas
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        chat_template=CHAT,
+        chat_template="{{ '<bos> ' * " + str(lead) + " }}" + CHAT,
     )
 
 

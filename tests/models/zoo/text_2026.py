@@ -3,6 +3,8 @@
 from typing import Any
 
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen3Config,
@@ -33,4 +35,12 @@ def qwen_vl_text() -> tuple[Any, Any]:
     """The text model of Qwen2.5-VL, of HunyuanVideo 1.5."""
     values = {k: v for k, v in DECODER.items() if k != "head_dim"}
     config = Qwen2_5_VLTextConfig(**values, rope_parameters=MROPE)
-    return word_tokenizer(1200, ends=False), Qwen2_5_VLTextModel(config).eval()
+    return word_tokenizer(1200, ends=False, lead=108), Qwen2_5_VLTextModel(config).eval()
+
+
+def gemma3() -> tuple[Any, Any]:
+    """Gemma 3, of LTX-2: the states of all its layers."""
+    vision = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    values = {k: v for k, v in DECODER.items() if k != "bos_token_id"}
+    config = Gemma3Config(text_config=values, vision_config={**vision, "image_size": 16, "patch_size": 8})
+    return word_tokenizer(64), Gemma3ForConditionalGeneration(config).eval()

@@ -7,6 +7,7 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.quant import QuantSpec, StepContext, quantize_denoiser
+from viditq.quant.calibration.context import TimestepScale
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
 
@@ -127,3 +128,23 @@ def test_quantizing_does_not_import_the_compiler():
     """Which takes as long as torch itself; a decorator of torch.compiler is enough to bring it in."""
     line = "import sys, viditq.quant; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", line], check=True)
+
+
+@pytest.mark.parametrize(
+    ("scale", "timestep", "level"),
+    [
+        (1000.0, [[0.0, 0.0, 700.0, 700.0], [0.0, 700.0, 700.0, 700.0]], 0.7),  # Wan 2.2 5B: the first frame is given
+        ({"at_noise": 0.0, "at_clean": 1.0}, [[1.0, 0.25, 0.25]], 0.75),
+        (1.0, [[[[1e-4]], [[0.5]], [[0.5]]]], 0.5),  # Cosmos 2.5: next to clean
+    ],
+)
+def test_tokens_that_are_given_are_told_so(scale, timestep, level):
+    found = TimestepScale.of(scale)
+    assert found.noise_level(found.of_step(torch.tensor(timestep))) == pytest.approx(level)
+
+
+def test_tokens_at_noise_levels_of_their_own_are_refused():
+    with pytest.raises(UserError, match=r"noise levels of their own \(300 beside 700\)"):
+        TimestepScale().of_step(torch.tensor([[0.0, 300.0, 700.0]]))
+    with pytest.raises(UserError, match="different timesteps"):
+        TimestepScale().of_step(torch.tensor([[0.0, 300.0], [0.0, 700.0]]))

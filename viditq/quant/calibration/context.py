@@ -17,6 +17,8 @@ from viditq.quant.calibration.noise_level import interval_of
 from viditq.quant.description.fields import checked_fields
 from viditq.quant.description.plan import check_edges
 
+GIVEN = 0.01  # noise level up to which tokens count as given: a first frame is told 0, or next to it
+
 
 class Attachment:
     """Undo handle of several hooks."""
@@ -60,6 +62,29 @@ class TimestepScale:
             )
         return (timestep - self.at_clean) / (self.at_noise - self.at_clean)
 
+    def of_step(self, timestep: Tensor | float) -> float:
+        """The timestep of one step; where each token has its own, that of those being denoised.
+
+        Raises UserError for samples at different steps, and for tokens that are neither at theirs nor given (clean).
+        """
+        if not isinstance(timestep, Tensor):
+            return float(timestep)
+        values = timestep.detach().reshape(len(timestep) if timestep.ndim > 1 else timestep.numel(), -1)
+        low, high = values.aminmax(dim=1)
+        noisiest = high if self.at_noise > self.at_clean else low
+        first = float(noisiest[0])
+        if not bool((noisiest == noisiest[0]).all()):
+            listed = values.flatten().tolist()[:4]
+            raise UserError(f"one batch has different timesteps ({listed} ...); sample all prompts in step")
+        near = GIVEN * abs(self.at_noise - self.at_clean)
+        between = (values != first) & ((values - self.at_clean).abs() > near)
+        if timestep.ndim > 1 and bool(between.any()):
+            raise UserError(
+                f"tokens of one sample are at noise levels of their own ({float(values[between][0]):g} beside "
+                f"{first:g}); only those that are given, and so are clean, may differ from the others"
+            )
+        return first
+
 
 TimestepScaleLike = float | Mapping[str, Any] | None
 """The timestep at pure noise, or the fields of a TimestepScale; None: the model has no timestep."""
@@ -97,10 +122,10 @@ class StepContext:
 
     @property
     def noise_level(self) -> float | None:
-        """As the class says. Raises UserError unless all entries of the timestep are equal and lie on the scale."""
+        """As the class says. Raises UserError as `TimestepScale.of_step`, and off the scale."""
         if self._noise_level is None and self._timestep is not None:
             assert self._scale is not None
-            self._noise_level = self._scale.noise_level(_single_value(self._timestep))
+            self._noise_level = self._scale.noise_level(self._scale.of_step(self._timestep))
         return self._noise_level
 
     def attach(self, denoiser: nn.Module) -> Attachment:
@@ -157,13 +182,3 @@ class StepContext:
         level = self.noise_level
         assert level is not None
         self.segment = interval_of(self.edges, level)
-
-
-def _single_value(timestep: Tensor | float) -> float:
-    if not isinstance(timestep, Tensor):
-        return float(timestep)
-    values = timestep.detach().flatten()
-    first = float(values[0])
-    if values.numel() > 1 and not bool((values == values[0]).all()):
-        raise UserError(f"one batch has different timesteps ({values.tolist()[:4]} ...); sample all prompts in step")
-    return first
