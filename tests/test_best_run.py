@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from viditq.errors import UserError
+from viditq.export.exact import exact_targets
 from viditq.quant.artifact import size_bytes
 from viditq.quant.description.plan import QuantPlan
 from viditq.report.treatments_view import treatments_view
@@ -63,6 +64,26 @@ def test_another_budget_finds_no_part_again(
     (tmp_path / "run" / "treatments.json").unlink()  # as after a kill
     run(tmp_path / "run", shared_cache, *BEST, *others)
     assert json.loads((tmp_path / "run" / "treatments.json").read_text()) == told
+
+
+def test_symmetric_and_quick_where_that_is_asked_for(run: Run, shared_cache: Path, tmp_path: Path) -> None:
+    """From the search to samples; what came of it needs no zero points, and other programs hold it exactly."""
+    asked = ("quant.policy.symmetric=true", "quant.policy.transforms=[none,convrot]", "quant.policy.budget.latency=0.6")
+    costs = "quant.policy.budget.latency_costs={w3a8:0.5,w8a8:0.5,convrot:0.2}"
+    metrics = run(
+        tmp_path / "run",
+        shared_cache,
+        *BEST,
+        *asked,
+        costs,
+        "stages=[prompts,reference,search,quantize,generate,evaluate]",
+    )
+    assert metrics is not None and metrics["metrics"]["psnr"] > 15
+    plan = QuantPlan.from_json((tmp_path / "run" / "quantized" / "plan.json").read_text())
+    assert all(s.weight.symmetric and s.activation.symmetric for s in plan.schemes.values())  # type: ignore[union-attr]
+    told = json.loads((tmp_path / "run" / "treatments.json").read_text())
+    assert all(one["latency"] <= 0.6 + 1e-9 for one in told["finalists"])
+    assert "comfyui" in exact_targets(tmp_path / "run" / "quantized")
 
 
 @pytest.mark.parametrize(

@@ -200,14 +200,27 @@ def test_a_real_run(leaderboard: Leaderboard, finished_run: Path) -> None:
 @pytest.mark.parametrize(("clicks", "order"), [(0, "cba"), (1, "abc"), (2, "cba")])
 def test_a_click_sorts(clicks: int, order: str, leaderboard: Leaderboard, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, name, 0, psnr) for name, psnr in (("a", 9.5), ("b", 10.0), ("c", 100.0))]
-    page = Path(f"{leaderboard(*runs)}.html")
-    press = 'document.querySelectorAll("th button")[8].click();' * clicks
-    page.write_text(page.read_text().replace("</body>", f"<script>{press}</script></body>"))
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
-    home = {**os.environ, "HOME": str(tmp_path)}
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=home).stdout
+    dom = after(Path(f"{leaderboard(*runs)}.html"), 'document.querySelectorAll("th button")[8].click();' * clicks)
     assert "".join(re.findall(r'<tr><td data-key="(\w)"', dom)) == order
     assert ("aria-sort" in dom.split("<script>")[0].split("<thead>")[1]) == bool(clicks)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize(("words", "most", "hidden"), [("", "", ""), ("W4 c", "", "ab"), ("w", "1.5", "ac")])
+def test_words_and_bytes_filter(words: str, most: str, hidden: str, leaderboard: Leaderboard, tmp_path: Path) -> None:
+    sizes = {"a w4": 2_000_000, "b w8": 1_500_000, "c w4": 3_000_000}
+    runs = [write_run(tmp_path / name, name, 0, 10.0, size_bytes=size) for name, size in sizes.items()]
+    script = f'words.value = "{words}"; most.value = "{most}"; words.dispatchEvent(new Event("input"));'
+    dom = after(Path(f"{leaderboard(*runs)}.html"), script)
+    assert "".join(re.findall(r'<tr hidden=""><td data-key="(\w)', dom)) == hidden
+
+
+def after(page: Path, script: str) -> str:
+    """What a browser makes of a page once the script has run."""
+    page.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    home = {**os.environ, "HOME": str(page.parent)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=home).stdout
 
 
 def per_prompt(folder: Path, psnr: list[float]) -> None:

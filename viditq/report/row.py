@@ -100,6 +100,12 @@ class Row:
         return Step(statistics.median(seconds), statistics.median(ratios), hidden, where)
 
     @property
+    def memory_megabytes(self) -> float:
+        """Of the denoiser's weights while a step is computed; nan where none was measured."""
+        known = [measured(speed)[0]["weights_bytes"] for speed in self.speeds if speed is not None]
+        return statistics.median(known) / 1e6 if known else math.nan
+
+    @property
     def step_milliseconds(self) -> float:
         """What ranks and is plotted: nan where nothing was measured, or an emulation."""
         step = self.step

@@ -16,7 +16,7 @@ from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.quant.search.treatments import Treatment
 from viditq.run_dir import Entry, fingerprint
 
-EXPLORED = 1  # how treatments are explored; what was found otherwise is found anew
+EXPLORED = 2  # how treatments are explored; what was found otherwise is found anew
 
 
 class TreatmentTable:

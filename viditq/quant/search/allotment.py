@@ -56,7 +56,7 @@ class Part:
         branch = FLOAT_BITS * treatment.low_rank * sum(sum(shape) for shape in self.shapes) / self.group.weights_numel
         uses = {"weight_bits": (weight_bits + branch) * of_weights, "activation_bits": activation_bits * of_inputs}
         if budget.latency is not None:
-            uses["latency"] = budget.latency_of(treatment.bits) * of_weights
+            uses["latency"] = budget.latency_of(treatment.bits, treatment.transform) * of_weights
         return uses
 
 

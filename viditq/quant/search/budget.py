@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from viditq.errors import UserError
 from viditq.quant.search.candidates import Bits
@@ -21,8 +22,10 @@ class Budget:
     low-rank branch's numbers count 16 bits each. size_bytes: of the stored weights of these Linears (codes, scales,
     zero points, low-rank branches), equal weights of several segments once, and of whole denoisers that are left in
     float (16 bits). latency: relative to all in float, a mean over weights and sampling steps of `latency_costs`
-    (scheme such as w4a8 -> cost, branch and all; float = 1).
+    (scheme such as w4a8 -> cost, branch and all; float = 1; beside schemes the names of `additions` -> what one adds).
     """
+
+    additions: ClassVar[tuple[str, ...]] = ()
 
     weight_bits: float | None = None
     activation_bits: float | None = None
@@ -45,8 +48,15 @@ class Budget:
                 "'quant.policy.budget.latency_costs={w4a8:0.72,w8a8:0.58}'"
             )
         for name, value in (self.latency_costs or {}).items():
+            if name in self.additions:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                    raise UserError(f"latency_costs has {name}: {value!r}; give what it adds, 0 or more, 1 = float.")
+                continue
             if not SCHEME.fullmatch(str(name)):
-                raise UserError(f"latency_costs names {name!r}, which is no scheme such as w4a8 (w16a16 = float).")
+                beside = f", nor one of {', '.join(self.additions)}" if self.additions else ""
+                raise UserError(
+                    f"latency_costs names {name!r}, which is no scheme such as w4a8 (w16a16 = float){beside}."
+                )
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise UserError(f"latency_costs has {name}: {value!r}; give a number above 0, 1 = as slow as float.")
 
@@ -61,9 +71,9 @@ class Budget:
         """Those that are sums."""
         return {name: value for name, value in self.given.items() if name != "size_bytes"}
 
-    def latency_of(self, bits: Bits) -> float:
-        """Cost of a scheme; raises UserError when the table lacks it."""
+    def latency_of(self, bits: Bits, addition: str = "") -> float:
+        """Cost of a scheme, with what one of `additions` adds; raises UserError when the table lacks the scheme."""
         name, costs = "w{}a{}".format(*bits), self.latency_costs or {}
         if name not in costs:
             raise UserError(f"latency_costs has no {name}; it needs every combination of the choices.")
-        return float(costs[name])
+        return float(costs[name]) + float(costs.get(addition, 0.0))

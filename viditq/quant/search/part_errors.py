@@ -64,10 +64,10 @@ def explored(
 ) -> dict[Treatment, float]:
     """Errors of the treatments worth knowing, one choice after the other instead of their whole product.
 
-    Transforms and groups at middle widths, with the first rounding, of which the first transform is taken that comes
-    near the best (`WORTH`), and the first that is stored once beside one that is stored for each segment; then
-    roundings and ranges on top; then every width and group with the winners; last low-rank branches, at middle widths
-    first, and at all where bits do not buy more.
+    Transforms at middle widths, with the first group and rounding, of which the first is taken that comes near the best
+    (`WORTH`), beside it the first that is stored once and the first that does not rotate; then roundings and ranges on
+    top; then every width and group with the winners; last low-rank branches, at middle widths first, and at all where
+    bits do not buy more. Of many widths two are fitted (`between_widths`).
     """
     known: dict[Treatment, float] = {}
 
@@ -78,13 +78,19 @@ def explored(
 
     def near(treatments: Sequence[Treatment]) -> Treatment:
         enough = known[best(treatments)] / WORTH
-        close = {treatment.transform for treatment in treatments if known[treatment] <= enough}
-        chosen = next(transform for transform in menu.transforms if transform in close)
-        return best(treatment for treatment in treatments if treatment.transform == chosen)
+        return next(treatment for treatment in treatments if known[treatment] <= enough)
 
-    plain = [menu.plain(transform, group) for transform, group in product(menu.transforms, menu.groups)]
+    def everywhere(treatments: Sequence[Treatment]) -> None:
+        best(treatment for treatment in treatments if treatment.weight_bits in menu.fitted_bits)
+        for treatment in treatments:
+            if treatment not in known:
+                fitted = {bits: known[replace(treatment, weight_bits=bits)] for bits in menu.fitted_bits}
+                known[treatment] = between_widths(fitted, treatment.weight_bits)
+
+    plain = [menu.plain(transform) for transform in menu.transforms]
     once = [treatment for treatment in plain if not treatment.per_segment]
-    few = [near(plain), *([near(once)] if once else [])]
+    still = [treatment for treatment in once if not treatment.rotates]
+    few = [near(some) for some in (plain, once, still) if some]
     first, transforms = few[0], dict.fromkeys(treatment.transform for treatment in few)
     how = best(replace(first, rounding=r, ranges=s) for r, s in product(menu.roundings, menu.ranges))
     found = [
@@ -93,13 +99,24 @@ def explored(
             transforms, menu.weight_choices, menu.activation_choices, menu.groups
         )
     ]
-    best(found)
+    everywhere(found)
+    grouped = best(replace(how, group=group) for group in menu.groups)
     for rank in menu.low_ranks[1:]:
-        branch = replace(how, low_rank=rank)
+        branch = replace(grouped, low_rank=rank)
         best([branch])
         if known[branch] < _between(found, known, nbytes, nbytes(branch)):
-            best(replace(treatment, low_rank=rank) for treatment in found)
+            everywhere([replace(treatment, low_rank=rank) for treatment in found])
     return known
+
+
+def between_widths(fitted: Mapping[int, float], bits: int) -> float:
+    """The error at a width, from those at two others: a part that no bits of the weight take away, and one that goes
+    with the square of its step, 1 / (2^bits - 1). fitted: width -> error.
+    """
+    (low, coarse), (high, fine) = sorted(fitted.items())
+    steps = {width: (2**width - 1) ** -2.0 for width in (low, high, bits)}
+    slope = max(coarse - fine, 0.0) / (steps[low] - steps[high])
+    return max(fine + slope * (steps[bits] - steps[high]), TINY)
 
 
 def _between(

@@ -14,7 +14,7 @@ from viditq.quant.description.recipe import Recipe, Rule
 from viditq.quant.search.allotment import Part
 from viditq.quant.search.budget import Budget
 from viditq.quant.search.candidates import groups_of
-from viditq.quant.search.treatments import Menu
+from viditq.quant.search.treatments import ROTATING, TRANSFORMS, Menu
 
 INSTEAD = (
     "Leave it out (quant=none, as experiment=best has it), and say what there is to choose from by quant.policy "
@@ -27,8 +27,11 @@ OWN = "the search chooses it for each part"
 class SizedBudget(Budget):
     """Upper limits as of `Budget`.
 
-    size: of the whole artifact; up to 1 a share of the denoiser in 16 bits, above 1 bytes.
+    size: of the whole artifact; up to 1 a share of the denoiser in 16 bits, above 1 bytes. latency_costs may name
+    transforms, and has to name those that rotate.
     """
+
+    additions: ClassVar[tuple[str, ...]] = (*TRANSFORMS,)
 
     size: float | None = None
 
@@ -68,6 +71,13 @@ class TreatmentSearch:
                 raise UserError(f"quant.policy.budget has no field {name!r}; it has {', '.join(known)}.")
         object.__setattr__(self, "parsed_budget", SizedBudget(**self.budget))
         object.__setattr__(self, "menu", Menu(*(getattr(self, f.name) for f in fields(Menu))))
+        costs = self.parsed_budget.latency_costs or {}
+        unknown = [name for name in self.menu.transforms if name in ROTATING and name not in costs]
+        if self.parsed_budget.latency is not None and unknown:
+            raise UserError(
+                f"quant.policy.budget.latency_costs does not say what {unknown[0]} adds: give it beside the schemes, "
+                f"such as {{w8a8: 0.58, {unknown[0]}: 0.1}}, or leave it out of quant.policy.transforms."
+            )
         if not isinstance(self.symmetric, bool):
             raise UserError(f"quant.policy.symmetric={self.symmetric!r} must be true or false.")
         for name in ("held_out", "num_steps", "step_prompts"):

@@ -27,6 +27,7 @@ TRANSFORMS: Mapping[str, tuple[TransformSpec, ...]] = {
     "convrot": (ConvRotSpec(),),
     "scale_rotate": (SmoothSpec(0.3, aggregate="max"), RotateSpec()),
 }
+ROTATING = tuple(n for n, of in TRANSFORMS.items() if any(isinstance(one, RotateSpec | ConvRotSpec) for one in of))
 ROUNDINGS: Mapping[str, RoundingSpec] = {"nearest": RoundingSpec.parse("nearest"), "gptq": Gptq()}
 RANGES: Mapping[str, RangeSpec] = {"min_max": RangeSpec.parse("min_max"), "lp": LpSearch(num_shrinks=40)}
 MIDDLE_BITS = 4  # of weights, at which transforms and roundings are told apart; errors at 8 are those of activations
@@ -64,6 +65,11 @@ class Treatment:
     def per_segment(self) -> bool:
         """Whether weights are stored for each segment."""
         return any(transform.differs_by_segment for transform in TRANSFORMS[self.transform])
+
+    @property
+    def rotates(self) -> bool:
+        """Whether inputs are rotated at every step."""
+        return self.transform in ROTATING
 
     @property
     def bits(self) -> Bits:
@@ -144,11 +150,22 @@ class Menu:
             for transform, group in product(self.transforms, self.groups)
         ]
 
-    def plain(self, transform: str, group: int) -> Treatment:
-        """At middle widths, with the first rounding, range and rank: what transforms and groups are compared by."""
-        weights = [bits for bits in self.weight_choices if bits >= MIDDLE_BITS] or [self.weight_choices[-1]]
-        widths = weights[0], self.activation_choices[-1]
-        return Treatment(transform, *widths, group, self.roundings[0], self.ranges[0], self.low_ranks[0])
+    @property
+    def middle_bits(self) -> int:
+        """Of weights, at which transforms are compared."""
+        return next((bits for bits in self.weight_choices if bits >= MIDDLE_BITS), self.weight_choices[-1])
+
+    @property
+    def fitted_bits(self) -> tuple[int, ...]:
+        """Widths of weights that are fitted: of more than three two, from which the errors of others follow."""
+        few = (self.middle_bits, self.weight_choices[-1])
+        return few if len(self.weight_choices) > 3 else self.weight_choices
+
+    def plain(self, transform: str) -> Treatment:
+        """At middle widths, with the first group, rounding, range and rank: what transforms are compared by."""
+        widths = self.middle_bits, self.activation_choices[-1]
+        how = self.roundings[0], self.ranges[0]
+        return Treatment(transform, *widths, self.groups[0], *how, low_rank=self.low_ranks[0])
 
     def possible(self, shapes: Sequence[tuple[int, int]]) -> Menu:
         """Without what Linears of these shapes (out_features, in_features) cannot have.
