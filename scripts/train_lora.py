@@ -24,8 +24,8 @@ from viditq.files import write_tensors
 from viditq.lora.branch import attach, branches
 from viditq.lora.files import WEIGHT_NAMES, Update
 from viditq.tiny import losses, networks
+from viditq.tiny.captions import CAPTION_DROPOUT
 from viditq.tiny.concept import WORD, concept_caption, concept_clips, concept_scenes
-from viditq.tiny.stages import CAPTION_DROPOUT
 from viditq.tiny.text import encode, encode_null
 from viditq.tiny.trainee import Batch, Schedule, Trainee
 

@@ -3,6 +3,7 @@
     python scripts/train_tiny.py                       # all stages, resumes where it stopped
     python scripts/train_tiny.py --stages judge vae    # some of them
     python scripts/train_tiny.py --stages image_hard video_hard export_hard   # docs/tiny_models.md
+    python scripts/train_tiny.py --stages vae_i2v i2v export_i2v              # the image-to-video model
     python scripts/train_tiny.py --max-steps 3 --work /tmp/try --out /tmp/try/assets   # a quick look
 
 Each stage trains with Lightning (checkpoints every 200 steps, csv logs) and ends by writing <work>/<stage>.safetensors.
@@ -12,9 +13,10 @@ The export stage lays the pipelines out as diffusers folders under --out; `scrip
 import argparse
 from pathlib import Path
 
-from viditq.tiny.stages import STAGES, Workshop
+from viditq.tiny.stages import STAGES
+from viditq.tiny.workshop import Workshop
 
-SHIPPED = [stage for stage in STAGES if not stage.endswith("_hard")]
+SHIPPED = [stage for stage in STAGES if not stage.endswith(("_hard", "i2v"))]
 
 
 def main() -> None:

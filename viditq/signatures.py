@@ -1,6 +1,7 @@
 """What a `_target_` of the configuration takes, read from its source: importing it may take seconds."""
 
 import ast
+import functools
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ PACKAGE = Path(__file__).parent
 REQUIRED = object()  # in place of a default that there is none of
 
 
+@functools.cache  # a sweep asks the same of each of its runs
 def arguments_of(target: str) -> dict[str, Any] | None:
     """Argument -> its default, or REQUIRED, of the class or function called `target`.
 

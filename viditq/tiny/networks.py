@@ -1,6 +1,6 @@
 """Architectures of the tiny pipelines and judges: small configurations of stock diffusers and transformers classes."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -10,7 +10,7 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, T5Config, T5EncoderModel
 
 from viditq.data.moving_shapes import ATTRIBUTES, FRAME_SIZE, NUM_FRAMES, SCENES
@@ -90,18 +90,18 @@ def _transformer_config(out_channels: int) -> dict[str, object]:
 
 def image_denoiser() -> PixArtTransformer2DModel:
     net = PixArtTransformer2DModel(**_transformer_config(LATENT_CHANNELS))
-    return _initialize(net)
+    return initialize(net)
 
 
 def video_denoiser() -> LatteTransformer3DModel:
     """LattePipeline halves the prediction's channels (a learned variance it drops), so there are twice as many."""
     config = _transformer_config(2 * LATENT_CHANNELS)
-    return _initialize(LatteTransformer3DModel(**config, video_length=NUM_FRAMES))
+    return initialize(LatteTransformer3DModel(**config, video_length=NUM_FRAMES))
 
 
-def _initialize(net: Net) -> Net:
+def initialize(net: Net) -> Net:
     """Gaussian matrices (as large models end up with), zero residual branches, open gates."""
-    zero = ("to_out.0", "ff.net.2", "proj_out", "adaln_single.linear")
+    zero = ("to_out.0", "ff.net.2", "ffn.net.2", "proj_out", "adaln_single.linear", "time_proj")
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.0 if name.endswith(zero) else 0.04)
@@ -112,9 +112,10 @@ def _initialize(net: Net) -> Net:
     for name, param in net.named_parameters():
         if name.endswith("scale_shift_table"):
             nn.init.zeros_(param)
-            if param.shape[0] == 6:
-                param.data[2] = 1.0  # gate of attention
-                param.data[5] = 1.0  # gate of the mlp
+            table = param.data.view(-1, param.shape[-1])  # Wan's has an axis more
+            if len(table) == 6:
+                table[2] = 1.0  # gate of attention
+                table[5] = 1.0  # gate of the mlp
     return net
 
 
@@ -127,6 +128,20 @@ def inflate(image: PixArtTransformer2DModel, video: LatteTransformer3DModel) -> 
     patches = video.config.patch_size**2
     for target, source in ((video.proj_out.weight, image.proj_out.weight), (video.proj_out.bias, image.proj_out.bias)):
         target.view(patches, 2 * LATENT_CHANNELS, -1)[:, :LATENT_CHANNELS] = source.view(patches, LATENT_CHANNELS, -1)
+
+
+@torch.no_grad()
+def to_unit_latents(vae: Any, latents: Tensor) -> None:
+    """Fold the mean and deviation of `latents` [N, C, ...] into the VAE's 1x1 convolutions: afterwards 0 and 1."""
+    axes = [axis for axis in range(latents.ndim) if axis != 1]
+    mean, std = latents.mean(axes), latents.std(axes)
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] /= std.view(-1, *[1] * (quant.weight.ndim - 1))
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+    quant.bias[channels:] -= 2 * std.log()
+    post.bias += post.weight.flatten(1) @ mean
+    post.weight *= std.view(1, -1, *[1] * (post.weight.ndim - 2))
 
 
 def scheduler(flow_shift: float) -> DPMSolverMultistepScheduler:

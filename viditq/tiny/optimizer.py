@@ -39,8 +39,8 @@ class MasterAdamW(torch.optim.Optimizer):
         """Restore; unlike the base class, keeps the float32 states float32."""
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
-        for index, param in enumerate(params):
-            self.state[param] = {k: v.clone() for k, v in state_dict["state"][index].items()}
+        for index, state in state_dict["state"].items():  # frozen parameters have none
+            self.state[params[index]] = {k: v.clone() for k, v in state.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
