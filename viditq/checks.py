@@ -216,7 +216,7 @@ def check_model(node: DictConfig, rules: Sequence[str]) -> None:
     values = arguments_of(str(given["_target_"])) if str(given["_target_"]).endswith(".ModelAdapter") else None
     if values is None:
         return
-    values |= {str(key): value for key, value in given.items()}
+    values = {**values, **{str(key): value for key, value in given.items()}}
     for key, value in values.items():
         if value is REQUIRED:
             raise UserError(f"model.{key} has no value. Give one: model.{key}=...")

@@ -12,7 +12,7 @@ REQUIRED = object()  # in place of a default that there is none of
 
 
 @functools.cache  # a sweep asks the same of each of its runs
-def arguments_of(target: str) -> dict[str, Any] | None:
+def arguments_of(target: str) -> Mapping[str, Any] | None:
     """Argument -> its default, or REQUIRED, of the class or function called `target`.
 
     None where the source alone does not tell: outside of viditq, handed on from another module, with `**` arguments,
