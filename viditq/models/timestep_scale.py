@@ -11,6 +11,7 @@ from viditq.models.trial import Step, TrialError, try_out
 
 ONE_LEVEL = 0.01  # steps that lie closer together than this are no schedule, but one read on another scale
 OFF = 0.005  # of the scale: what rounding of timesteps to whole numbers or to bfloat16 moves them by
+ROUNDING = 1e-5  # by which a level may lie outside of [0, 1]
 FEWEST = 4  # steps to measure with
 REMEDY = (
     "Give what the denoiser is told at pure noise: model.timestep_scale=1000, =1 where it is told sigma, or "
@@ -46,7 +47,7 @@ def measured_scale(adapter: Any) -> float | dict[str, Any]:
 def check_levels(levels: Sequence[float], what: str) -> None:
     """Raises UserError for steps outside of [0, 1], and for several that all lie at one noise level."""
     low, high = min(levels), max(levels)
-    if low < -1e-6 or high > 1 + 1e-6:
+    if low < -ROUNDING or high > 1 + ROUNDING:
         raise UserError(f"{what}, sampling steps lie at noise levels {high:g} to {low:g}, outside of [0, 1]. {REMEDY}")
     if len(set(levels)) > 1 and high - low < ONE_LEVEL:
         raise UserError(

@@ -17,6 +17,7 @@ from viditq.quant.calibration.noise_level import interval_of
 from viditq.quant.description.fields import checked_fields
 from viditq.quant.description.plan import check_edges
 
+ROUNDING = 1e-5  # of noise levels: SANA-Sprint tells sin / (sin + cos) of 1.5708, which is 1.000004
 GIVEN = 0.01  # noise level up to which tokens count as given: a first frame is told 0, or next to it
 
 
@@ -55,12 +56,13 @@ class TimestepScale:
 
     def noise_level(self, timestep: float) -> float:
         """In [0, 1]; raises UserError for timesteps outside of the scale."""
-        if not min(self.at_clean, self.at_noise) <= timestep <= max(self.at_clean, self.at_noise):
+        level = (timestep - self.at_clean) / (self.at_noise - self.at_clean)
+        if not -ROUNDING <= level <= 1 + ROUNDING:
             raise UserError(
                 f"timestep {timestep:g} lies outside [{self.at_clean:g}, {self.at_noise:g}]; "
                 "set timestep_scale to the model's timestep at pure noise"
             )
-        return (timestep - self.at_clean) / (self.at_noise - self.at_clean)
+        return min(max(level, 0.0), 1.0)
 
     def of_step(self, timestep: Tensor | float) -> float:
         """The timestep of one step; where each token has its own, that of those being denoised.
