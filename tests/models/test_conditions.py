@@ -1,7 +1,6 @@
 """Pipelines that sample from a picture: real classes, random weights."""
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +9,8 @@ import pytest
 import torch
 from diffusers.utils import load_image
 from hydra.utils import instantiate
-from PIL import Image
 from zoo import conditioned, images
+from zoo.pictures import draw_noise
 
 from viditq.errors import UserError
 from viditq.files import read_json
@@ -45,22 +44,10 @@ KNOWN: dict[Callable[[], Any], tuple[list[str], dict[str, int], list[str]]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection() -> Iterator[None]:
-    """Each load of a pipeline collects garbage, which takes longer than a tiny run with all the libraries' modules."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four pictures of noise, of two sizes."""
-    folder, generator = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
-    for i in range(4):
-        pixels = torch.randint(256, (40, 40 + 8 * (i % 2), 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
-    return folder
+    return draw_noise(tmp_path_factory.mktemp("pictures"), [(str(i), 40, 40 + 8 * (i % 2)) for i in range(4)])
 
 
 @pytest.mark.parametrize("build", KNOWN, ids=lambda build: build.__name__)

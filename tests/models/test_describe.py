@@ -1,6 +1,5 @@
 """`python -m viditq describe`: what was guessed and measured, as a yaml that drives the model in the same way."""
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ SIZES = ["height=32", "width=32", "num_steps=4"]
 def test_the_yaml_drives_the_model_in_the_same_way(
     build: Callable[[], Any], own: list[str], told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gc.freeze()
     save(build, tmp_path / "model")
     words = [word for setting in [*SIZES, *own] for word in ("--set", f"model.{setting}")]
     capsys.readouterr()

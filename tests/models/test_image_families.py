@@ -1,7 +1,6 @@
 """The yamls of 2025's and 2026's image models, each on a tiny random pipeline of its real classes."""
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 from diffusers.utils import load_image
 from hydra.utils import instantiate
-from PIL import Image
 from zoo import conditioned, families, guided, images, unlisted
+from zoo.pictures import draw_noise
 
 from viditq.data.samples import load_sample, sample_path
 from viditq.files import read_json
@@ -93,22 +92,10 @@ def models(*quick: str) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] * (name not in quick)) for name in FAMILIES]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection() -> Iterator[None]:
-    """Each load of a pipeline collects garbage, which takes longer than a tiny run with all the libraries' modules."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four pictures of noise, of one size."""
-    folder, generator = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
-    for i in range(4):
-        pixels = torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
-    return folder
+    return draw_noise(tmp_path_factory.mktemp("pictures"), [(str(i), 64, 64) for i in range(4)])
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Every model of conf/model, on a tiny random pipeline of its real classes: a whole run, and what it is made of."""
 
-import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +93,6 @@ SHRUNK = [
     "stages=[prompts,reference,calibrate,quantize,generate,evaluate]",
 ]
 Configure = Callable[..., Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection() -> Iterator[None]:
-    """Each load of a pipeline collects garbage, which takes longer than a tiny run with all the libraries' modules."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -1,19 +1,17 @@
 """The video models of 2025 and 2026 in conf/model, on tiny random pipelines of their real classes."""
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from diffusers.utils import load_image
 from hydra.utils import instantiate
-from PIL import Image
 from zoo import conditioned, guided, unlisted, videos
 from zoo import videos_2026 as zoo
+from zoo.pictures import draw_noise
 
 from viditq.data.samples import load_sample, sample_path
 from viditq.files import read_json
@@ -78,22 +76,11 @@ MODELS = {
 QUICK = ("wan2.2_5b_i2v", "wan2.1_vace_14b", "wan2.2_animate", "ltx2_i2v", "kandinsky5", "mochi")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection() -> Iterator[None]:
-    """Each load of a pipeline collects garbage, which takes longer than a tiny run with all the libraries' modules."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts with a picture, another one, and a clip of each length that is asked for."""
-    folder, generator = tmp_path_factory.mktemp("pictures"), torch.Generator().manual_seed(0)
-    for name in ("first", "last", *(f"clip/{i}" for i in range(5))):
-        (folder / name).parent.mkdir(exist_ok=True)
-        pixels = torch.randint(256, (40, 48, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{name}.png")
+    names = ("first", "last", *(f"clip/{i}" for i in range(5)))
+    folder = draw_noise(tmp_path_factory.mktemp("pictures"), [(name, 40, 48) for name in names])
     file = folder / "table.csv"
     file.write_text("prompt,picture,last,clip\n" + f"{TEXT},first.png,last.png,clip\n" * 2)
     return file

@@ -104,28 +104,6 @@ def cogview4() -> Any:
     )
 
 
-def prx() -> Any:
-    tokenizer, encoder = text_2026.t5_gemma()
-    transformer = diffusers.PRXTransformer2DModel(
-        in_channels=4,
-        patch_size=2,
-        context_in_dim=text.WIDTH,
-        hidden_size=16,
-        mlp_ratio=2.0,
-        num_heads=2,
-        depth=2,
-        axes_dim=[4, 4],
-    )
-    return diffusers.PRXPipeline(
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        vae=vaes.image_vae(**FLUX_VAE),
-        default_sample_size=32,
-    )
-
-
 def kandinsky5() -> Any:
     """Made at a few large sizes only; a tokenizer stands for Qwen2.5-VL's processor, which needs torchvision."""
     (tokenizer, encoder), (clip_tokenizer, clip) = text.qwen_vl(), text.clip()

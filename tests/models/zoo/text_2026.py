@@ -20,10 +20,7 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
-    T5GemmaConfig,
-    T5GemmaModuleConfig,
 )
-from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from zoo.text import DECODER, ROPE, WIDTH, word_tokenizer
 
@@ -85,9 +82,3 @@ def mistral3() -> tuple[Any, Any]:
 def glm() -> tuple[Any, Any]:
     """GLM, of CogView4."""
     return word_tokenizer(1024), GlmModel(GlmConfig(**DECODER)).eval()
-
-
-def t5_gemma() -> tuple[Any, Any]:
-    """The encoder of T5-Gemma, of PRX."""
-    module = T5GemmaModuleConfig(**DECODER)
-    return word_tokenizer(256), T5GemmaEncoder(T5GemmaConfig(encoder=module, decoder=module).encoder).eval()
