@@ -67,7 +67,7 @@ def _given(out: str) -> Path:
 
 
 def bring(args: argparse.Namespace) -> None:
-    """Write an artifact of another program's file."""
+    """Write an artifact of another program's file; of float weights, the denoiser's folder."""
     out = _given(args.out)
     files = [Path(file).expanduser() for file in args.files]
     for path in files:
@@ -77,13 +77,25 @@ def bring(args: argparse.Namespace) -> None:
             raise UserError(f"--out {out} holds {path}, which an import does not change; choose another place")
     print(f"viditq: importing {', '.join(map(str, files))} as {args.model}", flush=True)
     from viditq.card import artifact_card  # torch and diffusers take seconds
-    from viditq.importing.artifact import ImportedModel
-    from viditq.importing.float_model import float_model
+    from viditq.importing.artifact import ImportedModel, places
+    from viditq.importing.float_file import holds_floats, write_float
+    from viditq.importing.float_model import float_model, names_yaml
 
-    model = ImportedModel(float_model(args.model, args.set), files)
-    print(model.told())
-    model.write(out)
-    artifact_card(out, shlex.join(["python", "-m", "viditq", *args.words]), model.adapter).write()
+    adapter = float_model(args.model, args.set)
+    if all(holds_floats(path) for path in places(adapter, files)):
+        left_out = write_float(adapter, places(adapter, files), out)
+        beside = f"; {len(left_out)} tensors that are no part of it, such as {left_out[0]}" if left_out else ""
+        model = f"model={args.model}" if names_yaml(args.model) else f"model=diffusers model.path={args.model}"
+        print(f"float weights{beside}\n{out}")
+        print(
+            "to quantize them:",
+            shlex.join(["python", "run.py", *model.split(" ", 1), *args.set, f"model.denoiser_path={out}"]),
+        )
+        return
+    imported = ImportedModel(adapter, files)
+    print(imported.told())
+    imported.write(out)
+    artifact_card(out, shlex.join(["python", "-m", "viditq", *args.words]), adapter).write()
     print(out)
 
 
@@ -115,13 +127,15 @@ def main(words: list[str] | None = None) -> int:
     command.add_argument("--out", help="the file or folder to write; without it, one in the run's folder `exports`")
     command.add_argument("--requantize", action="store_true", help="convert what the target cannot hold exactly")
     command.set_defaults(work=export)
-    command = commands.add_parser("import", help="write an artifact of another program's file")
-    what = "a ComfyUI file, or a folder that diffusers saved with torchao; one for each denoiser, in their order"
+    command = commands.add_parser(
+        "import", help="write an artifact of another program's file, or a folder of float weights"
+    )
+    what = "a ComfyUI file, float or quantized, or a folder that diffusers saved with torchao; one for each denoiser"
     command.add_argument("files", metavar="FILE", nargs="+", help=what)
     of_model = "the float model it was made from: a folder, an id on the hub, or the name of a yaml of conf/model"
     command.add_argument("--model", required=True, help=of_model)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.path=FOLDER")
-    command.add_argument("--out", required=True, help="the folder of the artifact")
+    command.add_argument("--out", required=True, help="the folder to write")
     command.set_defaults(work=bring)
     command = commands.add_parser("which", help="tell which of finished runs to use")
     command.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, of a model's runs, or of a sweep")

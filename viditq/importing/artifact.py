@@ -34,14 +34,9 @@ class ImportedModel:
     """
 
     def __init__(self, adapter: ModelAdapter, paths: Sequence[Path]) -> None:
-        names = adapter.denoiser_names
-        if len(paths) != len(names):
-            raise UserError(
-                f"{adapter.name} has {len(names)} denoisers ({', '.join(names)}), and {len(paths)} files were given: "
-                "give one for each, in this order"
-            )
-        self.adapter, self.paths = adapter, [_place(path, name) for path, name in zip(paths, names, strict=True)]
+        self.adapter, self.paths = adapter, places(adapter, paths)
         self.denoiser: nn.Module = adapter.build_denoiser()
+        names = adapter.denoiser_names
         parts = dict(self.denoiser) if isinstance(self.denoiser, nn.ModuleDict) else {names[0]: self.denoiser}
         self.layers: dict[str, ImportedLayer] = {}
         self.left_out: list[str] = []
@@ -118,6 +113,17 @@ def is_there(folder: Path, source: Mapping[str, Any]) -> bool:
     raise UserError(f"{folder} is there already and is no import of this file. Delete it, or give another --out.")
 
 
+def places(adapter: ModelAdapter, paths: Sequence[Path]) -> list[Path]:
+    """The file or the denoiser's folder that is meant by each; raises UserError unless each denoiser has one."""
+    names = adapter.denoiser_names
+    if len(paths) != len(names):
+        raise UserError(
+            f"{adapter.name} has {len(names)} denoisers ({', '.join(names)}), and {len(paths)} files were given: "
+            "give one for each, in this order"
+        )
+    return [_place(path, name) for path, name in zip(paths, names, strict=True)]
+
+
 def _place(path: Path, name: str) -> Path:
     """The file, or the denoiser's folder."""
     if path.is_dir():
@@ -134,7 +140,7 @@ def _place(path: Path, name: str) -> Path:
         raise UserError(
             f"{path} does not exist. Give a file or folder here; of the hub: `hf download USER/NAME` first."
         )
-    if path.suffix != ".safetensors":
+    if not path.name.endswith((".safetensors", ".safetensors.index.json")):
         raise UserError(f"{path} is no safetensors file. Imported are ComfyUI's files and folders saved with torchao.")
     return path
 

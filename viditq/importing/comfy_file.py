@@ -32,9 +32,9 @@ SCALED_FLOAT8 = "scaled_fp8"
 
 def read_comfy(path: Path, denoiser: nn.Module) -> ImportedDenoiser:
     """denoiser: as it was built, on meta. Raises UserError for everything that is not exactly one of our schemes."""
-    tensors, left_out = _without_prefix(_mapped(path))
+    tensors, left_out = without_prefix(mapped(path))
     layers = _markers(path, tensors)
-    origins = _origins(denoiser, {name.rpartition(".")[0] for name in tensors})
+    origins = origins_of(denoiser, {name.rpartition(".")[0] for name in tensors})
     shapes, fields = shapes_of(denoiser), _fields(tensors, layers)
     extras = [name for name in tensors if name in left_out_of(type(denoiser).__name__)]
     inside = {name for own in fields.values() for name in own.values()} | {f"{layer}.{MARKER}" for layer in layers}
@@ -50,18 +50,19 @@ def read_comfy(path: Path, denoiser: nn.Module) -> ImportedDenoiser:
                 layer, layers[layer], {end: tensors[n] for end, n in fields[layer].items()}, origin, shapes
             )
         else:
-            floats |= _parts(tensors[target], origin, denoiser)
+            floats |= parts_of(tensors[target], origin, denoiser)
     return ImportedDenoiser("comfyui", imported, floats, [*left_out, *extras])
 
 
-def _mapped(path: Path) -> dict[str, Tensor]:
+def mapped(path: Path) -> dict[str, Tensor]:
+    """Its tensors; raises UserError where it is damaged."""
     try:
         return mapped_tensors(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is truncated or no safetensors file ({error}); download it again") from error
 
 
-def _without_prefix(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def without_prefix(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Those of the denoiser; and the names of what a checkpoint of a whole pipeline has beside it."""
     if not any(name.startswith(PREFIX) for name in tensors):
         return dict(tensors), []
@@ -112,10 +113,10 @@ def _why_unmarked(tensors: Mapping[str, Tensor]) -> str:
         return "holds 8-bit floating-point weights, which viditq has not; imported are ComfyUI's integer formats."
     if torch.int8 in dtypes:
         return "holds int8 tensors that nothing says the format of (comfy_quant), so that they cannot be read."
-    return "holds no quantized layer: it is a float model, which run.py quantizes (model.path=FOLDER)."
+    return "holds no quantized layer."
 
 
-def _origins(denoiser: nn.Module, layers: set[str]) -> dict[str, Origin]:
+def origins_of(denoiser: nn.Module, layers: set[str]) -> dict[str, Origin]:
     """Name in the file -> where its rows go; files may also have diffusers' own names."""
     names = [*denoiser.state_dict()]
     release = RELEASES.get(type(denoiser).__name__)
@@ -155,7 +156,7 @@ def _quantized(
     return ComfyLayer(layer, marker, fields, (first, shapes[parts[0]][1])).parts(rows)
 
 
-def _parts(tensor: Tensor, origin: Origin, denoiser: nn.Module) -> dict[str, Tensor]:
+def parts_of(tensor: Tensor, origin: Origin, denoiser: nn.Module) -> dict[str, Tensor]:
     """diffusers' name -> its rows of a float tensor. Rows that do not fit are left for the check of shapes."""
     if origin.names[1:]:
         state, parts, first = denoiser.state_dict(), dict[str, Tensor](), 0

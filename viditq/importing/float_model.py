@@ -16,15 +16,20 @@ from viditq.models.adapter import ModelAdapter
 CONF = Path(__file__).parents[2] / "conf"
 
 
+def names_yaml(name: str) -> bool:
+    """Whether a model has a yaml of this name."""
+    return name != "diffusers" and (CONF / "model" / f"{name}.yaml").is_file()
+
+
 def float_model(name: str, settings: Sequence[str] = (), path: str | None = None) -> ModelAdapter:
     """Its adapter. settings: such as model.dtype=bfloat16. path: of its folder, where that is not the one of the yaml.
 
     Raises UserError for an unknown name and what ModelAdapter refuses, Hydra's own error for unknown settings.
     """
-    known = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
-    of_yaml = name in known and name != "diffusers"
+    of_yaml = names_yaml(name)
     if not of_yaml:
         if not (name.startswith("shipped:") or is_hub_id(name) or Path(name).expanduser().is_dir()):
+            known = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
             raise UserError(
                 f"the model {name}: no folder here, no id on the hub, no yaml of conf/model; {close_names(name, known)}"
             )

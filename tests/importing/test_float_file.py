@@ -1,0 +1,123 @@
+"""Float weights in one file, under the names of the original release, become a denoiser's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_comfyui import MODELS
+from torch import Tensor
+from zoo.saving import save
+
+from viditq.__main__ import main
+from viditq.errors import UserError
+from viditq.export.releases import RELEASES
+from viditq.importing.float_model import float_model
+
+PREFIX = "model.diffusion_model."
+
+
+def state_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def as_released(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of diffusers' names under those of the release (tests/export checks them)."""
+    released = {}
+    for name, origin in RELEASES[kind].origins(state).items():
+        rows = torch.cat([state[part] for part in origin.names])
+        released[name] = torch.cat(rows.chunk(2)[::-1]) if origin.swapped else rows
+    return released
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny PixArt: its folder, its state, and a file of it."""
+    folder = tmp_path_factory.mktemp("pixart")
+    save(MODELS["pixart_alpha"][0], folder / "model")
+    state = state_of(folder / "model" / "transformer")
+    save_file(as_released("PixArtTransformer2DModel", state), folder / "x.safetensors")
+    return {"folder": folder, "state": state, "file": folder / "x.safetensors"}
+
+
+def words(file: Path, tiny: Mapping[str, Any], out: Path) -> list[str]:
+    model = f"model.path='{tiny['folder']}/model'"
+    return ["import", str(file), "--model", "pixart_alpha", "--set", model, "--out", str(out)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_release_becomes_what_it_was(name: str, tmp_path: Path, capsys: Any) -> None:
+    save(MODELS[name][0], tmp_path / "model")
+    settings = [f"model.path='{tmp_path}/model'"]
+    settings += ["model.num_frames=5"] if name.startswith(("wan", "hunyuan")) else []
+    adapter = float_model(name, settings)
+    kinds = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    states = {part: state_of(tmp_path / "model" / part) for part in adapter.denoiser_names}
+    for part, state in states.items():
+        save_file(
+            {k: v.bfloat16() for k, v in as_released(kinds[part][1], state).items()}, tmp_path / f"{part}.safetensors"
+        )
+    files = [str(tmp_path / f"{part}.safetensors") for part in states]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    assert main(["import", *files, "--model", name, *sets, "--out", str(tmp_path / "out")]) == 0
+    assert f"model.denoiser_path={tmp_path}/out" in capsys.readouterr().out
+    for part, state in states.items():
+        found = state_of(tmp_path / "out" / part)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[k], v.bfloat16()) for k, v in state.items())
+    again = float_model(name, [*settings, f"++model.denoiser_path='{tmp_path}/out'"])
+    assert again.build_denoiser() is not None and again.denoiser_source.path == f"{tmp_path}/out"
+
+
+def test_a_checkpoint_of_a_whole_pipeline_and_shards(tiny: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in load_file(tiny["file"]).items()}
+    save_file({**tensors, "first_stage_model.x": torch.ones(2)}, tmp_path / "whole.safetensors")
+    assert main(words(tmp_path / "whole.safetensors", tiny, tmp_path / "a")) == 0
+    assert "1 tensors that are no part of it, such as first_stage_model.x" in capsys.readouterr().out
+    names = sorted(tensors)
+    shards = {"1.safetensors": names[::2], "2.safetensors": names[1::2]}
+    for file, own in shards.items():
+        save_file({name: tensors[name] for name in own}, tmp_path / file)
+    index = tmp_path / "whole.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, own in shards.items() for name in own}}))
+    assert main(words(index, tiny, tmp_path / "b")) == 0
+    for out in ("a", "b"):
+        found = state_of(tmp_path / out / "transformer")
+        assert all(torch.equal(found[name], tensor) for name, tensor in tiny["state"].items())
+    (tmp_path / "2.safetensors").unlink()
+    assert main(words(index, tiny, tmp_path / "c")) == 2
+    assert "2.safetensors is missing, which whole.safetensors.index.json names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["scaled fp8", "another model", "a shape", "used"])
+def test_what_is_not_the_models_is_refused(kind: str, tiny: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    tensors, out = load_file(tiny["file"]), tmp_path / "out"
+    first = next(name for name in tensors if name.endswith("attn.qkv.weight"))
+    said = {"scaled fp8": "8-bit floating-point", "used": "is there already"}.get(kind, "it has no|has the shape")
+    if kind == "scaled fp8":
+        tensors |= {first: tensors[first].to(torch.float8_e4m3fn), f"{first}_scale": torch.ones(())}
+    elif kind == "another model":
+        tensors["blocks.99.attn.qkv.weight"] = tensors.pop(first)
+    elif kind == "a shape":
+        tensors[first] = tensors[first][:, :-1].contiguous()
+    else:
+        out.mkdir()
+        (out / "mine").write_text("")
+    save_file(tensors, tmp_path / "y.safetensors")
+    assert main(words(tmp_path / "y.safetensors", tiny, out)) == 2
+    error = capsys.readouterr().err
+    assert any(part in error for part in said.split("|")), error
+    assert not (out / "transformer").exists()
+
+
+def test_a_file_where_a_folder_is_needed(tiny: dict[str, Any]) -> None:
+    adapter = float_model(
+        "pixart_alpha", [f"model.path='{tiny['folder']}/model'", f"++model.denoiser_path='{tiny['file']}'"]
+    )
+    with pytest.raises(UserError, match=r"python -m viditq import .*x\.safetensors --model MODEL"):
+        adapter.build_denoiser()
