@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from zoo import guided, images, unlisted, videos
 from zoo.saving import save
 
+from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import _as_tensor, _call, noise_generator, with_settings
 from viditq.models.text import encode_prompt
@@ -71,3 +72,15 @@ def test_samples_are_those_of_the_pipelines_own_call(
     theirs = _as_tensor(pipeline(prompt=PROMPT, **given)[0])
     assert ours.shape[-3:] == (3, 32, 32) and (ours.ndim == 4 or ours.shape[1] in (5, 7))
     torch.testing.assert_close(ours.float(), theirs.reshape(ours.shape).float(), rtol=0, atol=1e-5)
+
+
+def test_a_package_that_a_pipeline_asks_for_is_named(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: Any, **__: Any) -> None:
+        raise ImportError("`cosmos_guardrail` is not installed")
+
+    monkeypatch.setattr("diffusers.PixArtAlphaPipeline.from_pretrained", absent)
+    adapter: ModelAdapter = instantiate(configure("model=tiny_image", "name=x").model, _convert_="all")
+    with pytest.raises(UserError, match=r"PixArtAlphaPipeline needs a package .*cosmos_guardrail"):
+        adapter.load()

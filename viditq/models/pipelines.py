@@ -19,7 +19,8 @@ from viditq.models.weight_files import COPY_AGAIN, variant_of
 def load_pipeline(adapter: Any, components: Mapping[str, Any]) -> Any:
     """The pipeline of a ModelAdapter without gradients; `components` replace parts, None = left out.
 
-    Raises UserError for files that are missing, damaged or of another model, and for weights with NaN or inf.
+    Raises UserError for files that are missing, damaged or of another model, for weights with NaN or inf, and where a
+    package that the pipeline asks for is not installed.
     """
     folder = adapter.source.pipeline(weights=True)
     contents.check_contents(adapter, without=components)
@@ -35,6 +36,8 @@ def load_pipeline(adapter: Any, components: Mapping[str, Any]) -> Any:
         pipeline = cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True, **given)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"The pipeline in {folder} cannot be loaded: {error}. {COPY_AGAIN}") from error
+    except ImportError as error:  # Cosmos asks for cosmos_guardrail when it is made
+        raise UserError(f"{adapter.pipeline} needs a package that is not installed here: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
         if _has_weights(component):
