@@ -20,6 +20,7 @@ from viditq.export.releases import RELEASES
 from viditq.importing.float_model import float_model
 
 PREFIX = "model.diffusion_model."
+QUICK = ("pixart_alpha", "wan2.2", "flux_dev")
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
@@ -50,7 +51,9 @@ def words(file: Path, tiny: Mapping[str, Any], out: Path) -> list[str]:
     return ["import", str(file), "--model", "pixart_alpha", "--set", model, "--out", str(out)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in MODELS]
+)
 def test_every_release_becomes_what_it_was(name: str, tmp_path: Path, capsys: Any) -> None:
     save(MODELS[name][0], tmp_path / "model")
     settings = [f"model.path='{tmp_path}/model'"]

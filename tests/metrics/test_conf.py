@@ -15,7 +15,7 @@ from viditq.metrics.clip_encoder import load_clip
 from viditq.metrics.streaming import StreamingMetric
 
 CONF = Path(__file__).parents[2] / "conf"
-SETS = ("image", "video", "image_real", "video_real")
+SETS = ("image", "video", "image_real", "video_real", "image_to_video")
 SIDES = {"features", "clip", "network", "head"}
 NAMES = sorted(path.stem for path in (CONF / "metric").glob("*.yaml") if path.stem not in SETS)
 

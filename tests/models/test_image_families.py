@@ -84,7 +84,7 @@ FAMILIES = {
         families.kandinsky5, {"self_attention": 4, "cross_attention": 4, "text_refiner": 6, "mlp": 2, "float": 9}, LARGE
     ),
 }
-QUICK = ("flux_fill", "flux2_dev", "ideogram4", "sana_sprint", "cogview4", "qwen_image_2.1")
+QUICK = ("flux_fill", "ideogram4", "sana_sprint")
 
 
 def models(*quick: str) -> list[Any]:
