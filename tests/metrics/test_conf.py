@@ -86,12 +86,13 @@ def test_a_model_that_is_not_in_the_cache_is_one_message(name, offline, monkeypa
 
 
 def test_sets_hold_what_suits_them():
-    image, video, image_real, video_real = (set(composed(name)) for name in SETS)
+    image, video, image_real, video_real, image_to_video = (set(composed(name)) for name in SETS)
+    assert image_to_video - video == {"first_frame_psnr", "first_frame_ssim", "clip_given"} and video < image_to_video
     assert not image & set(WITH_FILES) and not video & set(WITH_FILES)
     assert image - video == {"fid", "fid_data"}
     motion = {"flow_score", "motion_magnitude", "flicker", "warping_error"}
     assert video - image == {"fvd", "fvd_data", "clip_temp"} | motion
-    assert image_real | video_real | image | video == {
+    assert image_real | video_real | image | image_to_video == {
         n for n in NAMES if not n.endswith(("_inception_data", "_i3d_data", "_videomae_data"))
     }
     assert motion <= video_real and not motion & image_real
