@@ -82,8 +82,9 @@ def bring(args: argparse.Namespace) -> None:
     from viditq.importing.float_model import float_model, names_yaml
 
     adapter = float_model(args.model, args.set)
-    if all(holds_floats(path) for path in places(adapter, files)):
-        left_out = write_float(adapter, places(adapter, files), out)
+    found = places(adapter, files)
+    if all(holds_floats(path) for path in found):
+        left_out = write_float(adapter, found, out)
         beside = f"; {len(left_out)} tensors that are no part of it, such as {left_out[0]}" if left_out else ""
         model = f"model={args.model}" if names_yaml(args.model) else f"model=diffusers model.path={args.model}"
         print(f"float weights{beside}\n{out}")

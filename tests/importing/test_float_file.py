@@ -80,6 +80,7 @@ def test_every_release_becomes_what_it_was(name: str, tmp_path: Path, capsys: An
 def test_a_checkpoint_of_a_whole_pipeline_and_shards(tiny: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in load_file(tiny["file"]).items()}
     save_file({**tensors, "first_stage_model.x": torch.ones(2)}, tmp_path / "whole.safetensors")
+    (tmp_path / "a").mkdir()  # an empty folder may be there
     assert main(words(tmp_path / "whole.safetensors", tiny, tmp_path / "a")) == 0
     assert "1 tensors that are no part of it, such as first_stage_model.x" in capsys.readouterr().out
     names = sorted(tensors)
@@ -97,11 +98,15 @@ def test_a_checkpoint_of_a_whole_pipeline_and_shards(tiny: dict[str, Any], tmp_p
     assert "2.safetensors is missing, which whole.safetensors.index.json names" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["scaled fp8", "another model", "a shape", "used"])
+@pytest.mark.parametrize("kind", ["scaled fp8", "another model", "a shape", "used", "used work folder"])
 def test_what_is_not_the_models_is_refused(kind: str, tiny: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     tensors, out = load_file(tiny["file"]), tmp_path / "out"
     first = next(name for name in tensors if name.endswith("attn.qkv.weight"))
-    said = {"scaled fp8": "8-bit floating-point", "used": "is there already"}.get(kind, "it has no|has the shape")
+    said = {
+        "scaled fp8": "8-bit floating-point",
+        "used": "is there already",
+        "used work folder": "is not of viditq",
+    }.get(kind, "it has no|has the shape")
     if kind == "scaled fp8":
         tensors |= {first: tensors[first].to(torch.float8_e4m3fn), f"{first}_scale": torch.ones(())}
     elif kind == "another model":
@@ -109,8 +114,9 @@ def test_what_is_not_the_models_is_refused(kind: str, tiny: dict[str, Any], tmp_
     elif kind == "a shape":
         tensors[first] = tensors[first][:, :-1].contiguous()
     else:
-        out.mkdir()
-        (out / "mine").write_text("")
+        used = out if kind == "used" else tmp_path / "out.partial"
+        used.mkdir()
+        (used / "mine").write_text("")
     save_file(tensors, tmp_path / "y.safetensors")
     assert main(words(tmp_path / "y.safetensors", tiny, out)) == 2
     error = capsys.readouterr().err

@@ -15,6 +15,8 @@ from viditq.importing.comfy_file import mapped, origins_of, parts_of, without_pr
 from viditq.importing.denoiser import FLOATS, ImportedDenoiser, check_names
 from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
+from viditq.quant.artifact import file_sha256
+from viditq.work_folder import end, held, resume, work_folder
 
 INDEX = ".safetensors.index.json"
 SHARD = "1GB"
@@ -37,21 +39,23 @@ def write_float(adapter: ModelAdapter, paths: Sequence[Path], out: Path) -> list
     """Write a folder for each denoiser, in the types of the files; it appears when all is written.
 
     Returns the names in the files that are no part of a denoiser. Raises UserError where a file is not the model's, or
-    `out` holds anything.
+    `out` or the folder in which it grows holds anything else.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already. Delete it, or give another --out.")
     denoiser, left_out = adapter.build_denoiser(), list[str]()
     parts = dict(denoiser) if isinstance(denoiser, nn.ModuleDict) else {adapter.denoiser_names[0]: denoiser}
     found = {name: _read(path, parts[name]) for name, path in zip(parts, paths, strict=True)}
-    partial = out.with_name(f"{out.name}.partial")
     for name, part in parts.items():
         found[name].put_into(part, DTYPES[adapter.component_dtypes.get(name, adapter.dtype)])
-        part.save_pretrained(partial / name, max_shard_size=SHARD)  # type: ignore[operator]
         left_out += found[name].left_out
-    if out.exists():
-        out.rmdir()  # an empty one
-    partial.rename(out)
+    work = work_folder(out)
+    with held(work):
+        resume(work, {name: file_sha256(path) for name, path in zip(parts, paths, strict=True)})
+        for name, part in parts.items():
+            part.save_pretrained(work / name, max_shard_size=SHARD)  # type: ignore[operator]
+        end(work)
+        work.replace(out)  # an empty folder may be there
     return left_out
 
 

@@ -33,6 +33,8 @@ class FirstFrame(Paired):
     Raises UserError where pictures are none, or of another size than the frames.
     """
 
+    reads_given = True
+
     def __init__(self, **values: Any) -> None:
         super().__init__(**values, scores_references=True)
 
@@ -56,6 +58,7 @@ class ClipGiven(PerSampleMetric):
     """
 
     higher_is_better = True
+    reads_given = True
 
     def __init__(self, clip: ClipEncoder, name: str) -> None:
         super().__init__(name, unit="", scores_references=True)

@@ -58,7 +58,8 @@ def _measured(job: Job, metrics: Mapping[str, Metric], samples: Path, count: int
         if gone := job.processes.first_does(partial(missing_samples, folder, count, modality)):
             raise UserError(f"{len(gone)} samples are missing in {folder}. Run the stages before evaluate too.")
     batches = job.processes.share(batches_of(count, PAIRS_AT_ONCE))
-    given = _given(job, [i for batch in batches for i in batch])
+    read = any(getattr(metric, "reads_given", False) for metric in metrics.values())  # metrics of others have no mark
+    given = _given(job, [i for batch in batches for i in batch]) if read else None
     return measure(e.make_trainer(), metrics, Pairs(samples, job.reference.path, e.data, modality, batches, given))
 
 

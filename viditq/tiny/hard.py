@@ -22,10 +22,8 @@ MOVING_GAIN, STATIC_GAIN = 22.0, 11.0  # medians
 SMALLEST, LARGEST, SPREAD = 5.0, 45.0, 0.3
 REST = -0.8  # what is added to 1 + scale of a moving channel, so that little of it stays
 LEVELS, RIDGE = 101, 1e-4
-LEAST_RMS, WEIGHT = (
-    0.5,
-    0.3,
-)  # of a channel with a gain, over the tokens of a sample, where LayerNorm has left 1 on average
+LEAST_RMS = 0.5  # of a channel with a gain, over the tokens of a sample, where LayerNorm has left 1 on average
+WEIGHT = 0.3  # of what is missing of that, in the loss
 
 
 @dataclass(frozen=True)
