@@ -90,7 +90,7 @@ def bring(args: argparse.Namespace) -> None:
         print(f"float weights{beside}\n{out}")
         print(
             "to quantize them:",
-            shlex.join(["python", "run.py", *model.split(" ", 1), *args.set, f"model.denoiser_path={out}"]),
+            shlex.join(["python", "run.py", *model.split(" ", 1), *args.set, f"++model.denoiser_path={out}"]),
         )
         return
     imported = ImportedModel(adapter, files)
