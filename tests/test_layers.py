@@ -27,7 +27,7 @@ FLOORS: list[list[str]] = [
     ["models", "data", "metrics", "report"],
     ["engine", "fusion", "tiny", "run_dir"],
     [
-        *["", "__main__", "cache_entries", "callbacks", "card", "checks", "cli", "config", "console", "describe"],
+        *["", "__main__", "cache_entries", "callbacks", "card", "checkpoints", "checks", "cli", "config", "console", "describe"],
         *["equipment", "estimate", "experiment", "external", "plans"],
         *["export", "finished", "gate", "importing", "interop", "job"],
         *["loading", "lora", "nulls", "provenance", "runner", "settled", "signatures", "stages", "summary", "sweeps"],

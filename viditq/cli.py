@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from viditq.checkpoints import known_of
 from viditq.checks import check, check_values_alone
 from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates
 from viditq.errors import AlreadyReported, GateFailed, UserError
@@ -232,6 +233,8 @@ def config_message(error: BaseException) -> str:
         extra = 'joblib and submitit come with an extra: pip install ".[sweeps]" in the folder of this project.'
         choices = text.split("Config search path")[0].rstrip()
         group = Path(error.missing_cfg_file or "").parent
+        if group.parent == Path("model"):
+            return f"There is no {error.missing_cfg_file}.{known_of(str(error.missing_cfg_file).partition('/')[2])}"
         if error.options is None and (CONF / group).is_dir():
             choices += f" Known are {', '.join(sorted(file.stem for file in (CONF / group).glob('*.yaml')))}."
         return f"{choices}\n{extra}" if "'hydra/launcher/" in text else choices

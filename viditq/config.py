@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from viditq import checkpoints
 from viditq.errors import UserError
 
 STAGES = (
@@ -169,7 +170,8 @@ def only_estimates(cfg: DictConfig) -> bool:
 
 
 def register() -> None:
-    """Make the schema and the resolver known to Hydra."""
+    """Make the schema, the models' other checkpoints and the resolvers known to Hydra."""
+    checkpoints.register()
     ConfigStore.instance().store(name="schema", node=RootConfig)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("model_folder", partial(check_name, "model.name"), replace=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.utils import load_image
 from hydra.utils import instantiate
-from zoo import conditioned, families, guided, images, unlisted
+from zoo import conditioned, distilled, families, guided, images, unlisted
 from zoo.pictures import draw_noise
 
 from viditq.data.samples import load_sample, sample_path
@@ -16,6 +16,7 @@ from viditq.files import read_json
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import _as_tensor, _call, generate, noise_generator, with_settings
 from viditq.models.schedulers import make_scheduler
+from viditq.models.step_noise import seeded_steps
 from viditq.models.stored_embeds import read_embeds, write_embeds
 from viditq.models.text import encode_prompt
 from viditq.models.timestep_scale import levels_of, measured_scale
@@ -64,6 +65,9 @@ FAMILIES = {
     "hunyuan_image_2.1": Family(
         guided.hunyuan_image, {"text_refiner": 6, "joint_attention": 11, "mlp": 6, "float": 16}
     ),
+    "hunyuan_image_2.1/distilled": Family(
+        distilled.hunyuan_image, {"text_refiner": 6, "joint_attention": 11, "mlp": 6, "float": 20}
+    ),
     "chroma": Family(unlisted.chroma, {**FLUX, "float": 7}),
     "ovis_image": Family(unlisted.ovis_image, {**FLUX, "float": 12}),
     "longcat_image": Family(families.longcat_image, {**FLUX, "float": 12}),
@@ -74,6 +78,7 @@ FAMILIES = {
         families.sana_sprint, {"spatial_attention": 8, "cross_attention": 8, "float": 8}, ["model.num_steps=2"]
     ),
     "hidream": Family(families.hidream, {"joint_attention": 12, "mlp": 21, "float": 12}, LARGE),
+    "hidream/fast": Family(distilled.hidream, {"joint_attention": 12, "mlp": 21, "float": 12}, LARGE[:2]),
     "krea2": Family(guided.krea2, {"joint_attention": 8, "text_refiner": 14, "mlp": 6, "float": 12}),
     "ideogram4": Family(families.ideogram4, {"joint_attention": 16, "mlp": 12, "float": 18}, ["model.max_tokens=64"]),
     "aura_flow": Family(images.aura_flow, {"joint_attention": 12, "mlp": 9, "float": 9}),
@@ -114,7 +119,8 @@ def theirs(adapter: ModelAdapter, text: str, given: dict[str, Any]) -> torch.Ten
     """The sample of the pipeline's own call with the prompt as text."""
     whole = with_settings(adapter, adapter.load_complete())
     generator = noise_generator(0, 3)
-    return _as_tensor(whole(prompt=text, **given, generator=generator, output_type="pt", return_dict=False)[0])
+    with seeded_steps(whole, [generator]):
+        return _as_tensor(whole(prompt=text, **given, generator=generator, output_type="pt", return_dict=False)[0])
 
 
 @pytest.mark.parametrize("model", models(*QUICK))

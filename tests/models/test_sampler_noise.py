@@ -222,5 +222,6 @@ def test_what_is_refused() -> None:
 def test_noise_that_cannot_be_seeded_is_refused() -> None:
     check_seeded(diffusers.PixArtAlphaPipeline, diffusers.DDPMScheduler(), {})
     check_seeded(diffusers.DiTPipeline, diffusers.DDIMScheduler(), {})
-    with pytest.raises(UserError, match="passes no generator"):
-        check_seeded(diffusers.DiTPipeline, diffusers.DDPMScheduler(), {})
+    check_seeded(diffusers.DiTPipeline, diffusers.DDPMScheduler(), {})
+    with pytest.raises(UserError, match="takes no generator"):
+        check_seeded(diffusers.DiTPipeline, diffusers.KarrasVeScheduler(), {})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from diffusers.utils import load_image
 from hydra.utils import instantiate
-from zoo import conditioned, guided, unlisted, videos
+from zoo import conditioned, distilled, guided, unlisted, videos
 from zoo import videos_2026 as zoo
 from zoo.pictures import draw_noise
 
@@ -62,9 +62,13 @@ MODELS = {
     "skyreels_v2_i2v": Case(zoo.skyreels_v2_i2v, WAN_IMAGE, ("image",)),
     "hunyuan_video15": Case(guided.hunyuan_video15, HUNYUAN),
     "hunyuan_video15_i2v": Case(zoo.hunyuan_video15_i2v, HUNYUAN, ("image",), size=16, sized=False),
+    "hunyuan_video15_i2v/step_distilled": Case(
+        distilled.hunyuan_video15_i2v, {**HUNYUAN, "float": 19}, ("image",), size=16, sized=False
+    ),
     "ltx2": Case(zoo.ltx2, LTX2),
     "ltx2_i2v": Case(zoo.ltx2_i2v, LTX2, ("image",)),
     "ltx_video_i2v": Case(zoo.ltx_i2v, {**WAN, "float": 7}, ("image",), frames=9),
+    "ltx_video/distilled": Case(distilled.ltx_video, {**WAN, "float": 7}, frames=9),
     "kandinsky5": Case(zoo.kandinsky5, KANDINSKY),
     "kandinsky5_i2v": Case(zoo.kandinsky5_i2v, KANDINSKY, ("image",), frames=21),
     "mochi": Case(unlisted.mochi, {"joint_attention": 15, "mlp": 6, "float": 12}, frames=7),

@@ -19,6 +19,7 @@ from viditq.hooks import add_hook
 from viditq.models import conditions, replay
 from viditq.models.adapter import ModelAdapter
 from viditq.models.settings import call_settings, text_settings
+from viditq.models.step_noise import seeded_steps
 from viditq.models.text import PromptEmbeds
 
 SIZES = ("num_frames", "height", "width")
@@ -105,7 +106,7 @@ def _call(
     stacked = {k: v.to(device) for k, v in _stack(embeds).items()}
     generators = [noise_generator(seed, i) for i in indices]
     try:
-        with _prompted(adapter, pipeline, stacked) as arguments:
+        with _prompted(adapter, pipeline, stacked) as arguments, seeded_steps(pipeline, generators):
             out = pipeline(
                 **arguments,
                 generator=generators[0] if len(generators) == 1 else generators,  # some take no list, not even of one

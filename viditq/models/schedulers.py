@@ -71,12 +71,18 @@ def adds_noise(scheduler: Any, call: Mapping[str, Any]) -> bool:
     )
 
 
+def takes_generator(scheduler: Any) -> bool:
+    """Whether its steps can be told where to draw their noise from."""
+    return scheduler is not None and "generator" in inspect.signature(scheduler.step).parameters
+
+
 def check_seeded(pipeline: type, scheduler: Any, call: Mapping[str, Any]) -> None:
-    """Raises UserError where steps add noise that the pipeline does not let be seeded: samples were not repeatable."""
-    if adds_noise(scheduler, call) and not hasattr(pipeline, "prepare_extra_step_kwargs"):
+    """Raises UserError where steps add noise that cannot be seeded: samples were not repeatable."""
+    passed_on = hasattr(pipeline, "prepare_extra_step_kwargs") or takes_generator(scheduler)
+    if adds_noise(scheduler, call) and not passed_on:
         raise UserError(
-            f"{type(scheduler).__name__} adds noise in its steps, and {pipeline.__name__} passes no generator on to "
-            "it, so that no run could be repeated. Choose a deterministic model.scheduler."
+            f"{type(scheduler).__name__} adds noise in its steps and takes no generator there, so that no run could be "
+            "repeated. Choose a deterministic model.scheduler."
         )
 
 

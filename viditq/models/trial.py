@@ -178,6 +178,7 @@ class _Recorder:
         self.steps: list[Step] = []
         self.ranges: list[tuple[float, float]] = []
         self.count = 0
+        self.returned = 1  # values of a step: SCM's also gives what it predicts to be clean
 
     def encode(self, plain: Any) -> Any:
         """In place of `encode_prompt`."""
@@ -224,12 +225,14 @@ class _Recorder:
             self.told = []
             self.count += 1
             sample, out = given["sample"], given["model_output"]
+            plainly = given.get("return_dict") is False
             if self.count <= NUM_REAL:
                 if out.ndim == 3 or out.shape[2:] != sample.shape[2:]:  # of a denoiser that sees more than it predicts
                     given["model_output"] = torch.zeros_like(sample)
                 stepped = plain(**given)
+                self.returned = len(stepped) if plainly else 1
             else:
-                stepped = (sample,) if given.get("return_dict") is False else _Stepped(sample)
+                stepped = (sample,) * self.returned if plainly else _Stepped(sample)
             if self.count == len(self.scheduler.timesteps):
                 raise _AllSteps
             return stepped
