@@ -28,8 +28,7 @@ from viditq.data.moving_shapes import Scene, labels
 from viditq.errors import UserError
 from viditq.files import write_tensors
 from viditq.loading import load_artifact
-from viditq.lora import add_lora
-from viditq.lora.files import read_lora
+from viditq.lora import add_lora, merge_lora
 from viditq.metrics.batch import EvalBatch, to_unit
 from viditq.metrics.bootstrap import bootstrap_interval
 from viditq.metrics.shapes import load_judge
@@ -79,9 +78,8 @@ class Bench:
         folder = self.work / "merged"
         if not (folder / "model_index.json").is_file():
             pipeline = self.adapter.load_complete()
-            for update in read_lora(pipeline, self.lora, None)[0]:
-                weight = getattr(pipeline, update.component).get_submodule(update.layer).weight
-                weight.data += update.up_Or @ update.down_rC
+            add_lora(pipeline, self.lora)
+            merge_lora(pipeline)
             pipeline.save_pretrained(folder)
         return folder
 

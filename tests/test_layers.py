@@ -27,8 +27,8 @@ FLOORS: list[list[str]] = [
     ["models", "data", "metrics", "report"],
     ["engine", "fusion", "tiny", "run_dir"],
     [
-        *["", "__main__", "cache_entries", "callbacks", "card", "checkpoints", "checks", "cli", "config", "console", "describe"],
-        *["equipment", "estimate", "experiment", "external", "plans"],
+        *["", "__main__", "cache_entries", "callbacks", "card", "checks", "cli", "config", "console", "describe"],
+        *["checkpoints", "equipment", "estimate", "experiment", "external", "plans"],
         *["export", "finished", "gate", "importing", "interop", "job"],
         *["loading", "lora", "nulls", "provenance", "runner", "settled", "signatures", "stages", "summary", "sweeps"],
         *["treated_parts", "trial", "worker"],

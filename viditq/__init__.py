@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from viditq.interop.backend import set_backend
     from viditq.interop.quantizer import ViditqConfig
     from viditq.loading import load_quantized
-    from viditq.lora import add_lora, lora_scales, remove_lora, set_lora_scale
+    from viditq.lora import add_lora, lora_scales, merge_lora, remove_lora, set_lora_scale
 
 __all__ = [
     "ViditqConfig",
     "add_lora",
     "load_quantized",
     "lora_scales",
+    "merge_lora",
     "remove_lora",
     "set_backend",
     "set_lora_scale",

@@ -1,4 +1,4 @@
-"""Other checkpoints of the models in conf/model, most of them distilled: `conf/checkpoints.yaml` as options of Hydra."""
+"""Other checkpoints of the models, most of them distilled: what `conf/checkpoints.yaml` lists, as options of Hydra."""
 
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ def register() -> None:
 
 
 def known_of(option: str) -> str:
-    """A sentence that says which checkpoints there are, for MODEL/NAME that is none of them; empty for other options."""
+    """For MODEL/NAME that is none of them, a sentence that says which there are; empty for other options."""
     model, slash, _ = option.partition("/")
     if not slash:
         return ""
@@ -45,7 +45,7 @@ def merge_first(*lora: str, _root_: DictConfig) -> str:
     """
     model = _root_.model
     raise UserError(
-        f"{model.name} is {model.path} with a LoRA merged into it ({', '.join(lora)}), which a run does not do. Merge it first, as "
-        "docs/lora.md says, and give the folder of the denoisers: model.denoiser_path=FOLDER; or that of the whole "
-        "pipeline: model.path=FOLDER model.denoiser_path=null."
+        f"{model.name} is {model.path} with a LoRA merged into it ({', '.join(lora)}), which a run does not do. Merge it "
+        "first, as docs/lora.md says, and give the folder of the denoisers: model.denoiser_path=FOLDER; or that of the "
+        "whole pipeline: model.path=FOLDER model.denoiser_path=null."
     )

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import viditq
+from viditq.assets import SHIPPED
 from viditq.errors import UserError
 from viditq.quant import QuantSpec, Recipe, quantize_denoiser
 from viditq.quant.execution.linear import quant_linears
@@ -111,6 +112,31 @@ def test_several_add_up_and_go_one_by_one(pipeline: Any, tmp_path: Path) -> None
     assert len(twin.get_submodule(Q)._forward_hooks) == 2, "a copy keeps what it had"
     viditq.remove_lora(pipeline)
     assert viditq.lora_scales(pipeline) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_into_float_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The weights hold the product, times its scale; nothing is left beside them. Codes cannot hold it."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(SHIPPED / "tiny_image", dtype=dtype)
+    products = lora_file(tmp_path / "one.safetensors", pipeline)
+    before = {layer: pipeline.transformer.get_submodule(layer).weight.detach().float().clone() for layer in products}
+    viditq.add_lora(pipeline, tmp_path / "one.safetensors", scale=0.5)
+    viditq.merge_lora(pipeline, "one")
+    assert viditq.lora_scales(pipeline) == {}
+    for layer, product in products.items():
+        weight = pipeline.transformer.get_submodule(layer).weight
+        assert weight.dtype == dtype
+        expected = before[layer] + 0.5 * product
+        torch.testing.assert_close(weight.float(), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+    with pytest.raises(UserError, match="no LoRA 'one'"):
+        viditq.merge_lora(pipeline, "one")
+
+
+def test_codes_take_no_lora_in(pipeline: Any, tmp_path: Path) -> None:
+    lora_file(tmp_path / "one.safetensors", pipeline)
+    viditq.add_lora(pipeline, tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match="this pipeline is quantized"):
+        viditq.merge_lora(pipeline)
 
 
 def test_layouts_and_alphas(pipeline: Any, tmp_path: Path) -> None:

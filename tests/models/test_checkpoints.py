@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import test_image_families
 import test_zoo
 import test_zoo_videos
-from hydra.errors import MissingConfigException
+import torch
+from hydra.errors import InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf.errors import InterpolationResolutionError
-from zoo import guided
+from safetensors.torch import save_file
+from zoo import guided, images
 
+import viditq
 from viditq.checkpoints import checkpoints
 from viditq.cli import user_message
 from viditq.models.adapter import ModelAdapter
@@ -65,7 +69,7 @@ def adapter_of(configure: Callable[..., Any], folder_of: Callable[..., Path]) ->
 
 @pytest.mark.parametrize("option", [pytest.param(o, marks=[pytest.mark.slow] * (o not in QUICK)) for o in OPTIONS])
 def test_samples_in_its_steps(option: str, adapter_of: Callable[..., ModelAdapter]) -> None:
-    """From pure noise downwards; the denoiser is called once a step, but where there is guidance in calls of their own."""
+    """From pure noise downwards; the denoiser is called once a step, or twice where guidance has calls of its own."""
     adapter = adapter_of(option)
     values = checkpoints()[option.partition("/")[0]][option.partition("/")[2]]
     assert adapter.name == option.replace("/", "_") and adapter.num_steps == values.get("num_steps", adapter.num_steps)
@@ -104,12 +108,35 @@ def test_the_command_line_goes_before(configure: Callable[..., Any]) -> None:
     }
 
 
+@pytest.mark.parametrize("option", ["ltx_video/distilled", "ltx2/distilled"])
+def test_steps_that_are_named_one_by_one_are_counted(option: str, adapter_of: Callable[..., ModelAdapter]) -> None:
+    with pytest.raises(InstantiationException, match=r"call.(timesteps|sigmas) has 8 steps and model.num_steps is 4"):
+        adapter_of(option, "model.num_steps=4")
+
+
 def test_a_lora_is_to_be_merged_first(configure: Callable[..., Any]) -> None:
     model = configure("model=wan2.2/lightx2v_4", "name=x").model
     with pytest.raises(InterpolationResolutionError) as error:
         instantiate(model, _convert_="all")
     message = user_message(error.value)
     assert message is not None and re.search("wan2.2_lightx2v_4 .* LoRA .*Distill-Loras.* Merge it first", message)
+
+
+def test_a_merged_lora_is_what_is_sampled_with(
+    adapter_of: Callable[..., ModelAdapter], folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As docs/lora.md says: added to the float pipeline, merged, its denoiser saved."""
+    pipeline = diffusers.FluxPipeline.from_pretrained(folder_of(images.flux_dev))
+    layer = "transformer_blocks.0.attn.to_q"
+    down, up = (torch.ones(shape) for shape in ((2, 16), (16, 2)))
+    halves = {f"transformer.{layer}.lora_{half}.weight": part for half, part in (("A", down), ("B", up))}
+    save_file(halves, tmp_path / "lora.safetensors")
+    viditq.add_lora(pipeline, tmp_path / "lora.safetensors")
+    viditq.merge_lora(pipeline)
+    pipeline.transformer.save_pretrained(tmp_path / "merged" / "transformer")
+    adapter = adapter_of("flux_dev/turbo_8", f"model.denoiser_path='{tmp_path}/merged'")
+    both = [one.denoiser_of(one.load()).get_submodule(layer).weight for one in (adapter, adapter_of("flux_dev"))]
+    torch.testing.assert_close(both[0], both[1] + 2)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from viditq.errors import UserError
@@ -12,7 +13,7 @@ from viditq.lora.branch import LoraBranch, attach, branches, detach
 from viditq.lora.files import Update, moved_to, read_lora
 from viditq.quant.execution.linear import QuantLinear
 
-__all__ = ["add_lora", "lora_scales", "remove_lora", "set_lora_scale"]
+__all__ = ["add_lora", "lora_scales", "merge_lora", "remove_lora", "set_lora_scale"]
 
 
 def add_lora(
@@ -68,6 +69,25 @@ def remove_lora(pipeline: Any, name: str | None = None) -> None:
         for branch in branches(module):
             if name in (None, branch.name):
                 detach(module, branch)
+
+
+@torch.no_grad()
+def merge_lora(pipeline: Any, name: str | None = None) -> None:
+    """Put a LoRA, or (None) all, into the weights of the float Linears that it was added to, for good.
+
+    To quantize the sum of both: save the denoiser after it. Raises UserError for an unknown name, and where a Linear is
+    quantized, whose codes cannot hold it.
+    """
+    if name is not None:
+        _named(pipeline, name)
+    found = [(m, b) for m in _modules(pipeline) for b in branches(m) if name in (None, b.name)]
+    if any(isinstance(module, QuantLinear) for module, _ in found):
+        raise UserError("A LoRA is merged into float weights, and this pipeline is quantized. Merge it, then quantize.")
+    for module, branch in found:
+        down_rC, up_Or = (getattr(module, buffer).float() for buffer in branch.buffers)
+        weight_OC: Any = module.weight
+        weight_OC.data = (weight_OC.float() + branch.scale * up_Or @ down_rC).to(weight_OC.dtype)
+        detach(module, branch)
 
 
 def lora_scales(pipeline: Any) -> dict[str, float]:

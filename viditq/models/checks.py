@@ -17,6 +17,8 @@ MAPPINGS = ("encode", "call", "roles", "component_dtypes", "scheduler_settings")
 OPTIONAL = ("num_frames", "height", "width", "max_tokens", "guidance_scale")
 FRAMES = ("num_frames", "video_length", "frames", "segment_frame_length")
 """The names that pipelines use for how long a clip is."""
+SCHEDULES = ("timesteps", "sigmas")
+"""Arguments of calls that name the steps one by one."""
 OURS = ("generator", "output_type", "return_dict", "prompt")
 """What every call is given here."""
 TAKES_IMAGE = r"(cond_|control_|conditioning_|reference_|mask_|input_|pose_|face_)?(image|images|video)"
@@ -165,6 +167,13 @@ def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
             raise UserError(
                 f"model.call.{argument}={model.call[argument]} and model.{field}={mine} are the same setting. Give "
                 f"model.{field} alone."
+            )
+    for argument in SCHEDULES:
+        given = model.call.get(argument)
+        if isinstance(given, Sequence) and len(given) != model.num_steps:
+            raise UserError(
+                f"model.call.{argument} has {len(given)} steps and model.num_steps is {model.num_steps}. Give as many, "
+                f"or model.call.{argument}=null."
             )
 
 

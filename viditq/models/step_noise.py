@@ -1,4 +1,4 @@
-"""Noise that schedulers draw in their steps: from the samples' own generators, also where the pipeline passes none on."""
+"""Noise that schedulers draw in their steps, from the samples' own generators even where the pipeline passes none on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def seeded_steps(pipeline: Any, generators: list[torch.Generator]) -> Iterator[N
     A pipeline that passes them on itself (`prepare_extra_step_kwargs`), and a scheduler that takes none, stay as they
     are.
     """
-    scheduler = getattr(pipeline, "scheduler", None)
+    scheduler: Any = getattr(pipeline, "scheduler", None)
     if hasattr(pipeline, "prepare_extra_step_kwargs") or not takes_generator(scheduler):
         yield
         return
