@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any
 
 import diffusers
-import transformers
+import transformers.processing_utils  # whose import makes `transformers` anew, without what diffusers adds to it (PRX)
 from torch import nn
 
 from viditq.errors import UserError

@@ -1,4 +1,4 @@
-"""Noise that schedulers draw in their steps, from the samples' own generators even where the pipeline passes none on."""
+"""Noise that schedulers draw in their steps: from the generators of the samples, whatever the pipeline passes on."""
 
 from __future__ import annotations
 

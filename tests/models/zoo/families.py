@@ -3,11 +3,11 @@
 from typing import Any
 
 import diffusers
-import torch
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from zoo import guided, images, text, text_2026, vaes
 from zoo.guided import DYNAMIC
+from zoo.saving import stirred
 from zoo.unlisted import FLUX_VAE
 
 FLUX2: dict[str, Any] = {
@@ -119,11 +119,8 @@ def kandinsky5() -> Any:
         num_visual_blocks=1,
         axes_dims=(4, 2, 2),
     )
-    for parameter in transformer.parameters():  # modulations begin at zero, where no block changes anything
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
     return diffusers.Kandinsky5T2IPipeline(
-        transformer=transformer,
+        transformer=stirred(transformer),
         vae=vaes.image_vae(**FLUX_VAE),
         text_encoder=encoder,
         tokenizer=tokenizer,

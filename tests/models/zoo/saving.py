@@ -8,6 +8,14 @@ from typing import Any
 import torch
 
 
+def stirred(transformer: Any) -> Any:
+    """Noise where parameters begin at zero: modulations, with which no block changes anything."""
+    for parameter in transformer.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return transformer
+
+
 def save(build: Callable[[], Any], folder: Path) -> None:
     """Random weights, the same every time; a class-conditional model's index names its classes, as its repository's."""
     torch.manual_seed(0)

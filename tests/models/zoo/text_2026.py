@@ -20,7 +20,9 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
+    T5GemmaConfig,
 )
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from zoo.text import DECODER, ROPE, WIDTH, word_tokenizer
 
@@ -82,3 +84,10 @@ def mistral3() -> tuple[Any, Any]:
 def glm() -> tuple[Any, Any]:
     """GLM, of CogView4."""
     return word_tokenizer(1024), GlmModel(GlmConfig(**DECODER)).eval()
+
+
+def t5gemma() -> tuple[Any, Any]:
+    """The encoder of T5Gemma, of PRX; diffusers reads its config as that of both halves, of which it takes `encoder`."""
+    encoder = T5GemmaEncoder(T5GemmaConfig(encoder=DECODER, decoder=DECODER).encoder).eval()
+    encoder.config.encoder = DECODER
+    return word_tokenizer(256), encoder

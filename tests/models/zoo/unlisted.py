@@ -4,7 +4,8 @@ from typing import Any
 
 import diffusers
 
-from zoo import text, vaes
+from zoo import text, text_2026, vaes
+from zoo.saving import stirred
 from zoo.videos import WAN_FLOW
 
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
@@ -64,6 +65,20 @@ def lumina2() -> Any:
         vae=vaes.image_vae(**FLUX_VAE),
         text_encoder=encoder,
         tokenizer=tokenizer,
+    )
+
+
+def prx() -> Any:
+    tokenizer, encoder = text_2026.t5gemma()
+    transformer = diffusers.PRXTransformer2DModel(
+        in_channels=4, context_in_dim=text.WIDTH, hidden_size=16, num_heads=2, depth=2, axes_dim=[4, 4]
+    )
+    return diffusers.PRXPipeline(
+        transformer=stirred(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        vae=vaes.image_vae(**FLUX_VAE),
     )
 
 
