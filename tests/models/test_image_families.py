@@ -78,6 +78,7 @@ FAMILIES = {
         families.sana_sprint, {"spatial_attention": 8, "cross_attention": 8, "float": 8}, ["model.num_steps=2"]
     ),
     "prx": Family(unlisted.prx, {"joint_attention": 6, "mlp": 6, "float": 8}),
+    "ernie_image": Family(unlisted.ernie_image, {"joint_attention": 8, "mlp": 6, "float": 6}),
     "hidream": Family(families.hidream, {"joint_attention": 12, "mlp": 21, "float": 12}, LARGE),
     "hidream/fast": Family(distilled.hidream, {"joint_attention": 12, "mlp": 21, "float": 12}, LARGE[:2]),
     "krea2": Family(guided.krea2, {"joint_attention": 8, "text_refiner": 14, "mlp": 6, "float": 12}),

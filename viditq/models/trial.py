@@ -148,9 +148,9 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
     return compute_on_cpu(pipeline)
 
 
-def _embeddings(adapter: Any) -> tuple[Any, ...]:
-    """What `encode_prompt` would return, of any size: only stand-ins see it."""
-    embeds: Any = torch.zeros(1, NUM_TOKENS, NUM_TOKENS)
+def _embeddings(adapter: Any, width: int) -> Any:
+    """What `encode_prompt` would return, of any size: only stand-ins see it, and pipelines that pad to `width`."""
+    embeds: Any = torch.zeros(1, NUM_TOKENS, width)
     pooled, mask = torch.zeros(1, NUM_TOKENS), torch.ones(1, NUM_TOKENS, dtype=torch.long)
     if adapter.list_embeds:
         embeds = [embeds[0]]
@@ -158,7 +158,8 @@ def _embeddings(adapter: Any) -> tuple[Any, ...]:
     count, found = len(adapter.encode_outputs), returned_names(find_class(adapter.pipeline))
     theirs = next((names for names in found if len(names) == count), [""] * count)
     names = [name or own for name, own in zip(adapter.encode_outputs, theirs, strict=True)]
-    return tuple(next((value for kind, value in kinds.items() if kind in name), embeds) for name in names)
+    values = tuple(next((value for kind, value in kinds.items() if kind in name), embeds) for name in names)
+    return values if count > 1 else values[0]
 
 
 class _Recorder:
@@ -178,6 +179,7 @@ class _Recorder:
         self.steps: list[Step] = []
         self.ranges: list[tuple[float, float]] = []
         self.count = 0
+        self.width = NUM_TOKENS
         self.returned = 1  # values of a step: SCM's also gives what it predicts to be clean
 
     def encode(self, plain: Any) -> Any:
@@ -187,7 +189,7 @@ class _Recorder:
         @functools.wraps(plain)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             self.texts.append(signature.bind(*args, **kwargs).arguments.get("prompt"))
-            return _embeddings(self.adapter)
+            return _embeddings(self.adapter, self.width)
 
         return recorded
 
@@ -196,6 +198,7 @@ class _Recorder:
         forward = denoiser.forward
         signature = inspect.signature(forward)
         argument, beside = _argument(self.adapter, signature), _streams(signature)[1:]
+        self.width = denoiser.config.get("text_in_dim", NUM_TOKENS)
 
         @functools.wraps(forward)
         def recorded(*args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import (
     LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Mistral3Model,
     MistralConfig,
     PixtralVisionConfig,
     Qwen2_5_VLTextConfig,
@@ -72,13 +73,21 @@ def llama_lm() -> tuple[Any, Any]:
 
 
 def mistral3() -> tuple[Any, Any]:
-    """Mistral 3, of FLUX.2 dev."""
+    """Mistral 3 with its head, of FLUX.2 dev."""
+    return word_tokenizer(512, ends=False), Mistral3ForConditionalGeneration(_mistral3()).eval()
+
+
+def mistral3_trunk() -> tuple[Any, Any]:
+    """Mistral 3, of ERNIE-Image."""
+    return word_tokenizer(512, ends=False), Mistral3Model(_mistral3()).eval()
+
+
+def _mistral3() -> Mistral3Config:
     vision = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Mistral3Config(
+    return Mistral3Config(
         text_config=MistralConfig(**DECODER),
         vision_config=PixtralVisionConfig(**vision, head_dim=8, image_size=32, patch_size=16),
     )
-    return word_tokenizer(512, ends=False), Mistral3ForConditionalGeneration(config).eval()
 
 
 def glm() -> tuple[Any, Any]:

@@ -82,6 +82,28 @@ def prx() -> Any:
     )
 
 
+def ernie_image() -> Any:
+    """Without the language model that rewrites prompts."""
+    tokenizer, encoder = text_2026.mistral3_trunk()
+    transformer = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=24,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=32,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=text.WIDTH,
+        rope_axes_dim=(4, 4, 4),
+    )
+    return diffusers.ErnieImagePipeline(
+        transformer=stirred(transformer),
+        vae=vaes.flux2_vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=4.0),
+    )
+
+
 def mochi() -> Any:
     """Told 1000 (1 - sigma)."""
     tokenizer, encoder = text.t5()
