@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from diffusers.utils import load_image
 from hydra.utils import instantiate
-from zoo import conditioned, distilled, guided, unlisted, videos
+from zoo import conditioned, distilled, guided, sound, unlisted, videos
 from zoo import videos_2026 as zoo
 from zoo.pictures import draw_noise
 
@@ -42,6 +42,7 @@ WAN_IMAGE = {**WAN, "cross_attention": 12, "float": 8}
 HUNYUAN = {"joint_attention": 8, "mlp": 4, "text_refiner": 6, "float": 17}
 LTX2 = {"self_attention": 8, "cross_attention": 16, "mlp": 4, "float": 54}
 KANDINSKY = {"self_attention": 8, "cross_attention": 8, "mlp": 4, "text_refiner": 6, "float": 10}
+KANDINSKY6 = {"self_attention": 8, "cross_attention": 16, "mlp": 4, "text_refiner": 6, "float": 58}
 SANA = {"self_attention": 8, "cross_attention": 8, "float": 6}
 MODELS = {
     "wan2.1_i2v_480p": Case(conditioned.wan_i2v, WAN_IMAGE, ("image",)),
@@ -71,6 +72,8 @@ MODELS = {
     "ltx_video/distilled": Case(distilled.ltx_video, {**WAN, "float": 7}, frames=9),
     "kandinsky5": Case(zoo.kandinsky5, KANDINSKY),
     "kandinsky5_i2v": Case(zoo.kandinsky5_i2v, KANDINSKY, ("image",), frames=21),
+    "kandinsky6": Case(sound.kandinsky6, KANDINSKY6, ("image",)),
+    "kandinsky6/distilled": Case(sound.kandinsky6_distilled, KANDINSKY6),
     "mochi": Case(unlisted.mochi, {"joint_attention": 15, "mlp": 6, "float": 12}, frames=7),
     "sana_video": Case(videos.sana_video, SANA),
     "sana_video_i2v": Case(zoo.sana_video_i2v, SANA, ("image",)),

@@ -17,6 +17,7 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.models import conditions
 from viditq.models.settings import text_settings
+from viditq.models.stand_ins import stand_in_encoders
 
 MARK = "encoded:"
 TEXT = MARK + "text"  # uint8 [1, bytes] of JSON: the prompt, and what each call returned, its tensors by number
@@ -48,6 +49,8 @@ def record(adapter: Any, pipeline: Any, prompt: str) -> dict[str, Tensor]:
     for denoiser in denoisers:
         denoiser.forward = ends
     pictures = conditions.stored(prompt)
+    if pictures:
+        stand_in_encoders(pipeline, [])
     try:
         pipeline(prompt=str(prompt), **conditions.given(pictures), **text_settings(adapter, pipeline))
     except _Encoded:

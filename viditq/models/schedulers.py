@@ -19,6 +19,7 @@ DETERMINISTIC = {
     *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler"),
     *("DEISMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler", "IPNDMScheduler"),
     *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),  # but for stochastic_sampling
+    "PiflowScheduler",
 }
 
 

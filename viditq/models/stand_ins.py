@@ -67,10 +67,10 @@ def stand_in_encoders(pipeline: Any, shown: list[Tensor]) -> None:
 
     shown: what the VAE is given is appended.
     """
-    if hasattr(pipeline, "encode_image"):
+    if hasattr(pipeline, "encode_image") and "image_encoder" in pipeline.components:  # else it is the VAE's
         pipeline.encode_image = lambda *args, **kwargs: torch.zeros(1, 1, 1)
     vae = getattr(pipeline, "vae", None)
-    if vae is None or not hasattr(vae, "encode"):
+    if vae is None or not hasattr(vae, "encode") or "encode" in vars(vae):  # stands in already
         return
     encode = vae.encode
     vae._hf_hook = SimpleNamespace(execution_device=CPU)  # as of an offloaded part: what it is given lies there

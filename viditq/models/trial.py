@@ -209,7 +209,7 @@ class _Recorder:
             out = _prediction(next(iter(given.values())), denoiser.config)
             if given.get("return_dict") is not False:
                 return Transformer2DModelOutput(sample=out)
-            return (out, *(torch.zeros_like(given[name]) for name in beside))
+            return (out, *(torch.zeros_like(given[name]) for name in beside if given.get(name) is not None))
 
         return recorded
 
@@ -232,6 +232,8 @@ class _Recorder:
             if self.count <= NUM_REAL:
                 if out.ndim == 3 or out.shape[2:] != sample.shape[2:]:  # of a denoiser that sees more than it predicts
                     given["model_output"] = torch.zeros_like(sample)
+                if widened := getattr(self.scheduler, "n_grid", None):  # Piflow: several predictions side by side
+                    given["model_output"] = sample.new_zeros(*sample.shape[:-1], widened * sample.shape[-1])
                 stepped = plain(**given)
                 self.returned = len(stepped) if plainly else 1
             else:
@@ -260,8 +262,8 @@ def _argument(adapter: Any, signature: inspect.Signature) -> str:
 
 def _streams(signature: inspect.Signature) -> list[str]:
     """The arguments that hold what is denoised: the sample, and what is made beside it (LTX-2's sound)."""
-    required = [name for name, p in signature.parameters.items() if p.default is p.empty]
-    return [name for name in required if name.endswith("hidden_states") and "encoder" not in name]
+    names = [name for name, p in signature.parameters.items() if p.default is p.empty or name.startswith("audio")]
+    return [name for name in names if name.endswith("hidden_states") and "encoder" not in name]
 
 
 def _range(value: Any) -> tuple[float, float]:
