@@ -45,7 +45,7 @@ def merge_first(*lora: str, _root_: DictConfig) -> str:
     """
     model = _root_.model
     raise UserError(
-        f"{model.name} is {model.path} with a LoRA merged into it ({', '.join(lora)}), which a run does not do. Merge it "
-        "first, as docs/lora.md says, and give the folder of the denoisers: model.denoiser_path=FOLDER; or that of the "
-        "whole pipeline: model.path=FOLDER model.denoiser_path=null."
+        f"{model.name} is {model.path} with a LoRA merged into it ({', '.join(lora)}), which a run does not do. Merge "
+        "it first, as docs/lora.md says, and give the folder of the denoisers: model.denoiser_path=FOLDER; or that of "
+        "the whole pipeline: model.path=FOLDER model.denoiser_path=null."
     )

@@ -251,3 +251,12 @@ def test_every_pipeline_of_diffusers_can_be_looked_at() -> None:
             except UserError:
                 refused += 1
     assert 100 < refused <= len(names)
+
+
+@pytest.mark.parametrize("absent", [["cosmos_guardrail"], ["torchvision"], ["cosmos_guardrail", "torchvision"]])
+def test_packages_that_a_pipeline_fails_without_are_named(absent: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("cosmos_guardrail", "torchvision"):
+        monkeypatch.setattr(f"diffusers.utils.import_utils._{package}_available", package not in absent)
+    index = {name: ["diffusers", "X"] for name in ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")}
+    with pytest.raises(UserError, match=f"pip install {' '.join(absent)}[.]"):
+        parts.check_pipeline("Cosmos2_5_PredictBasePipeline", index)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from diffusers.utils import load_image
 from hydra.utils import instantiate
-from zoo import conditioned, distilled, guided, sound, unlisted, videos
+from zoo import conditioned, cosmos, distilled, guided, sound, unlisted, videos
 from zoo import videos_2026 as zoo
 from zoo.pictures import draw_noise
 
@@ -72,6 +72,7 @@ MODELS = {
     "ltx_video/distilled": Case(distilled.ltx_video, {**WAN, "float": 7}, frames=9),
     "kandinsky5": Case(zoo.kandinsky5, KANDINSKY),
     "kandinsky5_i2v": Case(zoo.kandinsky5_i2v, KANDINSKY, ("image",), frames=21),
+    "cosmos2.5": Case(cosmos.cosmos25, {**WAN, "float": 19}),
     "kandinsky6": Case(sound.kandinsky6, KANDINSKY6, ("image",)),
     "kandinsky6/distilled": Case(sound.kandinsky6_distilled, KANDINSKY6),
     "mochi": Case(unlisted.mochi, {"joint_attention": 15, "mlp": 6, "float": 12}, frames=7),
@@ -116,10 +117,18 @@ def _overrides(case: Case, table: Path) -> list[str]:
 
 @pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in MODELS])
 def test_whole_run(
-    model: str, configure: Callable[..., Any], folder_of: Callable[..., Path], table: Path, tmp_path: Path
+    model: str,
+    configure: Callable[..., Any],
+    folder_of: Callable[..., Path],
+    table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the float sample is that of the pipeline's own call; what is guessed of roles and measured is as said."""
     case = MODELS[model]
+    if model.startswith("cosmos"):
+        pytest.importorskip("torchvision", reason="the denoiser of Cosmos resizes with it")
+        cosmos.guarded(monkeypatch)
     paths = [f"model={model}", f"model.path='{folder_of(case.build)}'", f"cache_dir='{tmp_path}/cache'", "name=x"]
     first = ["first_frame_psnr"] * ("i2v" in model)
     shrunk = [

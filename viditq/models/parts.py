@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import transformers.processing_utils  # whose import makes `transformers` anew, without what diffusers adds to it (PRX)
+from diffusers.utils import import_utils
 from torch import nn
 
 from viditq.errors import UserError
@@ -58,6 +59,21 @@ def check_pipeline(name: str, index: Mapping[str, Any]) -> None:
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise UserError(NO_PIPELINE.format(name, diffusers.__version__, index.get("_class_name")))
     check_parts(found, index)
+    _check_packages(name)
+
+
+def _check_packages(pipeline: str) -> None:
+    """Raises UserError for a pipeline that fails without a package, late and in words of its own: Cosmos does."""
+    wanted = {
+        "cosmos_guardrail": import_utils.is_cosmos_guardrail_available(),
+        "torchvision": import_utils.is_torchvision_available(),
+    }
+    if pipeline.startswith("Cosmos") and not all(wanted.values()):
+        absent = " ".join(package for package, is_there in wanted.items() if not is_there)
+        raise UserError(
+            f"{pipeline} needs packages that are not installed here: pip install {absent}. (Its licence asks for the "
+            "checker of prompts and clips, which cosmos_guardrail holds.)"
+        )
 
 
 def check_denoiser_class(pipeline: str, part: str, denoiser: nn.Module) -> None:

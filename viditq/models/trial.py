@@ -21,7 +21,7 @@ from viditq.models import conditions
 from viditq.models.guess import returned_names
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
-from viditq.models.stand_ins import compute_on_cpu, pass_on, stand_in, stand_in_encoders
+from viditq.models.stand_ins import Unchecked, compute_on_cpu, pass_on, stand_in, stand_in_encoders
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
 NUM_TOKENS = 8
@@ -139,7 +139,10 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
         model = stand_in(adapter, name)
         if model is not None:
             parts[name] = pass_on(model)
-    load = functools.partial(find_class(adapter.pipeline).from_pretrained, adapter.folder, local_files_only=True)
+    cls = find_class(adapter.pipeline)
+    if "safety_checker" in inspect.signature(cls.__init__).parameters:  # else it makes one, with weights of its own
+        parts["safety_checker"] = Unchecked()
+    load = functools.partial(cls.from_pretrained, adapter.folder, local_files_only=True)
     try:
         pipeline = load(**parts)
     except AttributeError:  # some ask their processor for its template when they are made

@@ -96,7 +96,7 @@ def glm() -> tuple[Any, Any]:
 
 
 def t5gemma() -> tuple[Any, Any]:
-    """The encoder of T5Gemma, of PRX; diffusers reads its config as that of both halves, of which it takes `encoder`."""
+    """The encoder of T5Gemma, of PRX; diffusers reads its config as that of both halves, and takes `encoder` of it."""
     encoder = T5GemmaEncoder(T5GemmaConfig(encoder=DECODER, decoder=DECODER).encoder).eval()
     encoder.config.encoder = DECODER
     return word_tokenizer(256), encoder
