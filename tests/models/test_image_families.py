@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers.utils import load_image
 from hydra.utils import instantiate
-from zoo import conditioned, distilled, families, guided, images, unlisted
+from transformers.utils import is_torchvision_available
+from zoo import conditioned, distilled, families, guided, images, processors, unlisted
 from zoo.pictures import draw_noise
 
 from viditq.data.samples import load_sample, sample_path
@@ -91,12 +92,23 @@ FAMILIES = {
         families.kandinsky5, {"self_attention": 4, "cross_attention": 4, "text_refiner": 6, "mlp": 2, "float": 9}, LARGE
     ),
 }
+PROCESSED = {
+    "flux2_dev": processors.flux2_dev,
+    "longcat_image": processors.longcat_image,
+    "bria_fibo2": processors.bria_fibo2,
+    "kandinsky5_image": processors.kandinsky5_image,
+    "qwen_image_edit": processors.qwen_image_edit,
+    "qwen_image_2.1": processors.qwen_image21,
+}
+FAMILIES |= {f"{name}+processor": FAMILIES[name]._replace(build=build) for name, build in PROCESSED.items()}
 QUICK = ("flux_fill", "ideogram4", "sana_sprint")
 
 
 def models(*quick: str) -> list[Any]:
     """All of them, slow those that are not `quick`."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in quick)) for name in FAMILIES]
+    real = pytest.mark.skipif(not is_torchvision_available(), reason="real processors need torchvision")
+    marks = {name: [pytest.mark.slow] * (name not in quick) + [real] * ("+" in name) for name in FAMILIES}
+    return [pytest.param(name, marks=marks[name]) for name in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +124,7 @@ def shrink(configure: Callable[..., Any], folder_of: Callable[..., Path], tmp_pa
     def shrink(model: str, *overrides: str) -> Any:
         folder = folder_of(FAMILIES[model].build)
         paths = (f"model.path='{folder}'", f"cache_dir='{tmp_path}/cache'")
-        return configure(f"model={model}", *SHRUNK, *paths, *overrides, *FAMILIES[model].overrides)
+        return configure(f"model={model.partition('+')[0]}", *SHRUNK, *paths, *overrides, *FAMILIES[model].overrides)
 
     return shrink
 
