@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import load_image
 from hydra.utils import instantiate
 from transformers.utils import is_torchvision_available
-from zoo import conditioned, distilled, families, guided, images, processors, unlisted
+from zoo import conditioned, distilled, families, guided, images, processors, sketched, unlisted
 from zoo.pictures import draw_noise
 
 from viditq.data.samples import load_sample, sample_path
@@ -80,6 +80,7 @@ FAMILIES = {
     ),
     "prx": Family(unlisted.prx, {"joint_attention": 6, "mlp": 6, "float": 8}),
     "ernie_image": Family(unlisted.ernie_image, {"joint_attention": 8, "mlp": 6, "float": 6}),
+    "glm_image": Family(sketched.glm_image, {"joint_attention": 8, "mlp": 4, "float": 13}),
     "hidream": Family(families.hidream, {"joint_attention": 12, "mlp": 21, "float": 12}, LARGE),
     "hidream/fast": Family(distilled.hidream, {"joint_attention": 12, "mlp": 21, "float": 12}, LARGE[:2]),
     "krea2": Family(guided.krea2, {"joint_attention": 8, "text_refiner": 14, "mlp": 6, "float": 12}),

@@ -17,7 +17,7 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.models import conditions
 from viditq.models.settings import text_settings
-from viditq.models.stand_ins import stand_in_encoders
+from viditq.models.stand_ins import stand_in_encoders, stand_in_sketch
 
 MARK = "encoded:"
 TEXT = MARK + "text"  # uint8 [1, bytes] of JSON: the prompt, and what each call returned, its tensors by number
@@ -49,6 +49,7 @@ def record(adapter: Any, pipeline: Any, prompt: str) -> dict[str, Tensor]:
     for denoiser in denoisers:
         denoiser.forward = ends
     pictures = conditions.stored(prompt)
+    stand_in_sketch(pipeline)
     if pictures:
         stand_in_encoders(pipeline, [])
     try:

@@ -83,6 +83,18 @@ def stand_in_encoders(pipeline: Any, shown: list[Tensor]) -> None:
     vae.encode = encoded
 
 
+def stand_in_sketch(pipeline: Any) -> None:
+    """Let a pipeline that draws tokens with a language model before it denoises (GLM-Image) find them all 0."""
+    if not hasattr(pipeline, "generate_prior_tokens"):
+        return
+    patch = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
+
+    def drawn(*, height: int, width: int, **kwargs: Any) -> tuple[Tensor, None, None]:
+        return torch.zeros(1, height // patch * (width // patch), dtype=torch.long), None, None
+
+    pipeline.generate_prior_tokens = drawn
+
+
 class Unchecked:
     """In place of a checker of prompts, where nothing is made."""
 

@@ -21,7 +21,7 @@ from viditq.models import conditions
 from viditq.models.guess import returned_names
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
-from viditq.models.stand_ins import Unchecked, compute_on_cpu, pass_on, stand_in, stand_in_encoders
+from viditq.models.stand_ins import Unchecked, compute_on_cpu, pass_on, stand_in, stand_in_encoders, stand_in_sketch
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
 NUM_TOKENS = 8
@@ -117,6 +117,7 @@ def _recorded(adapter: Any, scheduler: Any, recorder: _Recorder) -> Any:
     if adapter.conditioning != "class":
         pipeline.encode_prompt = recorder.encode(pipeline.encode_prompt)
         stand_in_encoders(pipeline, recorder.encoded)
+        stand_in_sketch(pipeline)
     return pipeline
 
 
