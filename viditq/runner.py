@@ -29,7 +29,7 @@ from viditq.files import is_whole, read_json, write_json
 from viditq.job import Job
 from viditq.models.checks import GUESSED
 from viditq.models.contents import parts_by_variant
-from viditq.models.roles import FLOAT, counts, summary
+from viditq.models.roles import FLOAT, counts, of_sound, summary
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
@@ -139,6 +139,8 @@ def described(experiment: Experiment) -> str:
     by variant; where it was guessed, also what, so that it can be corrected.
     """
     model, line = experiment.adapter, counts(experiment.roles)
+    if sound := of_sound(experiment.roles):
+        line += f"\n  {sound}"
     if isinstance(experiment.quant.policy, PlanFile):
         left = [n for n, role in experiment.roles.items() if role != FLOAT and n not in experiment.plan.layers]
         if left:

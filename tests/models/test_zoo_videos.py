@@ -81,6 +81,7 @@ MODELS = {
     "cogvideox_5b_i2v": Case(zoo.cogvideox_i2v, {"joint_attention": 8, "mlp": 4, "float": 9}, ("image",), frames=9),
     "allegro": Case(zoo.allegro, WAN, frames=24, size=128),
 }
+SOUND = {"ltx2": "47 of its 47 Linears stay in float", "kandinsky6": "46 of its 46 Linears stay in float"}
 QUICK = ("wan2.2_5b_i2v", "ltx2_i2v", "kandinsky5")
 
 
@@ -123,6 +124,7 @@ def test_whole_run(
     table: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """And the float sample is that of the pipeline's own call; what is guessed of roles and measured is as said."""
     case = MODELS[model]
@@ -143,6 +145,8 @@ def test_whole_run(
     cfg = configure(*paths, *shrunk, *_overrides(case, table))
     metrics = run(cfg, tmp_path / "run")
     assert metrics is not None and 0 < metrics["metrics"]["psnr"] < 100
+    sound = SOUND.get(model.partition("/")[0].removesuffix("_i2v"))
+    assert (f"sound: sampled, judged by nothing; {sound}" in capsys.readouterr().out) == (sound is not None)
     assert all(0 < metrics["metrics"][name] < 100 and metrics["verdict"][name]["float"] for name in first)
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     scale = adapter.timestep_scale

@@ -14,6 +14,7 @@ USUAL = (
 )
 """Roles that conf/model and `guess` give; a model's own configuration may name others."""
 IN_EMBEDDER = re.compile(r"emb|ada_?ln|modulation|_mod\.|norm|time|guidance|gate|^proj_|router")
+OF_SOUND = re.compile(r"(^|\.)(audio_(?!to_video)|video_to_audio|av_)")
 OF_FEED_FORWARD = re.compile(r"(^|[._])(ff|ffn|mlp|feed_forward)([._]|$)|proj_mlp|ff_context")
 
 
@@ -103,6 +104,16 @@ def counts(roles: Mapping[str, str]) -> str:
     parts = [f"{role} {sum(r == role for r in roles.values())}" for role in quantizable]
     kept = sum(role == FLOAT for role in roles.values())
     return f"{len(roles)} Linears: {', '.join([*parts, f'kept in float {kept}'])}"
+
+
+def of_sound(roles: Mapping[str, str]) -> str:
+    """One line on the Linears that make a clip's sound, which no metric hears; empty where there are none."""
+    mine = [name for name in roles if OF_SOUND.search(name)]
+    if not mine:
+        return ""
+    kept = [name for name in mine if roles[name] == FLOAT]
+    such = f", such as {kept[0]}" if kept else ""
+    return f"sound: sampled, judged by nothing; {len(kept)} of its {len(mine)} Linears stay in float{such}"
 
 
 def summary(roles: Mapping[str, str]) -> str:
