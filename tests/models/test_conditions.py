@@ -41,6 +41,11 @@ KNOWN: dict[Callable[[], Any], tuple[list[str], dict[str, int], list[str]]] = {
         {"joint_attention": 22, "mlp": 12, "float": 16},
         ["image"],
     ),
+    conditioned.framepack: (
+        ["model.height=64", "model.width=64", "+model.call.num_frames=33", "+model.call.latent_window_size=2"],
+        {"joint_attention": 11, "mlp": 6, "text_refiner": 6, "float": 19},
+        ["image"],
+    ),
 }
 
 
@@ -50,7 +55,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_noise(tmp_path_factory.mktemp("pictures"), [(str(i), 40, 40 + 8 * (i % 2)) for i in range(4)])
 
 
-@pytest.mark.parametrize("build", KNOWN, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(b, id=b.__name__, marks=[pytest.mark.slow] * (b is conditioned.framepack)) for b in KNOWN],
+)
 def test_samples_are_those_of_the_pipelines_own_call(
     build: Callable[[], Any], configure: Callable[..., Any], folder_of: Any, pictures: Path, tmp_path: Path
 ) -> None:

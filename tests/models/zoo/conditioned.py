@@ -3,9 +3,16 @@
 from typing import Any
 
 import diffusers
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-from zoo import images, text, vaes
+from zoo import images, text, vaes, videos
 from zoo.videos import WAN_FLOW
 
 
@@ -66,3 +73,31 @@ def qwen_image_edit() -> Any:
     """A tokenizer stands for Qwen2.5-VL's processor, which needs torchvision: the text encoder sees no picture."""
     parts = images.qwen_image().components
     return diffusers.QwenImageEditPlusPipeline(**parts, processor=text.word_tokenizer(1024, ends=False))
+
+
+def framepack() -> Any:
+    """Makes a clip in sections, each after the picture and what was made before."""
+    parts = videos.hunyuan_video().components
+    vision = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=text.WIDTH,
+        pooled_projection_dim=text.WIDTH,
+        rope_axes_dim=(2, 2, 4),
+        image_condition_type=None,
+        has_image_proj=True,
+        image_proj_dim=12,
+        has_clean_x_embedder=True,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return diffusers.HunyuanVideoFramepackPipeline(
+        **{**parts, "transformer": transformer, "scheduler": scheduler},
+        image_encoder=SiglipVisionModel(SiglipVisionConfig(**vision, image_size=16, patch_size=8)).eval(),
+        feature_extractor=SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+    )
