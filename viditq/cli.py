@@ -24,6 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from viditq.checks import check, check_values_alone
+from viditq.conf_folder import CONF
 from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates
 from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
@@ -47,7 +48,6 @@ DISK_ERRORS = {
 }
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
 REPORTED = "another of the run's processes failed, whose message is above"
-CONF = Path(__file__).parents[1] / "conf"
 RUNS = ("-m", "--multirun")  # options with which the command still is a run; others print what others read
 STOPPED = "\nstopped by Ctrl-C. Finished work is kept: the same command goes on from there.\n"
 
