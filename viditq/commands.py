@@ -119,7 +119,7 @@ def describe(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Read every byte of artifacts: loading checks a tensor when it is first read, this all of them, after a copy say."""
+    """Read every byte of artifacts, after a copy say: loading checks a tensor when it is first read, this all of them."""
     folders = [_artifact(run) for run in args.runs]
     from viditq.quant.artifact import verify  # torch takes seconds
 
@@ -128,7 +128,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def judging(path: str) -> list[str]:
-    """The overrides of a run that judges what lies at `path` as it is. Raises UserError where nothing quantized does."""
+    """The overrides of a run that judges what lies at `path` as it is. Raises UserError where nothing is quantized."""
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{path} does not exist. Give a folder or file here; of the hub: `hf download USER/NAME`.")
