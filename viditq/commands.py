@@ -119,7 +119,7 @@ def describe(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Read every byte of artifacts, after a copy say: loading checks a tensor when it is first read, this all of them."""
+    """Read every byte of artifacts, after a copy say: loading checks a tensor when it is first read."""
     folders = [_artifact(run) for run in args.runs]
     from viditq.quant.artifact import verify  # torch takes seconds
 
