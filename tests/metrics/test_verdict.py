@@ -143,6 +143,14 @@ def against_float(value: float, **floors: dict[str, Tensor]) -> dict[str, Any]:
     return verdicts(results, subset, {k: {"fvd": v} for k, v in floors.items()}, {"fvd": label(False, "FVD")})["fvd"]
 
 
+def test_the_interval_of_a_distance_ends_at_0_unless_it_is_unbiased():
+    labels = {"fid": label(False), "kid": label(False)}
+    results = {"fid": distance(1, 2), "kid": distance(1, 2, unbiased=1)}
+    found = verdicts(results, {}, {}, labels)
+    assert found["fid"]["interval"] == pytest.approx([0, 1 + 1.96 * 2], abs=0.01)
+    assert found["kid"]["interval"] == pytest.approx([1 - 1.96 * 2, 1 + 1.96 * 2], abs=0.01)
+
+
 def test_distance_to_float_against_another_seed():
     seed = distance(20, 2)
     within, beyond = against_float(24, seed=seed), against_float(25, seed=seed)

@@ -85,8 +85,8 @@ def test_the_headline_names_the_worse_metrics_and_says_what_is_not_judged():
     found = headline(judge_all(make_metrics(8)))
     assert found.text == "Quality held: no worse than float on all 2 quality metrics"
     assert found.details == (
-        "Better: motion magnitude. Equal within noise: CLIPSIM. Samples differ from float's beyond rounding to bfloat16: "
-        "PSNR. 2 of 5 metrics are not judged."
+        "Better: motion magnitude. Equal within noise: CLIPSIM. Samples differ from float's beyond rounding to "
+        "bfloat16: PSNR. 2 of 5 metrics are not judged."
     )
 
 
