@@ -1,6 +1,6 @@
 """The commands beside runs: hand a quantized model to another program (export), take one from it (import), judge what
 somebody else quantized (judge), hold an artifact's bytes against their digests (verify), tell which of finished runs
-to use (which), or describe a pipeline that has no yaml (describe).
+to use (which), what a run would quantize (layers), or describe a pipeline that has no yaml (describe).
 """
 
 import argparse
@@ -127,6 +127,13 @@ def check(args: argparse.Namespace) -> None:
         print(f"{folder}: {verify(folder) / 1e6:,.2f} MB, all as written", flush=True)
 
 
+def tell_layers(args: argparse.Namespace) -> None:
+    """Print what a run would quantize."""
+    from viditq.layer_table import print_layers  # torch and diffusers take seconds
+
+    print_layers(args.overrides, args.all)
+
+
 def judging(path: str) -> list[str]:
     """The overrides of a run that judges what lies at `path` as it is. Raises UserError where nothing is quantized."""
     place = Path(path).expanduser()
@@ -178,6 +185,12 @@ def main(words: list[str]) -> int | list[str]:
     command = commands.add_parser("verify", help="hold every byte of artifacts against the digests written with them")
     command.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or artifacts (RUN/quantized)")
     command.set_defaults(work=check)
+    command = commands.add_parser("layers", help="tell what a run would quantize, and how, without weights")
+    command.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="as a run takes them: model=flux_dev quant=w4a8"
+    )
+    command.add_argument("--all", action="store_true", help="a line for each Linear, not for those that are alike")
+    command.set_defaults(work=tell_layers)
     command = commands.add_parser("judge", help="sample, measure and report what somebody else quantized")
     what = "a folder that diffusers saved quantized, a .gguf file, or an artifact of viditq"
     command.add_argument("path", metavar="PATH", help=what)

@@ -27,7 +27,7 @@ STAGES = (
     "report",
 )
 ALL_KEYS = "The same command with `--cfg job` shows every key, `--help` the choices of each group."
-COMMANDS = ("export", "import", "judge", "verify", "which", "describe")  # of `viditq`, beside runs
+COMMANDS = ("export", "import", "judge", "verify", "which", "layers", "describe")  # of `viditq`, beside runs
 RANKS = {"TORCHELASTIC_RUN_ID": "RANK", "SLURM_NTASKS": "SLURM_PROCID"}  # variable of a launcher -> where its rank is
 NO_RECIPE = {"PlanFile": "plan_file", "StoredArtifact": "artifact"}  # class of a policy -> its yaml
 PROGRAM_VARIABLE = "VIDITQ_PROGRAM"  # `viditq` where that was started instead of run.py

@@ -32,7 +32,12 @@ def main(words: list[str] | None = None) -> int:
     if words and words[0] in config.COMMANDS:
         from viditq import commands  # a run has no use for them
 
-        found = commands.main(words)
+        try:
+            found = commands.main(words)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `viditq layers ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         if isinstance(found, int):
             return found
         words = found
