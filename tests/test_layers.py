@@ -29,7 +29,7 @@ FLOORS: list[list[str]] = [
     [
         *["", "__main__", "cache_entries", "callbacks", "card", "checks", "cli", "commands", "conf_folder", "config"],
         *["console", "describe", "equipment", "estimate", "experiment", "external", "plans"],
-        *["export", "finished", "gate", "importing", "interop", "job", "layer_table"],
+        *["export", "finished", "gate", "importing", "interop", "job", "layer_table", "log_file"],
         *[
             "loading",
             "lora",
