@@ -64,7 +64,7 @@ def test_some_channels_stick_out_and_move_with_the_noise(started):
 
 
 def test_steep_gains_move_evenly_over_the_samplers_steps(started):
-    """Of a sampler of flow_shift 4: half of its way is noise level 0.8, where a gain has moved by the root of its ratio."""
+    """Of flow_shift 4: half of its way is noise level 0.8, where a gain has moved by the root of its ratio."""
     net, _ = started
     before = gains(net, 1)[0]
     invite_outliers(net, 0, STEEP_GAINS)

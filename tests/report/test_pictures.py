@@ -82,7 +82,6 @@ def test_rows_in_motion_show_each_frame_of_every_row(tmp_path):
     assert (means[0] == means[2]).all() and (changed > 100).sum() > 2 * 90**2
 
 
-
 def test_pixels_are_enlarged_exactly_and_large_frames_reduced():
     frame = torch.randint(0, 256, (3, 8, 6), dtype=torch.uint8)
     enlarged = np.array(scaled(frame, 27))

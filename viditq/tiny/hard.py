@@ -72,8 +72,9 @@ def invite_outliers(net: Any, seed: int, gains: Gains = GAINS) -> dict[str, Tens
     """Set the gains of a PixArt or Latte denoiser whose timestep embedder is trained; the rest is as it was.
 
     Moving channels: rows of adaln_single.linear fitted so that the gain is G times ratio^(u - 1), or ratio^-u, at the
-    place u of the sampler's way from clean to noise. Static ones: entries of each block's scale_shift_table. Returns, by name of a parameter, 1 where it may be
-    trained and 0 where the gains live; the timestep embedder, which the fit leans on, is all 0.
+    place u of the sampler's way from clean to noise. Static ones: entries of each block's scale_shift_table. Returns,
+    by name of a parameter, 1 where it may be trained and 0 where the gains live; the timestep embedder, which the fit
+    leans on, is all 0.
     """
     generator = torch.Generator().manual_seed(seed + 18)
     blocks = _blocks(net)
