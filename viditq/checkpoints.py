@@ -1,16 +1,16 @@
 """Other checkpoints of the models, most of them distilled: what `conf/checkpoints.yaml` lists, as options of Hydra."""
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from viditq.conf_folder import CONF
 from viditq.errors import UserError
 
-FILE = Path(__file__).parents[1] / "conf" / "checkpoints.yaml"
+FILE = CONF / "checkpoints.yaml"
 
 
 @cache
