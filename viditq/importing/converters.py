@@ -22,6 +22,7 @@ from viditq.importing.denoiser import check_names
 
 CONVERTER = "checkpoint_mapping_fn"
 MOST_NUMBERS = 2**20  # of what is numbered one by one
+MADE_ANEW = {"WanAnimateTransformer3DModel": [r"^motion_encoder\..*\.kernel$"]}  # blur filters, which are no weights
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _numbered(name: str, tensor: Tensor, start: int) -> tuple[Tensor, Units]:
 
 def _ignored(denoiser: nn.Module, name: str) -> bool:
     """Whether diffusers' class does not mind that the file has it."""
-    patterns = getattr(denoiser, "_keys_to_ignore_on_load_unexpected", None) or ()
+    patterns = [*(getattr(denoiser, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    patterns += MADE_ANEW.get(type(denoiser).__name__, [])
     return any(re.search(pattern, name) for pattern in patterns)
 
 

@@ -22,7 +22,7 @@ from viditq.export.comfy_formats import Marker
 from viditq.importing.comfy_layers import FLOATS
 from viditq.importing.layer import check_shape
 from viditq.importing.origins import Rows
-from viditq.mapped import is_finite, release
+from viditq.mapped import PIECE_BYTES, is_finite, release
 
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 FLOAT8 = tuple(FORMATS.values())
@@ -47,6 +47,7 @@ def scales_of(tensors: Mapping[str, Tensor], markers: Mapping[str, Marker]) -> S
         if (dtype := tensors[f"{layer}.weight"].dtype) != FORMATS[marker["format"]]:
             raise UserError(f"{layer} is marked as {marker['format']} and is {str(dtype).removeprefix('torch.')}.")
     _refuse_unsaid(tensors, found)
+    found = {n: s for n, s in found.items() if tensors[n].dtype in FLOAT8 or not torch.equal(s, torch.ones_like(s))}
     names = {SCALED, *(f"{layer}.{end}" for layer, ends in layers.items() for end in (*ends, MARKER))}
     return Scales(found, frozenset(names & tensors.keys()))
 
@@ -75,11 +76,13 @@ def _scale(layer: str, end: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def made(tensor: Tensor, rows: Rows, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """These rows times the scale, as `dtype`: the product in float32, rounded once."""
-    numbers = rows.of(tensor).float()
+    """These rows times the scale, as `dtype`: the product in float32, rounded once; some rows at a time."""
+    numbers, scale = rows.of(tensor), torch.ones(()) if scale is None else scale.float().flatten()
+    if scale.numel() > 1:
+        scale = rows.of(scale).view(-1, *[1] * (numbers.ndim - 1))
+    out, at_once = torch.empty(numbers.shape, dtype=dtype), max(PIECE_BYTES // max(numbers[:1].numel(), 1), 1)
+    for first in range(0, len(numbers), at_once):
+        piece = slice(first, first + at_once)
+        out[piece] = numbers[piece].float() * (scale[piece] if scale.numel() > 1 else scale)
     release([tensor])
-    if scale is None:
-        return numbers.to(dtype)
-    by_row = scale.numel() == len(tensor) and scale.numel() > 1
-    its = rows.of(scale.reshape(-1, 1)) if by_row else scale.reshape(())
-    return (numbers * its.float()).to(dtype)
+    return out
