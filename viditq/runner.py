@@ -35,6 +35,7 @@ from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
 from viditq.settled import remember
 from viditq.stages import FUNCTIONS
+from viditq.stages.order import check_order
 from viditq.stages.search_table import search_metrics
 from viditq.trial import try_metrics
 
@@ -58,6 +59,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
         tell_fit(experiment, run_dir, limit)
         return None
     count = processes_to_launch(experiment)
+    check_order(Job(experiment, run_dir))
     if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
         try_metrics(experiment)
     policy = experiment.quant.policy
