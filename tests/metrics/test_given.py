@@ -100,6 +100,8 @@ def test_an_edit_without_a_text_before_it(pairs, clip_folder) -> None:
     clip = load_clip(str(clip_folder))
     with pytest.raises(UserError, match="wants to know what the given picture shows, and 'a red circle' does not"):
         EditDirection(clip, "edit").update(batch)
+    with pytest.raises(UserError, match="and 'and a blue one' does not say it"):  # before anything is sampled
+        EditDirection(clip, "edit").check_prompts(["and a blue one"])
     with pytest.raises(UserError, match="before and after the edit is the same, 'a red circle'"):
         EditDirection(clip, "edit", before="a red circle").update(batch)
     found = result_of(EditDirection(clip, "edit", before="a green square"), batch)

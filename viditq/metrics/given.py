@@ -105,13 +105,20 @@ class EditDirection(PerSampleMetric):
         """The direction from the given picture to each frame, [B, F, D]; next to nothing where there is no change."""
         return F.normalize(embed(self.clip, clips_BFCHW) - own_BD[:, None], dim=-1, eps=LEAST_CHANGE)
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises UserError where it is not known what a picture shows, or an edit changes nothing of it."""
+        self._texts(prompts)
+
     def _wanted(self, prompts: list[str]) -> Tensor:
         """What the texts say should change, [B, D]."""
+        before, after = zip(*self._texts(prompts), strict=True)
+        return self.clip.texts([*after]) - self.clip.texts([*before])
+
+    def _texts(self, prompts: list[str]) -> list[tuple[str, str]]:
         texts = [(self._before(prompt), captions_of(prompt).get("after", str(prompt))) for prompt in prompts]
         if same := [after for before, after in texts if before == after]:
             raise UserError(f"{self.name}: the text before and after the edit is the same, {same[0][:60]!r}.")
-        before, after = zip(*texts, strict=True)
-        return self.clip.texts([*after]) - self.clip.texts([*before])
+        return texts
 
     def _before(self, prompt: str) -> str:
         found = captions_of(prompt).get("before", self.before)
