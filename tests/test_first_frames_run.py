@@ -72,7 +72,7 @@ def test_first_frames_from_pictures_to_page(
         ("[prompts,reference,calibrate,quantize,generate,report]", "report takes what the stage evaluate makes"),
     ],
 )
-def test_a_stage_whose_food_nobody_makes_is_refused_at_the_start(
+def test_a_stage_that_finds_nothing_to_read_is_refused_at_the_start(
     stages: str, message: str, configure: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):

@@ -62,9 +62,9 @@ def _of_text(adapter: ModelAdapter) -> list[str]:
     lines = []
     for place, name in enumerate(adapter.encode_outputs):
         own = measured[place] if len(measured) == len(adapter.encode_outputs) else None
-        told = ["" if name is None else "measured" if own and own.name == name else "by its source"]
-        told += [f"prompts along axis {own.batch_axis}"] if own and own.batch_axis is not None else []
-        goes = ", ".join(argument for argument, places in carried.items() if place in places)
-        words = ", ".join(filter(None, told))
-        lines.append(f"# text {place}: {name or 'not taken'}{f' ({words})' * bool(words)}{f' -> {goes}' * bool(goes)}")
+        how = [] if name is None else ["measured" if own and own.name == name else "by its source"]
+        how += [f"prompts along axis {own.batch_axis}"] if own and own.batch_axis is not None else []
+        goes = [argument for argument, places in carried.items() if place in places]
+        line = f"# text {place}: {name or 'not taken'}" + (f" ({', '.join(how)})" if how else "")
+        lines.append(line + (f" -> {', '.join(goes)}" if goes else ""))
     return lines

@@ -42,7 +42,7 @@ QUICK = ("flux2_klein_4b", "wan2.2_animate")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in MODELS]
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_a_sharded_file_becomes_the_folder(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     build, release = MODELS[name]
     save(build, tmp_path / "model")

@@ -46,7 +46,7 @@ def read(denoiser: Any, released: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     }, left_out
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "mochi")) for n in ORIGINALS])
 def test_rows_go_where_they_came_from(name: str) -> None:
     denoiser = on_meta(name)
     state = numbered(denoiser)

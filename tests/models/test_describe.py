@@ -38,15 +38,6 @@ SIZES = ["height=32", "width=32", "num_steps=4"]
             ],
         ),
         (
-            images.flux_dev,
-            [],
-            [
-                "# text 0: prompt_embeds (measured) -> encoder_hidden_states",
-                "# text 1: pooled_prompt_embeds (measured) -> pooled_projections",
-                "# text 2: not taken -> txt_ids",
-            ],
-        ),
-        (
             images.pixart_alpha,
             [],
             [
@@ -55,7 +46,7 @@ SIZES = ["height=32", "width=32", "num_steps=4"]
             ],
         ),
     ],
-    ids=["wan22_i2v", "krea2", "flux_dev", "pixart"],
+    ids=["wan22_i2v", "krea2", "pixart"],
 )
 def test_the_yaml_drives_the_model_in_the_same_way(
     build: Callable[[], Any], own: list[str], told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -20,12 +20,13 @@ from viditq.export.release_names import Origin
 from viditq.files import stored_metadata
 from viditq.importing.comfy_layers import ComfyLayer, check_format
 from viditq.importing.denoiser import ImportedDenoiser
+from viditq.importing.float8 import FLOAT8, SCALED
 from viditq.importing.layer import ImportedLayer
 from viditq.importing.origins import PREFIX, origins_of, rows_of, without_prefix
 from viditq.mapped import mapped_tensors
 from viditq.quant.execution.model_linears import shapes_of
 
-SCALED_FLOAT8 = "scaled_fp8"
+AS_FLOATS = "`python -m viditq import FILE --model MODEL --out FOLDER` makes a folder for model.denoiser_path of it."
 
 
 def read_comfy(path: Path, denoiser: nn.Module) -> ImportedDenoiser:
@@ -103,11 +104,11 @@ def _mapping(path: Path, where: str, text: str | bytes) -> dict[str, Any]:
 
 def _why_unmarked(tensors: Mapping[str, Tensor]) -> str:
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    if SCALED_FLOAT8 in tensors or dtypes & {torch.float8_e4m3fn, torch.float8_e5m2}:
-        return "holds 8-bit floating-point weights, which viditq has not; imported are ComfyUI's integer formats."
+    if SCALED in tensors or dtypes & {*FLOAT8}:
+        return f"holds 8-bit floating-point weights, which are read as a float model: {AS_FLOATS}"
     if torch.int8 in dtypes:
         return "holds int8 tensors that nothing says the format of (comfy_quant), so that they cannot be read."
-    return "holds no quantized layer."
+    return f"holds no quantized layer: {AS_FLOATS}"
 
 
 def _fields(tensors: Mapping[str, Tensor], layers: Mapping[str, Marker]) -> dict[str, dict[str, str]]:

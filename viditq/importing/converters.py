@@ -68,7 +68,8 @@ def converted(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[
             f"({type(error).__name__}: {error}). Give the model that it was made from (--model)."
         ) from error
     unread = [] if found is numbered else [*numbered]  # what is read is taken out
-    found = {n: numbers for n, numbers in found.items() if numbers is not None and not _ignored(denoiser, n)}
+    found = {n: numbers for n, numbers in found.items() if not (numbers is None or _ignored(denoiser, n))}
+    found = {n: numbers for n, numbers in found.items() if numbers.numel()}  # a tensor of no rows is none
     check_names([*found, *unread], [*denoiser.state_dict()], f"{kind} of its original release")
     pieces: dict[str, list[Piece]] = {}
     for name, numbers in found.items():

@@ -4,8 +4,6 @@ ComfyUI's files say where scales are in one of two ways: `scaled_fp8` is there a
 or a layer is marked (`comfy_quant`, or in the header) as float8_e4m3fn or float8_e5m2 and has `LAYER.weight_scale`.
 Without either the numbers are the weights, as programs that cast them to 8 bits leave them. `scale_input` and
 `input_scale` are for products in 8 bits, which is not how a float model computes.
-
-Legend: O out_features.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from viditq.mapped import PIECE_BYTES, is_finite, release
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 FLOAT8 = tuple(FORMATS.values())
 SCALED = "scaled_fp8"
-OLD, NEW = ("scale_weight", "scale_input"), ("weight_scale", "input_scale")
+OLD, NEW = ("scale_weight", "scale_input"), ("weight_scale", "input_scale")  # of a weight, and of the layer's input
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def write_float(adapter: ModelAdapter, paths: Sequence[Path], out: Path) -> list
     work = work_folder(out)
     with held(work):
         dtypes = [sorted({str(entry.dtype) for entry in entries}) for entries in found.values()]
-        resume(work, {"files": [file_sha256(path) for path in paths], "dtypes": dtypes})
+        files = [file_sha256(file) for path in paths for file in _files(path)]
+        resume(work, {"files": files, "dtypes": dtypes})
         for name, entries in found.items():
             config = read_json(adapter.part_folder(name, weights=False) / "config.json", COPY_AGAIN)
             write_files(work / name, config, entries)

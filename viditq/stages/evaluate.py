@@ -33,10 +33,9 @@ def evaluate(job: Job) -> str:
     """
     run_dir, processes = job.run_dir, job.processes
     floors_there = bool(job.floors) and processes.first_does(lambda: _floors_there(job))
-    without = "" if floors_there or not job.floors else "; no noise floors, which the stage noise_floor makes"
     if processes.first_does(lambda: _is_done(job, floors_there)):
         update_card(job)
-        return f"already done ({run_dir.metrics}){without}"
+        return f"already done ({run_dir.metrics}){_without(job)}"
     if processes.first:
         run_dir.forget_evaluation()
     metrics = job.experiment.make_metrics()
@@ -55,7 +54,7 @@ def evaluate(job: Job) -> str:
         _write(job, results, shared, floors, labels)
     processes.wait()
     update_card(job)
-    return f"{len(results)} metrics ({run_dir.metrics}){without}"
+    return f"{len(results)} metrics ({run_dir.metrics}){_without(job)}"
 
 
 def _floors_there(job: Job) -> bool:
@@ -69,7 +68,17 @@ def _is_done(job: Job, floors_there: bool) -> bool:
     """Whether the pairs were compared, against the noise floors if those are there by now."""
     if not (is_whole(job.run_dir.metrics) and is_whole(job.run_dir.per_prompt)):
         return False
-    return not floors_there or read_json(job.run_dir.metrics).get("noise_floor", True) is not None
+    return not floors_there or _floor_of(job) is not None
+
+
+def _floor_of(job: Job) -> Any:
+    """What metrics.json says of the noise floors; None where there were none."""
+    return read_json(job.run_dir.metrics).get("noise_floor")
+
+
+def _without(job: Job) -> str:
+    missed = bool(job.floors) and _floor_of(job) is None
+    return "; no noise floors, which the stage noise_floor makes" if missed else ""
 
 
 def _measured(job: Job, metrics: Mapping[str, Metric], samples: Path, count: int) -> Results:

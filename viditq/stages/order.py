@@ -9,13 +9,7 @@ from viditq.errors import UserError
 from viditq.files import is_whole
 from viditq.job import Job
 
-NEEDED = {
-    "generate": ("quantize",),
-    "diagnose": ("quantize",),
-    "benchmark": ("quantize",),
-    "evaluate": ("reference", "generate"),
-    "report": ("evaluate",),
-}
+NEEDED = {"generate": ("quantize",), "evaluate": ("reference", "generate"), "report": ("evaluate",)}
 """Stage -> those whose results it reads, of the ones that may take long."""
 
 
@@ -30,10 +24,8 @@ def check_order(job: Job) -> None:
 
 def _missing(job: Job) -> Iterator[tuple[str, str]]:
     stages = job.experiment.stages
-    for stage in stages:
-        if stage == "evaluate" and _evaluated(job):
-            continue
-        for needed in NEEDED.get(stage, ()):
+    for stage in (stage for stage in stages if stage in NEEDED and not THERE[stage](job)):
+        for needed in NEEDED[stage]:
             if needed not in stages and not THERE[needed](job):
                 yield stage, needed
 
@@ -54,10 +46,15 @@ def _referenced(job: Job) -> bool:
     return not missing_samples(job.reference.path, job.num_prompts, job.experiment.adapter.modality)
 
 
+def _reported(job: Job) -> bool:
+    return is_whole(job.run_dir.page)
+
+
 THERE: dict[str, Callable[[Job], bool]] = {
     "quantize": _quantized,
     "generate": _sampled,
     "reference": _referenced,
     "evaluate": _evaluated,
+    "report": _reported,
 }
 """Stage -> whether what it makes is on disk."""
