@@ -54,7 +54,7 @@ def _told(adapter: ModelAdapter) -> str:
 
 
 def _of_text(adapter: ModelAdapter) -> list[str]:
-    """Comments: each of the values that `encode_prompt` returns, how its name is known, and where it goes."""
+    """Comments: each of the values that `encode_prompt` returns, whether its name was measured, and where it goes."""
     if adapter.conditioning != "text" or adapter.replays:
         return []
     measured = returned_text(adapter) or []
@@ -62,7 +62,7 @@ def _of_text(adapter: ModelAdapter) -> list[str]:
     lines = []
     for place, name in enumerate(adapter.encode_outputs):
         own = measured[place] if len(measured) == len(adapter.encode_outputs) else None
-        how = [] if name is None else ["measured" if own and own.name == name else "by its source"]
+        how = [] if name is None else ["measured" if own and own.name == name else "not measured"]
         how += [f"prompts along axis {own.batch_axis}"] if own and own.batch_axis is not None else []
         goes = [argument for argument, places in carried.items() if place in places]
         line = f"# text {place}: {name or 'not taken'}" + (f" ({', '.join(how)})" if how else "")

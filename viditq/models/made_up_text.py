@@ -75,7 +75,7 @@ def handed_on(pipeline: Any, asked: Mapping[str, Any]) -> list[Returned] | None:
                 twice = out
                 if copies is not None:
                     twice = _as_tuple(pipeline.encode_prompt(**{"prompt": None, **asked, **given, copies: 2}))
-            except Exception:
+            except Exception:  # whatever a pipeline's own code raises says that it wants them otherwise
                 continue
             return [Returned(_origin(one, names), _grown(one, two)) for one, two in zip(out, twice, strict=True)]
     return None

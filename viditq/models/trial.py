@@ -76,7 +76,7 @@ def returned_text(adapter: Any) -> list[Returned] | None:
     """What `encode_prompt` returns, measured on itself; None where it takes no embeddings that were made before."""
     try:
         pipeline = _assembled(adapter, {})
-    except Exception:
+    except Exception:  # whether it can be assembled is another question (`try_out`)
         return None
     return handed_on(pipeline, adapter.encode)
 
