@@ -129,7 +129,7 @@ def test_8_bit_floating_point_times_its_scales_is_the_float_model(
     assert dtypes.count(torch.bfloat16) == len(dtypes) - (how == "old")
 
 
-@pytest.mark.parametrize("kind", ["block scales", "unsaid", "no scale", "another type", "nvfp4", "infinite"])
+@pytest.mark.parametrize("kind", ["block scales", "unsaid", "no scale", "another type", "nvfp4", "rotated", "infinite"])
 def test_8_bit_numbers_that_cannot_be_read(
     kind: str, klein: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,8 +143,9 @@ def test_8_bit_numbers_that_cannot_be_read(
         del tensors[f"{layer}.weight_scale"]
     elif kind == "another type":
         tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].float().to(E5M2)
-    elif kind == "nvfp4":
-        marker = json.dumps({"format": "nvfp4"}).encode()
+    elif kind in ("nvfp4", "rotated"):
+        told = {"format": "nvfp4"} if kind == "nvfp4" else {"format": "float8_e4m3fn", "convrot": True}
+        marker = json.dumps(told).encode()
         tensors[f"{layer}.comfy_quant"] = torch.frombuffer(bytearray(marker), dtype=torch.uint8)
     else:
         tensors[f"{layer}.weight_scale"] = torch.tensor([torch.inf])
@@ -158,6 +159,7 @@ def test_8_bit_numbers_that_cannot_be_read(
         "no scale": "lacks double_blocks.0.img_attn.qkv.weight_scale",
         "another type": "is marked as float8_e4m3fn and is float8_e5m2",
         "nvfp4": "is in the format",
+        "rotated": "has convrot=True in the file, whose meaning is not known",
         "infinite": "holds no finite numbers",
     }[kind]
     assert said in error and not (tmp_path / "out").exists(), error

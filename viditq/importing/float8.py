@@ -24,6 +24,7 @@ from viditq.mapped import PIECE_BYTES, is_finite, release
 
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 FLOAT8 = tuple(FORMATS.values())
+KNOWN = ("format", "full_precision_matrix_mult")  # the latter is about the layer's input
 SCALED = "scaled_fp8"
 OLD, NEW = ("scale_weight", "scale_input"), ("weight_scale", "input_scale")  # of a weight, and of the layer's input
 
@@ -42,6 +43,8 @@ def scales_of(tensors: Mapping[str, Tensor], markers: Mapping[str, Marker]) -> S
     layers = {**dict.fromkeys(old if SCALED in tensors else (), OLD), **dict.fromkeys(markers, NEW)}
     found = {f"{layer}.weight": _scale(layer, ends[0], tensors) for layer, ends in layers.items()}
     for layer, marker in markers.items():
+        if unknown := [key for key in marker if key not in KNOWN]:
+            raise UserError(f"{layer} has {unknown[0]}={marker[unknown[0]]!r} in the file, whose meaning is not known.")
         if (dtype := tensors[f"{layer}.weight"].dtype) != FORMATS[marker["format"]]:
             raise UserError(f"{layer} is marked as {marker['format']} and is {str(dtype).removeprefix('torch.')}.")
     _refuse_unsaid(tensors, found)
