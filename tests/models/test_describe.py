@@ -34,7 +34,7 @@ SIZES = ["height=32", "width=32", "num_steps=4"]
             [],
             [
                 "# transformer: 4 of 4 steps, 2 calls a step, timestep 1, 0.8",
-                "# text 0: prompt_embeds (not measured) -> encoder_hidden_states",
+                "# text 0: prompt_embeds (measured, prompts along axis 0) -> encoder_hidden_states",
             ],
         ),
         (

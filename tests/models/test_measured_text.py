@@ -81,14 +81,12 @@ def test_what_is_measured_goes_before_what_is_read(
     assert measured_outputs(SimpleNamespace(encode_outputs=["prompt_embeds", "prompt_attention_mask"])) == outputs
 
 
-@pytest.mark.parametrize("build", [images.sana, images.qwen_image, videos.ltx_video, unlisted.chroma, guided.krea2])
+@pytest.mark.parametrize("build", [images.sana, videos.ltx_video, unlisted.chroma, guided.krea2])
 def test_of_real_pipelines_both_agree(build: Callable[[], Any], configure: Any, folder_of: Any) -> None:
     adapter = instantiate(configure("model=diffusers", "name=x", f"model.path='{folder_of(build)}'").model)
     read = guess_settings(adapter.index())["encode_outputs"]
     assert adapter.encode_outputs == read
-    measured = returned_text(adapter)
-    assert (measured is None) == (build is guided.krea2)
-    assert measured is None or [one.name for one in measured] == read
+    assert [one.name for one in returned_text(adapter) or ()] == read
 
 
 def test_marks_are_seen_where_embeddings_went() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ from viditq.models.registry import find_class
 NUM_TOKENS = 8
 KINDS = ("embeds", "mask")  # of arguments that are known by their names
 COPIES = ("num_images_per_prompt", "num_videos_per_prompt")
-SHAPES = ((), (1,))  # axes before [1, L, D] that are tried in turn: none, one of an encoder's layers
+PLAIN = (1, NUM_TOKENS, NUM_TOKENS)
+SHAPES = (PLAIN, (1, *PLAIN), (1, NUM_TOKENS, 1, NUM_TOKENS))  # an encoder's layers before, or after, tokens
+TEXTS = (None, "a")  # beside embeddings: some ask for it all the same
 
 
 class Returned(NamedTuple):
@@ -42,10 +45,10 @@ def _mark(place: int) -> float:
     return -(65 + 2 * place) / 128
 
 
-def _made(name: str, number: float, axes: tuple[int, ...] = ()) -> Tensor:
+def _made(name: str, number: float, shape: tuple[int, ...] = PLAIN) -> Tensor:
     if "mask" in name:
         return torch.ones(1, NUM_TOKENS, dtype=torch.long)
-    return torch.full((1, NUM_TOKENS) if "pooled" in name else (*axes, 1, NUM_TOKENS, NUM_TOKENS), float(number))
+    return torch.full((1, NUM_TOKENS) if "pooled" in name else shape, float(number))
 
 
 def marks_in(value: Any, count: int) -> list[int]:
@@ -63,22 +66,22 @@ def handed_on(pipeline: Any, asked: Mapping[str, Any]) -> list[Returned] | None:
     asked: what else it is given. None where it does not take embeddings that were made before, or fails.
     """
     of_text, of_call = (inspect.signature(f).parameters for f in (pipeline.encode_prompt, pipeline.__call__))
-    names = [name for name in of_text if name in of_call and any(kind in name for kind in KINDS)]
+    names = [name for name in of_text if name in of_call and _takes_embeddings(of_text[name])]
     copies = next((name for name in COPIES if name in of_text), None)
-    if not names:
-        return None
-    for axes in SHAPES:
-        for as_list in (False, True):
-            given = {name: _marked(name, i, axes, as_list) for i, name in enumerate(names)}
-            try:
-                out = _as_tuple(pipeline.encode_prompt(**{"prompt": None, **asked, **given}))
-                twice = out
-                if copies is not None:
-                    twice = _as_tuple(pipeline.encode_prompt(**{"prompt": None, **asked, **given, copies: 2}))
-            except Exception:  # whatever a pipeline's own code raises says that it wants them otherwise
-                continue
-            return [Returned(_origin(one, names), _grown(one, two)) for one, two in zip(out, twice, strict=True)]
+    for text, shape, as_list in product(TEXTS, SHAPES, (False, True)) if names else ():
+        given = {name: _marked(name, i, shape, as_list) for i, name in enumerate(names)}
+        told = {"prompt": text, **asked, **given}
+        try:
+            out = _as_tuple(pipeline.encode_prompt(**told))
+            twice = out if copies is None else _as_tuple(pipeline.encode_prompt(**{**told, copies: 2}))
+        except Exception:  # whatever a pipeline's own code raises says that it wants them otherwise
+            continue
+        return [Returned(_origin(one, names), _grown(one, two)) for one, two in zip(out, twice, strict=True)]
     return None
+
+
+def _takes_embeddings(parameter: inspect.Parameter) -> bool:
+    return any(kind in parameter.name for kind in KINDS) and not isinstance(parameter.default, bool)
 
 
 def _as_tuple(out: Any) -> tuple[Any, ...]:
@@ -92,9 +95,9 @@ def _grown(one: Any, two: Any) -> int | None:
     return next((axis for axis in range(one.ndim) if two.shape[axis] == 2 * one.shape[axis]), None)
 
 
-def _marked(name: str, place: int, axes: tuple[int, ...], as_list: bool) -> Any:
+def _marked(name: str, place: int, shape: tuple[int, ...], as_list: bool) -> Any:
     """A mask is known by how many tokens it hides, whatever its type becomes."""
-    value = _made(name, _mark(place), axes)
+    value = _made(name, _mark(place), shape)
     if "mask" in name:
         value[:, : place + 1] = 0
     return [value[0]] if as_list and value.ndim == 3 else value

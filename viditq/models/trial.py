@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from viditq.models import conditions
 from viditq.models.made_up_text import Returned, embeddings, handed_on, marks_in
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
-from viditq.models.stand_ins import compute_on_cpu, pass_on, stand_in, stand_in_encoders
+from viditq.models.stand_ins import CPU, compute_on_cpu, pass_on, stand_in, stand_in_encoders
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
 TIMESTEPS = ("timestep", "t", "timesteps", "time")
@@ -78,6 +79,8 @@ def returned_text(adapter: Any) -> list[Returned] | None:
         pipeline = _assembled(adapter, {})
     except Exception:  # whether it can be assembled is another question (`try_out`)
         return None
+    for name in adapter.text_parts:
+        setattr(pipeline, name, SimpleNamespace(dtype=adapter.torch_dtype, device=CPU))  # all that they are asked for
     return handed_on(pipeline, adapter.encode)
 
 
