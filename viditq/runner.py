@@ -59,7 +59,6 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
         tell_fit(experiment, run_dir, limit)
         return None
     count = processes_to_launch(experiment)
-    check_order(Job(experiment, run_dir))
     if "evaluate" in experiment.stages and not run_dir.metrics.is_file():
         try_metrics(experiment)
     policy = experiment.quant.policy
@@ -67,6 +66,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
         search_metrics(experiment, policy)
     with joined() as processes, run_dir.held() if processes.first else nullcontext():
         processes.first_does(run_dir.claim)
+        processes.first_does(lambda: check_order(Job(experiment, run_dir)))
         if count > 1:
             launch(OmegaConf.to_yaml(cfg, resolve=True), folder, count)
         else:
