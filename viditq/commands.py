@@ -86,10 +86,9 @@ def bring(args: argparse.Namespace) -> None:
     adapter = float_model(args.model, args.set)
     found = places(adapter, files)
     if all(holds_floats(path) for path in found):
-        left_out = write_float(adapter, found, out)
-        beside = f"; {len(left_out)} tensors that are no part of it, such as {left_out[0]}" if left_out else ""
+        told = write_float(adapter, found, out)
         model = f"model={args.model}" if names_yaml(args.model) else f"model=diffusers model.path={args.model}"
-        print(f"float weights{beside}\n{out}")
+        print("; ".join(["float weights", *told]), out, sep="\n")
         print(
             "to quantize them:",
             shlex.join([*program(), *model.split(" ", 1), *args.set, f"++model.denoiser_path={out}"]),

@@ -9,7 +9,7 @@ import yaml
 from viditq.models.adapter import ModelAdapter
 from viditq.models.roles import FLOAT, patterns
 from viditq.models.schedulers import make_scheduler
-from viditq.models.trial import TrialError, try_out
+from viditq.models.trial import TrialError, returned_text, text_arguments, try_out
 from viditq.quant.execution.model_linears import linear_names
 
 HEAD = """# Guessed and measured by `python -m viditq describe`; what is null is left as the pipeline has it.
@@ -50,4 +50,21 @@ def _told(adapter: ModelAdapter) -> str:
             f"# {denoiser}: {len(levels)} of {adapter.num_steps} steps, {len(mine) / len(levels):g} calls a step, "
             f"{mine[0].argument} {values}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_of_text(adapter)])
+
+
+def _of_text(adapter: ModelAdapter) -> list[str]:
+    """Comments: each of the values that `encode_prompt` returns, whether its name was measured, and where it goes."""
+    if adapter.conditioning != "text" or adapter.replays:
+        return []
+    measured = returned_text(adapter) or []
+    carried = text_arguments(adapter, make_scheduler(adapter))
+    lines = []
+    for place, name in enumerate(adapter.encode_outputs):
+        own = measured[place] if len(measured) == len(adapter.encode_outputs) else None
+        how = [] if name is None else ["measured" if own and own.name == name else "not measured"]
+        how += [f"prompts along axis {own.batch_axis}"] if own and own.batch_axis is not None else []
+        goes = [argument for argument, places in carried.items() if place in places]
+        line = f"# text {place}: {name or 'not taken'}" + (f" ({', '.join(how)})" if how else "")
+        lines.append(line + (f" -> {', '.join(goes)}" if goes else ""))
+    return lines

@@ -21,19 +21,22 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class Prompt(str):
     """A text, and under the names of the pipeline's arguments the files of pictures (or folders of frames).
 
-    Two are equal where text and content are. Raises UserError for a file that is no picture.
+    captions: what an edit begins with and should end with (`before`, `after`), for metrics. Two are equal where texts
+    and content are. Raises UserError for a file that is no picture.
     """
 
     conditions: Mapping[str, Path]
+    captions: Mapping[str, str]
     digest: str
-    """Hash of the names and the files' content."""
+    """Hash of the names and the files' content, and of captions."""
 
-    def __new__(cls, text: str, conditions: Mapping[str, Path]) -> Prompt:
+    def __new__(cls, text: str, conditions: Mapping[str, Path], captions: Mapping[str, str] | None = None) -> Prompt:
         """A prompt without conditions is a plain str."""
         prompt = super().__new__(cls, text)
-        prompt.conditions = dict(conditions)
+        prompt.conditions, prompt.captions = dict(conditions), dict(captions or {})
         hashes = {name: [_digest(file) for file in frames_of(path)] for name, path in conditions.items()}
-        prompt.digest = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:32]
+        content = [*sorted(hashes.items()), *sorted(prompt.captions.items())]
+        prompt.digest = hashlib.sha256(repr(content).encode()).hexdigest()[:32]
         return prompt
 
     def __eq__(self, other: object) -> bool:
@@ -53,6 +56,11 @@ class Prompt(str):
 def conditions_of(prompt: str) -> Mapping[str, Path]:
     """The pictures of a prompt; none of a plain text."""
     return prompt.conditions if isinstance(prompt, Prompt) else {}
+
+
+def captions_of(prompt: str) -> Mapping[str, str]:
+    """What its picture shows, and what the result should; none of a plain text."""
+    return prompt.captions if isinstance(prompt, Prompt) else {}
 
 
 def key_of(prompt: str) -> Any:

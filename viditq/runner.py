@@ -37,6 +37,7 @@ from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
 from viditq.settled import remember
 from viditq.stages import FUNCTIONS
+from viditq.stages.order import check_order
 from viditq.stages.search_table import search_metrics
 from viditq.trial import try_metrics
 
@@ -67,6 +68,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
         search_metrics(experiment, policy)
     with joined() as processes, run_dir.held() if processes.first else nullcontext():
         processes.first_does(run_dir.claim)
+        processes.first_does(lambda: check_order(Job(experiment, run_dir)))
         if processes.first:
             log_file.keep_in(folder, command())
         if count > 1:

@@ -12,7 +12,7 @@ from viditq.gate import Condition, Gate
 from viditq.metrics.batch import EvalBatch
 from viditq.metrics.bootstrap import MIN_PROMPTS
 from viditq.metrics.frechet import FeatureDistance
-from viditq.metrics.streaming import PerSampleMetric
+from viditq.metrics.streaming import PerSampleMetric, StreamingMetric
 from viditq.prompt import conditions_of
 
 FRAMES, SIDE = 16, 128  # of the made-up pair, where the pipeline alone knows the size of what it makes
@@ -26,6 +26,8 @@ def try_metrics(experiment: Experiment) -> None:
     numbers = [n for n in (len(experiment.data.prompts), experiment.floor_size) if n]
     for name, metric in metrics.items():
         try:
+            if isinstance(metric, StreamingMetric):
+                metric.check_prompts(experiment.data.prompts)
             metric.update(pair)
         except UserError as error:
             raise UserError(f"metric.{name}: {error}") from error

@@ -10,7 +10,7 @@ from PIL import Image
 from viditq.data.images import ImagePrompts, with_images
 from viditq.data.prompts import CocoCaptions, MovingShapes, PromptFile
 from viditq.errors import UserError
-from viditq.prompt import Prompt, conditions_of
+from viditq.prompt import Prompt, captions_of, conditions_of
 
 
 @pytest.fixture
@@ -100,3 +100,19 @@ def test_what_is_refused(pictures: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             ImagePrompts(**{"num_prompts": 1, "num_calibration_prompts": 1, **given})
+
+
+def test_captions_of_an_edit_are_columns_of_a_table(pictures: Path) -> None:
+    file = pictures.parent / "table.csv"
+    file.write_text(
+        "prompt,image,is,should\nmake it red,pictures/0.png,a blue ball,a red ball\nmake it big,pictures/1.png,,\n"
+    )
+    columns = {"before": "is", "after": "should"}
+    plain, data = ImagePrompts(str(file), 2, 1), ImagePrompts(str(file), 2, 1, captions=columns)
+    first, second = data.prompts
+    assert captions_of(first) == {"before": "a blue ball", "after": "a red ball"} and captions_of(second) == {}
+    assert first != plain.prompts[0] and second == plain.prompts[1] and captions_of("x") == {}
+    with pytest.raises(UserError, match=r"data\.captions has 'then'; it names columns for before and after"):
+        ImagePrompts(str(file), 2, 1, captions={"then": "is"})
+    with pytest.raises(UserError, match=r"data\.path is a folder\. Give a table"):
+        ImagePrompts(str(pictures), 2, 1, captions=columns)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from original_names import as_released
 from safetensors.torch import load_file, save_file
 from test_comfyui import MODELS
 from torch import Tensor
@@ -28,22 +29,13 @@ def state_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def as_released(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of diffusers' names under those of the release (tests/export checks them)."""
-    released = {}
-    for name, origin in RELEASES[kind].origins(state).items():
-        rows = torch.cat([state[part] for part in origin.names])
-        released[name] = torch.cat(rows.chunk(2)[::-1]) if origin.swapped else rows
-    return released
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A tiny PixArt: its folder, its state, and a file of it."""
     folder = tmp_path_factory.mktemp("pixart")
     save(MODELS["pixart_alpha"][0], folder / "model")
     state = state_of(folder / "model" / "transformer")
-    save_file(as_released("PixArtTransformer2DModel", state), folder / "x.safetensors")
+    save_file(as_released(RELEASES["PixArtTransformer2DModel"], state), folder / "x.safetensors")
     return {"folder": folder, "state": state, "file": folder / "x.safetensors"}
 
 
@@ -63,9 +55,8 @@ def test_every_release_becomes_what_it_was(name: str, tmp_path: Path, capsys: An
     kinds = json.loads((tmp_path / "model" / "model_index.json").read_text())
     states = {part: state_of(tmp_path / "model" / part) for part in adapter.denoiser_names}
     for part, state in states.items():
-        save_file(
-            {k: v.bfloat16() for k, v in as_released(kinds[part][1], state).items()}, tmp_path / f"{part}.safetensors"
-        )
+        released = as_released(RELEASES[kinds[part][1]], state)
+        save_file({k: v.bfloat16() for k, v in released.items()}, tmp_path / f"{part}.safetensors")
     files = [str(tmp_path / f"{part}.safetensors") for part in states]
     sets = [word for setting in settings for word in ("--set", setting)]
     assert main(["import", *files, "--model", name, *sets, "--out", str(tmp_path / "out")]) == 0

@@ -96,7 +96,7 @@ def test_a_whole_run(configure: Callable[..., Any], folder_of: Any, pictures: Pa
     per_prompt = read_json(tmp_path / "run" / "per_prompt.json")
     assert per_prompt["prompts"] == [TEXT] * 2
     assert per_prompt["conditions"] == [{"image": str(pictures / f"{i}.png")} for i in range(2)]
-    assert (tmp_path / "run" / "report.html").read_text().count('alt="image, which sampling starts from"') == 2
+    assert (tmp_path / "run" / "report.html").read_text().count('alt="given picture, which sampling starts from"') == 2
     assert len([*(tmp_path / "cache" / "reference").iterdir()]) == 1
     stages = "stages=[prompts,reference]"
     run(configure(*shrunk, stages, *paths, *data[:2], f"data.images='{pictures / '0.png'}'"), tmp_path / "run2")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from zoo import conditioned, guided
+from zoo import conditioned, guided, images
 from zoo.saving import save
 
 from viditq.__main__ import main
@@ -25,11 +25,28 @@ SIZES = ["height=32", "width=32", "num_steps=4"]
             [
                 "# transformer: 2 of 4 steps, 2 calls a step, timestep 999, 900",
                 "# transformer_2: 2 of 4 steps, 2 calls",
+                "# text 0: prompt_embeds (measured) -> encoder_hidden_states",
+                "# text 1: negative_prompt_embeds (measured) -> encoder_hidden_states",
             ],
         ),
-        (guided.krea2, [], ["# transformer: 4 of 4 steps, 2 calls a step, timestep 1, 0.8"]),
+        (
+            guided.krea2,
+            [],
+            [
+                "# transformer: 4 of 4 steps, 2 calls a step, timestep 1, 0.8",
+                "# text 0: prompt_embeds (measured, prompts along axis 0) -> encoder_hidden_states",
+            ],
+        ),
+        (
+            images.pixart_alpha,
+            [],
+            [
+                "# text 0: prompt_embeds (measured, prompts along axis 0) -> encoder_hidden_states",
+                "# text 3: negative_prompt_attention_mask (measured, prompts along axis 0)",
+            ],
+        ),
     ],
-    ids=["wan22_i2v", "krea2"],
+    ids=["wan22_i2v", "krea2", "pixart"],
 )
 def test_the_yaml_drives_the_model_in_the_same_way(
     build: Callable[[], Any], own: list[str], told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -15,6 +15,9 @@ from viditq.errors import UserError
 from viditq.prompt import PICTURES, Prompt, conditions_of, frames_of
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+CAPTIONS = ("before", "after")
+Row = tuple[str, dict[str, Path], dict[str, str]]
+"""A prompt, its pictures, its captions."""
 
 
 def with_images(prompts: list[str], calibration: list[str], images: str | None) -> tuple[list[str], list[str]]:
@@ -47,7 +50,9 @@ class ImagePrompts:
     path: a csv, tsv, json or jsonl, whose files are named from its own folder, or a folder. column: where the table
     has the prompts. conditions: argument of the pipeline's call -> column that names its picture (or a folder of
     frames), such as {image: first_frame, last_image: last_frame, mask_image: mask}; an empty field is no picture.
-    Calibration takes the prompts after the first num_prompts, or all. Raises UserError for what cannot be meant so.
+    captions: {before: COLUMN, after: COLUMN} of a table, what the picture shows and what its edit should show, where
+    the prompt is an instruction (`metric=edit_direction`). Calibration takes the prompts after the first num_prompts,
+    or all. Raises UserError for what cannot be meant so.
     """
 
     path: str
@@ -55,10 +60,15 @@ class ImagePrompts:
     num_calibration_prompts: int
     column: str = "prompt"
     conditions: Mapping[str, str] | None = None
+    captions: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         check_counts(self.num_prompts, self.num_calibration_prompts)
         source = prompt_file(self.path)
+        if unknown := [key for key in self.captions or {} if key not in CAPTIONS]:
+            raise UserError(f"data.captions has {unknown[0]!r}; it names columns for {' and '.join(CAPTIONS)}.")
+        if self.captions and source.is_dir():
+            raise UserError("data.captions names columns of a table, and data.path is a folder. Give a table.")
         if source.is_dir():
             rows = _of_folder(source)
         elif source.suffix.lower() in TABLES:
@@ -72,14 +82,19 @@ class ImagePrompts:
         self.ready_digest: str | None = None
         self.files: Sequence[Path] = files_of(source, [*self.prompts, *self.calibration_prompts])
 
-    def _of_table(self, source: Path) -> list[tuple[str, dict[str, Path]]]:
+    def _of_table(self, source: Path) -> list[Row]:
         columns = dict(self.conditions or {"image": "image"})
         texts = read_prompts(self.path, self.column)
         named: dict[str, list[Any]] = {name: read_column(self.path, column) for name, column in columns.items()}
+        told = {key: read_column(self.path, column) for key, column in (self.captions or {}).items()}
         rows = []
         for i, text in enumerate(texts):
-            values = {name: values[i] for name, values in named.items() if values[i] not in (None, "")}
-            rows.append((text, {name: source.parent / Path(str(value)).expanduser() for name, value in values.items()}))
+            values, captions = (
+                {name: str(values[i]) for name, values in columns.items() if values[i] not in (None, "")}
+                for columns in (named, told)
+            )
+            files = {name: source.parent / Path(value).expanduser() for name, value in values.items()}
+            rows.append((text, files, captions))
         return rows
 
     def real_clips(self, indices: Sequence[int]) -> None:
@@ -96,7 +111,7 @@ def pictures_of(prompts: Sequence[str]) -> list[Path]:
     return sorted({file for p in prompts for path in conditions_of(p).values() for file in frames_of(path)})
 
 
-def _of_folder(folder: Path) -> list[tuple[str, dict[str, Path]]]:
+def _of_folder(folder: Path) -> list[Row]:
     pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
     if not pictures:
         raise UserError(f"data.path={folder} holds no pictures ({', '.join(PICTURES)}).")
@@ -106,8 +121,8 @@ def _of_folder(folder: Path) -> list[tuple[str, dict[str, Path]]]:
     texts = {file: read_prompts(str(file.with_suffix(".txt"))) for file in pictures}
     if several := [file for file, found in texts.items() if len(found) > 1]:
         raise UserError(f"{several[0].with_suffix('.txt')} holds several prompts; a picture has one, on one line.")
-    return [(found[0], {"image": file}) for file, found in texts.items()]
+    return [(found[0], {"image": file}, {}) for file, found in texts.items()]
 
 
-def _prompt(text: str, conditions: dict[str, Path]) -> str:
-    return Prompt(text, conditions) if conditions else text
+def _prompt(text: str, conditions: dict[str, Path], captions: dict[str, str]) -> str:
+    return Prompt(text, conditions, captions) if conditions else text

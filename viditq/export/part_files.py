@@ -16,10 +16,8 @@ from viditq.mapped import Writer, header_bound, release
 from viditq.quant.artifact_writer import SHARD_BYTES, in_shards
 
 
-def write_files(
-    folder: Path, config: Mapping[str, Any], quantization: Mapping[str, Any], entries: Sequence[Entry]
-) -> None:
-    """config: what config.json says of the float model; quantization: its `quantization_config`."""
+def write_files(folder: Path, config: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+    """config: what config.json says."""
     shards = in_shards([(entry, nbytes(entry)) for entry in entries], SHARD_BYTES)
     folder.mkdir(parents=True, exist_ok=True)
     for i, mine in enumerate(shards):
@@ -29,7 +27,7 @@ def write_files(
     if len(shards) > 1:
         weight_map = {e.name: shard_file(i, len(shards)) for i, mine in enumerate(shards) for e in mine}
         write_index(folder, sum(map(nbytes, entries)), weight_map)
-    write_json(folder / "config.json", {**config, "quantization_config": dict(quantization)})
+    write_json(folder / "config.json", dict(config))
 
 
 def _write(path: Path, entries: Sequence[Entry]) -> None:

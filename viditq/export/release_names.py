@@ -26,10 +26,14 @@ class Joined:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the rows of a release's tensor lie: in these of diffusers', in turn; swapped: its halves change places."""
+    """Where the rows of a release's tensor lie: in these of diffusers', in turn; swapped: its halves change places.
+
+    shape: that its numbers have there, in their order, where it is another.
+    """
 
     names: tuple[str, ...]
     swapped: bool = False
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def write_part(
     quantization: dict[str, Any] = {"quant_method": TARGET, "sdnq_version": VERSION, **ALL, **common}
     quantization["modules_to_not_convert"] = [f"{name}.weight" for name in part.shapes if name not in part.schemes]
     quantization["modules_quant_config"] = {name: own for name, own in settings.items() if own != common}
-    write_files(folder, config, quantization, entries)
+    write_files(folder, {**config, "quantization_config": quantization}, entries)
 
 
 def _settings(scheme: LayerScheme) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def write_part(
     quantization: dict[str, Any] = {"quant_method": "int8", "activation_scheme": "dynamic", "ignored_layers": ignored}
     if policy:
         quantization["runtime"] = {"diffusion_step_policy": {**policy, "scope": [prefix.rstrip(".") or folder.name]}}
-    write_files(folder, config, quantization, entries)
+    write_files(folder, {**config, "quantization_config": quantization}, entries)
 
 
 def _layer(part: Part, layer: str) -> list[Entry]:

@@ -6,7 +6,7 @@ A layer's format stands beside it (`NAME.comfy_quant`), or in the header (`_quan
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +16,42 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.export.comfy_file import LAYERS, MARKER
 from viditq.export.comfy_formats import Marker
-from viditq.export.release_extras import left_out_of
 from viditq.export.release_names import Origin
-from viditq.export.releases import RELEASES
 from viditq.files import stored_metadata
-from viditq.importing.comfy_layers import ComfyLayer, Rows, check_format
-from viditq.importing.denoiser import ImportedDenoiser, check_names
+from viditq.importing.comfy_layers import ComfyLayer, check_format
+from viditq.importing.denoiser import ImportedDenoiser
+from viditq.importing.float8 import FLOAT8, SCALED
 from viditq.importing.layer import ImportedLayer
+from viditq.importing.origins import PREFIX, origins_of, rows_of, without_prefix
 from viditq.mapped import mapped_tensors
 from viditq.quant.execution.model_linears import shapes_of
 
-PREFIX = "model.diffusion_model."
-SCALED_FLOAT8 = "scaled_fp8"
+AS_FLOATS = "`python -m viditq import FILE --model MODEL --out FOLDER` makes a folder for model.denoiser_path of it."
 
 
 def read_comfy(path: Path, denoiser: nn.Module) -> ImportedDenoiser:
     """denoiser: as it was built, on meta. Raises UserError for everything that is not exactly one of our schemes."""
     tensors, left_out = without_prefix(mapped(path))
-    layers = _markers(path, tensors)
-    origins = origins_of(denoiser, {name.rpartition(".")[0] for name in tensors})
-    shapes, fields = shapes_of(denoiser), _fields(tensors, layers)
-    extras = [name for name in tensors if name in left_out_of(type(denoiser).__name__)]
+    layers = markers_of([path], tensors)
+    for layer, marker in layers.items():
+        check_format(layer, marker)
+    if not layers:
+        raise UserError(f"{path} {_why_unmarked(tensors)}")
+    fields = _fields(tensors, layers)
     inside = {name for own in fields.values() for name in own.values()} | {f"{layer}.{MARKER}" for layer in layers}
-    plain = [name for name in tensors if name not in inside and name not in extras]
-    whole = [*plain, *(f"{layer}.weight" for layer in layers)]
-    check_names(whole, [*origins], f"{type(denoiser).__name__} of ComfyUI")
+    inside -= {f"{layer}.weight" for layer in layers}
+    whole = {name: tensor for name, tensor in tensors.items() if name not in inside}
+    origins, extras = origins_of(denoiser, whole, "ComfyUI")
     imported: dict[str, ImportedLayer] = {}
     floats: dict[str, Tensor] = {}
     for target, origin in origins.items():
         layer = target.removesuffix(".weight")
         if layer in layers and target.endswith(".weight"):
-            imported |= _quantized(
-                layer, layers[layer], {end: tensors[n] for end, n in fields[layer].items()}, origin, shapes
-            )
+            own = {end: tensors[name] for end, name in fields[layer].items()}
+            imported |= _quantized(layer, layers[layer], own, origin, denoiser)
         else:
-            floats |= parts_of(tensors[target], origin, denoiser)
+            parts = rows_of(tensors[target], origin, denoiser)
+            floats |= {name: rows.of(tensors[target]) for name, rows in parts.items()}
     return ImportedDenoiser("comfyui", imported, floats, [*left_out, *extras])
 
 
@@ -62,25 +63,22 @@ def mapped(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is truncated or no safetensors file ({error}); download it again") from error
 
 
-def without_prefix(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Those of the denoiser; and the names of what a checkpoint of a whole pipeline has beside it."""
-    if not any(name.startswith(PREFIX) for name in tensors):
-        return dict(tensors), []
-    mine = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
-    return mine, [name for name in tensors if not name.startswith(PREFIX)]
+def markers_of(paths: Sequence[Path], tensors: Mapping[str, Tensor]) -> dict[str, Marker]:
+    """Layer -> its format, from both places; raises UserError where they differ, or name what is not there.
 
-
-def _markers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Marker]:
-    """Layer -> its format, from both places."""
+    paths: the file, or all that the tensors are from.
+    """
+    path = paths[0]
     beside = {
         name.removesuffix(f".{MARKER}"): _mapping(path, name, tensor.view(torch.uint8).numpy().tobytes())
         for name, tensor in tensors.items()
         if name.endswith(f".{MARKER}")
     }
-    told = _mapping(path, LAYERS, stored_metadata(path).get(LAYERS, "{}"))
+    told = [_mapping(path, LAYERS, stored_metadata(file).get(LAYERS, "{}")) for file in paths]
     header = {
         name.removeprefix(PREFIX): _mapping(path, f"{LAYERS} of {name}", json.dumps(marker))
-        for name, marker in _mapping(path, LAYERS, json.dumps(told.get("layers", {}))).items()
+        for its in told
+        for name, marker in _mapping(path, LAYERS, json.dumps(its.get("layers", {}))).items()
     }
     for layer in beside.keys() & header.keys():
         if beside[layer] != header[layer]:
@@ -88,12 +86,9 @@ def _markers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Marker]:
                 f"{path} says two things of {layer}: {beside[layer]} beside it, {header[layer]} in the header"
             )
     found = beside | header
-    for layer, marker in found.items():
-        check_format(layer, marker)
+    for layer in found:
         if f"{layer}.weight" not in tensors:
             raise UserError(f"{path} marks {layer} as quantized and has no {layer}.weight; download it again")
-    if not found:
-        raise UserError(f"{path} {_why_unmarked(tensors)}")
     return found
 
 
@@ -109,20 +104,11 @@ def _mapping(path: Path, where: str, text: str | bytes) -> dict[str, Any]:
 
 def _why_unmarked(tensors: Mapping[str, Tensor]) -> str:
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    if SCALED_FLOAT8 in tensors or dtypes & {torch.float8_e4m3fn, torch.float8_e5m2}:
-        return "holds 8-bit floating-point weights, which viditq has not; imported are ComfyUI's integer formats."
+    if SCALED in tensors or dtypes & {*FLOAT8}:
+        return f"holds 8-bit floating-point weights, which are read as a float model: {AS_FLOATS}"
     if torch.int8 in dtypes:
         return "holds int8 tensors that nothing says the format of (comfy_quant), so that they cannot be read."
-    return "holds no quantized layer."
-
-
-def origins_of(denoiser: nn.Module, layers: set[str]) -> dict[str, Origin]:
-    """Name in the file -> where its rows go; files may also have diffusers' own names."""
-    names = [*denoiser.state_dict()]
-    release = RELEASES.get(type(denoiser).__name__)
-    if release is None or all(name.rpartition(".")[0] in layers for name in names):
-        return {name: Origin((name,)) for name in names}
-    return release.origins(names)
+    return f"holds no quantized layer: {AS_FLOATS}"
 
 
 def _fields(tensors: Mapping[str, Tensor], layers: Mapping[str, Marker]) -> dict[str, dict[str, str]]:
@@ -140,28 +126,17 @@ def _quantized(
     marker: Marker,
     fields: Mapping[str, Tensor],
     origin: Origin,
-    shapes: Mapping[str, tuple[int, int]],
+    denoiser: nn.Module,
 ) -> dict[str, ImportedLayer]:
     """The Linears whose rows lie in one tensor."""
+    shapes = shapes_of(denoiser)
     parts = [name.removesuffix(".weight") for name in origin.names]
     no_linear = next((part for part in parts if part not in shapes), None)
     if no_linear is not None:
         raise UserError(
             f"{layer} is quantized in the file, and {no_linear} is no Linear of the model, but another layer"
         )
-    rows, first = dict[str, Rows](), 0
-    for part in parts:
-        rows[part] = Rows(first, first + shapes[part][0], origin.swapped)
-        first += shapes[part][0]
-    return ComfyLayer(layer, marker, fields, (first, shapes[parts[0]][1])).parts(rows)
-
-
-def parts_of(tensor: Tensor, origin: Origin, denoiser: nn.Module) -> dict[str, Tensor]:
-    """diffusers' name -> its rows of a float tensor. Rows that do not fit are left for the check of shapes."""
-    if origin.names[1:]:
-        state, parts, first = denoiser.state_dict(), dict[str, Tensor](), 0
-        for name in origin.names:
-            parts[name] = Rows(first, first + len(state[name]), origin.swapped).of(tensor)
-            first += len(state[name])
-        return parts
-    return {origin.names[0]: Rows(0, len(tensor), True).of(tensor) if origin.swapped else tensor}
+    found = rows_of(fields["weight"], origin, denoiser)
+    shape = (sum(shapes[part][0] for part in parts), shapes[parts[0]][1])
+    rows = {name.removesuffix(".weight"): its for name, its in found.items()}
+    return ComfyLayer(layer, marker, fields, shape).parts(rows)

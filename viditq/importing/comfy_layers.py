@@ -22,6 +22,7 @@ from viditq.errors import UserError, close_names
 from viditq.export.comfy_formats import AWQ, INT8, W4A8, W4A8_GROUP, Marker
 from viditq.export.requantize import ACTIVATION
 from viditq.importing.layer import MIDDLE, ImportedLayer, check_fields, check_shape, stored, unsigned
+from viditq.importing.origins import Rows
 from viditq.mapped import release
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
@@ -47,20 +48,6 @@ OTHERS = {
     "svdquant_w4a4": "activations of 4 bits on a grid of its own",
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of a tensor are a Linear's; swapped: its halves change places first."""
-
-    first: int
-    end: int
-    swapped: bool = False
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """A view where nothing is swapped."""
-        whole = torch.cat(tensor.chunk(2)[::-1]) if self.swapped else tensor
-        return whole[self.first : self.end]
 
 
 @dataclass(frozen=True)

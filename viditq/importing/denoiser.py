@@ -33,20 +33,25 @@ class ImportedDenoiser:
         """
         wanted = denoiser.state_dict()
         for name, tensor in self.floats.items():
-            if tensor.dtype not in FLOATS:
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"{name} is {kind} in the file and is not marked as quantized: what its numbers stand for is not "
-                    "known. Imported are marked integer codes, and float32, bfloat16 or float16 beside them."
-                )
-            if tensor.shape != wanted[name].shape:
-                raise UserError(
-                    f"{name} has the shape {[*tensor.shape]} in the file and {[*wanted[name].shape]} in the model: the "
-                    "file is of another model, or of another size of it; give that one (--model)"
-                )
+            check_float(name, tensor.dtype, tensor.shape, wanted[name].shape)
         denoiser.load_state_dict(dict(self.floats), strict=False, assign=True)
         quantized = {f"{layer}.weight": denoiser.get_submodule(layer).weight for layer in self.layers}
         return run_dtypes(denoiser, {**self.floats, **quantized}, dtype)  # type: ignore[dict-item]
+
+
+def check_float(name: str, dtype: torch.dtype, shape: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raises UserError where a tensor of a file holds no plain numbers, or is not of the shape that the model has."""
+    if dtype not in FLOATS:
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"{name} is {kind} in the file and is not marked as quantized: what its numbers stand for is not "
+            "known. Imported are marked integer codes, and float32, bfloat16 or float16 beside them."
+        )
+    if tuple(shape) != tuple(wanted):
+        raise UserError(
+            f"{name} has the shape {[*shape]} in the file and {[*wanted]} in the model: the "
+            "file is of another model, or of another size of it; give that one (--model)"
+        )
 
 
 def check_names(found: Sequence[str], wanted: Sequence[str], what: str) -> None:

@@ -39,6 +39,9 @@ class StreamingMetric(Metric):
         """Add [n] values to a state."""
         getattr(self, state).append(values.to(self.device, self._dtypes[state]))
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises UserError for the first that it cannot score; called before anything is sampled."""
+
     def update(self, batch: EvalBatch) -> None:
         """Take in the pairs of `batch`."""
         raise NotImplementedError

@@ -18,6 +18,7 @@ from viditq.models.attention import check_attention, check_dispatches
 from viditq.models.checks import check_arguments, check_call, check_values, given_to_call
 from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
+from viditq.models.measured_text import measured_outputs
 from viditq.models.negative_prompt import own_negative_prompt
 from viditq.models.pipelines import load_pipeline
 from viditq.models.registry import find_class
@@ -106,6 +107,8 @@ class ModelAdapter:
         if self.guess:
             given = {key: getattr(self, key) for key in ("pipeline", "denoisers", "encode_outputs")}
             self._fill_in(guess_settings(self.index(), given))
+            if given["encode_outputs"] is None and self.conditioning == "text":
+                object.__setattr__(self, "encode_outputs", measured_outputs(self))
         object.__setattr__(self, "conditions", list(self.conditions or ()))
         parts.check_pipeline(self.pipeline, self.index())
         parts.check_denoisers(self.denoiser_names, list(self.float_denoisers), self.index())

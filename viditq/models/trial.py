@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,13 +19,20 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.models import conditions
-from viditq.models.guess import returned_names
+from viditq.models.made_up_text import NUM_TOKENS, Returned, embeddings, handed_on, marks_in
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
-from viditq.models.stand_ins import Unchecked, compute_on_cpu, pass_on, stand_in, stand_in_encoders, stand_in_sketch
+from viditq.models.stand_ins import (
+    CPU,
+    Unchecked,
+    compute_on_cpu,
+    pass_on,
+    stand_in,
+    stand_in_encoders,
+    stand_in_sketch,
+)
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
-NUM_TOKENS = 8
 TIMESTEPS = ("timestep", "t", "timesteps", "time")
 """What denoisers call the argument that tells them the noise level."""
 
@@ -71,6 +79,25 @@ def encoded_texts(adapter: Any, scheduler: Any) -> list[Any]:
     with suppress(Exception), torch.no_grad():  # whether it samples so is another question (`try_out`)
         _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
     return recorder.texts
+
+
+def returned_text(adapter: Any) -> list[Returned] | None:
+    """What `encode_prompt` returns, measured on itself; None where it takes no embeddings that were made before."""
+    try:
+        pipeline = _assembled(adapter, {})
+    except Exception:  # whether it can be assembled is another question (`try_out`)
+        return None
+    for name in adapter.text_parts:
+        setattr(pipeline, name, SimpleNamespace(dtype=adapter.torch_dtype, device=CPU))  # all that they are asked for
+    return handed_on(pipeline, adapter.encode)
+
+
+def text_arguments(adapter: Any, scheduler: Any) -> dict[str, list[int]]:
+    """Argument of the denoisers -> which of what `encode_prompt` returns it is told, in one call of the pipeline."""
+    recorder = _Recorder(adapter, scheduler, marked=True)
+    with suppress(Exception), torch.no_grad():  # as in `encoded_texts`
+        _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
+    return {name: sorted(found) for name, found in recorder.carried.items() if found}
 
 
 def shown_pictures(adapter: Any, scheduler: Any, prompts: Sequence[str]) -> list[Tensor | None]:
@@ -152,30 +179,18 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
     return compute_on_cpu(pipeline)
 
 
-def _embeddings(adapter: Any, width: int) -> Any:
-    """What `encode_prompt` would return, of any size: only stand-ins see it, and pipelines that pad to `width`."""
-    embeds: Any = torch.zeros(1, NUM_TOKENS, width)
-    pooled, mask = torch.zeros(1, NUM_TOKENS), torch.ones(1, NUM_TOKENS, dtype=torch.long)
-    if adapter.list_embeds:
-        embeds = [embeds[0]]
-    kinds = {"mask": mask, "pooled": pooled}
-    count, found = len(adapter.encode_outputs), returned_names(find_class(adapter.pipeline))
-    theirs = next((names for names in found if len(names) == count), [""] * count)
-    names = [name or own for name, own in zip(adapter.encode_outputs, theirs, strict=True)]
-    values = tuple(next((value for kind, value in kinds.items() if kind in name), embeds) for name in names)
-    return values if count > 1 else values[0]
-
-
 class _Recorder:
     """What denoisers are told between the scheduler's steps, and which texts are encoded before.
 
     ranges: of each step the lowest and the highest value told; they differ where tokens that are given (a first frame)
     are told that they are clean, which is the same at every step. encoded: what the VAE is shown.
-    text_only: the call ends where it begins to denoise.
+    text_only: the call ends where it begins to denoise. marked: embeddings are known again where denoisers get them;
+    carried: argument of a denoiser -> which of what `encode_prompt` returns it is told.
     """
 
-    def __init__(self, adapter: Any, scheduler: Any, text_only: bool = False) -> None:
-        self.adapter, self.scheduler, self.text_only = adapter, scheduler, text_only
+    def __init__(self, adapter: Any, scheduler: Any, text_only: bool = False, marked: bool = False) -> None:
+        self.adapter, self.scheduler, self.text_only, self.marked = adapter, scheduler, text_only, marked
+        self.carried: dict[str, set[int]] = {}
         self.texts: list[Any] = []
         self.encoded: list[Tensor] = []
         self.num_train = float(scheduler.config.get("num_train_timesteps", 1000))
@@ -193,7 +208,8 @@ class _Recorder:
         @functools.wraps(plain)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             self.texts.append(signature.bind(*args, **kwargs).arguments.get("prompt"))
-            return _embeddings(self.adapter, self.width)
+            made = embeddings(self.adapter, marked=self.marked, width=self.width)
+            return made if len(made) > 1 else made[0]
 
         return recorded
 
@@ -210,6 +226,9 @@ class _Recorder:
                 raise _AllSteps
             given = signature.bind(*args, **kwargs).arguments
             self.told.append((name, argument, _range(given[argument])))
+            if self.marked:
+                count = len(self.adapter.encode_outputs)
+                self.carried |= {n: self.carried.get(n, set()).union(marks_in(v, count)) for n, v in given.items()}
             out = _prediction(next(iter(given.values())), denoiser.config)
             if given.get("return_dict") is not False:
                 return Transformer2DModelOutput(sample=out)

@@ -10,7 +10,7 @@ from viditq.report.media import Encoding, Sheet, make_sheet
 from viditq.report.wording import digits_for, finite, plain
 
 LONG_PROMPT = 180
-OF_CONDITIONS = Encoding(128, 80)  # what the samples started from, which is not judged
+OF_CONDITIONS, OF_SMALL_ONES = Encoding(128, 80), Encoding(64)  # what samples started from; where no side is above 64
 PROMPT_ORDER = ""
 
 
@@ -24,7 +24,7 @@ class SortKey:
 
 @dataclass(frozen=True)
 class Card:
-    """One pair as the template draws it; `scores` are (label, words)."""
+    """One pair as the template draws it; `scores` are (label, words), `conditions` (words, what was given)."""
 
     index: int
     prompt: str
@@ -56,6 +56,11 @@ def badness(content: PageContent, pair: Pair, name: str) -> float:
     return {True: -change, False: change, None: abs(change)}[content.higher_is_better(name)]
 
 
+def given(argument: str) -> str:
+    """What a pipeline's argument for pictures is called on the page: `given last picture` of last_image."""
+    return f"given {argument.replace('image', 'picture').replace('_', ' ')}"
+
+
 def make_card(content: PageContent, pair: Pair, sheets: tuple[Sheet, Sheet]) -> Card:
     """Scores in words, the float model's own in brackets."""
     scores = []
@@ -64,7 +69,10 @@ def make_card(content: PageContent, pair: Pair, sheets: tuple[Sheet, Sheet]) -> 
         digits = digits_for(score)
         own = f" (float {plain(reference, digits)})" if reference is not None else ""
         scores.append((content.label(name), plain(score, digits, content.unit(name)) + own))
-    conditions = tuple((name, make_sheet(clip, OF_CONDITIONS)) for name, clip in pair.conditions.items())
+    conditions = tuple(
+        (given(name), make_sheet(clip, OF_SMALL_ONES if max(clip.shape[2:]) <= 64 else OF_CONDITIONS))
+        for name, clip in pair.conditions.items()
+    )
     return Card(pair.index, pair.prompt, len(pair.prompt) > LONG_PROMPT, *sheets, tuple(scores), conditions)
 
 

@@ -27,11 +27,17 @@ PAIRS_AT_ONCE = 16
 
 
 def evaluate(job: Job) -> str:
-    """Compare the pairs, each process its share; writes metrics.json and per_prompt.json."""
+    """Compare the pairs, each process its share; writes metrics.json and per_prompt.json.
+
+    Noise floors are measured where they are there, or the run has the stage that makes them.
+    """
     run_dir, processes = job.run_dir, job.processes
-    if processes.first_does(lambda: is_whole(run_dir.metrics) and is_whole(run_dir.per_prompt)):
+    floors_there = bool(job.floors) and processes.first_does(lambda: _floors_there(job))
+    if processes.first_does(lambda: _is_done(job, floors_there)):
         update_card(job)
-        return f"already done ({run_dir.metrics})"
+        return f"already done ({run_dir.metrics}){_without(job)}"
+    if processes.first:
+        run_dir.forget_evaluation()
     metrics = job.experiment.make_metrics()
     with job.timed(run_dir.path, "evaluate"):
         results = _measured(job, metrics, run_dir.samples, job.num_prompts)
@@ -39,7 +45,7 @@ def evaluate(job: Job) -> str:
         shared = {name: first_prompts(r, job.floor_size) for name, r in results.items() if name not in whole}
         if whole and job.floor_size:
             shared |= _measured(job, whole, run_dir.samples, job.floor_size)
-        floors = _floor_results(job, metrics)
+        floors = _floor_results(job, metrics) if floors_there else {}
     if processes.first:
         labels = {
             name: {"label": m.name, "unit": m.unit, "higher_is_better": m.higher_is_better}
@@ -48,7 +54,31 @@ def evaluate(job: Job) -> str:
         _write(job, results, shared, floors, labels)
     processes.wait()
     update_card(job)
-    return f"{len(results)} metrics ({run_dir.metrics})"
+    return f"{len(results)} metrics ({run_dir.metrics}){_without(job)}"
+
+
+def _floors_there(job: Job) -> bool:
+    """Whether there are noise floors to measure, or the run should have made them."""
+    modality = job.experiment.adapter.modality
+    gone = any(missing_samples(floor.path, job.floor_size, modality) for floor in job.floors.values())
+    return "noise_floor" in job.experiment.stages or not gone
+
+
+def _is_done(job: Job, floors_there: bool) -> bool:
+    """Whether the pairs were compared, against the noise floors if those are there by now."""
+    if not (is_whole(job.run_dir.metrics) and is_whole(job.run_dir.per_prompt)):
+        return False
+    return not floors_there or _floor_of(job) is not None
+
+
+def _floor_of(job: Job) -> Any:
+    """What metrics.json says of the noise floors; None where there were none."""
+    return read_json(job.run_dir.metrics).get("noise_floor")
+
+
+def _without(job: Job) -> str:
+    missed = bool(job.floors) and _floor_of(job) is None
+    return "; no noise floors, which the stage noise_floor makes" if missed else ""
 
 
 def _measured(job: Job, metrics: Mapping[str, Metric], samples: Path, count: int) -> Results:
@@ -73,8 +103,6 @@ def _given(job: Job, indices: list[int]) -> dict[int, Tensor] | None:
 
 def _floor_results(job: Job, metrics: Mapping[str, Metric]) -> dict[str, Results]:
     """Floor -> results on its prompts, from the cache or measured now."""
-    if not job.floors:
-        return {}
     entry = job.floor_results
     file = entry.path / "results.safetensors"
     if not job.processes.first_does(lambda: is_whole(file)):
@@ -100,7 +128,7 @@ def _write(
     seconds = {**read_seconds(job.reference.path), **read_seconds(job.stats.path), **read_seconds(run_dir.path)}
     if not job.needs_stats:
         seconds.pop("calibrate", None)
-    if job.floors:
+    if floors:
         floors_took = (read_seconds(entry.path).get("reference", 0.0) for entry in job.floors.values())
         seconds["noise_floor"] = round(sum(floors_took), 2)
     per_prompt: dict[str, Any] = {"prompts": e.data.prompts, "reference": str(job.reference.path.resolve())}
@@ -115,7 +143,7 @@ def _write(
         {
             **summary,
             "verdict": verdicts(results, shared, floors, labels),
-            "noise_floor": floor if job.floor_size else None,
+            "noise_floor": floor if floors else None,
             "model": e.adapter.name,
             "experiment": e.name,
             "seed": e.seed,
