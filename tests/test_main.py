@@ -1,4 +1,4 @@
-"""`python -m viditq`: what is wrong with a command line is said at once, in one message, with status 2."""
+"""`viditq`: what is wrong with a command line is said at once, in one message, with status 2."""
 
 import re
 import shutil

@@ -12,7 +12,7 @@ from viditq.models.schedulers import make_scheduler
 from viditq.models.trial import TrialError, returned_text, text_arguments, try_out
 from viditq.quant.execution.model_linears import linear_names
 
-HEAD = """# Guessed and measured by `python -m viditq describe`; what is null is left as the pipeline has it.
+HEAD = """# Guessed and measured by `viditq describe`; what is null is left as the pipeline has it.
 {told}
 defaults:
   - override /metric@_global_.metric: {modality}

@@ -36,7 +36,7 @@ def load_quantized(
 ) -> Any:
     """Load a quantized pipeline, ready for `pipeline("a prompt")`.
 
-    path: an artifact (<run>/quantized), the run's folder, a quantized pipeline in diffusers' layout (`python -m viditq
+    path: an artifact (<run>/quantized), the run's folder, a quantized pipeline in diffusers' layout (`viditq
     export --to diffusers`), or the id of one of these on the Hugging Face hub, there of `revision`. backend: what
     multiplies (docs/backends.md): auto = for each layer the fastest that is exact on this CPU; fake = emulation, also
     on a GPU; native; portable. model_path: the float pipeline's folder on this machine, for its VAE, text encoder and
@@ -104,7 +104,7 @@ def _load_imported(
     """From another program's files, without an artifact in between."""
     if budget is not None:
         raise UserError(
-            "memory_budget needs an artifact, whose weights can stay on disk. Write one: python -m viditq import FILE "
+            "memory_budget needs an artifact, whose weights can stay on disk. Write one: viditq import FILE "
             f"--model {model} --out FOLDER, and load that."
         )
     from viditq.importing.artifact import ImportedModel  # brings in Hydra, which nothing else here needs
@@ -115,7 +115,7 @@ def _load_imported(
     denoiser = ImportedModel(adapter, [Path(one).expanduser() for one in paths]).fill(backend)
     fuse_blocks(denoiser)
     pipeline = adapter.load_complete(denoiser)
-    pipeline.save_pretrained = partial(refuse_to_save, "python -m viditq import, which writes an artifact")
+    pipeline.save_pretrained = partial(refuse_to_save, "viditq import, which writes an artifact")
     return with_settings(adapter, pipeline)
 
 

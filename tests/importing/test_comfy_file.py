@@ -122,7 +122,7 @@ def test_the_command_writes_an_artifact_that_goes_on(made: Made, tmp_path: Path,
     assert main(words) == 0
     assert (tmp_path / "back" / "meta.json").stat().st_mtime_ns == before.st_mtime_ns
     card = (tmp_path / "back" / "README.md").read_text()
-    assert "quantized elsewhere (comfyui: out.safetensors) and imported" in card and "python -m viditq import" in card
+    assert "quantized elsewhere (comfyui: out.safetensors) and imported" in card and "viditq import" in card
     assert main(["export", f"{tmp_path}/back", "--to", "comfyui", "--out", f"{tmp_path}/again.safetensors"]) == 0
     assert_equal(load_file(file), load_file(tmp_path / "again.safetensors"))
     assert main(["import", str(made("int8")[1]), *words[2:]]) == 2
@@ -342,7 +342,7 @@ def test_a_file_is_loaded_without_an_artifact(made: Made) -> None:
     generator = torch.Generator().manual_seed(0)
     images = pipeline("a red circle", generator=generator, output_type="pt", num_inference_steps=2).images
     assert torch.equal(images, samples(artifact, "fake"))
-    with pytest.raises(UserError, match="python -m viditq import"):
+    with pytest.raises(UserError, match="viditq import"):
         viditq.load_quantized(file, model="tiny_image", memory_budget="1GB")
     with pytest.raises(UserError, match="and 2 files were given"):
         viditq.load_quantized([file, file], model="tiny_image")

@@ -122,5 +122,5 @@ def test_a_file_where_a_folder_is_needed(tiny: dict[str, Any]) -> None:
     adapter = float_model(
         "pixart_alpha", [f"model.path='{tiny['folder']}/model'", f"++model.denoiser_path='{tiny['file']}'"]
     )
-    with pytest.raises(UserError, match=r"python -m viditq import .*x\.safetensors --model MODEL"):
+    with pytest.raises(UserError, match=r"viditq import .*x\.safetensors --model MODEL"):
         adapter.build_denoiser()

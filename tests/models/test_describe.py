@@ -1,4 +1,4 @@
-"""`python -m viditq describe`: what was guessed and measured, as a yaml that drives the model in the same way."""
+"""`viditq describe`: what was guessed and measured, as a yaml that drives the model in the same way."""
 
 from collections.abc import Callable
 from pathlib import Path

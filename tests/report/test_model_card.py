@@ -92,7 +92,7 @@ def test_an_export_says_how_its_program_loads_it() -> None:
     text = replace(CARD, target="diffusers", exported_size=5_000_000).text()
     assert "import viditq  # lets diffusers know the method" in text and "dtype=torch.bfloat16" in text
     assert 'pipeline("a prompt", num_inference_steps=20, guidance_scale=4.5).images[0]' in text
-    assert "| all of this export | 5 MB |" in text and "python -m viditq export RUN --to diffusers" in text
+    assert "| all of this export | 5 MB |" in text and "viditq export RUN --to diffusers" in text
     assert "pipeline(207," in replace(CARD, target="diffusers", by_class=True).text()
     assert "frames[0]" in replace(CARD, target="diffusers", modality="video").text()
 
@@ -101,7 +101,7 @@ def test_an_export_that_was_changed_says_so_before_the_verdict() -> None:
     text = replace(CARD, target="sdnq", exported_size=5_000_000, changed="quantized again: 40 Linears").text()
     assert "| for this program | quantized again: 40 Linears |" in text
     assert 0 < text.index("Measured on the artifact, before it was changed") < text.index("**Quality was not measured")
-    assert "python -m viditq export RUN --to sdnq --requantize\n" in text
+    assert "viditq export RUN --to sdnq --requantize\n" in text
     as_it_is = replace(CARD, target="sdnq", exported_size=5_000_000, changed="").text()
     assert "for this program" not in as_it_is and "Measured on" not in as_it_is and "--requantize" not in as_it_is
 

@@ -1,4 +1,4 @@
-"""`python -m viditq which` on runs written here: five rows, and intervals that decide what is called better."""
+"""`viditq which` on runs written here: five rows, and intervals that decide what is called better."""
 
 import json
 from collections.abc import Callable

@@ -26,7 +26,7 @@ from viditq.importing.origins import PREFIX, origins_of, rows_of, without_prefix
 from viditq.mapped import mapped_tensors
 from viditq.quant.execution.model_linears import shapes_of
 
-AS_FLOATS = "`python -m viditq import FILE --model MODEL --out FOLDER` makes a folder for model.denoiser_path of it."
+AS_FLOATS = "`viditq import FILE --model MODEL --out FOLDER` makes a folder for model.denoiser_path of it."
 
 
 def read_comfy(path: Path, denoiser: nn.Module) -> ImportedDenoiser:

@@ -33,7 +33,7 @@ class Source:
         if self.path.endswith(".safetensors") and not self.of_hub:
             raise UserError(
                 f"{self.path} is one file, where a folder with {name}/config.json is needed. Make one of it first: "
-                f"python -m viditq import {self.path} --model MODEL --out FOLDER"
+                f"viditq import {self.path} --model MODEL --out FOLDER"
             )
         root = hub.fetch_part(self.path, self.revision, name, weights) if self.of_hub else resolve(self.path)
         if not (root / name / "config.json").is_file():

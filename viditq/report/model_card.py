@@ -148,7 +148,7 @@ class ModelCard:
             return ""
         lines = ["## Made by", "", "```bash", self.command]
         how = " --requantize" if self.changed else ""
-        lines += [f"python -m viditq export RUN --to {self.target}{how}"] if self.target else []
+        lines += [f"viditq export RUN --to {self.target}{how}"] if self.target else []
         return "\n".join([*lines, "```"])
 
 
@@ -161,7 +161,7 @@ LOADING = {
         "out = pipeline({given}).{result}",
         "```",
         "",
-        "For other programs: `python -m viditq export FOLDER --to diffusers` (and more: `--help`).",
+        "For other programs: `viditq export FOLDER --to diffusers` (and more: `--help`).",
     ),
     "comfyui": (
         "Put the file into ComfyUI's `models/diffusion_models` and choose it in the node Load Diffusion Model; VAE and "

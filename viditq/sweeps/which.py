@@ -1,4 +1,4 @@
-"""`python -m viditq which`: of finished runs, the ones to take, in five rows a model.
+"""`viditq which`: of finished runs, the ones to take, in five rows a model.
 
 What is called better is better in the paired difference over the same prompts and noise, with its 95 % interval.
 """

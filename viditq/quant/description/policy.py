@@ -69,7 +69,7 @@ class PlanFile:
 
 @dataclass(frozen=True)
 class StoredArtifact:
-    """An artifact made before, by another run or by `python -m viditq import`: its codes are taken as they are.
+    """An artifact made before, by another run or by `viditq import`: its codes are taken as they are.
 
     path: its folder, or that of its run.
     """
@@ -82,7 +82,7 @@ class StoredArtifact:
         if absent:
             raise UserError(
                 f"{folder} holds no quantized model ({absent[0]} is missing): give the folder of an artifact or of its "
-                "run; of another program's file make one with `python -m viditq import`."
+                "run; of another program's file make one with `viditq import`."
             )
         told = read_mapping(folder / "meta.json", ["format_version", "sha256"])
         if told["format_version"] != 3:
