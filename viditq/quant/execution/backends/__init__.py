@@ -5,6 +5,7 @@ from viditq.quant.execution.backends.base import Backend, Unavailable, check_sup
 from viditq.quant.execution.backends.fake import FakeBackend
 from viditq.quant.execution.backends.native.backend import NativeBackend
 from viditq.quant.execution.backends.portable import PortableBackend
+from viditq.quant.execution.backends.triton.backend import TritonBackend
 from viditq.quant.execution.backends.weight_only import WeightOnlyBackend
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FakeBackend",
     "NativeBackend",
     "PortableBackend",
+    "TritonBackend",
     "Unavailable",
     "WeightOnlyBackend",
     "check_supported",
