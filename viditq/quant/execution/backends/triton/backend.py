@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class TritonBackend(IntegerBackend):
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
         self.check_available()
-        ops.load()
+        self.load()
         return signed_weight(quantized, weight.bits, segment_size, padded_width(segment_size), packed=weight.bits <= 4)
 
     def multiply(
@@ -105,11 +105,19 @@ class TritonBackend(IntegerBackend):
         after: After = NOTHING_AFTER,
         addend: Tensor | None = None,
     ) -> Tensor:
-        out = ops.multiply(
+        out = self.multiplied(
             quantized, _weight(variant), bias, variant.dtype, addend=addend,
             activation=ACTIVATIONS.index(after.activation), gate=after.gate, residual=after.residual,
         )  # fmt: skip
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def load(self) -> None:
+        """Defines the operators."""
+        ops.load()
+
+    def multiplied(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What `ops.arguments` describes."""
+        return ops.multiply(*args, **kwargs)
 
 
 def why_not() -> str | None:

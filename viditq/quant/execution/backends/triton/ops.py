@@ -49,7 +49,7 @@ def load() -> Any:
 
     for name, schema, run, shapes in (
         ("triton_quantize", QUANTIZE, _quantize, _quantized_shapes),
-        ("triton_multiply", MULTIPLY, _multiply, _product_shape),
+        ("triton_multiply", MULTIPLY, _multiply, product_shape),
     ):
         torch.library.define(f"viditq::{name}", schema)
         torch.library.impl(f"viditq::{name}", ("cpu", "cuda"), run)
@@ -85,6 +85,8 @@ def quantize(
     point float32, [R] or [samples, R], where rows do not find their own.
     """
     scale, zero_point = grid or (None, None)
+    if mul is not None and add is not None and len(mul) != len(add):
+        mul, add = torch.broadcast_tensors(mul, add)
     parts = torch.ops.viditq.triton_quantize(
         x, x.shape[-1] // size, padded, ranges, bits, symmetric, -1.0 if eps is None else eps, _float(mul), _float(add),
         _float(div), _float(scale), _float(zero_point),
@@ -93,7 +95,7 @@ def quantize(
     return Quantized(codes, steps, zero, rowsum, symmetric)
 
 
-def multiply(
+def arguments(
     x: Quantized,
     weight: Any,
     bias: Tensor | None,
@@ -103,25 +105,27 @@ def multiply(
     activation: int = 0,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
-    tile: Tile | None = None,
-) -> Tensor:
-    """residual + gate * activation(Q(x) Q(w)^T + bias + addend) as [M, O] in `dtype`, rounded to it at the end alone.
+) -> tuple[Any, ...]:
+    """Of the operators that multiply: residual + gate * activation(Q(x) Q(w)^T + bias + addend) as [M, O] in `dtype`.
 
-    weight: a SignedWeight. addend, residual: [M, O]. gate: [lines, O]. activation: index of
-    `surroundings.ACTIVATIONS`. tile: None = that of `tile_for`.
+    Only the end is rounded to it. weight: a SignedWeight. addend, residual: [..., O], M rows. gate: [lines, O].
+    activation: index of `surroundings.ACTIVATIONS`.
     """
-    return torch.ops.viditq.triton_multiply(
-        *x, weight.data, weight.scale, weight.zero_point, weight.colsum, weight.size, _float(bias),
-        _whole(addend), activation, _float(gate), _whole(residual), dtype, list(tile or ()),
-    )  # fmt: skip
+    around = _rows(addend), activation, _float(gate), _rows(residual)
+    return (*x, *weight[:4], weight.size, _float(bias), *around, dtype)
+
+
+def multiply(*args: Any, tile: Tile | None = None, **kwargs: Any) -> Tensor:
+    """What `arguments` describes, by our kernel; tile: None = that of `tile_for`."""
+    return torch.ops.viditq.triton_multiply(*arguments(*args, **kwargs), list(tile or ()))
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def _whole(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
 def _quantized_shapes(x: Tensor, segments: int, padded: int, ranges: int, *rest: Any) -> Parts:
@@ -134,11 +138,14 @@ def _quantized_shapes(x: Tensor, segments: int, padded: int, ranges: int, *rest:
     )
 
 
-def _product_shape(
+def product_shape(
     codes: Tensor, scale: Tensor, zero: Tensor, rowsum: Tensor, symmetric: bool, weight: Tensor, weight_scale: Tensor,
     *rest: Any,
 ) -> Tensor:  # fmt: skip
-    return codes.new_empty((codes.shape[1], weight_scale.shape[1]), dtype=rest[-2])
+    """An empty one like what the operators that multiply give."""
+    return codes.new_empty(
+        (codes.shape[1], weight_scale.shape[1]), dtype=next(one for one in rest if isinstance(one, torch.dtype))
+    )
 
 
 def _quantize(
