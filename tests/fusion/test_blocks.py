@@ -35,6 +35,16 @@ NATIVE = pytest.param(
         reason=f"no native kernels here: {why_unavailable(get_backend('native'))}",
     ),
 )
+TRITON = pytest.param(
+    "triton",
+    marks=[
+        pytest.mark.slow,  # under the interpreter
+        pytest.mark.skipif(
+            why_unavailable(get_backend("triton")) is not None or torch.cuda.is_available(),
+            reason=f"no interpreted Triton kernels here: {why_unavailable(get_backend('triton'))}",
+        ),
+    ],
+)
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -59,7 +69,7 @@ def sample(pipeline: Any, arguments: dict[str, Any]) -> Tensor:
     return (out.images if hasattr(out, "images") else out.frames).float()
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE])
+@pytest.mark.parametrize("backend", ["fake", NATIVE, TRITON])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None, caplog: Any) -> None:
     torch.manual_seed(0)
@@ -77,7 +87,7 @@ def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None
     assert disagreement(fused, plain, []) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE])
+@pytest.mark.parametrize("backend", ["fake", NATIVE, TRITON])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_stdit(masked: bool, dtype: torch.dtype, backend: str, fusing: None) -> None:
@@ -111,7 +121,7 @@ def run(denoiser: nn.Module) -> Tensor:
         return denoiser(x, encoder_hidden_states=text, timestep=torch.tensor([500.0, 500.0])).sample
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE])
+@pytest.mark.parametrize("backend", ["fake", NATIVE, TRITON])
 def test_fused_blocks_are_copied_saved_and_named_as_before(backend: str, fusing: None) -> None:
     denoiser = pixart(backend)
     before, names = run(denoiser), list(denoiser.state_dict())
