@@ -239,6 +239,23 @@ def test_bugs_keep_their_traceback() -> None:
     assert user_message(TypeError("y")) is None
 
 
+def test_too_little_memory_ends_with_what_needs_less() -> None:
+    text = (  # as torch 2.13's allocator words it
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 3.25 GiB is "
+        "free. Process 12 has 75.85 GiB memory in use. Of the allocated memory 74.50 GiB is allocated by PyTorch, and "
+        "200.00 MiB is reserved by PyTorch but unallocated. See documentation for Memory Management"
+    )
+    message = user_message(torch.OutOfMemoryError(text))
+    assert message is not None and "The memory of the GPU does not suffice. Tried to allocate 20.00 GiB." in message
+    for words in ("of which 3.25 GiB is free", "batch_size", "trainer.offload=model", "estimate=true", "fit=84GB"):
+        assert words in message
+    assert "See documentation" not in message
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50, dtype=torch.uint8)
+    message = user_message(error.value)
+    assert message is not None and f"tried to allocate {2**50} bytes" in message and "of the GPU" not in message
+
+
 # Models and prompts ---------------------------------------------------------------------------------------------------
 
 
