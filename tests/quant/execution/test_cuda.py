@@ -12,7 +12,7 @@ from torch import Tensor
 from viditq.equipment import backend_for
 from viditq.errors import UserError
 from viditq.quant import LayerScheme, QuantSpec, Recipe, get_backend
-from viditq.quant.execution.backends import CudaBackend, TritonBackend, auto
+from viditq.quant.execution.backends import CudaBackend, TritonBackend, Unavailable, auto
 from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.backends.cuda import backend as module
 from viditq.quant.execution.backends.cuda import candidates
@@ -231,12 +231,21 @@ def test_layers_that_it_does_not_take_are_emulated_and_told(caplog: Any, monkeyp
     ]
 
 
+def test_without_a_device_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "why_not", lambda: module.NO_DEVICE)
+    with pytest.raises(Unavailable, match="backend cuda cannot run here: there is no CUDA device"):
+        CudaBackend().check_available()
+    monkeypatch.setattr(module, "why_not", lambda: "a Tesla T4 is too old")
+    CudaBackend().check_available()
+
+
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_runs_on_a_cpu_refuse_it(name: str) -> None:
     with pytest.raises(UserError, match=f"backend={name} multiplies on a CUDA device, and this run on cpu"):
         backend_for(name, "cpu", Recipe(*ASYMMETRIC).resolve([]))
 
 
-def test_auto_is_cuda_on_a_gpu_and_emulation_on_other_devices() -> None:
+def test_auto_is_cuda_on_a_gpu_and_emulation_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaBackend, "check_available", lambda self: None)
     plan = Recipe(*ASYMMETRIC).resolve([])
     assert [backend_for("auto", device, plan) for device in ("cuda", "mps", "cpu")] == ["cuda", "fake", "auto"]

@@ -43,6 +43,12 @@ class SignedWeight(NamedTuple):
         moved = self._replace(data=move(self.data), scale=move(self.scale))
         return moved._replace(zero_point=zero_point, colsum=move(self.colsum))
 
+    def first(self, outs: int) -> SignedWeight:
+        """Of the first outputs."""
+        zero_point = None if self.zero_point is None else self.zero_point[:, :outs].contiguous()
+        data, scale, colsum = (part[:, :outs].contiguous() for part in (self.data, self.scale, self.colsum))
+        return self._replace(data=data, scale=scale, zero_point=zero_point, colsum=colsum)
+
     def codes(self) -> Tensor:
         """uint8 [O, C]."""
         data = torch.stack((self.data & 15, self.data >> 4), -1).flatten(-2) if self.packed else self.data

@@ -12,13 +12,13 @@ from torch import Tensor
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends.auto import first_that_takes
-from viditq.quant.execution.backends.base import Backend
+from viditq.quant.execution.backends.base import Backend, Unavailable
 from viditq.quant.execution.backends.cuda.candidates import LAST, candidates_for
 from viditq.quant.execution.backends.cuda.choice import Choice, choose, timed
 from viditq.quant.execution.backends.cuda.product import Product
 from viditq.quant.execution.backends.signed import SignedWeight
 from viditq.quant.execution.backends.triton import ops
-from viditq.quant.execution.backends.triton.backend import TritonBackend
+from viditq.quant.execution.backends.triton.backend import NO_DEVICE, TritonBackend, why_not
 
 logger = logging.getLogger("viditq")
 SCHEMA = ops.MULTIPLY.replace(", int[] tile", "")
@@ -38,7 +38,9 @@ class CudaBackend(TritonBackend):
         return None
 
     def check_available(self) -> None:
-        """Without integers there is emulation."""
+        """A device there has to be; what it cannot do is emulated."""
+        if why_not() == NO_DEVICE:
+            raise Unavailable(self.name, NO_DEVICE)
 
     def resolve(self, scheme: LayerScheme) -> Backend:
         if not scheme.quantizes:

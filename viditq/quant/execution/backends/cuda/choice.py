@@ -49,12 +49,12 @@ def choose(product: Product, candidates: Sequence[Candidate], last: Candidate, c
     seconds: dict[str, float] = {}
     refused: dict[str, str] = {}
     right: dict[str, Candidate] = {}
-    extreme, first = product.extreme(), product.first_rows()
+    extreme, corner = product.extreme(), product.corner()
     for candidate in candidates:
         reason = candidate.why_not(product)
         if reason is None:
             try:
-                reason = _wrong(candidate, extreme, extreme) or _wrong(candidate, product, first)
+                reason = _wrong(candidate, extreme, extreme) or _wrong(candidate, product, corner)
                 if reason is None:
                     right[candidate.name] = candidate
                     seconds[candidate.name] = clock(partial(candidate.run, product), product.x.codes.device)
@@ -70,10 +70,11 @@ def choose(product: Product, candidates: Sequence[Candidate], last: Candidate, c
 
 
 def _wrong(candidate: Candidate, product: Product, compared: Product) -> str | None:
-    """compared: the first rows of `product`, which alone are looked at."""
+    """compared: the corner of `product` that is looked at."""
     if candidate.why_not(product) is not None:  # the small one may be too small
         return None
-    out = candidate.run(product)[: compared.shape[0]]
+    rows, _, outs = compared.shape
+    out = candidate.run(product)[:rows, :outs]
     far = disagreement(out, compared)
     return None if far <= 1 else f"it disagrees with fake ({far:.2g} times what rounding explains)"
 

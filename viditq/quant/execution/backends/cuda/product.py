@@ -58,16 +58,24 @@ class Product(NamedTuple):
         y_MO = y_MO if self.addend is None else y_MO + self.addend
         return After(ACTIVATIONS[self.activation], self.gate, self.residual).apply(y_MO).to(self.dtype)
 
-    def first_rows(self) -> Product:
-        """The same of a few rows that share a line of the gate."""
-        rows = min(PROBED_ROWS, self.shape[0] if self.gate is None else self.shape[0] // len(self.gate))
+    def corner(self) -> Product:
+        """The same of a few outputs of a few rows, which share a line of the gate."""
+        lines = 1 if self.gate is None else len(self.gate)
+        rows, outs = min(PROBED_ROWS, self.shape[0] // lines), min(PROBED_OUTS, self.shape[2])
         scale, zero, rowsum = (part[:rows] for part in (self.x.scale, self.x.zero, self.x.rowsum))
-        gate, addend, residual = self.gate, self.addend, self.residual
-        return self._replace(
-            x=Quantized(self.x.codes[:, :rows], scale, zero, rowsum, self.x.symmetric),
-            gate=None if gate is None else gate[:1],
-            addend=None if addend is None else addend[:rows],
-            residual=None if residual is None else residual[:rows],
+
+        def cut(part: Tensor | None, count: int = rows) -> Tensor | None:
+            return None if part is None else part[:count, :outs]
+
+        return Product(
+            Quantized(self.x.codes[:, :rows], scale, zero, rowsum, self.x.symmetric),
+            self.weight.first(outs),
+            None if self.bias is None else self.bias[:outs],
+            self.dtype,
+            cut(self.addend),
+            self.activation,
+            cut(self.gate, 1),
+            cut(self.residual),
         )
 
     def extreme(self) -> Product:
@@ -78,13 +86,10 @@ class Product(NamedTuple):
         scale = torch.full_like(x.scale[:1], 0.5).repeat(rows, 1)
         zero = torch.full_like(scale, 0 if x.symmetric else 77, dtype=torch.int32)
         lowest, highest = (0, 255) if weight.packed else (-128, 127)
-        data = torch.full_like(weight.data[:, :outs], highest, memory_format=torch.contiguous_format)
+        cut = weight.first(outs)
+        data, quarters = torch.full_like(cut.data, highest), torch.full_like(cut.scale, 0.25)
         data[:, ::3] = lowest
-        cut = weight._replace(
-            data=data,
-            scale=torch.full_like(weight.scale[:, :outs], 0.25, memory_format=torch.contiguous_format),
-            zero_point=None if weight.zero_point is None else weight.zero_point[:, :outs].contiguous(),
-        )
+        cut = cut._replace(data=data, scale=quarters)
         sums = decoded_weight(cut._replace(zero_point=None)).sum(-1) / cut.scale
         sums_of_rows = codes.sum(-1, dtype=torch.int32).T.contiguous()
         dtype = self.dtype if self.is_plain else torch.float32

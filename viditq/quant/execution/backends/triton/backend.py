@@ -21,6 +21,7 @@ from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight
 from viditq.quant.numerics import affine, granularity
 
+NO_DEVICE = "there is no CUDA device"
 CAPABILITY = (8, 0)  # of CUDA devices; triton multiplies no int8 on older ones
 
 
@@ -82,9 +83,7 @@ class TritonBackend(IntegerBackend):
     def _quantized(self, variant: Variant, x: Tensor, before: Before, div: Tensor | None) -> ops.Quantized:
         spec, weight, grid = variant.scheme.activation, _weight(variant), variant.input_qparams
         assert spec is not None
-        if (
-            spec.granularity == "tensor" and spec.dynamic and x.numel()
-        ):  # one range for all rows of a sample, found beforehand
+        if spec.granularity == "tensor" and spec.dynamic and x.numel():  # all rows of a sample share a range
             x = before.apply(x.float())
             x, before, div = x if div is None else x / div, NOTHING_BEFORE, None
             grid = affine.compute_qparams(
@@ -123,12 +122,15 @@ class TritonBackend(IntegerBackend):
 def why_not() -> str | None:
     """Why the kernels cannot run on this machine, in a few words; None = they can."""
     try:
-        if ops.interpreted():
-            return None
+        interpreted, installed = ops.interpreted(), True
     except ImportError:
-        return "the package triton is not installed (pip install 'viditq[gpu]')"
+        interpreted, installed = False, False
+    if interpreted:
+        return None
     if not torch.cuda.is_available():
-        return "there is no CUDA device"
+        return NO_DEVICE
+    if not installed:
+        return "the package triton is not installed (pip install 'viditq[gpu]')"
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < CAPABILITY:
         name = torch.cuda.get_device_name()

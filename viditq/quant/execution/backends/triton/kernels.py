@@ -68,11 +68,11 @@ def quantize_rows(
         t = t / tl.sqrt(tl.sum(t * t) / width + eps)
     line = row // rows_a_line * width
     if HAS_MUL:
-        t = t * tl.load(mul + line + column, mask=inside, other=0.0)
+        t = t * tl.load(mul + line + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_ADD:
-        t = t + tl.load(add + line + column, mask=inside, other=0.0)
+        t = t + tl.load(add + line + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_DIV:
-        t = tl.div_rn(t, tl.load(div + column, mask=inside, other=1.0))
+        t = tl.div_rn(t, tl.load(div + column, mask=inside, other=1.0).to(tl.float32))
     ranges = tl.arange(0, BLOCK_R)
     if GIVEN:
         at = row // rows_a_sample * num_ranges + ranges
@@ -221,14 +221,15 @@ def multiply(
             SEGMENTS, RANGES, HAS_ZERO, HAS_WEIGHT_ZERO,
         )  # fmt: skip
     if HAS_BIAS:
-        total += tl.load(bias + o, mask=in_outs, other=0.0)[None, :]
+        total += tl.load(bias + o, mask=in_outs, other=0.0).to(tl.float32)[None, :]
     inside = in_rows[:, None] & in_outs[None, :]
     at = m[:, None] * num_outs + o[None, :]
     if HAS_ADDEND:
         total += tl.load(addend + at, mask=inside, other=0.0).to(tl.float32)
     total = _activated(total, ACTIVATION)
     if HAS_GATE:
-        total *= tl.load(gate + m[:, None] // rows_a_line * num_outs + o[None, :], mask=inside, other=0.0)
+        line = m[:, None] // rows_a_line
+        total *= tl.load(gate + line * num_outs + o[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

@@ -19,7 +19,7 @@ from viditq.errors import UserError
 from viditq.quant.execution.backends.triton.tiles import Tile, inner_block, power_of_two, tile_for
 
 GROUP = 8  # tiles below each other that share columns in the cache
-ROW_WARPS = 8, 1024  # at most, and elements that one of them takes
+ROW_WARPS = 16, 1024  # at most, and elements that one of them takes
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 QUANTIZE = (
     "(Tensor x, int segments, int padded, int ranges, int bits, bool symmetric, float eps, Tensor? mul, Tensor? add, "
@@ -81,15 +81,15 @@ def quantize(
     """Codes of (layernorm(x) * mul + add) / div, x [..., C] of any floating type; every part that is None is left out.
 
     size, padded: g and h. ranges: R. eps: of a LayerNorm without weight and bias. mul, add: [lines, C], as in
-    `surroundings`. div: [C]. `load` comes first. grid: scale and zero
-    point float32, [R] or [samples, R], where rows do not find their own.
+    `surroundings`. div: [C]. grid: scale and zero point float32, [R] or [samples, R], where rows do not find their
+    own. `load` comes first.
     """
     scale, zero_point = grid or (None, None)
     if mul is not None and add is not None and len(mul) != len(add):
         mul, add = torch.broadcast_tensors(mul, add)
     parts = torch.ops.viditq.triton_quantize(
-        x, x.shape[-1] // size, padded, ranges, bits, symmetric, -1.0 if eps is None else eps, _float(mul), _float(add),
-        _float(div), _float(scale), _float(zero_point),
+        x, x.shape[-1] // size, padded, ranges, bits, symmetric, -1.0 if eps is None else eps, _whole(mul), _whole(add),
+        _whole(div), _whole(scale), _whole(zero_point),
     )  # fmt: skip
     codes, steps, zero, rowsum = parts
     return Quantized(codes, steps, zero, rowsum, symmetric)
@@ -111,8 +111,8 @@ def arguments(
     Only the end is rounded to it. weight: a SignedWeight. addend, residual: [..., O], M rows. gate: [lines, O].
     activation: index of `surroundings.ACTIVATIONS`.
     """
-    around = _rows(addend), activation, _float(gate), _rows(residual)
-    return (*x, *weight[:4], weight.size, _float(bias), *around, dtype)
+    around = _rows(addend), activation, _whole(gate), _rows(residual)
+    return (*x, *weight[:4], weight.size, _whole(bias), *around, dtype)
 
 
 def multiply(*args: Any, tile: Tile | None = None, **kwargs: Any) -> Tensor:
@@ -120,8 +120,8 @@ def multiply(*args: Any, tile: Tile | None = None, **kwargs: Any) -> Tensor:
     return torch.ops.viditq.triton_multiply(*arguments(*args, **kwargs), list(tile or ()))
 
 
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -169,7 +169,7 @@ def _quantize(
         load().quantize_rows[(num_rows,)](
             rows_MC, *out, div, mul, add, scale, zero_point, rows_MC.stride(0), num_rows // lines,
             num_rows // samples, num_rows, ranges, segments // ranges, width // segments, padded, max(eps, 0.0),
-            high if symmetric else high / 2,
+            float(high) if symmetric else high / 2,
             LOW=low, HIGH=high, SHIFT=0 if symmetric else half, SYMMETRIC=symmetric, NORM=eps >= 0,
             HAS_MUL=mul is not None, HAS_ADD=add is not None, HAS_DIV=div is not None, GIVEN=scale is not None,
             BLOCK_R=blocks[0], BLOCK_P=blocks[1], BLOCK_G=blocks[2],
