@@ -38,7 +38,7 @@ NATIVE = pytest.param(
 TRITON = pytest.param(
     "triton",
     marks=[
-        pytest.mark.slow,  # under the interpreter
+        pytest.mark.slow,  # under the interpreter, for which whole pipelines are too much
         pytest.mark.skipif(
             why_unavailable(get_backend("triton")) is not None or torch.cuda.is_available(),
             reason=f"no interpreted Triton kernels here: {why_unavailable(get_backend('triton'))}",
@@ -69,7 +69,7 @@ def sample(pipeline: Any, arguments: dict[str, Any]) -> Tensor:
     return (out.images if hasattr(out, "images") else out.frames).float()
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE, TRITON])
+@pytest.mark.parametrize("backend", ["fake", NATIVE])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None, caplog: Any) -> None:
     torch.manual_seed(0)
@@ -92,12 +92,13 @@ def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None
 @pytest.mark.parametrize("masked", [False, True])
 def test_stdit(masked: bool, dtype: torch.dtype, backend: str, fusing: None) -> None:
     torch.manual_seed(0)
+    size = 4 if backend == "triton" else 8
     model = STDiT(
-        sample_size=8, num_frames=3, num_layers=2, num_attention_heads=2, attention_head_dim=32, caption_channels=16
+        sample_size=size, num_frames=3, num_layers=2, num_attention_heads=2, attention_head_dim=32, caption_channels=16
     ).to(dtype)
     quantized(model, backend)
     call = {
-        "hidden_states": torch.randn(2, 4, 3, 8, 8).to(dtype),
+        "hidden_states": torch.randn(2, 4, 3, size, size).to(dtype),
         "encoder_hidden_states": torch.randn(2, 7, 16).to(dtype),
         "timestep": torch.tensor([500.0, 500.0]),
         "encoder_attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]) if masked else None,
