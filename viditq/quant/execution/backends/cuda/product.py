@@ -14,11 +14,9 @@ from viditq.quant.execution.backends.signed import SignedWeight
 from viditq.quant.execution.backends.triton.ops import Quantized
 from viditq.quant.execution.surroundings import ACTIVATIONS, After
 
-RELATIVE = (
-    2.0**-20
-)  # of the sum of the products' magnitudes: what rounding of scales and of sums over segments may cost
+RELATIVE = 2.0**-20  # of the sum of |x w|: what rounding of scales and of sums over segments may cost
 PROBED_ROWS, PROBED_OUTS = 64, 256
-BOUNDS = 10.0  # what stands behind a product enlarges an error: a GELU's slope, a gate
+STEEPEST = 1.13  # slope of a GELU, which enlarges an error that much
 
 
 class Product(NamedTuple):
@@ -124,11 +122,15 @@ def exact(product: Product) -> tuple[Tensor, Tensor]:
     if product.bias is not None:
         y, size = y + product.bias.double(), size + product.bias.double().abs()
     out = product._replace(dtype=torch.float64).finished(y)
-    slope = 1.0 if product.gate is None else max(float(product.gate.abs().max()), 1.0)
-    rounding = torch.finfo(product.dtype).eps
+    gate = 1.0 if product.gate is None else _spread(product.gate, len(y)).double().abs()
     beside = 0.0 if product.residual is None else product.residual.double().abs()
-    bound = BOUNDS * slope * (RELATIVE * size + 2 * rounding * y.abs()) + 2 * rounding * (out.abs() + beside)
+    unit = torch.finfo(product.dtype).eps  # a library rounds the product, what an activation makes of it, and the end
+    bound = STEEPEST * gate * (RELATIVE * size + unit * y.abs()) + 2 * unit * (out.abs() + beside)
     return out, bound + torch.finfo(torch.float32).smallest_normal
+
+
+def _spread(gate: Tensor, rows: int) -> Tensor:
+    return gate.repeat_interleave(rows // len(gate), 0)
 
 
 def disagreement(out: Tensor, product: Product) -> float:

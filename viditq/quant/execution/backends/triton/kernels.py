@@ -2,7 +2,7 @@
 """The kernels, imported only where triton is. Under TRITON_INTERPRET=1 they run on a CPU.
 
 Legend: M rows, C in_features, O out_features, S segments of C that share all scales, g = C / S, h = g padded, R ranges
-of a row, P = S / R. Codes are s8: of activations code - 2^(bits - 1), of weights as `layout` has them.
+of a row, P = S / R. Codes are s8: of activations code - 2^(bits - 1), of weights as `signed` has them.
 """
 
 import triton
