@@ -41,7 +41,10 @@ WITHOUT_SLOW_WORK = {
     "unknown key of the trainer": (["+trainer.foo=1"], ["trainer.foo", "accelerator", "offload"]),
     "unknown stage": (["stages=[prompts,train]"], ["'train'", "prompts, reference, noise_floor"]),
     "no stage": (["stages=[]"], ["stages=[]", "prompts, reference, noise_floor"]),
-    "unknown backend": (["backend=cuda"], ["'cuda'", "fake"]),
+    "unknown backend": (["backend=cudnn"], ["'cudnn'", "fake"]),
+    "a backend of GPUs on a CPU": (["backend=cuda"], ["backend=cuda", "on cpu", "backend=auto", "trainer=gpu"]),
+    "kernels of GPUs on a CPU": (["backend=triton"], ["backend=triton", "on cpu", "backend=auto", "trainer=gpu"]),
+    "unknown attention": (["quant.attention=int4_qk"], ["'int4_qk'", "null", "int8_qk_fp8_pv"]),
     "unknown layer pattern": (
         ["quant.rules=[{pattern: '*.attn9.*', keep_float: true}]"],
         ["'*.attn9.*'", "matches no Linear", "transformer_blocks.0.attn1.to_k"],

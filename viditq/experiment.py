@@ -138,7 +138,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     if quant.attention is None:
         tracked["quant"].pop("attention", None)
     else:
-        check_emulated(adapter, quant.attention)
+        _check_emulated(adapter, quant.attention)
     if not tracked["data"].get("images"):
         tracked["data"].pop("images", None)
     tracked["data"].pop("first_frames", None)  # a place: what lies there is among the prompts
@@ -190,8 +190,8 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     return replace(experiment, backend=backend, offload=getattr(trainer, "offload", None), memory_budget=budget)
 
 
-def check_emulated(adapter: ModelAdapter, attention: str) -> None:
-    """Raises UserError where the model's attention is not torch's own, called one operation at a time."""
+def _check_emulated(adapter: ModelAdapter, attention: str) -> None:
+    """Raises UserError where the model's attention is another library's, or part of a compiled graph."""
     for key, value in (("attention", adapter.attention), ("compile", adapter.compile or None)):
         if value is not None:
             raise UserError(

@@ -91,6 +91,8 @@ def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_stdit(masked: bool, dtype: torch.dtype, backend: str, fusing: None) -> None:
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("triton's interpreter truncates to bfloat16, which is 7 % of what a block adds")
     torch.manual_seed(0)
     size = 4 if backend == "triton" else 8
     model = STDiT(

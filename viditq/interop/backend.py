@@ -19,8 +19,7 @@ def set_backend(denoiser: nn.Module, backend: str) -> None:
     Where backend=auto, layers on a CUDA device get what is fastest there, on others emulation. Raises UserError for a
     backend that cannot run a layer, before anything is changed.
     """
-    chosen = get_backend(backend)
-    elsewhere = {kind: get_backend("cuda" if kind == "cuda" else "fake") for kind in ("cuda", "mps", "xpu", "meta")}
+    chosen, on_gpu, emulation = (get_backend(name) for name in (backend, "cuda", "fake"))
     layers = quant_linears(denoiser)
     for name, layer in layers.items():
         for variant in layer.variants:
@@ -28,7 +27,8 @@ def set_backend(denoiser: nn.Module, backend: str) -> None:
     unfuse_blocks(denoiser)
     for layer in layers.values():
         kind = next((tensor.device.type for tensor in _tensors(layer) if tensor.device.type != "cpu"), "cpu")
-        layer.use(elsewhere.get(kind, chosen) if backend == "auto" else chosen)
+        elsewhere = on_gpu if kind == "cuda" else emulation
+        layer.use(elsewhere if kind != "cpu" and backend == "auto" else chosen)
     fuse_blocks(denoiser)
 
 
