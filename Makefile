@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test setup lint clean
+.PHONY: run test docs setup lint clean
 .DEFAULT_GOAL := run
 
 run: setup
@@ -15,6 +15,10 @@ run: setup
 test: setup lint
 	@echo "== tests"
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest --numprocesses 2 --dist loadfile
+
+docs: setup
+	@echo "== documentation: outputs/site/index.html; a broken link ends it"
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --quiet
 
 lint: setup
 	@echo "== format, lint, types"

@@ -1,7 +1,7 @@
 """Set runs of the same model, seed and prompts side by side: pictures in rows and paired differences.
 
     python scripts/compare_runs.py outputs/tiny_video/w4a8_naive outputs/tiny_video/w4a8_ts_smooth \\
-        --prompts 0 3 5 --out comparison.png
+        --prompts 0 3 5 --out comparison.png      # comparison.gif: in motion
 
 The first row is the float model. Differences are per prompt against the first run, with their standard error.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from viditq.data.samples import load_sample
 from viditq.errors import UserError
 from viditq.files import read_mapping
-from viditq.report.pictures import rows_picture
+from viditq.report.pictures import rows_gif, rows_picture
 
 
 def clips(folder: Path, indices: list[int]) -> Tensor:
@@ -68,7 +68,8 @@ def main() -> None:
         rows += [(label, clips(run / "samples", args.prompts)) for label, run in zip(labels, args.runs, strict=True)]
     except UserError as error:
         sys.exit(f"error: {error}")
-    rows_picture(rows, args.out, [results[0]["prompts"][i] for i in args.prompts])
+    draw = rows_gif if args.out.suffix == ".gif" else rows_picture
+    draw(rows, args.out, [results[0]["prompts"][i] for i in args.prompts])
     print_differences(labels, results)
     print(f"picture: {args.out}")
 

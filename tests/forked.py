@@ -16,13 +16,16 @@ ROOT = Path(__file__).parents[1]
 
 
 class Forked:
-    """`run.py ARGUMENTS...`, with what it prints in the files `<name>.out` and `<name>.err` of a folder."""
+    """`run.py ARGUMENTS...`, with what it prints in the files `<name>.out` and `<name>.err` of a folder.
 
-    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+    here: a folder to start in, where it is `viditq ARGUMENTS...`.
+    """
+
+    def __init__(self, folder: Path, name: str, *arguments: str, here: Path | None = None) -> None:
         context = get_context("forkserver")
         context.set_forkserver_preload(["viditq.runner"])
         self._files = [folder / f"{name}.{end}" for end in ("out", "err")]
-        self.process: ForkServerProcess = context.Process(target=_run, args=(self._files, arguments))
+        self.process: ForkServerProcess = context.Process(target=_run, args=(self._files, arguments, here))
         self.process.start()
 
     @property
@@ -42,12 +45,16 @@ class Forked:
         return "\n".join(map(str, self.ended()))
 
 
-def _run(files: list[Path], arguments: tuple[str, ...]) -> None:
+def _run(files: list[Path], arguments: tuple[str, ...], here: Path | None) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.chdir(ROOT)
+    os.chdir(here or ROOT)
+    if here is not None:
+        from viditq.program import main
+
+        sys.exit(main([*arguments]))
     sys.argv = ["run.py", *arguments]
     runpy.run_path(str(ROOT / "run.py"), run_name="__main__")

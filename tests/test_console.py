@@ -61,8 +61,10 @@ def printed(metrics: dict[str, Any], folder: Path, width: int = 100) -> str:
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_headline_table_and_warnings(tmp_path, width):
     text = printed(with_verdicts(), tmp_path, width)
-    assert "worse than float in 1 of 2 metrics: PSNR; equal within noise in 1\n" in text
-    assert text.index("worse than float") < text.index("mean of 16 pairs, noise floors of the first 8")
+    assert (
+        "\nquality: equal within noise in 1 of 1 metric; samples: differ from float's in 1 of 1 metric: PSNR\n" in text
+    )
+    assert text.index("differ from float") < text.index("mean of 16 pairs, noise floors of the first 8")
     assert re.search(r" -2\d\.\d+ vs bf16", text)
     assert "FVD [shapes]*" in text and "…" not in text
     assert "* FVD [shapes]: 16 samples of 64 features, fewer than 320" in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from viditq.errors import UserError
-from viditq.files import atomic, write_json, write_tensors
+from viditq.files import UMASK, atomic, write_json, write_tensors
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -35,3 +35,8 @@ def test_tensors_need_not_be_contiguous(tmp_path):
     tensor = torch.arange(6).reshape(2, 3).T
     write_tensors(tmp_path / "a" / "t.safetensors", {"x": tensor})
     assert torch.equal(load_file(tmp_path / "a" / "t.safetensors")["x"], tensor)
+
+
+def test_tensors_are_for_everybody_whom_the_umask_lets_read(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~UMASK

@@ -5,7 +5,18 @@ import torch
 from diffusers import LatteTransformer3DModel, PixArtTransformer2DModel
 
 from viditq.tiny import networks
-from viditq.tiny.hard import LARGEST, LEAST_RMS, MOVING, RATIO, STATIC, WEIGHT, OutlierLoss, invite_outliers, sites
+from viditq.tiny.hard import (
+    GAINS,
+    LARGEST,
+    LEAST_RMS,
+    MOVING,
+    STATIC,
+    STEEP_GAINS,
+    WEIGHT,
+    OutlierLoss,
+    invite_outliers,
+    sites,
+)
 from viditq.tiny.trainee import Schedule, Trainee
 
 Net = PixArtTransformer2DModel | LatteTransformer3DModel
@@ -45,11 +56,24 @@ def test_some_channels_stick_out_and_move_with_the_noise(started):
             assert (largest[others] == 1).all()
             assert (largest[own] >= 2).all() and torch.equal(largest[own], smallest[own])
             moved = largest[site.moving] / smallest[site.moving]
-            assert (moved > 3).all() and (moved < 1.3 * RATIO).all()
+            assert (moved > 3).all() and (moved < 1.3 * GAINS.ratio).all()
             grows = gain[-1, site.moving] > gain[0, site.moving]
             assert grows.sum() == MOVING // 2 and largest.max() <= 1.05 * LARGEST + 0.2
         own = torch.cat(site.static)
         assert len({*own.tolist(), *site.moving.tolist()}) == STATIC * blocks + MOVING
+
+
+def test_steep_gains_move_evenly_over_the_samplers_steps(started):
+    """Of flow_shift 4: half of its way is noise level 0.8, where a gain has moved by the root of its ratio."""
+    net, _ = started
+    before = gains(net, 1)[0]
+    invite_outliers(net, 0, STEEP_GAINS)
+    gain, moving = gains(net, 1)[0], sites(192, 1, 0)[0].moving
+    moved = (gain[-1] / gain[0])[moving]
+    half = (gain[16] / gain[0])[moving]  # level 16 / 20 = 0.8
+    assert (moved > 15)[::2].all() and (moved < 1 / 15)[1::2].all()
+    torch.testing.assert_close(half.log() / moved.log(), torch.full((MOVING,), 0.5), rtol=0.15, atol=0)
+    assert ((before[-1] / before[0])[moving].log().abs() < moved.log().abs()).all()
 
 
 def test_training_moves_every_weight_but_the_gains(started):

@@ -1,5 +1,7 @@
 """`python -m viditq`: what is wrong with a command line is said at once, in one message, with status 2."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from viditq.__main__ import main
+from viditq.commands import judging
 from viditq.export.targets import TARGETS
 
 
@@ -74,3 +77,31 @@ def test_the_help_tells_every_target(capsys) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_has_its_function(name: str) -> None:
     assert callable(TARGETS[name].load().export)
+
+
+def test_verify_reads_every_byte(finished_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run / "quantized", run / "quantized")
+    assert main(["verify", str(run), str(run / "quantized")]) == 0
+    assert capsys.readouterr().out.count("all as written") == 2
+    file = run / "quantized" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    assert main(["verify", str(run)]) == 2
+    assert re.search(r"model.safetensors was altered \(the sha256 of", capsys.readouterr().err)
+
+
+def test_judge_is_a_run_that_takes_what_lies_there_as_it_is(artifact: Path, tmp_path: Path, capsys) -> None:
+    named = f'quant.policy.path="{artifact}"'
+    assert judging(str(artifact)) == ["quant/policy=artifact", named]
+    assert judging(str(artifact.parent))[0] == "quant/policy=artifact"
+    (tmp_path / "x.gguf").write_text("")
+    assert judging(str(tmp_path / "x.gguf"))[0] == "quant=external/gguf"
+    (tmp_path / "saved").mkdir()
+    assert judging(str(tmp_path / "saved"))[0] == "quant=external/folder"
+    (tmp_path / "x.safetensors").write_text("")
+    assert main(["judge", str(tmp_path / "x.safetensors"), "model=flux_dev"]) == 2
+    assert "import it first" in capsys.readouterr().err
+    assert main(["judge", str(tmp_path / "nothing")]) == 2
+    assert "does not exist" in capsys.readouterr().err

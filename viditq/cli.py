@@ -23,7 +23,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from viditq import log_file
 from viditq.checks import check, check_values_alone
+from viditq.conf_folder import CONF
 from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates
 from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
@@ -48,7 +50,6 @@ DISK_ERRORS = {
 CPU_MEMORY = "DefaultCPUAllocator: "  # begins torch's message where main memory is used up
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
 REPORTED = "another of the run's processes failed, whose message is above"
-CONF = Path(__file__).parents[1] / "conf"
 RUNS = ("-m", "--multirun")  # options with which the command still is a run; others print what others read
 STOPPED = "\nstopped by Ctrl-C. Finished work is kept: the same command goes on from there.\n"
 
@@ -132,6 +133,7 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
         return run(cfg, folder, checked=checked)
 
     status = guarded(cfg, work, job)
+    log_file.keep_in(None)
     if only_estimates(cfg) and job is None:
         from viditq.estimate.traces import remove_traces
 
@@ -182,6 +184,7 @@ def _lost_peer(error: RuntimeError) -> bool:
 def print_error(message: str) -> None:
     """One message on stderr."""
     print(f"\nerror: {message}", file=sys.stderr)
+    log_file.add(f"\nerror: {message}")
 
 
 def user_message(error: BaseException, choice: str = FOLDERS) -> str | None:

@@ -26,9 +26,11 @@ STAGES = (
     "evaluate",
     "report",
 )
-ALL_KEYS = "`python run.py --cfg job` (with the same choices) shows every key, `--help` the choices of each group."
+ALL_KEYS = "The same command with `--cfg job` shows every key, `--help` the choices of each group."
+COMMANDS = ("export", "import", "judge", "verify", "which", "layers", "describe")  # of `viditq`, beside runs
 RANKS = {"TORCHELASTIC_RUN_ID": "RANK", "SLURM_NTASKS": "SLURM_PROCID"}  # variable of a launcher -> where its rank is
 NO_RECIPE = {"PlanFile": "plan_file", "StoredArtifact": "artifact"}  # class of a policy -> its yaml
+PROGRAM_VARIABLE = "VIDITQ_PROGRAM"  # `viditq` where that was started instead of run.py
 COMMAND_VARIABLE = "VIDITQ_COMMAND"  # the command line; launchers hand it on to processes with an argv of their own
 
 
@@ -89,6 +91,11 @@ class RootConfig:
     backend: str = "auto"
     trainer: Any = MISSING
     logger: Any = None
+
+
+def program() -> list[str]:
+    """The words that start a run: `viditq`, or `python run.py` in a clone."""
+    return os.environ.get(PROGRAM_VARIABLE, "python run.py").split()
 
 
 def check_overrides(policy: str, overrides: Sequence[str]) -> None:
@@ -176,3 +183,4 @@ def register() -> None:
     OmegaConf.register_new_resolver("local_processes", local_processes, replace=True)
     OmegaConf.register_new_resolver("unless", unless, replace=True)
     OmegaConf.register_new_resolver("nodes", nodes, replace=True)
+    OmegaConf.register_new_resolver("program", lambda: " ".join(program()), replace=True)

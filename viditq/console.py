@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from viditq import log_file
 from viditq.errors import GateFailed
 from viditq.files import is_whole, read_json
 from viditq.finished import Finished
@@ -18,7 +20,7 @@ from viditq.report.table import MetricRow, metrics_table, verdict_table
 from viditq.report.text_encoders import text_encoder_lines
 from viditq.run_dir import RunDir
 
-MIN_WIDTH = 80
+MIN_WIDTH, LOG_WIDTH = 80, 100
 
 
 class Lines(logging.Handler):
@@ -41,9 +43,20 @@ def show_lines(console: Console) -> None:
     logger.propagate = False
 
 
+class Terminal(Console):
+    """Prints, and adds the same to the run's log."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        if not self.quiet:
+            plain = Console(file=StringIO(), highlight=False, soft_wrap=True, width=LOG_WIDTH, no_color=True)
+            plain.print(*objects, **options)
+            log_file.add(plain.file.getvalue().rstrip("\n"))  # type: ignore[attr-defined]
+
+
 def terminal(quiet: bool = False) -> Console:
     """Where a run prints."""
-    return Console(highlight=False, soft_wrap=True, quiet=quiet)
+    return Terminal(highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def print_heading(console: Console, heading: Sequence[str]) -> None:

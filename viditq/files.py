@@ -19,6 +19,9 @@ from viditq.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+UMASK = os.umask(0)  # can only be read by setting it
+os.umask(UMASK)
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -31,6 +34,8 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if temporary.is_file():
+            temporary.chmod(0o666 & ~UMASK)  # safetensors makes files that their owner alone can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from viditq.config import program
+
 if TYPE_CHECKING:  # a finished run asks for the versions alone, before torch is imported
     import torch
 
@@ -25,7 +27,7 @@ def command() -> str:
         return os.environ[COMMAND_OF_RUN]
     if not HydraConfig.initialized():
         return "viditq.runner.run(...)  # called from Python"
-    return shlex.join(["python", "run.py", *HydraConfig.get().overrides.task])
+    return shlex.join([*program(), *HydraConfig.get().overrides.task])
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from viditq import log_file
 from viditq.byte_numbers import num_bytes
 from viditq.checks import Checked, check
 from viditq.config import COMMAND_VARIABLE, shorten
@@ -30,6 +31,7 @@ from viditq.job import Job
 from viditq.models.checks import GUESSED
 from viditq.models.contents import parts_by_variant
 from viditq.models.roles import FLOAT, counts, summary
+from viditq.provenance import command
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
@@ -65,6 +67,8 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
         search_metrics(experiment, policy)
     with joined() as processes, run_dir.held() if processes.first else nullcontext():
         processes.first_does(run_dir.claim)
+        if processes.first:
+            log_file.keep_in(folder, command())
         if count > 1:
             launch(OmegaConf.to_yaml(cfg, resolve=True), folder, count)
         else:

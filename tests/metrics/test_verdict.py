@@ -120,13 +120,13 @@ def test_order_of_prompts_is_irrelevant():
 def test_fidelity_against_bfloat16():
     near = 60 + randn(1)[:K]
     worse = fidelity(35 + 5 * randn(2), near)
-    assert (worse["verdict"], worse["kind"], worse["against"]) == ("worse", "fidelity", "bfloat16")
+    assert (worse["verdict"], worse["kind"], worse["against"]) == ("differs", "fidelity", "bfloat16")
     assert worse["difference"] == pytest.approx((35 + 5 * randn(2))[:K].mean() - near.mean())
     assert worse["floors"] == {"seed": None, "bfloat16": pytest.approx(near.mean())} and worse["float"] is None
     assert fidelity(60 + randn(2), near)["verdict"] == "equal within noise"
     assert fidelity(65 + randn(2), near)["verdict"] == "equal within noise"  # never better than float
-    assert fidelity(65 + randn(2), near, higher=False)["verdict"] == "worse"
-    assert fidelity(65 + randn(2), near, higher=None)["verdict"] == "worse"
+    assert fidelity(65 + randn(2), near, higher=False)["verdict"] == "differs"
+    assert fidelity(65 + randn(2), near, higher=None)["verdict"] == "differs"
 
 
 def test_fidelity_pairs_prompts_by_index():
@@ -141,6 +141,14 @@ def test_fidelity_pairs_prompts_by_index():
 def against_float(value: float, **floors: dict[str, Tensor]) -> dict[str, Any]:
     results, subset = {"fvd": distance(3, 0.5)}, {"fvd": distance(value, 1)}
     return verdicts(results, subset, {k: {"fvd": v} for k, v in floors.items()}, {"fvd": label(False, "FVD")})["fvd"]
+
+
+def test_the_interval_of_a_distance_ends_at_0_unless_it_is_unbiased():
+    labels = {"fid": label(False), "kid": label(False)}
+    results = {"fid": distance(1, 2), "kid": distance(1, 2, unbiased=1)}
+    found = verdicts(results, {}, {}, labels)
+    assert found["fid"]["interval"] == pytest.approx([0, 1 + 1.96 * 2], abs=0.01)
+    assert found["kid"]["interval"] == pytest.approx([1 - 1.96 * 2, 1 + 1.96 * 2], abs=0.01)
 
 
 def test_distance_to_float_against_another_seed():
@@ -233,7 +241,10 @@ def test_too_few_prompts_are_told_as_such(count):
         assert entry["verdict"] == "equal within noise" and entry["difference_interval"] is None
         assert "nothing can be told" in entry["warning"] and "Nothing can be told" in entry["reason"]
     assert f"{count} prompt" in entries["clip"]["reason"]
-    assert headline(entries, labels) == "nothing can be told in 4 of 4 metrics: PSNR, CLIP, FVD, FVD_DATA"
+    assert headline(entries, labels) == (
+        "quality: nothing can be told in 3 of 3 metrics: CLIP, FVD, FVD_DATA; samples: nothing can be told in 1 of 1 "
+        "metric: PSNR"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 5, 64])
@@ -269,13 +280,24 @@ def test_reasons_read_like_sentences():
 
 def test_headline_counts_every_metric():
     entry = {"difference_interval": [0, 1]}
-    words = {"psnr": "worse", "ssim": "worse", "clip": "equal within noise", "fvd": "better"}
-    entries = {name: {**entry, "verdict": word} for name, word in words.items()}
+    words = {
+        "psnr": "differs",
+        "ssim": "equal within noise",
+        "clip": "worse",
+        "fvd": "better",
+        "temp": "equal within noise",
+    }
+    near = ("psnr", "ssim")
+    entries = {
+        name: {**entry, "verdict": word, "kind": "fidelity" if name in near else "quality"}
+        for name, word in words.items()
+    }
     labels = {name: label(name=name.upper()) for name in words}
-    expected = "worse than float in 2 of 4 metrics: PSNR, SSIM; better than float in 1: FVD; equal within noise in 1"
-    assert headline(entries, labels) == expected
-    del entries["fvd"], entries["psnr"], entries["ssim"]
-    assert headline(entries, labels) == "equal within noise in 1 of 1 metric"
+    quality = "worse than float in 1 of 3 metrics: CLIP; better than float in 1: FVD; equal within noise in 1"
+    samples = "samples: differ from float's in 1 of 2 metrics: PSNR; equal within noise in 1"
+    assert headline(entries, labels) == f"quality: {quality}; {samples}"
+    assert headline({n: entries[n] for n in near}, labels) == f"quality: not measured; {samples}"
+    assert headline({"temp": entries["temp"]}, labels) == "quality: equal within noise in 1 of 1 metric"
     assert headline({}, {}) == "no metric was computed"
 
 

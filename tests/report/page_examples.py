@@ -19,8 +19,9 @@ LABELS: dict[str, dict[str, Any]] = {
 }
 VERDICTS: dict[str, dict[str, Any]] = {
     "psnr": {
-        "verdict": "worse",
+        "verdict": "differs",
         "kind": "fidelity",
+        "against": "bfloat16",
         "value": 35.4988,
         "interval": [34.41, 36.52],
         "float": None,

@@ -31,7 +31,7 @@ METRICS = {
     "verdict": {
         "psnr": {
             **{"kind": "fidelity", "value": 31.25, "interval": [30.5, 32.0], "difference": -6.5},
-            **{"difference_interval": [-7.25, -5.75], "noise": 0.5, "verdict": "worse"},
+            **{"difference_interval": [-7.25, -5.75], "noise": 0.5, "verdict": "differs"},
         },
         "fid": {"kind": "distribution", "value": 4.5, "verdict": None, "reason": "too few prompts"},
     },
@@ -76,8 +76,8 @@ def test_what_is_not_known_is_left_out_of_the_metadata(change: dict[str, Any], a
 def test_numbers_are_those_of_the_files() -> None:
     text = CARD.text()
     assert "| average bits of a weight | 4.46 |" in text and "| denoiser | 612 kB, of 2 MB in 16 bits |" in text
-    assert "**Worse than float on " in text and ", over 64 prompts. Worse: PSNR." in text
-    row = "| PSNR, higher is better | 31.25 dB (30.50 to 32.00) | – | −6.50 dB (−7.25 to −5.75) | 0.50 dB | worse |"
+    assert "**Quality was not measured" in text and "beyond rounding to bfloat16: PSNR." in text
+    row = "| PSNR, higher is better | 31.25 dB (30.50 to 32.00) | – | −6.50 dB (−7.25 to −5.75) | 0.50 dB | differs |"
     assert row in text and "| not judged |" in text and "- too few prompts" in text
     assert "(comparison.png)" in text and "\npython run.py experiment=w4a8 model=x --multirun\n" in text
     assert 'viditq.load_quantized("FOLDER")' in text
@@ -100,7 +100,7 @@ def test_an_export_says_how_its_program_loads_it() -> None:
 def test_an_export_that_was_changed_says_so_before_the_verdict() -> None:
     text = replace(CARD, target="sdnq", exported_size=5_000_000, changed="quantized again: 40 Linears").text()
     assert "| for this program | quantized again: 40 Linears |" in text
-    assert 0 < text.index("Measured on the artifact, before it was changed") < text.index("**Worse than float on ")
+    assert 0 < text.index("Measured on the artifact, before it was changed") < text.index("**Quality was not measured")
     assert "python -m viditq export RUN --to sdnq --requantize\n" in text
     as_it_is = replace(CARD, target="sdnq", exported_size=5_000_000, changed="").text()
     assert "for this program" not in as_it_is and "Measured on" not in as_it_is and "--requantize" not in as_it_is

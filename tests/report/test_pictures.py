@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from viditq.report.canvas import font, scaled, strip, wrap
-from viditq.report.pictures import comparison_gif, comparison_picture, rows_picture, save_gif
+from viditq.report.pictures import comparison_gif, comparison_picture, rows_gif, rows_picture, save_gif
 
 
 def plain(*levels: int, frames: int = 1, size: int = 32) -> torch.Tensor:
@@ -67,6 +67,19 @@ def test_rows_stack_in_the_order_given(tmp_path):
     places = [centre(pixels, level) for level in (40, 80, 120)]
     assert len({x for x, _ in places}) == 1 and [y for _, y in places] == sorted(y for _, y in places)
     assert centre(pixels, 41)[0] > places[0][0] and centre(pixels, 41)[1] == places[0][1]
+
+
+def test_rows_in_motion_show_each_frame_of_every_row(tmp_path):
+    clips = torch.zeros(1, 3, 3, 8, 8, dtype=torch.uint8)
+    clips[0, 1] = 200  # only the middle frame is bright
+    with Image.open(rows_gif([("a", clips), ("b", 255 - clips)], tmp_path / "r.gif", ["one"])) as gif:
+        assert gif.n_frames == 3
+        means = []
+        for frame in range(3):
+            gif.seek(frame)
+            means.append(np.asarray(gif.convert("L")).astype(float))
+    changed = abs(means[1] - means[0])
+    assert (means[0] == means[2]).all() and (changed > 100).sum() > 2 * 90**2
 
 
 def test_pixels_are_enlarged_exactly_and_large_frames_reduced():

@@ -57,6 +57,7 @@ LABELS = {
     "psnr": {"label": "PSNR", "unit": "dB", "higher_is_better": True},
     "clip": {"label": "CLIPSIM (moving-shapes CLIP)", "unit": "", "higher_is_better": True},
     "motion": {"label": "motion magnitude", "unit": "px", "higher_is_better": None},
+    "flicker": {"label": "flicker", "unit": "", "higher_is_better": False},
     "fvd": {"label": LONG, "unit": "", "higher_is_better": False},
     "ssim": {"label": "SSIM", "unit": "", "higher_is_better": True},
 }
@@ -78,8 +79,9 @@ def entry(verdict, value, interval, difference, difference_interval, against, fl
 
 EQUAL = "equal within noise"
 VERDICTS = {
-    "psnr": entry("worse", 35.4988, [34.42, 36.56], -22.51, [-23.98, -21.01], "bfloat16", (17.271, 60.052)),
+    "psnr": entry("differs", 35.4988, [34.42, 36.56], -22.51, [-23.98, -21.01], "bfloat16", (17.271, 60.052)),
     "clip": entry(EQUAL, 91.026, [89.65, 92.17], -0.0862, [-0.81, 0.54], "float", (91.43, 91.75), 91.11),
+    "flicker": entry("worse", 0.5, [0.4, 0.6], 0.2, [0.1, 0.3], "float", (0.3, 0.3), 0.3),
     "motion": entry("better", 1.71, [1.48, 1.96], 0.73, [0.64, 0.83], "float", (2.77, None), 2.44),
     "fvd": entry(EQUAL, 31782.4, [25598.1, 38042.2], 2.24, [-0.5, 3.8], "float", (4e-4, 44.1), 34.0, "few samples"),
     "ssim": entry(EQUAL, None, None, None, None, None, (None, None), warning="nothing can be told"),
@@ -115,7 +117,7 @@ def test_verdicts_fit_and_nothing_is_cut(width):
 def test_each_line_says_what_belongs_together():
     lines = printed_verdicts(100).splitlines()
     psnr = next(i for i, line in enumerate(lines) if "PSNR" in line)
-    assert lines[psnr].split() == ["↑", "PSNR,", "dB", "35.5", "-22.5", "vs", "bf16", "worse", "seed", "17.27"]
+    assert lines[psnr].split() == ["↑", "PSNR,", "dB", "35.5", "-22.5", "vs", "bf16", "differs", "seed", "17.27"]
     assert lines[psnr + 1].split() == ["34.4", "to", "36.6", "-24.0", "to", "-21.0", "bf16", "60.05"]
     clip = next(i for i, line in enumerate(lines) if "CLIPSIM" in line)
     assert lines[clip].split()[-7:] == ["91.0", "-0.09", "vs", "float", "equal", "float", "91.11"]
@@ -125,7 +127,7 @@ def test_each_line_says_what_belongs_together():
 
 def test_words_carry_the_verdict_and_colours_repeat_it():
     colored = printed_verdicts(100, color=True)
-    for word, code in (("worse", "1;31"), ("better", "1;32"), ("equal", "2"), ("not told", "33")):
+    for word, code in (("differs", "33"), ("worse", "1;31"), ("better", "1;32"), ("equal", "2"), ("not told", "35")):
         assert f"\x1b[{code}m{word}" in colored
 
 

@@ -20,7 +20,7 @@ def test_each_metric_in_its_group_with_its_numbers():
         ["relative_l2"],
     ]
     psnr = groups[0].judgements[0]
-    assert (psnr.verdict, psnr.tone, psnr.value, psnr.interval) == ("worse", "worse", "35.5 dB", "34.4 to 36.5")
+    assert (psnr.verdict, psnr.tone, psnr.value, psnr.interval) == ("differs", "differs", "35.5 dB", "34.4 to 36.5")
     assert (psnr.difference, psnr.difference_interval) == ("−14.2 dB", "−15.4 to −13.1")
     assert psnr.floors == (("other seed", "11.9 dB"), ("bfloat16", "49.7 dB"))
     assert psnr.direction == "higher is better" and psnr.reason.startswith("35.50 dB is")
@@ -52,12 +52,20 @@ def test_the_plot_spans_the_noise_the_interval_and_zero():
 @pytest.mark.parametrize(
     ("verdicts", "text", "tone"),
     [
-        (["worse", "better", "equal within noise"], "Worse than float on 1 of 3 metrics", "worse"),
-        (["worse", "worse"], "Worse than float on all 2 metrics", "worse"),
-        (["worse"], "Worse than float on 1 of 1 metric", "worse"),
-        (["better", "equal within noise"], "No worse than float on all 2 metrics", "better"),
-        (["equal within noise", "equal within noise"], "Equal to float within noise on all 2 metrics", "equal"),
-        (["equal within noise"], "Equal to float within noise on the one metric", "equal"),
+        (
+            ["worse", "better", "equal within noise"],
+            "Quality lost: worse than float on 1 of 3 quality metrics",
+            "worse",
+        ),
+        (["worse", "worse"], "Quality lost: worse than float on all 2 quality metrics", "worse"),
+        (["worse"], "Quality lost: worse than float on the one quality metric", "worse"),
+        (["better", "equal within noise"], "Quality held: no worse than float on all 2 quality metrics", "better"),
+        (
+            ["equal within noise", "equal within noise"],
+            "Quality held: equal to float within noise on all 2 quality metrics",
+            "equal",
+        ),
+        (["equal within noise"], "Quality held: equal to float within noise on the one quality metric", "equal"),
     ],
 )
 def test_headline(verdicts, text, tone):
@@ -75,9 +83,10 @@ def test_headline(verdicts, text, tone):
 
 def test_the_headline_names_the_worse_metrics_and_says_what_is_not_judged():
     found = headline(judge_all(make_metrics(8)))
-    assert found.text == "Worse than float on 1 of 3 metrics"
+    assert found.text == "Quality held: no worse than float on all 2 quality metrics"
     assert found.details == (
-        "Worse: PSNR. Better: motion magnitude. Equal within noise: CLIPSIM. 2 of 5 metrics are not judged."
+        "Better: motion magnitude. Equal within noise: CLIPSIM. Samples differ from float's beyond rounding to "
+        "bfloat16: PSNR. 2 of 5 metrics are not judged."
     )
 
 

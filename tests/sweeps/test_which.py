@@ -48,6 +48,15 @@ def test_five_rows(write: Write, tmp_path: Path) -> None:
     assert worse.startswith("poor: small is better by +15") and "smaller" not in worse and "plain" not in worse
 
 
+def test_of_many_not_to_use_the_worst_are_named(write: Write, tmp_path: Path) -> None:
+    write("good", 60, 2.0)
+    for value in range(20, 30):
+        write(f"poor{value}", value, 2.5)
+    worse = answers(which([str(tmp_path / "runs")], None, exact))["what not to use"][-1]
+    assert worse.startswith("poor20: good is better by +40") and worse.count("is better") == 3
+    assert "poor22" in worse and worse.endswith("; and 7 more")
+
+
 def test_nothing_is_called_better_that_an_interval_cannot_tell(write: Write, tmp_path: Path) -> None:
     write("one", 51, 5.0, W8, noise=6.0)
     write("other", 50, 5.0, W8)

@@ -16,7 +16,7 @@ from viditq.files import is_whole, read_json
 from viditq.report.speed import speed_numbers
 from viditq.run_dir import RunDir, flatten
 
-VERDICTS = {"worse": -1, "equal within noise": 0, "better": 1}  # as a number, to sort and plot by
+VERDICTS = {"worse": -1, "differs": -1, "equal within noise": 0, "better": 1}  # as a number, to sort and plot by
 SIZES = ("average_weight_bits", "average_activation_bits", "size_bytes", "float_size_bytes")
 
 

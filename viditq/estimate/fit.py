@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from viditq.byte_numbers import num_bytes, rounded
+from viditq.conf_folder import CONF
 from viditq.engine.offload import DISK, OFFLOADS
 from viditq.errors import UserError
 from viditq.estimate import Estimate, Known, estimate
@@ -28,7 +28,7 @@ from viditq.quant.description.recipe import Recipe
 from viditq.quant.text_encoder import text_encoder_plan
 from viditq.stages.benchmark import weights_side_by_side
 
-ENCODER_FORMATS = Path(__file__).parents[2] / "conf" / "quant" / "text_encoder"
+ENCODER_FORMATS = CONF / "quant" / "text_encoder"
 BUDGETED = ("generate", "diagnose")  # stages whose peak grows with trainer.memory_budget
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from viditq.config import STAGES
+from viditq.config import STAGES, program
 from viditq.estimate.fit import Fit, Row, asked
 from viditq.estimate.memory import Peak
 from viditq.estimate.table import new_table, size
@@ -103,7 +103,7 @@ def command(row: Row, words: Sequence[str]) -> str:
     """The command line of the run with a row's settings; words: of the one that was given."""
     decided = {*REPLACED, *(_key(word) for word in row.overrides)}
     kept = [word for word in words if _key(word) not in decided]
-    return " ".join(["python run.py", *map(shlex.quote, [*kept, *row.overrides])])
+    return shlex.join([*program(), *kept, *row.overrides])
 
 
 def _key(word: str) -> str:

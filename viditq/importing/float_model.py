@@ -10,10 +10,9 @@ from hydra.utils import instantiate
 
 from viditq import config
 from viditq.assets import is_hub_id
+from viditq.conf_folder import CONF
 from viditq.errors import UserError, close_names
 from viditq.models.adapter import ModelAdapter
-
-CONF = Path(__file__).parents[2] / "conf"
 
 
 def names_yaml(name: str) -> bool:

@@ -16,6 +16,7 @@ from viditq.metrics.comparison import (
     finite,
     kind_of,
 )
+from viditq.metrics.headline import DIFFERS, WORSE
 from viditq.metrics.reason import reason
 
 Results = Mapping[str, Result]
@@ -43,11 +44,12 @@ def verdicts(
     for name, result in results.items():
         comparison = _compare(name, results, subset, floors, num_bootstrap, seed)
         kind, n = kind_of(result), count(results, name)
+        word = decide(comparison, labels[name]["higher_is_better"])
         entry = {
-            "verdict": decide(comparison, labels[name]["higher_is_better"]),
+            "verdict": DIFFERS if kind == "fidelity" and word == WORSE else word,
             "kind": kind,
             "value": finite(result["value"]),
-            "interval": _as_list(_interval(result, num_bootstrap, seed)),
+            "interval": _as_list(_not_below_zero(result, _interval(result, num_bootstrap, seed))),
             "float": finite(result.get("reference_value")),
             "against": comparison.against,
             "difference": comparison.difference,
@@ -102,6 +104,13 @@ def _interval(result: Result, num_bootstrap: int, seed: int) -> Interval | None:
     if "per_sample" in result:
         return bootstrap_interval(result["per_sample"], num_bootstrap, seed)
     return normal_interval(float(result["value"]), float(result["standard_error"]))
+
+
+def _not_below_zero(result: Result, interval: Interval | None) -> Interval | None:
+    """A Frechet distance's interval ends at 0; an unbiased estimate of a distance may lie below."""
+    if interval is None or kind_of(result) != "distribution" or "unbiased" in result:
+        return interval
+    return max(interval[0], 0.0), interval[1]
 
 
 def _as_list(interval: Interval | None) -> list[float] | None:

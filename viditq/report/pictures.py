@@ -66,6 +66,28 @@ def rows_picture(
 
     `rows` are (label, clips [B, F, C, H, W]) of equal shape; of a video at most `max_frames` frames show.
     """
+    return save_picture(_rows(rows, prompts, title, frame_height, max_frames), path)
+
+
+def rows_gif(
+    rows: Sequence[tuple[str, Tensor]],
+    path: Path,
+    prompts: Sequence[str] = (),
+    title: str = "",
+    frame_height: int = 96,
+    frames_per_second: float = 8,
+) -> Path:
+    """The same in motion, as an endlessly looping GIF."""
+    pictures = [
+        _rows([(label, clips[:, i : i + 1]) for label, clips in rows], prompts, title, frame_height, 1)
+        for i in range(rows[0][1].shape[1])
+    ]
+    return _save_frames(pictures, path, frames_per_second)
+
+
+def _rows(
+    rows: Sequence[tuple[str, Tensor]], prompts: Sequence[str], title: str, frame_height: int, max_frames: int
+) -> Image.Image:
     count = len(rows[0][1])
     assert all(clips.shape == rows[0][1].shape for _, clips in rows), "rows show the same prompts at one size"
     assert len(prompts) in (0, count), "one prompt per column, or none"
@@ -73,8 +95,7 @@ def rows_picture(
         Cell([strip(clips[i], frame_height, max_frames) for _, clips in rows], prompts[i] if prompts else "")
         for i in range(count)
     ]
-    picture = draw_grid(cells, count, [label for label, _ in rows], title)
-    return save_picture(picture, path)
+    return draw_grid(cells, count, [label for label, _ in rows], title)
 
 
 def comparison_gif(
@@ -94,7 +115,11 @@ def _framed(clip_FCHW: Tensor) -> Tensor:
 
 def save_gif(clip_FCHW: Tensor, path: Path, frames_per_second: float = 8, height: int = 128) -> Path:
     """Write a clip [F, C, H, W] as an endlessly looping GIF; a preview, since GIF keeps only 256 colours."""
-    first, *others = [scaled(frame, height) for frame in clip_FCHW]
+    return _save_frames([scaled(frame, height) for frame in clip_FCHW], path, frames_per_second)
+
+
+def _save_frames(frames: Sequence[Image.Image], path: Path, frames_per_second: float) -> Path:
+    first, *others = frames
     options = {
         "save_all": True,
         "append_images": others,

@@ -12,7 +12,13 @@ from viditq.report.paired import Z95, Interval, IntervalOf, Paired, Prompt, pair
 from viditq.report.speed import conditions, emulated, measured, milliseconds
 from viditq.report.table import decimals, number, value_and_error
 
-DIFFERS, UNTOLD = "differ by seed", "cannot be told"
+BY_SEED, UNTOLD = "differ by seed", "cannot be told"
+COUNTED = {  # verdict -> how it is said of so many metrics
+    BY_SEED: BY_SEED,
+    UNTOLD: UNTOLD,
+    "equal within noise": "equal",
+    "differs": "differ from float's",
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class Row:
             return None
         entries = [m.get("verdict", {}).get(name) for m in self.metrics]
         verdicts = {word(entry) for entry in entries}
-        verdict = verdicts.pop() if len(verdicts) == 1 else DIFFERS
+        verdict = verdicts.pop() if len(verdicts) == 1 else BY_SEED
         warning = next((entry["warning"] for entry in entries if entry and entry.get("warning")), "")
         mean = statistics.fmean(values)
         if len(values) > 1:
@@ -158,14 +164,13 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`worse: PSNR, SSIM; 4 equal`, worst first; empty where nothing was judged."""
-        groups: dict[str, list[str]] = {"worse": [], "better": [], DIFFERS: [], UNTOLD: [], "equal within noise": []}
+        """`worse: CLIPSIM; 4 equal; 2 differ from float's`, worst first; empty where nothing was judged."""
+        groups: dict[str, list[str]] = {name: [] for name in ("worse", "better", *COUNTED)}
         for name, label in self.metrics[0]["labels"].items():
             if (score := self.score(name)) and score.verdict:
                 groups[score.verdict].append(short(label["label"]))
         named = [f"{verdict}: {', '.join(groups[verdict])}" for verdict in ("worse", "better") if groups[verdict]]
-        words = {DIFFERS: DIFFERS, UNTOLD: UNTOLD, "equal within noise": "equal"}
-        counted = [f"{len(groups[verdict])} {shown}" for verdict, shown in words.items()]
+        counted = [f"{len(groups[verdict])} {shown}" for verdict, shown in COUNTED.items()]
         return "; ".join([*named, *(text for text in counted if not text.startswith("0 "))])
 
 

@@ -14,7 +14,7 @@ LEGEND = (
     "↑ higher is better, ↓ lower, = as near to float as can be; float: its own value;\n"
     "noise floors: float with another seed, float in bf16"
 )
-STYLES = {"worse": "bold red", "better": "bold green", "equal within noise": "dim"}
+STYLES = {"worse": "bold red", "differs": "yellow", "better": "bold green", "equal within noise": "dim"}
 SHORT = {"bfloat16": "bf16"}
 
 
@@ -99,7 +99,7 @@ def _with_interval(value: float | None, interval: Sequence[float] | None, sign: 
 
 def _verdict(entry: Mapping[str, Any]) -> Text:
     if entry["difference_interval"] is None:
-        return Text("not told", "yellow")
+        return Text("not told", "magenta")
     return Text(entry["verdict"].split()[0], STYLES[entry["verdict"]])
 
 

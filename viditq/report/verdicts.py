@@ -6,7 +6,8 @@ from typing import Any
 
 from viditq.report.wording import Value, digits_for, finite, interval, plain, signed
 
-TONES = {"equal within noise": "equal", "worse": "worse", "better": "better"}
+TONES = {"equal within noise": "equal", "worse": "worse", "better": "better", "differs": "differs"}
+AGAINST = {"float": "vs float", "seed": "vs another seed", "bfloat16": "vs float in bfloat16"}
 KINDS = {
     "fidelity": "Closeness to the float model, prompt by prompt",
     "quality": "Quality on its own",
@@ -15,6 +16,7 @@ KINDS = {
 }
 DIRECTIONS = {True: "higher is better", False: "lower is better", None: "should equal the float model"}
 FLOORS = {"seed": "other seed", "bfloat16": "bfloat16"}
+WORDS = {"worse": "Worse", "better": "Better", "equal": "Equal within noise"}
 NOT_JUDGED = "not judged"
 NOT_TOLD = "cannot be told"
 
@@ -43,6 +45,7 @@ class Judgement:
     interval: str
     reference: str
     difference: str
+    against: str
     difference_interval: str
     noise: str
     floors: tuple[tuple[str, str], ...]
@@ -106,6 +109,7 @@ def judge(name: str, metrics: Mapping[str, Any], verdict: Mapping[str, Any]) -> 
         interval=shown,
         reference=plain(reference, digits, unit) if reference is not None else "",
         difference=signed(difference, fine, unit) if difference is not None else "",
+        against=AGAINST.get(verdict.get("against") or "", ""),
         difference_interval=interval(difference_bounds, fine, sign=True),
         noise=plain(verdict.get("noise"), fine, unit) if finite(verdict.get("noise")) is not None else "",
         floors=tuple((FLOORS.get(k, k), plain(v, digits, unit)) for k, v in floors.items() if finite(v) is not None),
@@ -152,26 +156,35 @@ class Headline:
 
 
 def headline(groups: Sequence[Group]) -> Headline:
-    """Worse on some metrics, or on none."""
+    """What became of quality; that samples differ from float's, which those of every low-bit model do, is a detail."""
     rows = [row for group in groups for row in group.judgements]
     judged = [row for row in rows if row.tone != "unknown"]
-    named = {tone: [row.short_label for row in judged if row.tone == tone] for tone in TONES.values()}
     left = f"{len(rows) - len(judged)} of {len(rows)} metrics are not judged." if len(judged) < len(rows) else ""
     if any(row.verdict == NOT_TOLD for row in rows) and not judged:
         return Headline("Nothing can be told from this run", "unknown", "Open a row for the reason.")
     if not judged:
         return Headline("Measured, not judged", "unknown", "This run holds no verdict: it gives the numbers alone.")
-    count = "all" if len(judged) > 1 else "the one"
-    metrics = "metrics" if len(judged) > 1 else "metric"
+    near = [row for group in groups if group.title == KINDS["fidelity"] for row in group.judgements if row in judged]
+    own = [row for row in judged if row not in near]
+    differ = [row.short_label for row in near if row.tone in ("differs", "worse")]
+    text, tone, details = ("Quality was not measured", "differs" if differ else "equal", list[str]())
+    if own:
+        text, tone, details = _of_quality(own)
+    if differ:
+        details.append(f"Samples differ from float's beyond rounding to bfloat16: {', '.join(differ)}.")
+    elif near:
+        details.append("Samples are as near to float's as bfloat16's are.")
+    return Headline(text, tone, " ".join([*details, left]).strip())
+
+
+def _of_quality(rows: Sequence[Judgement]) -> tuple[str, str, list[str]]:
+    """Text, tone and details."""
+    named = {tone: [row.short_label for row in rows if row.tone == tone] for tone in ("worse", "better", "equal")}
+    on = f"all {len(rows)} quality metrics" if len(rows) > 1 else "the one quality metric"
+    details = [f"{word}: {', '.join(named[tone])}." for tone, word in WORDS.items() if named[tone]]
     if named["worse"]:
-        every = len(named["worse"]) == len(judged)
-        on = f"{count} {len(judged)}" if every and len(judged) > 1 else f"{len(named['worse'])} of {len(judged)}"
-        rest = [f"Worse: {', '.join(named['worse'])}."]
-        rest += [f"Better: {', '.join(named['better'])}."] if named["better"] else []
-        rest += [f"Equal within noise: {', '.join(named['equal'])}."] if named["equal"] else []
-        return Headline(f"Worse than float on {on} {metrics}", "worse", " ".join([*rest, left]).strip())
+        some = on if len(named["worse"]) == len(rows) else f"{len(named['worse'])} of {len(rows)} quality metrics"
+        return f"Quality lost: worse than float on {some}", "worse", details
     if named["better"]:
-        rest = [f"Better: {', '.join(named['better'])}.", left]
-        return Headline(f"No worse than float on {count} {len(judged)} {metrics}", "better", " ".join(rest).strip())
-    number = f" {len(judged)}" if len(judged) > 1 else ""
-    return Headline(f"Equal to float within noise on {count}{number} {metrics}", "equal", left)
+        return f"Quality held: no worse than float on {on}", "better", details
+    return f"Quality held: equal to float within noise on {on}", "equal", []

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
+from viditq.config import program
 from viditq.errors import UserError
 from viditq.files import read_json, write_json
 from viditq.sweeps.records import JobRecord, read_jobs
@@ -222,5 +223,5 @@ def write_best(
     number = tuning.best(values)
     words = [*base, "hydra.mode=RUN", *tuning.settings(trials[number])]
     best = {"objective": tuning.objective, "direction": tuning.direction, "value": values[number], "trial": number}
-    command = shlex.join(["python", "run.py", *words])
+    command = shlex.join([*program(), *words])
     write_json(folder / "best.json", {**best, "params": trials[number], "overrides": words, "command": command})

@@ -20,8 +20,9 @@ from viditq.sweeps.records import read_jobs
 ROOM = 1.1  # of the bytes of the smallest run at 8 bits: groups and plans take a few more
 HALF, NEARLY = 0.5, 0.67  # of the bytes of the best at 8 bits; of small models much stays in float
 SAME_BYTES = 1.01
-HEADINGS = ("", "run", "", "MB", "step", "why")
-NOBODY = ("-", "-", "-", "-")
+WORST = 3  # of those not to use, told one by one
+HEADINGS = ("", "run", "", "MB", "A bits", "step", "why")
+NOBODY = ("-",) * 5
 ExactTargets = Callable[[Path], Sequence[str]]
 
 
@@ -132,7 +133,7 @@ def _at_half(field: Field, best: Row) -> list[Row]:
 def _cells(field: Field, row: Row, why: str) -> list[str]:
     score = row.score(field.metric)
     step = row.step.text if row.step else "not measured"
-    return [row.name, score.text if score else "-", f"{row.megabytes:.2f}", step, why]
+    return [row.name, score.text if score else "-", f"{row.megabytes:.2f}", f"{row.activation_bits:.1f}", step, why]
 
 
 def _told(field: Field, best: Row | None, among: Sequence[Row], nobody: str, of: Row | None = None) -> list[str]:
@@ -174,12 +175,15 @@ def _exportable(field: Field, exact_targets: ExactTargets) -> list[str]:
 def _not_to_use(field: Field) -> list[str]:
     """Rows that another one of no more bytes is certainly better than."""
     found = []
-    for row in sorted(field.rows, key=field.value):
+    for row in field.rows:
         rivals = [r for r in field.rows if r is not row and r.megabytes <= SAME_BYTES * row.megabytes]
         beaten = [(field.value(rival), rival, paired) for rival in rivals if (paired := field.better(rival, row))]
         if beaten:
             _, rival, paired = max(beaten, key=lambda one: one[0])
-            found.append(f"{row.name}: {rival.name} is better by {paired_text(paired)} in {rival.megabytes:.2f} MB")
+            told = f"{row.name}: {rival.name} is better by {paired_text(paired)} in {rival.megabytes:.2f} MB"
+            found.append((abs(paired[0]), told))
     if not found:
         return [*NOBODY, "no run is certainly worse than another of no more bytes"]
-    return ["see why", "-", "-", "-", "; ".join(found)]
+    worst = [told for _, told in sorted(found, reverse=True)]
+    more = f"; and {len(worst) - WORST} more" if len(worst) > WORST else ""
+    return ["see why", *NOBODY[1:], "; ".join(worst[:WORST]) + more]

@@ -32,7 +32,7 @@ def export(shop: Any) -> None:
 
 def export_hard(shop: Any) -> None:
     """Write tiny_image_hard/ and tiny_video_hard/ under `shop.out`, weights in fp16."""
-    _export_pipelines(shop, "_hard", video="video_hard_fine")
+    _export_pipelines(shop, "_hard", video="video_hard_steep")
 
 
 def _export_pipelines(shop: Any, kind: str, video: str) -> None:

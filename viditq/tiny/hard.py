@@ -17,13 +17,31 @@ import torch
 from torch import Tensor, nn
 
 MOVING, STATIC = 16, 3  # channels of a site, of 192: the same in all blocks; of each block its own
-RATIO = 8.0  # by which a moving channel's gain changes from one end of the noise levels to the other
-MOVING_GAIN, STATIC_GAIN = 22.0, 11.0  # medians
 SMALLEST, LARGEST, SPREAD = 5.0, 45.0, 0.3
 REST = -0.8  # what is added to 1 + scale of a moving channel, so that little of it stays
 LEVELS, RIDGE = 101, 1e-4
 LEAST_RMS = 0.5  # of a channel with a gain, over the tokens of a sample, where LayerNorm has left 1 on average
 WEIGHT = 0.3  # of what is missing of that, in the loss
+
+
+@dataclass(frozen=True)
+class Gains:
+    """What a channel's scale is multiplied by.
+
+    moving, static: medians over the channels.
+    ratio: by which a moving channel's gain changes from one end of the sampler's steps to the other.
+    flow_shift: the sampler's, evenly over whose steps it changes; 1: evenly over the noise levels.
+    """
+
+    moving: float
+    static: float
+    ratio: float
+    flow_shift: float = 1.0
+
+
+GAINS = Gains(moving=22, static=11, ratio=8)
+# A sampler of flow_shift 4 stays among the noisy levels, over which those gains move a channel's range 2.1 times.
+STEEP_GAINS = Gains(moving=27, static=10, ratio=24, flow_shift=4)
 
 
 @dataclass(frozen=True)
@@ -45,17 +63,18 @@ def sites(width: int, blocks: int, seed: int) -> list[Site]:
     return found
 
 
-def _gains(count: int, median: float, generator: torch.Generator) -> Tensor:
+def _draw(count: int, median: float, generator: torch.Generator) -> Tensor:
     return (median * (SPREAD * torch.randn(count, generator=generator)).exp()).clamp(SMALLEST, LARGEST)
 
 
 @torch.no_grad()
-def invite_outliers(net: Any, seed: int) -> dict[str, Tensor]:
+def invite_outliers(net: Any, seed: int, gains: Gains = GAINS) -> dict[str, Tensor]:
     """Set the gains of a PixArt or Latte denoiser whose timestep embedder is trained; the rest is as it was.
 
-    Moving channels: rows of adaln_single.linear fitted so that the gain is G times RATIO^(s - 1), or RATIO^-s, at noise
-    level s. Static ones: entries of each block's scale_shift_table. Returns, by name of a parameter, 1 where it may be
-    trained and 0 where the gains live; the timestep embedder, which the fit leans on, is all 0.
+    Moving channels: rows of adaln_single.linear fitted so that the gain is G times ratio^(u - 1), or ratio^-u, at the
+    place u of the sampler's way from clean to noise. Static ones: entries of each block's scale_shift_table. Returns,
+    by name of a parameter, 1 where it may be trained and 0 where the gains live; the timestep embedder, which the fit
+    leans on, is all 0.
     """
     generator = torch.Generator().manual_seed(seed + 18)
     blocks = _blocks(net)
@@ -64,13 +83,13 @@ def invite_outliers(net: Any, seed: int) -> dict[str, Tensor]:
     masks = {name: torch.ones_like(p) for name, p in net.named_parameters() if _holds_gains(name)}
     for site in sites(width, len(blocks), seed):
         rows = site.row * width + site.moving
-        weight_MC, bias_M = fit(adaln.emb, _gains(MOVING, MOVING_GAIN, generator))
+        weight_MC, bias_M = fit(adaln.emb, _draw(MOVING, gains.moving, generator), gains)
         adaln.linear.weight[rows], adaln.linear.bias[rows] = weight_MC, bias_M
         masks["adaln_single.linear.weight"][rows] = masks["adaln_single.linear.bias"][rows] = 0
         for name, block in net.named_modules():
             if block in blocks:
                 own = site.static[blocks.index(block)]
-                block.scale_shift_table[site.row, own] = _gains(STATIC, STATIC_GAIN, generator) - 1
+                block.scale_shift_table[site.row, own] = _draw(STATIC, gains.static, generator) - 1
                 block.scale_shift_table[site.row, site.moving] = REST
                 masks[f"{name}.scale_shift_table"][site.row, torch.cat([own, site.moving])] = 0
     for name in masks:
@@ -119,7 +138,7 @@ def _holds_gains(name: str) -> bool:
     return name.startswith("adaln_single.") or (name.endswith("scale_shift_table") and "blocks" in name)
 
 
-def fit(embedder: nn.Module, gain_M: Tensor) -> tuple[Tensor, Tensor]:
+def fit(embedder: nn.Module, gain_M: Tensor, gains: Gains) -> tuple[Tensor, Tensor]:
     """Ridge regression of the wanted gains on what adaln_single.linear reads, over all noise levels.
 
     Returns weights [M, C] and biases [M]; every other channel grows with the noise, the rest fall.
@@ -129,7 +148,8 @@ def fit(embedder: nn.Module, gain_M: Tensor) -> tuple[Tensor, Tensor]:
     read_LC = nn.functional.silu(embedder(1000 * level_L, **conditions)).double()
     read_LC = torch.cat([read_LC, torch.ones(LEVELS, 1).double()], 1)
     grows_M = torch.arange(len(gain_M)) % 2 == 0
-    wanted_LM = torch.where(grows_M, RATIO ** (level_L[:, None] - 1), RATIO ** -level_L[:, None]) * gain_M
+    place_L1 = (level_L / (gains.flow_shift - (gains.flow_shift - 1) * level_L))[:, None]
+    wanted_LM = torch.where(grows_M, gains.ratio ** (place_L1 - 1), gains.ratio**-place_L1) * gain_M
     gram_CC = read_LC.T @ read_LC + RIDGE * torch.eye(read_LC.shape[1]).double()
     solved_CM = torch.linalg.solve(gram_CC, read_LC.T @ wanted_LM.double()).float()
     return solved_CM[:-1].T.contiguous(), solved_CM[-1]

@@ -13,7 +13,7 @@ from viditq.data.moving_shapes import ATTRIBUTES, draw_scenes, labels, render
 from viditq.tiny import image_to_video, losses, networks
 from viditq.tiny.captions import draw_captions, text_table
 from viditq.tiny.export import export, export_hard
-from viditq.tiny.hard import OutlierLoss, invite_outliers
+from viditq.tiny.hard import GAINS, STEEP_GAINS, Gains, OutlierLoss, invite_outliers
 from viditq.tiny.text import t5_tokenizer
 from viditq.tiny.trainee import Batch
 from viditq.tiny.workshop import Workshop, save
@@ -126,10 +126,15 @@ def train_image_hard(shop: Workshop) -> None:
 
 
 def _train_hard(
-    shop: Workshop, stage: str, net: Any, draw: Callable[[torch.Generator], Batch], loss: Callable[[Any, Batch], Tensor]
+    shop: Workshop,
+    stage: str,
+    net: Any,
+    draw: Callable[[torch.Generator], Batch],
+    loss: Callable[[Any, Batch], Tensor],
+    gains: Gains = GAINS,
 ) -> None:
     """Train with outliers in place."""
-    masks = invite_outliers(net, shop.seed)
+    masks = invite_outliers(net, shop.seed, gains)
     kept = OutlierLoss(net, shop.seed, loss)
     shop.train(stage, net, draw, kept, masks)
     kept.remove()
@@ -155,7 +160,7 @@ def train_video(shop: Workshop, kind: str = "") -> None:
     if kind:
         draw = _draw_clips(shop)
         _train_hard(shop, f"video{kind}", video, draw, losses.video_loss)
-        _train_hard(shop, f"video{kind}_fine", video.requires_grad_(True), draw, losses.video_loss)
+        _train_hard(shop, f"video{kind}_steep", video.requires_grad_(True), draw, losses.video_loss, STEEP_GAINS)
     else:
         shop.train("video", video, _draw_clips(shop), losses.video_loss)
 

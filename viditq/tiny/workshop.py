@@ -28,7 +28,7 @@ SCHEDULES = {
     "video": Schedule(steps=4500, lr=1e-3, decay=0.5),
     "image_hard": Schedule(steps=3500, lr=1.5e-3, decay=0.5),
     "video_hard": Schedule(steps=4500, lr=1e-3, decay=0.5),
-    "video_hard_fine": Schedule(steps=1200, lr=6e-4, decay=0.9),
+    "video_hard_steep": Schedule(steps=2400, lr=8e-4, decay=0.7),
     "vae_i2v": Schedule(steps=2500, lr=2.5e-3, decay=0.8),
     "vae_i2v_fine": Schedule(steps=1200, lr=2e-3, decay=0.8),
     "vae_i2v_decoder": Schedule(steps=1500, lr=2e-3, decay=0.8),

@@ -52,9 +52,6 @@ class ConvRotSpec(TransformSpec):
         if self.group_size != "auto" and (isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES):
             raise UserError(f"group_size={self.group_size!r} is not possible: give 16, 64, 256 or auto")
 
-    def for_segment(self, index: int, num_segments: int) -> ConvRotSpec:
-        return self
-
     def check(self, layer: str, in_features: int) -> None:
         if not any(in_features % size == 0 for size in self._sizes):
             allowed = " or ".join(str(size) for size in self._sizes)

@@ -56,9 +56,6 @@ class FoldableSpec(TransformSpec):
         if self.aggregate not in AGGREGATES:
             raise UserError(f"aggregate={self.aggregate!r} is unknown; choose one of {', '.join(AGGREGATES)}")
 
-    def for_segment(self, index: int, num_segments: int) -> FoldableSpec:
-        return self
-
     def fit(self, weight_OC: Tensor, stats: SegmentStats, scheme: LayerScheme) -> Smooth:
         return Smooth(foldable_scale(stats.amax(self.aggregate).to(weight_OC.device), self.alpha))
 

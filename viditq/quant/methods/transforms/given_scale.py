@@ -25,9 +25,6 @@ class GivenScaleSpec(TransformSpec):
 
     name: ClassVar[str] = "given_scale"
 
-    def for_segment(self, index: int, num_segments: int) -> GivenScaleSpec:
-        return self
-
     def fit(self, weight_OC: Tensor, stats: Any, scheme: LayerScheme) -> NoReturn:
         """Raises UserError: there is nothing to fit it to."""
         raise UserError(

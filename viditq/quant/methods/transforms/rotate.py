@@ -53,9 +53,6 @@ class RotateSpec(TransformSpec):
         if not is_int(self.seed) or not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed!r} is not possible: give a whole number from 0 to {2**31 - 1}")
 
-    def for_segment(self, index: int, num_segments: int) -> RotateSpec:
-        return self
-
     def fit(self, weight_OC: Tensor, stats: Any, scheme: LayerScheme) -> Rotate:
         return Rotate(random_signs(weight_OC.shape[1], self.seed).to(weight_OC.device))
 

@@ -50,9 +50,6 @@ class SalienceSpec(TransformSpec):
     needs_stats: ClassVar[bool] = True
     rows_apart: ClassVar[bool] = True
 
-    def for_segment(self, index: int, num_segments: int) -> SalienceSpec:
-        return self
-
     def fit(self, weight_OC: Tensor, stats: SegmentStats, scheme: LayerScheme) -> Smooth:
         weight_amax_C = column_amax(weight_OC)
         amax_C = weighted_salience(stats.bucket_amax.to(weight_OC.device), weight_amax_C)

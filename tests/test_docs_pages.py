@@ -1,0 +1,31 @@
+"""The documentation's site: what is drawn from code is whole, and no link is broken."""
+
+import subprocess
+import sys
+
+from tests.forked import ROOT
+from tests.scripts.test_scripts import load
+
+
+def test_every_key_and_option_is_in_the_reference():
+    page = load("docs/pages.py").config_page()
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        group = path.parent.relative_to(ROOT / "conf").as_posix()
+        if not group.startswith((".", "hydra")) and not group.endswith("base"):
+            section = page.split(f"\n## {group}=\n")[1].split("\n## ")[0]
+            assert f"| `{path.stem}` | " in section, path
+    for key, default in (("batch_size", "8"), ("calibration.num_buckets", "20"), ("gate", "None")):
+        assert f"| `{key}` | `{default}` | " in page
+
+
+def test_links_of_the_first_page_hold_from_docs():
+    at_home = load("docs/pages.py").at_home
+    text = "[a](docs/a.md#b) [c](CHANGELOG.md) [d](https://x.y/docs/) ![e](docs/e.gif) [f](#g)"
+    assert at_home(text) == "[a](a.md#b) [c](changes.md) [d](https://x.y/docs/) ![e](e.gif) [f](#g)"
+
+
+def test_the_site_builds_and_no_link_is_broken(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "reference" / "api.html").read_text().count("load_quantized") > 2
