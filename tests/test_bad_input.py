@@ -41,7 +41,10 @@ WITHOUT_SLOW_WORK = {
     "unknown key of the trainer": (["+trainer.foo=1"], ["trainer.foo", "accelerator", "offload"]),
     "unknown stage": (["stages=[prompts,train]"], ["'train'", "prompts, reference, noise_floor"]),
     "no stage": (["stages=[]"], ["stages=[]", "prompts, reference, noise_floor"]),
-    "unknown backend": (["backend=cuda"], ["'cuda'", "fake"]),
+    "unknown backend": (["backend=cudnn"], ["'cudnn'", "fake"]),
+    "a backend of GPUs on a CPU": (["backend=cuda"], ["backend=cuda", "on cpu", "backend=auto", "trainer=gpu"]),
+    "kernels of GPUs on a CPU": (["backend=triton"], ["backend=triton", "on cpu", "backend=auto", "trainer=gpu"]),
+    "unknown attention": (["quant.attention=int4_qk"], ["'int4_qk'", "null", "int8_qk_fp8_pv"]),
     "unknown layer pattern": (
         ["quant.rules=[{pattern: '*.attn9.*', keep_float: true}]"],
         ["'*.attn9.*'", "matches no Linear", "transformer_blocks.0.attn1.to_k"],
@@ -237,6 +240,23 @@ def test_errors_that_name_each_other_as_their_cause() -> None:
 def test_bugs_keep_their_traceback() -> None:
     assert user_message(KeyError("x")) is None
     assert user_message(TypeError("y")) is None
+
+
+def test_too_little_memory_ends_with_what_needs_less() -> None:
+    text = (  # as torch 2.13's allocator words it
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 3.25 GiB is "
+        "free. Process 12 has 75.85 GiB memory in use. Of the allocated memory 74.50 GiB is allocated by PyTorch, and "
+        "200.00 MiB is reserved by PyTorch but unallocated. See documentation for Memory Management"
+    )
+    message = user_message(torch.OutOfMemoryError(text))
+    assert message is not None and "The memory of the GPU does not suffice. Tried to allocate 20.00 GiB." in message
+    for words in ("of which 3.25 GiB is free", "batch_size", "trainer.offload=model", "estimate=true", "fit=84GB"):
+        assert words in message
+    assert "See documentation" not in message
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50, dtype=torch.uint8)
+    message = user_message(error.value)
+    assert message is not None and f"tried to allocate {2**50} bytes" in message and "of the GPU" not in message
 
 
 # Models and prompts ---------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ NUMBERS: Mapping[str, tuple[int, int | None]] = {
 }
 BYTES = ("calibration.block_input_bytes", "calibration.moment_bytes")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
-BACKENDS = ("auto", "fake", "native", "portable", "weight_only")  # quant.execution.backends
+BACKENDS = ("auto", "cuda", "fake", "native", "portable", "triton", "weight_only")  # quant.execution.backends
 OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logger; the rest are settings
 
 

@@ -109,7 +109,7 @@ def check_overrides(policy: str, overrides: Sequence[str]) -> None:
     if name is None:
         return
     also = r"|[./]text_encoder.*|\.float_dtype|\.correction" if name == "plan_file" else ""
-    read = re.compile(rf"quant([./]policy.*{also})?$")
+    read = re.compile(rf"quant([./]policy.*|\.attention{also})?$")
     keys = [word.partition("=")[0].lstrip("+~") for word in overrides]
     unread = [key for key in keys if key == "bits" or (re.match(r"quant([./@]|$)", key) and not read.match(key))]
     if unread:

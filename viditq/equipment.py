@@ -56,7 +56,7 @@ def make_logger(node: Any) -> Callable[..., Any]:
 
 
 def backend_for(name: str, device: str, plan: QuantPlan) -> str:
-    """The backend that runs on this kind of device; on a GPU, for which there is no integer one yet, auto is emulation.
+    """The backend that runs on this kind of device; on a CUDA device auto is `cuda`, on others emulation.
 
     Builds its kernels where that is still to be done, and says what each kind of layer gets. Raises UserError where it
     cannot run here, or cannot take a layer.
@@ -65,7 +65,13 @@ def backend_for(name: str, device: str, plan: QuantPlan) -> str:
         raise UserError(
             f"backend=native multiplies on a CPU, and this run on {device}. Leave backend=auto, or choose trainer=cpu."
         )
-    name = "fake" if name == "auto" and device != "cpu" else name
+    if name in ("triton", "cuda") and device != "cuda":
+        raise UserError(
+            f"backend={name} multiplies on a CUDA device, and this run on {device}. Leave backend=auto, or choose "
+            "trainer=gpu."
+        )
+    if name == "auto" and device != "cpu":
+        name = "cuda" if device == "cuda" else "fake"
     backend = get_backend(name)
     if plan.layers:
         backend.check_available()

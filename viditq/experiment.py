@@ -135,6 +135,10 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     tracked["calibration"].pop("moment_bytes")  # how often the prompts are sampled, not what comes of it
     if quant.text_encoder is None:  # likewise
         tracked["quant"].pop("text_encoder", None)
+    if quant.attention is None:
+        tracked["quant"].pop("attention", None)
+    else:
+        _check_emulated(adapter, quant.attention)
     if not tracked["data"].get("images"):
         tracked["data"].pop("images", None)
     tracked["data"].pop("first_frames", None)  # a place: what lies there is among the prompts
@@ -184,6 +188,16 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     backend = backend_for(cfg.backend, device.type, plan)
     budget = num_bytes(getattr(trainer, "memory_budget", None))
     return replace(experiment, backend=backend, offload=getattr(trainer, "offload", None), memory_budget=budget)
+
+
+def _check_emulated(adapter: ModelAdapter, attention: str) -> None:
+    """Raises UserError where the model's attention is another library's, or part of a compiled graph."""
+    for key, value in (("attention", adapter.attention), ("compile", adapter.compile or None)):
+        if value is not None:
+            raise UserError(
+                f"model.{key}={value} with quant.attention={attention}: emulation stands in for torch's attention, "
+                "which is not called there. Leave one of them out."
+            )
 
 
 def _held_out(quant: QuantSetting) -> int:

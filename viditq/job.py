@@ -21,6 +21,7 @@ from viditq.models.text_encoders import load_text_from_disk
 from viditq.quant.artifact import broken_file
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.policy import StoredArtifact
+from viditq.quant.execution.attention import emulate_attention
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.search.treatment_policy import TreatmentSearch
 from viditq.run_dir import Entry, RunDir, timed
@@ -121,7 +122,10 @@ class Job(CacheEntries):
         """The pipeline around the artifact in `folder` (None = the run's)."""
         e = self.experiment
         budget = e.memory_budget if e.offload == DISK else None
-        return load_artifact(folder or self.artifact, backend=e.backend, complete=False, memory_budget=budget)
+        pipeline = load_artifact(folder or self.artifact, backend=e.backend, complete=False, memory_budget=budget)
+        if e.quant.attention is not None:
+            emulate_attention(e.adapter.denoiser_of(pipeline), e.quant.attention)
+        return pipeline
 
     # Work that others may be doing too -------------------------------------------------------------------------------
 

@@ -37,16 +37,16 @@ def load_quantized(
     """Load a quantized pipeline, ready for `pipeline("a prompt")`.
 
     path: an artifact (<run>/quantized), the run's folder, a quantized pipeline in diffusers' layout (`viditq
-    export --to diffusers`), or the id of one of these on the Hugging Face hub, there of `revision`. backend: what
-    multiplies (docs/backends.md): auto = for each layer the fastest that is exact on this CPU; fake = emulation, also
-    on a GPU; native; portable. model_path: the float pipeline's folder on this machine, for its VAE, text encoder and
-    scheduler, where it is not the one recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights
-    may take (on a CPU): they stay in their files, and as many layers as fit are kept ready; those of text encoders,
-    which are called once, stay in their files until a layer computes; None = all of them are in memory. model: where
-    path is another program's file (docs/import.md; of several denoisers, a list of files), the float model that it was
-    made from: a folder, an id on the hub, or the name of a yaml of conf/model. The model's settings (steps, guidance,
-    size) are defaults of the call. Raises UserError for damaged or missing files, and for a
-    budget that is too small.
+    export --to diffusers`), or the id of one of these on the Hugging Face hub, there of `revision`. backend:
+    what multiplies (docs/backends.md): auto = for each layer the fastest that is exact on this CPU; cuda = the same
+    on a GPU that the pipeline is moved to; fake = emulation, anywhere; native; portable; triton. model_path: the
+    float pipeline's folder on this machine, for its VAE, text encoder and scheduler, where it is not the one
+    recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights may take (on a CPU): they stay
+    in their files, and as many layers as fit are kept ready; those of text encoders, which are called once, stay in
+    their files until a layer computes; None = all of them are in memory. model: where path is another program's
+    file (docs/import.md; of several denoisers, a list of files), the float model that it was made from: a folder,
+    an id on the hub, or the name of a yaml of conf/model. The model's settings (steps, guidance, size) are defaults
+    of the call. Raises UserError for damaged or missing files, and for a budget that is too small.
     """
     budget = num_bytes(memory_budget)
     if model is not None:

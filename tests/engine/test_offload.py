@@ -9,12 +9,13 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from viditq.engine.offload import check_offload, offload_layers, offload_pipeline
+from viditq.engine.offload import Visit, check_offload, offload_layers, offload_pipeline
 from viditq.engine.sampling import Calibration, Correcting, Diagnosing, Generation, run_batches
 from viditq.errors import UserError
 from viditq.experiment import build
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import generate
+from viditq.quant import QuantSpec, Recipe
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.observer_bank import ObserverBank
 from viditq.quant.calibration.summary import summary_of
@@ -200,3 +201,19 @@ def test_a_corrected_denoiser_and_the_fit_of_its_correction(
     (sums, clip), (sums_0, clip_0) = run(offload), run(None)
     assert all(torch.equal(sums[name], sums_0[name]) for name in sums_0)
     assert torch.equal(clip, clip_0)
+
+
+def test_what_a_backend_holds_comes_along_and_goes_again() -> None:
+    """Codes in a backend's own layout are no buffers; so are those of integers on a GPU."""
+    spec, token = QuantSpec(8, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)
+    model = nn.Sequential(nn.Linear(64, 32))
+    plan = Recipe(spec, token).resolve(["0"])
+    quantize_denoiser(model, plan, None, "portable", 1000.0)
+    layer, visit = quant_linears(model)["0"], Visit(torch.device("meta"))
+    held = layer.current_variant().held
+    assert held is not None
+    visit.pre_forward(layer, torch.ones(1, 64))
+    moved = layer.current_variant().held
+    assert moved is not None and all(t.device.type == "meta" for t in moved if isinstance(t, Tensor))
+    visit.post_forward(layer, None)
+    assert layer.current_variant().held is held

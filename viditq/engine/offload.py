@@ -66,7 +66,7 @@ def offload_layers(model: nn.Module, device: torch.device) -> None:
 
 
 class Visit(ModelHook):
-    """Brings a QuantLinear's bias and current variant, with what its backend has derived; forgets them afterwards."""
+    """Brings a QuantLinear's bias and current variant, with what its backend holds and has derived; forgets them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -75,7 +75,11 @@ class Visit(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Onto the device, inputs too."""
         assert isinstance(module, QuantLinear)
-        for part in module.current_variant().modules():
+        variant = module.current_variant()
+        if variant.held is not None:
+            self._at_home.append((variant.__dict__, "held", variant.held))
+            variant.held = variant.held.moved(lambda tensor: tensor.to(self.device))
+        for part in variant.modules():
             self._bring(part._buffers, lambda buffer: buffer.to(self.device))
         self._bring(module._parameters, lambda p: nn.Parameter(p.to(self.device), requires_grad=False))
         return send_to_device(args, self.device), send_to_device(kwargs, self.device)

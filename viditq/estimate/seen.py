@@ -19,7 +19,7 @@ from viditq.memory import give_back
 from viditq.models.generate import DtypeBoundary
 from viditq.models.text import PromptEmbeds
 from viditq.quant.description.plan import QuantPlan
-from viditq.quant.execution.backends import Unavailable
+from viditq.quant.execution.backends import Unavailable, get_backend
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def measured(job: Job, trainer: Any, embeds: PromptEmbeds, batch: int, dtype: to
     give_back()
 
     def quantized_probe(backend: str) -> Probe:
+        get_backend(backend).check_available()
         quantized = made_up_quantized(e.adapter, plan, kept, dtype, backend)
         if e.quant.float_dtype not in (None, e.adapter.dtype):
             DtypeBoundary(quantized, dtype, e.adapter.torch_dtype, e.adapter.timestep_argument)

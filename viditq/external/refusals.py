@@ -9,7 +9,9 @@ from viditq.errors import UserError
 
 POLICY = ".ExternalQuantization"
 OURS: Mapping[str, Any] = {  # quant.* of our own recipes -> what conf/quant/base.yaml has
-    **dict.fromkeys(("weight", "activation", "smoothing", "low_rank", "float_dtype", "correction", "text_encoder")),
+    **dict.fromkeys(
+        ("weight", "activation", "smoothing", "low_rank", "float_dtype", "correction", "text_encoder", "attention")
+    ),
     "rounding": "nearest",
     "segments": [0.0, 1.0],
     "rules": [],

@@ -16,18 +16,19 @@ from viditq.quant.execution.variant import Variant
 def set_backend(denoiser: nn.Module, backend: str) -> None:
     """Let `backend` (docs/backends.md) multiply from now on, and fuse the blocks that it can.
 
-    Layers that are not on a CPU are emulated where backend=auto. Raises UserError for a backend that cannot run a
-    layer, before anything is changed.
+    Where backend=auto, layers on a CUDA device get what is fastest there, on others emulation. Raises UserError for a
+    backend that cannot run a layer, before anything is changed.
     """
-    chosen, emulation = get_backend(backend), get_backend("fake")
+    chosen, on_gpu, emulation = (get_backend(name) for name in (backend, "cuda", "fake"))
     layers = quant_linears(denoiser)
     for name, layer in layers.items():
         for variant in layer.variants:
             check_supported(chosen, name, cast(Variant, variant).scheme)
     unfuse_blocks(denoiser)
     for layer in layers.values():
-        elsewhere = any(tensor.device.type != "cpu" for tensor in _tensors(layer))
-        layer.use(emulation if elsewhere and backend == "auto" else chosen)
+        kind = next((tensor.device.type for tensor in _tensors(layer) if tensor.device.type != "cpu"), "cpu")
+        elsewhere = on_gpu if kind == "cuda" else emulation
+        layer.use(elsewhere if kind != "cpu" and backend == "auto" else chosen)
     fuse_blocks(denoiser)
 
 

@@ -10,6 +10,7 @@ from viditq.quant.description.policy import Policy, StoredArtifact
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.recipe import Recipe, Smoothing
 from viditq.quant.description.specs import RangeSpec, RoundingSpec
+from viditq.quant.execution.attention import check_attention
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -21,6 +22,7 @@ class QuantSetting:
     noise for the rest; ptqd_mean = without the latter; None = nothing is corrected.
     text_encoder: format of the weights of the text encoders' Linears, None = they stay in float.
     float_dtype: dtype of the quantized denoiser's float arithmetic, None = the model's own.
+    attention: one of `execution.attention.KINDS`, emulated where the quantized denoiser runs; None = the model's own.
     Raises UserError for everything that can be seen without a model.
     """
 
@@ -39,6 +41,7 @@ class QuantSetting:
         float_dtype: str | None,
         correction: str | None,
         text_encoder: QuantSpec | None,
+        attention: str | None = None,
     ) -> None:
         for side, spec in {"weight": weight, "activation": activation}.items():
             if isinstance(spec, Mapping):  # bits= on top of a side that the setting leaves in float
@@ -54,6 +57,7 @@ class QuantSetting:
             )
         if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
             raise UserError(f"quant.float_dtype={float_dtype!r}: choose null or one of {', '.join(FLOAT_DTYPES)}.")
+        check_attention(attention)
         if correction is not None and correction not in CORRECTIONS:
             raise UserError(f"quant.correction={correction!r}: choose null or one of {', '.join(CORRECTIONS)}.")
         if correction is not None and weight is None and activation is None:
@@ -68,7 +72,7 @@ class QuantSetting:
         self.shrinks_noise = correction == "ptqd"
         how = (ranges, activation_ranges, low_rank)
         self.recipe = Recipe(weight, activation, smoothing, rounding, segments, rules, *how)
-        self.policy, self.float_dtype, self.correction = policy, float_dtype, correction
+        self.policy, self.float_dtype, self.correction, self.attention = policy, float_dtype, correction, attention
         self.text_encoder = None if text_encoder is None else text_encoder.check_weight()
 
     def plan(self, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:

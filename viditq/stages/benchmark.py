@@ -46,6 +46,8 @@ def why_not(job: Job) -> str | None:
     e, trainer = job.experiment, job.experiment.make_trainer()
     if getattr(trainer, "offload", None) is not None:
         return "with trainer.offload a step takes as long as its weights take to move"
+    if e.quant.attention is not None:
+        return f"quant.attention={e.quant.attention} is emulated, which says nothing of the time of a kernel"
     most, expected = e.benchmark_seconds, expected_seconds(job)
     if most is not None and expected is not None and expected > most:
         return (

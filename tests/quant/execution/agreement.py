@@ -1,4 +1,4 @@
-"""Cases of backend equality that native and portable share."""
+"""Cases of backend equality that integer backends share."""
 
 from __future__ import annotations
 
@@ -80,13 +80,19 @@ def exact_output(variant: Variant, x: Tensor, bias: Tensor | None) -> tuple[Tens
     return out, size
 
 
+def home_of(backend: Backend) -> str:
+    """The kind of device that it multiplies on here."""
+    return "cuda" if backend.name == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def assert_agrees(backend: Backend, variant: Variant, x: Tensor, bias: Tensor | None) -> None:
     """Within RELATIVE of sum |x w| and half a unit in the last place of the dtype of float64 on the codes of `fake`."""
     expected, size = exact_output(variant, x, bias)
-    backend.prepare(variant)
-    before = x.clone()
-    out = backend.linear(variant, x, bias)
-    assert torch.equal(x, before), "x was written to"
+    home = home_of(backend)
+    backend.prepare(variant.to(home))
+    before, x, bias = x.clone(), x.to(home), None if bias is None else bias.to(home)
+    out = backend.linear(variant, x, bias).cpu()
+    assert torch.equal(x.cpu(), before), "x was written to"
     assert out.dtype == variant.dtype and out.shape == expected.shape
     unit = torch.finfo(variant.dtype).eps
     bound = RELATIVE * size + unit * expected.abs() + torch.finfo(variant.dtype).smallest_normal

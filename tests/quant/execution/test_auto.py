@@ -17,10 +17,10 @@ W4 = LayerScheme(QuantSpec(4, granularity="channel"), None)
 
 @pytest.fixture(autouse=True)
 def chosen_anew() -> Iterator[None]:
-    for remembered in (auto._chosen, auto._tell):
+    for remembered in (auto.first_that_takes, auto._tell):
         remembered.cache_clear()
     yield
-    for remembered in (auto._chosen, auto._tell):
+    for remembered in (auto.first_that_takes, auto._tell):
         remembered.cache_clear()
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from agreement import home_of
 
 from viditq.errors import UserError
 from viditq.quant import (
@@ -15,8 +16,8 @@ from viditq.quant import (
     quantize_denoiser,
     save_denoiser,
 )
-from viditq.quant.execution.backends import Unavailable, portable
-from viditq.quant.execution.backends.native import ops
+from viditq.quant.execution.backends import get_backend
+from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.linear import quant_linears
 
 W4, A8 = QuantSpec(4, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)
@@ -33,22 +34,17 @@ RECIPES = {
 }
 
 
-@pytest.fixture(params=["native", "portable"])
+@pytest.fixture(params=["native", "portable", pytest.param("triton", marks=pytest.mark.slow)])
 def backend(request) -> str:
-    try:
-        if request.param == "native":
-            ops.load()
-        elif not portable.exact_product("cpu"):
-            pytest.skip("torch._int_mm is not exact on this machine")
-    except Unavailable as error:
-        pytest.skip(error.reason)
+    if (reason := why_unavailable(get_backend(request.param))) is not None:
+        pytest.skip(reason)
     return request.param
 
 
 def outputs(denoiser) -> torch.Tensor:
-    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(5)).to(next(denoiser.parameters()).dtype)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(5)).to(next(denoiser.parameters()))
     with torch.no_grad():
-        return torch.stack([denoiser(x, torch.full((2,), t)) for t in (10, 400, 600, 990)])
+        return torch.stack([denoiser(x, torch.full((2,), t, device=x.device)) for t in (10, 400, 600, 990)])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -62,7 +58,8 @@ def test_an_artifact_gives_the_same_outputs_and_is_saved_as_it_was(
     quantize_denoiser(denoiser, plan, calibrated(denoiser, [1, 2], [980, 640, 300, 10]))
     save_denoiser(tmp_path / "fake", denoiser, plan, {})
     loaded, *_ = load_denoiser(tmp_path / "fake", lambda: make_denoiser(dtype), backend)
-    expected, out = outputs(denoiser).double(), outputs(loaded).double()
+    home = home_of(get_backend(backend))
+    expected, out = outputs(denoiser).double(), outputs(loaded.to(home)).double().cpu()
     # roundings of one layer flip codes of the next
     assert (out - expected).norm() / expected.norm() < 5e-3 + 2 * torch.finfo(dtype).eps
     save_denoiser(tmp_path / "again", loaded, plan, {})

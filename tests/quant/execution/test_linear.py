@@ -151,10 +151,9 @@ def test_several_variants_need_a_noise_level():
 
 
 def test_backends_are_refused_by_name_and_by_field():
-    with pytest.raises(
-        UserError, match="unknown backend 'cuda9000'; known names: auto, fake, native, portable, weight_only"
-    ):
-        get_backend("cuda9000")
+    names = "auto, cuda, fake, native, portable, triton, weight_only"
+    with pytest.raises(UserError, match=f"unknown backend 'fpga9000'; known names: {names}"):
+        get_backend("fpga9000")
 
     class Picky(Backend):
         name = "picky"
@@ -179,7 +178,7 @@ def test_a_vector_is_one_token(granularity: str) -> None:
 def test_integer_backends_refuse_floating_point_numbers_by_their_field():
     fp8, int8 = QuantSpec(8, True, "channel", number="e4m3"), QuantSpec(8, granularity="token", dynamic=True)
     fp8_token = QuantSpec(8, True, "token", dynamic=True, number="e5m2")
-    for name in ("native", "portable"):
+    for name in ("native", "portable", "triton"):
         backend = get_backend(name)
         assert backend.unsupported_field(LayerScheme(fp8, int8)) == "weight.number"
         assert backend.unsupported_field(LayerScheme(QuantSpec(8), fp8_token)) == "activation.number"

@@ -6,7 +6,7 @@ Legend: O out_features, C in_features.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -88,6 +88,15 @@ class QuantLinear(nn.Module):
                 "call it through its denoiser, which reads the timestep"
             )
         return self.segment_to_variant[segment]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Variants that hold one weight still hold one after a move."""
+        variants = cast(list[Variant], list(self.variants))
+        before = [variant.held for variant in variants]
+        super()._apply(fn, recurse)
+        for variant, held in zip(variants, before, strict=True):
+            variant.held = variants[next(i for i, other in enumerate(before) if other is held)].held
+        return self
 
     @property
     def fuses(self) -> bool:

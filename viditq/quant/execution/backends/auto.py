@@ -27,7 +27,7 @@ class AutoBackend(Backend):
         return None
 
     def resolve(self, scheme: LayerScheme) -> Backend:
-        return _chosen(scheme) if scheme.quantizes else _backend("fake")
+        return first_that_takes(scheme, FASTEST_FIRST) if scheme.quantizes else _backend("fake")
 
     def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         return self.resolve(scheme).weight_bytes(scheme, out_features, in_features, dtype)
@@ -54,10 +54,11 @@ def why_unavailable(backend: Backend) -> str | None:
 
 
 @cache
-def _chosen(scheme: LayerScheme) -> Backend:
+def first_that_takes(scheme: LayerScheme, names: tuple[str, ...]) -> Backend:
+    """The first of these backends that takes `scheme` and runs here, else one that emulates; says so once."""
     reasons: list[str] = []
     last = "weight_only" if scheme.activation is None else "fake"  # which takes every scheme, as fake does these
-    for backend in map(_backend, (*FASTEST_FIRST, last)):
+    for backend in map(_backend, (*names, last)):
         field = backend.unsupported_field(scheme)
         reason = f"it does not take {field}" if field is not None else why_unavailable(backend)
         if reason is None:

@@ -5,9 +5,7 @@ Legend: M rows, O out_features, C in_features, S segments of C that share all sc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,38 +14,13 @@ from torch import Tensor
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends.base import Unavailable
-from viditq.quant.execution.backends.integer import IntegerBackend, scale_width, stored_grid
+from viditq.quant.execution.backends.integer import IntegerBackend, scale_width
+from viditq.quant.execution.backends.signed import SignedWeight, bytes_per_segment, signed_weight
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight, quantize_activation
 
 PADDED_TO = 8  # CUDA takes multiples of 8; on a CPU one column gives wrong sums (torch 2.13)
-BYTES_PER_SEGMENT = 12  # of an output: scale, zero point, sum of codes
 ROWS_AT_LEAST = 17  # CUDA again
-
-
-class SignedWeight(NamedTuple):
-    """data int8 [S, O, g padded], code - 128 at 8 bits, the code below; scale, zero_point, colsum [S, O]."""
-
-    data: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    colsum: Tensor
-    size: int
-    shift: int
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> SignedWeight:
-        """The same with each of its tensors moved."""
-        moved = self._replace(data=move(self.data), scale=move(self.scale))
-        return moved._replace(zero_point=move(self.zero_point), colsum=move(self.colsum))
-
-    def codes(self) -> Tensor:
-        """uint8 [O, C]."""
-        codes_OSg = self.data[:, : self.scale.shape[1], : self.size].transpose(0, 1).to(torch.int16) + self.shift
-        return codes_OSg.flatten(1).to(torch.uint8)
-
-    def grid(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point as `hold` was given them."""
-        return stored_grid(self.scale.T, self.zero_point.T, self.shift, spec, len(self.scale) * self.size)
 
 
 @BACKENDS.register("portable")
@@ -63,26 +36,13 @@ class PortableBackend(IntegerBackend):
     def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         if scheme.weight is None:
             return super().weight_bytes(scheme, out_features, in_features, dtype)
-        segments = in_features // scale_width(scheme, in_features)
-        return out_features * (in_features + BYTES_PER_SEGMENT * segments)
+        size = scale_width(scheme, in_features)
+        return out_features * (in_features + bytes_per_segment(size) * (in_features // size))
 
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
-        codes_OC, scale, zero_point, _ = quantized
-        self.check_available(codes_OC.device.type)
-        shift = 128 if weight.bits == 8 else 0
-        out_features, in_features = codes_OC.shape
-        segments = in_features // segment_size
-
-        def per_segment(values: Tensor) -> Tensor:
-            values_OG = values.reshape(len(values), -1).expand(out_features, -1)
-            return values_OG.repeat_interleave(segments // values_OG.shape[1], 1).T.contiguous()
-
-        zero = torch.full_like(scale, 2.0 ** (weight.bits - 1)) if zero_point is None else zero_point
-        data_OSg = (codes_OC.to(torch.int16) - shift).to(torch.int8).view(out_features, segments, segment_size)
-        data_SOg = F.pad(data_OSg.transpose(0, 1), (0, -segment_size % PADDED_TO, 0, -out_features % PADDED_TO))
-        colsum = data_SOg.sum(-1, dtype=torch.int32)[:, :out_features]
-        zero_point = per_segment(zero).to(torch.int32) - shift
-        return SignedWeight(data_SOg.contiguous(), per_segment(scale.float()), zero_point, colsum, segment_size, shift)
+        self.check_available(quantized.codes.device.type)
+        padded = segment_size + -segment_size % PADDED_TO
+        return signed_weight(quantized, weight.bits, segment_size, padded, rows_padded_to=PADDED_TO)
 
     def multiply(
         self, variant: Variant, x: Tensor, bias: Tensor | None, div: Tensor | None, addend: Tensor | None
@@ -104,7 +64,9 @@ class PortableBackend(IntegerBackend):
             zero = zero_MS[:, s, None].to(torch.int32)
             rest = codes_SMg[s].sum(-1, True, dtype=torch.int32) - weight.size * zero
             sums = _product(codes_SMg[s], weight.data[s])[:, :out_features]
-            exact = sums.sub_(zero * weight.colsum[s]).sub_(weight.zero_point[s] * rest)
+            exact = sums.sub_(zero * weight.colsum[s])
+            if weight.zero_point is not None:
+                exact.sub_(weight.zero_point[s] * rest)
             y.addcmul_(exact.float(), scale_MS[:, s, None] * weight.scale[s])
         if bias is not None:
             y += bias

@@ -14,10 +14,15 @@ from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends.integer import IntegerBackend, scale_width
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import PADDED_TO, PANEL, PackedWeight, joined, pack_weight
+from viditq.quant.execution.backends.one_input import (
+    goes_into_the_quantizer,
+    same_variants,
+    share_codes,
+    smoothing,
+)
 from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight
-from viditq.quant.methods.transforms import Smooth
 
 BYTES_PER_SEGMENT = 5  # of an output: scale, zero point
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,9 +68,9 @@ class NativeBackend(IntegerBackend):
         before: Before = NOTHING_BEFORE,
         after: After = NOTHING_AFTER,
     ) -> list[Tensor]:
-        if len(variants) > 1 and _share_codes(variants):
+        if len(variants) > 1 and share_codes(variants, _joins):
             weight, bias = _joined(variants, biases)
-            together = self._run(variants[0], x, weight, bias, before, after, div=_smoothing(variants[0]))
+            together = self._run(variants[0], x, weight, bias, before, after, div=smoothing(variants[0]))
             return list(together.split([_weight(v).out_features for v in variants], -1))
         if len(variants) > 1 and after.is_nothing and _share_rows(variants):
             return ops.linears(
@@ -74,7 +79,7 @@ class NativeBackend(IntegerBackend):
                 biases,
                 cast(QuantSpec, variants[0].scheme.activation),
                 [v.input_qparams for v in variants],
-                [_smoothing(v) for v in variants],
+                [smoothing(v) for v in variants],
                 layernorm_eps=before.eps,
                 mul=before.mul,
                 add=before.add,
@@ -87,8 +92,8 @@ class NativeBackend(IntegerBackend):
     def _product(self, variant: Variant, x: Tensor, bias: Tensor | None, before: Before, after: After) -> Tensor:
         if variant.held is None:  # a segment in float
             return after.apply(self.linear(variant, before.apply(x), bias))
-        if _goes_into_the_quantizer(variant):
-            return self._run(variant, x, variant.held, bias, before, after, div=_smoothing(variant))
+        if goes_into_the_quantizer(variant):
+            return self._run(variant, x, variant.held, bias, before, after, div=smoothing(variant))
         y, addend = self.chained(variant, x if before.is_nothing else _transformed(x, before))
         return self._run(variant, y, variant.held, bias, after=after, addend=addend)
 
@@ -121,12 +126,6 @@ class NativeBackend(IntegerBackend):
         )
 
 
-def _goes_into_the_quantizer(variant: Variant) -> bool:
-    """Whether all that its chain does is a division; a rotation and a low-rank branch need the tensor itself."""
-    smooth_at_most = all(isinstance(transform, Smooth) for transform in variant.chain) and len(variant.chain) <= 1
-    return smooth_at_most and variant.low_rank_up is None
-
-
 def _share_rows(variants: Sequence[Variant]) -> bool:
     """Whether all quantize one and the same transformed input, each with smoothing and scales of its own."""
     first = variants[0]
@@ -134,7 +133,7 @@ def _share_rows(variants: Sequence[Variant]) -> bool:
         v.held is not None
         and v.dtype == first.dtype
         and v.scheme.activation == first.scheme.activation
-        and _goes_into_the_quantizer(v)
+        and goes_into_the_quantizer(v)
         for v in variants
     )
 
@@ -147,40 +146,20 @@ def _transformed(x: Tensor, before: Before) -> Tensor:
     return ops.transform(x, layernorm_eps=before.eps, mul=before.mul, add=before.add)
 
 
-def _smoothing(variant: Variant) -> Tensor | None:
-    return variant.chain[0].scale if len(variant.chain) else None  # type: ignore[return-value]
-
-
 def _weight(variant: Variant) -> PackedWeight:
     assert isinstance(variant.held, PackedWeight)
     return variant.held
 
 
-def _share_codes(variants: Sequence[Variant]) -> bool:
-    """Whether one quantized input serves all of them, and their panels can lie side by side."""
-    first = variants[0]
-    known: tuple[Any, bool] | None = first.derived.get("shared")
-    if known is not None and _same(known[0], variants):
-        return known[1]
-    if torch.compiler.is_compiling():  # comparing tensors would break the graph; what was called before is known
-        return False
-    answer = all(v.held is not None and _goes_into_the_quantizer(v) for v in variants) and all(
-        v.scheme.activation == first.scheme.activation
-        and _weight(v).joins(_weight(first))
-        and _equal(_smoothing(v), _smoothing(first))
-        and _equal(v.input_scale, first.input_scale)
-        and (v.input_scale is None or _equal(v.input_zero_point, first.input_zero_point))
-        for v in variants
-    )
-    first.derived["shared"] = (list(variants), answer)
-    return answer
+def _joins(variant: Variant, first: Variant) -> bool:
+    return _weight(variant).joins(_weight(first))
 
 
 def _joined(variants: Sequence[Variant], biases: Sequence[Tensor | None]) -> tuple[PackedWeight, Tensor | None]:
     """One weight of all of them, of which each one's is a part from then on, and their biases one after another."""
     first = variants[0]
     known = first.derived.get("joined")
-    if known is not None and _same(known[0], variants):
+    if known is not None and same_variants(known[0], variants):
         return known[1], known[2]
     weight = joined([_weight(v) for v in variants])
     rows = 0
@@ -194,11 +173,3 @@ def _joined(variants: Sequence[Variant], biases: Sequence[Tensor | None]) -> tup
     bias = None if all(b is None for b in biases) else torch.cat(parts)
     first.derived["joined"] = (list(variants), weight, bias)
     return weight, bias
-
-
-def _same(known: Sequence[Variant], variants: Sequence[Variant]) -> bool:
-    return len(known) == len(variants) and all(a is b for a, b in zip(known, variants, strict=True))
-
-
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))

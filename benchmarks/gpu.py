@@ -1,0 +1,210 @@
+"""What integers are worth on a GPU: Linears and whole steps, ours beside bfloat16 and the rivals that are installed.
+
+    python benchmarks/gpu.py --out FOLDER             # one GPU, five minutes; gpu.md and gpu.json
+    python benchmarks/gpu.py --dry-run --out FOLDER   # the same code on tiny shapes on a CPU: its figures mean nothing
+
+Weights are random, inputs normal, never zeros. Times are medians by the GPU's own clock after a warm-up, quantization
+of activations included; candidates one after another, so that memory is each one's own. What the seconds do not
+suffice for is left out, as is what is not installed or fails, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import gpu_linears as linears
+import gpu_steps as steps
+import torch
+from torch import Tensor, nn
+
+from viditq.quant.execution.linear import backend_counts
+from viditq.quant.sizes import module_bytes
+
+WARM_UP, REPEATS, REPEATS_OF_STEPS = 3, 20, 5
+Row = dict[str, Any]
+
+
+class Bench:
+    """One process on one device. seconds: after which nothing new is begun."""
+
+    def __init__(self, dry_run: bool, seconds: float) -> None:
+        self.dry_run, self.end = dry_run, time.monotonic() + seconds
+        self.device = "cpu" if dry_run else "cuda"
+        self.backend = "auto" if dry_run else "cuda"
+
+    def compiled(self, module: nn.Module) -> Callable[..., Tensor]:
+        return torch.compile(module, backend="eager" if self.dry_run else "inductor")
+
+    def compile_block(self, block: nn.Module) -> None:
+        block.compile(backend="eager" if self.dry_run else "inductor")
+
+    def all_linears(self) -> list[Row]:
+        """A row for each shape and candidate."""
+        rows: list[Row] = []
+        widths = linears.TINY_WIDTHS if self.dry_run else linears.WIDTHS
+        for i, count in enumerate(linears.TINY_ROWS if self.dry_run else linears.ROWS):
+            for width, outs in widths:
+                shape = f"{count} x {width} x {outs}"
+                made = linears.calls(count, width, outs, self.device, self.backend, None if i else self.compiled)
+                expected: Tensor | None = None
+                for name, make in made:
+                    row = self.tried(f"{shape}, {name}", partial(self.of_linear, make))
+                    out = row.pop("out", None)
+                    expected = out if expected is None else expected
+                    rows.append({"shape": shape, "candidate": name, **row, **_error(out, expected)})
+        return rows
+
+    def all_steps(self, only: list[str]) -> list[Row]:
+        """A row for each geometry and candidate."""
+        rows: list[Row] = []
+        for geometry, build in steps.GEOMETRIES.items():
+            if only and not any(word in geometry for word in only):
+                continue
+            if time.monotonic() > self.end:
+                rows.append({"geometry": geometry, "candidate": "all", "left_out": "no time was left"})
+                continue
+            torch.manual_seed(0)
+            with torch.device(self.device):
+                model, inputs = build(self.dry_run)
+            model = model.to(steps.HALF).eval().requires_grad_(False)
+            expected: Tensor | None = None
+            for name, make in steps.candidates(model, self.backend, self.compile_block):
+                row = self.tried(f"{geometry}, {name}", partial(self.of_step, make, inputs))
+                out = row.pop("out", None)
+                expected = out if expected is None else expected
+                rows.append({"geometry": geometry, "candidate": name, **row, **_error(out, expected)})
+            del model
+            self.clean()
+        return rows
+
+    def of_linear(self, make: Callable[[], Callable[[], Tensor]]) -> Row:
+        return self.of_call(make(), REPEATS)
+
+    def of_step(self, make: Callable[[], nn.Module], inputs: steps.Inputs) -> Row:
+        self.clean()
+        model = make()
+        weights = module_bytes(model)
+        row = self.of_call(steps.call_of(model, inputs, self.device), REPEATS_OF_STEPS)
+        return row | {"weight_bytes": weights, "backends": backend_counts(model)}
+
+    def of_call(self, call: Callable[[], Tensor], repeats: int) -> Row:
+        """Milliseconds, the first output, and the most that its allocator hands out during a call."""
+        start = time.perf_counter()
+        out = call()
+        self.wait()
+        first = time.perf_counter() - start
+        for _ in range(1 if self.dry_run else WARM_UP):
+            call()
+        before = 0 if self.dry_run else torch.cuda.memory_allocated()
+        if not self.dry_run:
+            torch.cuda.reset_peak_memory_stats()
+        times = [self.milliseconds(call) for _ in range(2 if self.dry_run else repeats)]
+        peak = None if self.dry_run else torch.cuda.max_memory_allocated() - before
+        return {"ms": median(times), "low": min(times), "first_s": first, "peak_bytes": peak, "out": out}
+
+    def milliseconds(self, call: Callable[[], Tensor]) -> float:
+        if self.dry_run:
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    def tried(self, title: str, work: Callable[[], Row]) -> Row:
+        """Its row, or why there is none."""
+        if time.monotonic() > self.end:
+            return {"left_out": "no time was left"}
+        try:
+            row = work()
+        except ImportError as error:
+            return {"left_out": f"not installed ({error.name or error})"}
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            return {"left_out": f"{type(error).__name__}: {lines[0][:100]}"}
+        finally:
+            torch._dynamo.reset()
+        print(f"{title}: {row['ms']:.3f} ms", flush=True)
+        return row
+
+    def wait(self) -> None:
+        if not self.dry_run:
+            torch.cuda.synchronize()
+
+    def clean(self) -> None:
+        gc.collect()
+        if not self.dry_run:
+            torch.cuda.empty_cache()
+
+
+def _error(out: Tensor | None, expected: Tensor | None) -> Row:
+    if out is None or expected is None:
+        return {}
+    return {"relative_error": float((out.float() - expected.float()).norm() / expected.float().norm())}
+
+
+def machine(dry_run: bool) -> Row:
+    name = f"{platform.processor() or platform.machine()}, a dry run" if dry_run else torch.cuda.get_device_name()
+    return {"name": name, "torch": torch.__version__, "cuda": torch.version.cuda, "diffusers": diffusers.__version__}
+
+
+def table(rows: list[Row], group: str, base: str) -> list[str]:
+    """Markdown, ratios to the candidate `base` of the same group."""
+    lines = [f"| {group} | candidate | ms, median / least | ratio to {base} | weights, MiB | peak, MiB | error |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    bases = {row[group]: row["ms"] for row in rows if row["candidate"] == base and "ms" in row}
+    for row in rows:
+        if "ms" not in row:
+            lines.append(f"| {row[group]} | {row['candidate']} | not measured: {row['left_out']} | | | | |")
+            continue
+        ratio = f"{bases[row[group]] / row['ms']:.2f}" if row[group] in bases else ""
+        sizes = [
+            f"{row[key] / 2**20:.1f}" if row.get(key) is not None else "" for key in ("weight_bytes", "peak_bytes")
+        ]
+        cells = [row[group], row["candidate"], f"{row['ms']:.3f} / {row['low']:.3f}", ratio, *sizes]
+        lines.append(f"| {' | '.join(cells)} | {row.get('relative_error', 0.0):.4f} |")
+    return lines
+
+
+@torch.inference_mode()
+def main(arguments: list[str]) -> None:
+    """Writes gpu.md and gpu.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.md and gpu.json")
+    parser.add_argument("--seconds", type=float, default=290, help="after which nothing new is begun (default 290)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--only", nargs="*", default=[], help="geometries whose names hold one of these words")
+    given = parser.parse_args(arguments)
+    if not given.dry_run and not torch.cuda.is_available():
+        sys.exit("There is no CUDA device. --dry-run goes through the same code on a CPU.")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("viditq").setLevel(logging.INFO)
+    bench, found = Bench(given.dry_run, given.seconds), machine(given.dry_run)
+    print(", ".join(f"{key}: {value}" for key, value in found.items()), flush=True)
+    linear_rows, step_rows = bench.all_linears(), bench.all_steps(given.only)
+    results = {"machine": found, "linears": linear_rows, "steps": step_rows}
+    lines = [f"# {found['name']}, torch {found['torch']}", "", *table(linear_rows, "shape", "bf16"), ""]
+    lines += table(step_rows, "geometry", "bf16 compiled")
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "gpu.json").write_text(json.dumps(results, indent=1))
+    (given.out / "gpu.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

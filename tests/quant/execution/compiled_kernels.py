@@ -1,0 +1,105 @@
+"""Compiles the Triton kernels for GPUs, without one, and prints the matrix instructions that came out.
+
+python tests/quant/execution/compiled_kernels.py
+"""
+
+import os
+import re
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from viditq.quant.execution.backends.triton import ops
+from viditq.quant.execution.backends.triton.tiles import FEW, MANY, Tile
+
+TARGETS = (
+    GPUTarget("cuda", 80, 32),
+    GPUTarget("cuda", 89, 32),
+    GPUTarget("cuda", 90, 32),
+    GPUTarget("hip", "gfx942", 64),
+)
+INSTRUCTIONS = re.compile(r"(?:wgmma\.mma_async|mma\.sync|v_mfma)[\w.]*|div\.rn\.f32|div\.full\.f32")
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16",
+    torch.int32: "*i32",
+}  # fmt: skip
+
+
+class Launch:
+    """Stands for a kernel: compiles for `target` what it is launched with, and keeps the assembly."""
+
+    def __init__(self, kernel: Any, target: GPUTarget) -> None:
+        self.kernel, self.target, self.assembly = kernel, target, ""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, num_warps: int, num_stages: int = 3, enable_fp_fusion: bool, **constants: Any) -> None:
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+        constants |= {name: value for name, value in given.items() if value is None}
+        signature = {name: "constexpr" if name in constants else kind(value) for name, value in given.items()}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, value) in enumerate(given.items())
+            if name not in constants
+            and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0))
+        }
+        options = {"num_warps": num_warps, "num_stages": num_stages if self.target.backend == "cuda" else 2}
+        source = ASTSource(self.kernel, signature, constants, aligned)
+        made = triton.compile(source, target=self.target, options=options | {"enable_fp_fusion": enable_fp_fusion})
+        self.assembly = made.asm["ptx" if self.target.backend == "cuda" else "amdgcn"]
+
+
+def kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def launched(target: GPUTarget, tile: Tile, rows: int, packed: bool, segments: int) -> tuple[str, str]:
+    """Assembly of the quantizer and the product, by the operators' own launches, on tensors of a CPU."""
+    kernels = ops.load()
+    quantizer, product = Launch(kernels.quantize_rows, target), Launch(kernels.multiply, target)
+    width, outs = 1152, 4608
+    try:
+        originals = kernels.quantize_rows, kernels.multiply
+        kernels.quantize_rows, kernels.multiply = quantizer, product
+        size = width // segments
+        x, vector = torch.zeros(rows, width, dtype=torch.bfloat16), torch.ones(1, width)
+        quantized = ops._quantize(x, segments, size, 1, 8, False, 1e-6, vector, vector, vector[0], None, None)
+        weight = torch.zeros(segments, outs, size // (2 if packed else 1), dtype=torch.uint8 if packed else torch.int8)
+        scale, zero = torch.ones(segments, outs), torch.zeros(segments, outs, dtype=torch.int8)
+        colsum = zero.short() if segments > 1 else zero.int()
+        residual = torch.zeros(rows, outs, dtype=torch.bfloat16)
+        ops._multiply(
+            *quantized, False, weight, scale, zero, colsum, size, torch.zeros(outs),
+            None, 1, torch.ones(1, outs), residual, torch.bfloat16, tile,
+        )  # fmt: skip
+    finally:
+        kernels.quantize_rows, kernels.multiply = originals
+    return quantizer.assembly, product.assembly
+
+
+def main() -> None:
+    ops._on = lambda tensor: torch.no_grad()  # type: ignore[assignment]
+    for target in TARGETS:
+        name = f"{target.backend} {target.arch}"
+        for title, tile, rows, packed, segments in (
+            ("W8", MANY[0], 4096, False, 1),
+            ("W4", MANY[0], 4096, True, 1),
+            ("W4 in groups of 64", MANY[0], 4096, True, 18),
+            ("W8, few rows", FEW, 8, False, 1),
+        ):
+            quantizer, product = launched(target, tile, rows, packed, segments)
+            found = sorted({*INSTRUCTIONS.findall(product)})
+            print(
+                f"{name}: {title}: {' '.join(found)}; quantizer: {' '.join(sorted({*INSTRUCTIONS.findall(quantizer)}))}"
+            )
+
+
+if __name__ == "__main__":
+    main()

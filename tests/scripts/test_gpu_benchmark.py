@@ -1,0 +1,66 @@
+"""benchmarks/gpu.py goes through all of its code on a CPU; benchmarks/gpu.sh names what is there."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+OURS = {"ours W8A8", "ours W4A8", "ours W8A8, compiled", "ours W4A8, compiled"}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    return gpu
+
+
+def check(folder: Path, geometries: int) -> None:
+    results = json.loads((folder / "gpu.json").read_text())
+    assert len({row["geometry"] for row in results["steps"]}) == geometries
+    measured = [row for rows in (results["linears"], results["steps"]) for row in rows if "ms" in row]
+    assert len(measured) >= 13 + 6 * geometries
+    assert all(row["relative_error"] < 0.1 for row in measured)
+    left_out = {row["left_out"] for rows in (results["linears"], results["steps"]) for row in rows if "left_out" in row}
+    assert all(reason.startswith("not installed (") for reason in left_out), left_out
+    steps = {row["candidate"]: row for row in results["steps"] if "ms" in row}
+    assert steps.keys() >= OURS and all("fake" not in steps[name]["backends"] for name in OURS)
+    page = (folder / "gpu.md").read_text()
+    assert "a dry run" in page.splitlines()[0] and all(f"| not measured: {reason} |" in page for reason in left_out)
+
+
+def test_a_dry_run_writes_both_tables(gpu: Any, tmp_path: Path) -> None:
+    gpu.main(["--dry-run", "--out", str(tmp_path / "out"), "--only", "STDiT"])
+    check(tmp_path / "out", 1)
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_every_geometry(gpu: Any, tmp_path: Path) -> None:
+    gpu.main(["--dry-run", "--out", str(tmp_path)])
+    check(tmp_path, 3)
+
+
+def test_what_there_is_no_time_for_is_left_out_and_said(gpu: Any, tmp_path: Path) -> None:
+    gpu.main(["--dry-run", "--out", str(tmp_path), "--seconds", "0"])
+    assert "| not measured: no time was left |" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_it_says_what_goes(gpu: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="There is no CUDA device"):
+        gpu.main(["--out", str(tmp_path)])
+
+
+def test_the_script_is_sound_and_its_files_exist() -> None:
+    script = BENCHMARKS / "gpu.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    named = re.findall(r"\b(?:tests|benchmarks)/[\w/]+\.py", script.read_text())
+    assert len(named) == 5 and all((BENCHMARKS.parent / name).is_file() for name in named)
+    seconds = sum(int(n) for n in re.findall(r"timeout (\d+)", script.read_text()))
+    assert seconds < 8 * 60

@@ -1,0 +1,150 @@
+"""The backend of the Triton kernels: GPUs with int8 products; quantizer and surroundings in the same passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from viditq.quant.description.registry import BACKENDS
+from viditq.quant.description.scheme import LayerScheme, QuantSpec
+from viditq.quant.execution.backends.base import Unavailable
+from viditq.quant.execution.backends.integer import IntegerBackend, scale_width
+from viditq.quant.execution.backends.one_input import goes_into_the_quantizer, share_codes, smoothing
+from viditq.quant.execution.backends.signed import SignedWeight, bytes_per_segment, signed_weight
+from viditq.quant.execution.backends.triton import ops
+from viditq.quant.execution.backends.triton.tiles import padded_width
+from viditq.quant.execution.surroundings import ACTIVATIONS, NOTHING_AFTER, NOTHING_BEFORE, After, Before
+from viditq.quant.execution.variant import Variant
+from viditq.quant.methods.quantizer import QuantizedWeight
+from viditq.quant.numerics import affine, granularity
+
+NO_DEVICE = "there is no CUDA device"
+CAPABILITY = (8, 0)  # of CUDA devices; triton multiplies no int8 on older ones
+
+
+@BACKENDS.register("triton")
+class TritonBackend(IntegerBackend):
+    """Two operators a Linear: one quantizes, one multiplies and does what stands behind the product."""
+
+    name = "triton"
+    fuses: ClassVar[bool] = True
+
+    def check_available(self) -> None:
+        reason = why_not()
+        if reason is not None:
+            raise Unavailable(self.name, reason)
+
+    def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Codes, up to 4 bits two in a byte, and for each output and segment what `bytes_per_segment` counts."""
+        if scheme.weight is None:
+            return super().weight_bytes(scheme, out_features, in_features, dtype)
+        size = scale_width(scheme, in_features)
+        codes = padded_width(size) // (2 if scheme.weight.bits <= 4 else 1)
+        return out_features * (in_features // size) * (codes + bytes_per_segment(size))
+
+    def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
+        self.check_available()
+        self.load()
+        return signed_weight(quantized, weight.bits, segment_size, padded_width(segment_size), packed=weight.bits <= 4)
+
+    def multiply(
+        self, variant: Variant, x: Tensor, bias: Tensor | None, div: Tensor | None, addend: Tensor | None
+    ) -> Tensor:
+        return self._product(variant, self._quantized(variant, x, NOTHING_BEFORE, div), x, bias, addend=addend)
+
+    @torch.no_grad()
+    def products(
+        self,
+        variants: Sequence[Variant],
+        x: Tensor,
+        biases: Sequence[Tensor | None],
+        before: Before = NOTHING_BEFORE,
+        after: After = NOTHING_AFTER,
+    ) -> list[Tensor]:
+        shared = None
+        if len(variants) > 1 and share_codes(variants, _same_cut):
+            shared = self._quantized(variants[0], x, before, smoothing(variants[0]))
+        outs = []
+        for variant, bias in zip(variants, biases, strict=True):
+            if variant.held is None:  # a segment in float
+                outs.append(after.apply(self.linear(variant, before.apply(x), bias)))
+            elif goes_into_the_quantizer(variant):
+                quantized = shared or self._quantized(variant, x, before, smoothing(variant))
+                outs.append(self._product(variant, quantized, x, bias, after))
+            else:
+                y, addend = self.chained(variant, x if before.is_nothing else before.apply(x.float()))
+                quantized = self._quantized(variant, y, NOTHING_BEFORE, None)
+                outs.append(self._product(variant, quantized, x, bias, after, addend))
+        return outs
+
+    def _quantized(self, variant: Variant, x: Tensor, before: Before, div: Tensor | None) -> ops.Quantized:
+        spec, weight, grid = variant.scheme.activation, _weight(variant), variant.input_qparams
+        assert spec is not None
+        if spec.granularity == "tensor" and spec.dynamic and x.numel():  # all rows of a sample share a range
+            x = before.apply(x.float())
+            x, before, div = x if div is None else x / div, NOTHING_BEFORE, None
+            grid = affine.compute_qparams(
+                *granularity.activation_range(x, spec.granularity, None), spec.bits, spec.symmetric
+            )
+        ranges = 1 if spec.group_size is None else weight.in_features // spec.group_size
+        return ops.quantize(
+            x, weight.size, padded_width(weight.size), ranges, spec.bits, spec.symmetric, eps=before.eps,
+            mul=before.mul, add=before.add, div=div, grid=grid,
+        )  # fmt: skip
+
+    def _product(
+        self,
+        variant: Variant,
+        quantized: ops.Quantized,
+        x: Tensor,
+        bias: Tensor | None,
+        after: After = NOTHING_AFTER,
+        addend: Tensor | None = None,
+    ) -> Tensor:
+        out = self.multiplied(
+            quantized, _weight(variant), bias, variant.dtype, addend=addend,
+            activation=ACTIVATIONS.index(after.activation), gate=after.gate, residual=after.residual,
+        )  # fmt: skip
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def load(self) -> None:
+        """Defines the operators."""
+        ops.load()
+
+    def multiplied(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What `ops.arguments` describes."""
+        return ops.multiply(*args, **kwargs)
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot run on this machine, in a few words; None = they can."""
+    try:
+        interpreted, installed = ops.interpreted(), True
+    except ImportError:
+        interpreted, installed = False, False
+    if interpreted:
+        return None
+    if not torch.cuda.is_available():
+        return NO_DEVICE
+    if not installed:
+        return "the package triton is not installed (pip install 'viditq[gpu]')"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < CAPABILITY:
+        name = torch.cuda.get_device_name()
+        return f"{name} has compute capability {_dotted(capability)}, and int8 products take {_dotted(CAPABILITY)}"
+    return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _weight(variant: Variant) -> SignedWeight:
+    return cast(SignedWeight, variant.held)
+
+
+def _same_cut(variant: Variant, first: Variant) -> bool:
+    return _weight(variant).size == _weight(first).size
