@@ -22,3 +22,8 @@ def test_what_the_page_shows_runs(tmp_path: Path) -> None:
     plan = read_json(tmp_path / "run" / "quantized" / "plan.json")
     assert '"my_flip"' in str(plan).replace("'", '"')
     assert not any(layer.startswith("transformer_blocks.3.") for layer in plan["layers"])
+    told = Forked(
+        tmp_path, "told", "layers", "--config-dir", "my_conf", "model=mine", "quant/smoothing=flip", here=tmp_path
+    )
+    status, printed, _ = told.ended()
+    assert status == 0 and "20 of 46 Linears" in printed and "my_flip" in printed

@@ -130,7 +130,8 @@ def tell_layers(args: argparse.Namespace) -> None:
     """Print what a run would quantize."""
     from viditq.layer_table import print_layers  # torch and diffusers take seconds
 
-    print_layers(args.overrides, args.all)
+    own = [] if args.config_dir is None else [f"hydra.searchpath=['file://{_given(args.config_dir).resolve()}']"]
+    print_layers([*own, *args.overrides], args.all)
 
 
 def judging(path: str) -> list[str]:
@@ -189,6 +190,7 @@ def main(words: list[str]) -> int | list[str]:
         "overrides", metavar="KEY=VALUE", nargs="*", help="as a run takes them: model=flux_dev quant=w4a8"
     )
     command.add_argument("--all", action="store_true", help="a line for each Linear, not for those that are alike")
+    command.add_argument("--config-dir", metavar="DIR", help="of yamls of one's own, as a run takes it")
     command.set_defaults(work=tell_layers)
     command = commands.add_parser("judge", help="sample, measure and report what somebody else quantized")
     what = "a folder that diffusers saved quantized, a .gguf file, or an artifact of viditq"

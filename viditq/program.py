@@ -26,6 +26,9 @@ def main(words: list[str] | None = None) -> int:
     if words is None:
         words = sys.argv[1:]
         os.environ[config.PROGRAM_VARIABLE] = "viditq"
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)  # a user's own metric or model class, as with `python run.py` or `python -m`
     if words == ["--version"]:
         print(f"viditq {version('viditq')}")
         return 0
@@ -41,8 +44,5 @@ def main(words: list[str] | None = None) -> int:
         if isinstance(found, int):
             return found
         words = found
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)  # a user's own metric or model class, as with `python run.py` or `python -m`
     sys.argv = ["viditq", *words]
     return cli.guarded_main(run)

@@ -297,6 +297,9 @@ def test_headline_counts_every_metric():
     samples = "samples: differ from float's in 1 of 2 metrics: PSNR; equal within noise in 1"
     assert headline(entries, labels) == f"quality: {quality}; {samples}"
     assert headline({n: entries[n] for n in near}, labels) == f"quality: not measured; {samples}"
+    entries["psnr"]["verdict"] = "worse"  # of a run that was evaluated before this word was
+    assert headline({n: entries[n] for n in near}, labels) == f"quality: not measured; {samples}"
+    entries["psnr"]["verdict"] = "differs"
     assert headline({"temp": entries["temp"]}, labels) == "quality: equal within noise in 1 of 1 metric"
     assert headline({}, {}) == "no metric was computed"
 
