@@ -19,8 +19,10 @@ from shrunk import SHRUNK, compose_config, run_shrunk
 from viditq.assets import SHIPPED
 
 LONGEST = (
-    *("test_kills.py", "test_processes.py", "test_run.py", "test_estimate.py", "test_corrected_run.py"),
-    *("test_bad_input.py", "test_sweep.py", "test_batching.py", "test_search.py", "test_zoo.py", "test_damage.py"),
+    *("test_processes.py", "test_sweep.py", "test_bad_input.py", "test_run.py", "test_configs.py", "test_zoo.py"),
+    *("test_estimate.py", "test_corrected_run.py", "test_search.py", "test_kills.py", "test_finished.py"),
+    *("test_damage.py", "test_comfyui.py", "test_leaderboard.py", "test_comfy_file.py", "test_vllm_omni.py"),
+    *("test_fit.py", "test_learn.py", "test_lora.py", "test_quantizer.py", "test_train_tiny.py", "test_loading.py"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Three steps of everything that scripts/train_tiny.py trains."""
+"""One step of everything that scripts/train_tiny.py trains."""
 
 import runpy
 import sys
@@ -27,8 +27,8 @@ I2V = ["vae_i2v", "i2v", "export_i2v"]
 
 
 def train(folder: Path, monkeypatch: pytest.MonkeyPatch, *stages: str) -> None:
-    """These stages, without any those that ship; three steps each."""
-    options = ["--max-steps", "3", "--work", str(folder / "work"), "--out", str(folder / "assets")]
+    """These stages, without any those that ship; one step each."""
+    options = ["--max-steps", "1", "--work", str(folder / "work"), "--out", str(folder / "assets")]
     monkeypatch.setattr(sys, "argv", ["train_tiny.py", *options, *(["--stages", *stages] if stages else [])])
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
