@@ -117,7 +117,7 @@ def test_metrics_json(finished_run: Path) -> None:
     assert set(metrics["seconds"]) == {*timed, "evaluate"}
     assert metrics["backend"]["requested"] == "auto" and sum(metrics["backend"]["layers"].values()) == 40
     assert set(metrics["verdict"]) == set(metrics["metrics"])
-    assert metrics["noise_floor"] == {"num_prompts": 2, "seed": 1, "dtype": "bfloat16"}
+    assert metrics["noise_floor"] == {"num_prompts": 2, "seed": 1, "dtype": "bfloat16", "latents": 1e-06}
     assert all(value >= 0 for value in metrics["seconds"].values())
     assert (metrics["model"], metrics["experiment"], metrics["prompts"]) == ("tiny_image", "smoke", 2)
     assert 4 < metrics["average_weight_bits"] < 16 and 8 < metrics["average_activation_bits"] < 16
@@ -155,7 +155,7 @@ def test_second_run_only_prints(
     assert run(finished_run, shared_cache) == strict_json(finished_run / "metrics.json")
     assert (contents(finished_run), contents(shared_cache)) == before
     out = capsys.readouterr().out
-    assert out.count("already") == 11 and "PSNR" in out and str(finished_run / "comparison.png") in out
+    assert out.count("already") == 12 and "PSNR" in out and str(finished_run / "comparison.png") in out
 
 
 def test_settings_that_change_no_result_continue_a_run(
@@ -230,7 +230,7 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
     monkeypatch.setattr(sampling, "denoise", spy)
     with pytest.raises(Killed):  # after the first batch of the calibration
         run(folder, cache)
-    assert len(batches) == 1 and len(list(cache.rglob("*.png"))) == 6
+    assert len(batches) == 1 and len(list(cache.rglob("*.png"))) == 8
     (folder / "tried").touch()
     with monkeypatch.context() as patch:  # after the first quantized sample
         count_samples(patch, fail_at=1)

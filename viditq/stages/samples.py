@@ -19,22 +19,22 @@ from viditq.stages.text_encoders import encode
 
 def reference(job: Job) -> str:
     """Generate the evaluation prompts with the float model."""
-    return _float_samples(job, job.reference, job.experiment.seed, None, job.num_prompts, "float")
+    return _float_samples(job, job.reference, job.experiment.seed, None, 0.0, "float", job.num_prompts)
 
 
 def noise_floor(job: Job) -> str:
-    """Generate some of them as the float model would with another seed, and in another dtype from the same noise."""
+    """Some of them by the float model again: with another seed, in another dtype, with next to no noise on latents."""
     if not job.floor_size:
         return "switched off (noise_floor.num_prompts=0)"
     e = job.experiment
-    lines = [
-        _float_samples(job, entry, seed, dtype, job.floor_size, f"float {name}")
-        for name, (entry, seed, dtype) in {
-            f"seed {e.floor_seed}": (job.floors["seed"], e.floor_seed, None),
-            e.floor_dtype: (job.floors["bfloat16"], e.seed, e.floor_dtype),
-        }.items()
-    ]
-    return "; ".join(lines)
+    ways: dict[str, tuple[int, str | None, float, str]] = {
+        "seed": (e.floor_seed, None, 0.0, f"float seed {e.floor_seed}"),
+        "bfloat16": (e.seed, e.floor_dtype, 0.0, f"float {e.floor_dtype}"),
+        "latents": (e.seed, None, e.floor_latents, f"float latents + {e.floor_latents:g}"),
+    }
+    return "; ".join(
+        _float_samples(job, entry, *ways[name], count=job.floor_size) for name, entry in job.floors.items()
+    )
 
 
 def generate(job: Job) -> str:
@@ -61,7 +61,7 @@ def missing(job: Job, folder: Path, count: int) -> list[int]:
     return missing_samples(folder, count, modality)
 
 
-def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, count: int, what: str) -> str:
+def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, nudge: float, what: str, count: int) -> str:
     if not job.processes.first_does(lambda: missing(job, entry.path, count)):
         job.sweep_up(entry)
         return f"all {count} {what} samples already there ({entry.path})"
@@ -70,7 +70,7 @@ def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, count: 
         return job.load_float(dtype)
 
     with job.holding(entry):
-        return _generate(job, entry.path, count, what, load, seed, job.timed(entry.path, "reference"))
+        return _generate(job, entry.path, count, what, load, seed, job.timed(entry.path, "reference"), nudge=nudge)
 
 
 def _generate(
@@ -82,6 +82,7 @@ def _generate(
     seed: int,
     timed: AbstractContextManager[None],
     embeds: Entry | None = None,
+    nudge: float = 0.0,
 ) -> str:
     """Make the samples that `folder` lacks, each process its share of the batches. embeds: as of `Job.load_embeds`."""
     e, modality = job.experiment, job.experiment.adapter.modality
@@ -101,7 +102,8 @@ def _generate(
         pipeline = load()
         if e.adapter.compile:
             compile_forward(e.adapter.denoiser_of(pipeline))
-        module = Generation(e.adapter, pipeline, job.load_embeds(e.data.prompts, embeds), seed, sink=sink)
+        read = job.load_embeds(e.data.prompts, embeds)
+        module = Generation(e.adapter, pipeline, read, seed, sink=sink, nudge=nudge)
         run_batches(e.make_trainer(), module, job.processes.share(batches))
         job.processes.wait()
     return f"{len(wanted)} of {count} {what} samples generated ({folder})"
