@@ -66,7 +66,7 @@ class PipelineModule(L.LightningModule):
 
 
 class Generation(PipelineModule):
-    """Generates the prompts of each batch and hands every sample to `sink(index, clip_FCHW uint8)`."""
+    """Generates the prompts of each batch and hands every sample to `sink(index, clip_FCHW uint8)`, where it lies."""
 
     def __init__(self, *args: Any, sink: Callable[[int, Tensor], None]) -> None:
         super().__init__(*args)

@@ -56,7 +56,7 @@ def group_by_shape(embeds: list[PromptEmbeds]) -> list[list[int]]:
 
 @torch.no_grad()
 def generate(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int) -> Tensor:
-    """Generate one sample per prompt: uint8 [B, F, C, H, W].
+    """Generate one sample per prompt: uint8 [B, F, C, H, W], where the pipeline computes.
 
     Raises UserError if a sample is not finite (which low bit-widths in float16 can cause).
     """
@@ -65,7 +65,7 @@ def generate(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], i
         out = _call(adapter, pipeline, [embeds[i] for i in group], [indices[i] for i in group], seed, "pt")
         clips_BFCHW = out if out.ndim == 5 else out[:, None]
         _check_size(adapter, clips_BFCHW)
-        samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), strict=True))
+        samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8), strict=True))
     return torch.stack([samples[i] for i in range(len(embeds))])
 
 
