@@ -56,7 +56,8 @@ NUMBERS: Mapping[str, tuple[int, int | None]] = {
 }
 BYTES = ("calibration.block_input_bytes", "calibration.moment_bytes")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
-BACKENDS = ("auto", "cuda", "fake", "native", "portable", "triton", "weight_only")  # quant.execution.backends
+# Of quant.execution.backends, which imports torch.
+BACKENDS = ("auto", "cuda", "fake", "native", "portable", "scaled_mm", "triton", "weight_only")
 OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logger; the rest are settings
 
 

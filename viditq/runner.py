@@ -3,7 +3,8 @@
 import logging
 import os
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from viditq.job import Job
 from viditq.models.checks import GUESSED
 from viditq.models.contents import parts_by_variant
 from viditq.models.roles import FLOAT, counts, of_sound, summary
+from viditq.out_of_memory import expected, is_about_memory, memory_message
 from viditq.provenance import command
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
@@ -131,7 +133,20 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
             before, threads = threads, cores.follow()
             if threads != before:
                 console.print(f"      {threads}", markup=False)
-            print_stage(console, (number, len(experiment.stages)), stage, FUNCTIONS[stage](job))
+            with explained(job, stage):
+                told = FUNCTIONS[stage](job)
+            print_stage(console, (number, len(experiment.stages)), stage, told)
+
+
+@contextmanager
+def explained(job: Job, stage: str) -> Iterator[None]:
+    """Where memory does not suffice: UserError with what the stage was to take, and what needs less."""
+    try:
+        yield
+    except Exception as error:
+        if not is_about_memory(error):
+            raise
+        raise UserError(memory_message(str(error), expected(job, stage))) from error
 
 
 def heading(experiment: Experiment, folder: Path, num_processes: int) -> list[str]:

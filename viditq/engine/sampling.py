@@ -66,7 +66,7 @@ class PipelineModule(L.LightningModule):
 
 
 class Generation(PipelineModule):
-    """Generates the prompts of each batch and hands every sample to `sink(index, clip_FCHW uint8)`.
+    """Generates the prompts of each batch and hands every sample to `sink(index, clip_FCHW uint8)`, where it lies.
 
     nudge: standard deviation of noise that is added to the latents after the first step.
     """

@@ -64,7 +64,7 @@ def generate(
     seed: int,
     nudge: float = 0.0,
 ) -> Tensor:
-    """Generate one sample per prompt: uint8 [B, F, C, H, W]. nudge: as `nudged` takes it, see there.
+    """Generate one sample per prompt: uint8 [B, F, C, H, W], where the pipeline computes. nudge: as `nudged` takes it.
 
     Raises UserError if a sample is not finite (which low bit-widths in float16 can cause).
     """
@@ -75,7 +75,7 @@ def generate(
             out = _call(adapter, pipeline, [embeds[i] for i in group], numbers, seed, "pt")
         clips_BFCHW = out if out.ndim == 5 else out[:, None]
         _check_size(adapter, clips_BFCHW)
-        samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), strict=True))
+        samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8), strict=True))
     return torch.stack([samples[i] for i in range(len(embeds))])
 
 

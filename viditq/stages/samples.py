@@ -9,9 +9,11 @@ from torch import Tensor
 
 from viditq.data.samples import adopt_samples, missing_samples, sample_path, save_sample
 from viditq.engine.sampling import Generation, batches_of, run_batches
+from viditq.engine.writing import SampleWriter, waiting_samples
 from viditq.files import write_json
 from viditq.job import Job
 from viditq.models.compiling import compile_forward
+from viditq.quant.calibration.context import denoisers_of
 from viditq.run_dir import Entry
 from viditq.stages.external import load_judged
 from viditq.stages.text_encoders import encode
@@ -92,18 +94,26 @@ def _generate(
     if job.processes.first:
         job.run_dir.forget_evaluation()
 
+    trainer = e.make_trainer()
+
+    def save(index: int, clip: Tensor) -> None:
+        save_sample(sample_path(folder, index, modality), clip)
+
     def sink(index: int, clip: Tensor) -> None:
         if index in wanted:
-            save_sample(sample_path(folder, index, modality), clip)
+            writer.put(index, clip)
 
     with timed:
         # Batches are cut from all prompts, whatever is missing, so that a resumed run repeats them to the bit.
         batches = [b for b in batches_of(job.num_prompts, e.batch_size) if wanted & set(b)]
         pipeline = load()
+        denoiser = e.adapter.denoiser_of(pipeline)
         if e.adapter.compile:
-            compile_forward(e.adapter.denoiser_of(pipeline))
+            compile_forward(denoiser)
         read = job.load_embeds(e.data.prompts, embeds)
         module = Generation(e.adapter, pipeline, read, seed, sink=sink, nudge=nudge)
-        run_batches(e.make_trainer(), module, job.processes.share(batches))
+        with SampleWriter(save, waiting_samples(trainer, e.batch_size)) as writer:
+            writer.watch(denoisers_of(denoiser).values())
+            run_batches(trainer, module, job.processes.share(batches))
         job.processes.wait()
     return f"{len(wanted)} of {count} {what} samples generated ({folder})"
