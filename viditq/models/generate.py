@@ -63,7 +63,7 @@ def generate(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], i
     samples: dict[int, Tensor] = {}
     for group in group_by_shape(embeds):
         out = _call(adapter, pipeline, [embeds[i] for i in group], [indices[i] for i in group], seed, "pt")
-        clips_BFCHW = out if out.ndim == 5 else out[:, None]
+        clips_BFCHW = out if out.ndim == 5 else out[None] if adapter.modality == "video" else out[:, None]
         _check_size(adapter, clips_BFCHW)
         samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), strict=True))
     return torch.stack([samples[i] for i in range(len(embeds))])
