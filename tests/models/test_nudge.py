@@ -1,5 +1,6 @@
 """Noise that is added after the first step, once, a sample's own, whatever a step returns."""
 
+import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -39,6 +40,10 @@ def sample(pipeline: object, size: float, seeds: list[int], latents: Tensor = LA
 @pytest.mark.parametrize("output", ["tuple", "class"])
 def test_only_the_first_step_is_moved(output):
     pipeline = SimpleNamespace(scheduler=Scheduler(output))
+    with nudged(pipeline, 1e-3, [5, 9]):
+        step = pipeline.scheduler.step
+        assert "return_dict" in inspect.signature(step).parameters  # pipelines look for what a step takes
+        step(LATENTS, 1, LATENTS)
     first, second = sample(pipeline, 1e-3, [5, 9])
     assert (first - LATENTS).std() == pytest.approx(1e-3, rel=0.1) and torch.equal(second, LATENTS)
     assert "step" not in vars(pipeline.scheduler)

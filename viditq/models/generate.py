@@ -73,7 +73,7 @@ def generate(
         numbers = [indices[i] for i in group]
         with nudged(pipeline, nudge, numbers):
             out = _call(adapter, pipeline, [embeds[i] for i in group], numbers, seed, "pt")
-        clips_BFCHW = out if out.ndim == 5 else out[:, None]
+        clips_BFCHW = out if out.ndim == 5 else out[None] if adapter.modality == "video" else out[:, None]
         _check_size(adapter, clips_BFCHW)
         samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8), strict=True))
     return torch.stack([samples[i] for i in range(len(embeds))])

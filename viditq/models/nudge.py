@@ -1,5 +1,6 @@
 """A change of latents too small to mean anything, to see how far sampling carries it (the third noise floor)."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ def nudged(pipeline: Any, size: float, seeds: Sequence[int]) -> Iterator[None]:
         raise UserError(f"{type(pipeline).__name__} has no scheduler whose latents could be changed. {_REMEDY}")
     own, steps = "step" in vars(scheduler), 0
 
+    @functools.wraps(step)  # pipelines look at its signature
     def nudging(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
