@@ -48,6 +48,7 @@ FLOORS: list[list[str]] = [
             "nulls",
             "program",
             "provenance",
+            "run_name",
             "runner",
             "settled",
             "signatures",

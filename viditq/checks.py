@@ -22,7 +22,6 @@ from viditq.config import (
     DiagnosisConfig,
     NoiseFloorConfig,
     RootConfig,
-    check_name,
     check_overrides,
     only_estimates,
 )
@@ -34,6 +33,7 @@ from viditq.models.checks import check_values
 from viditq.models.outline import check_outline
 from viditq.nulls import check_nulls
 from viditq.run_dir import check_folder
+from viditq.run_name import check_name
 from viditq.signatures import REQUIRED, arguments_of, unknown_key
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from viditq import log_file
 from viditq.byte_numbers import num_bytes
 from viditq.checks import Checked, check
-from viditq.config import COMMAND_VARIABLE, shorten
+from viditq.config import COMMAND_VARIABLE
 from viditq.console import conclude, print_heading, print_stage, show_lines, terminal
 from viditq.engine.launch import launch
 from viditq.engine.logging import log_run
@@ -35,6 +35,7 @@ from viditq.provenance import command
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.run_dir import CHOICE, RunDir
+from viditq.run_name import shorten
 from viditq.settled import remember
 from viditq.stages import FUNCTIONS
 from viditq.stages.order import check_order
@@ -53,7 +54,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
     quiet_libraries()
     checked = check(cfg) if checked is None else checked
     experiment = build(cfg, checked)
-    run_dir = RunDir(folder, experiment.tracked, choice)
+    run_dir = RunDir(folder, experiment.tracked, choice, overrides())
     if cfg.estimate:
         tell(experiment, run_dir, cfg.estimate)
         return None
@@ -96,10 +97,9 @@ def tell_fit(experiment: Experiment, run_dir: RunDir, limit: int) -> None:
     """Print which settings fit `limit` bytes."""
     if sweep_name() is not None:
         raise UserError("fit tells of one run: leave out -m, and choose no experiment that is a sweep (bench).")
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     with sharing_cores() as cores:
         cores.follow()
-        show_fit(terminal(), propose(Job(experiment, run_dir), limit), words)
+        show_fit(terminal(), propose(Job(experiment, run_dir), limit), overrides())
 
 
 def processes_to_launch(experiment: Experiment) -> int:
@@ -181,6 +181,11 @@ def sweep_name() -> str | None:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return shorten(os.environ[COMMAND_VARIABLE], 120)
+
+
+def overrides() -> tuple[str, ...]:
+    """The words of the command line, as Hydra has taken them; none where the run was called by Python."""
+    return tuple(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
 
 
 def quiet_libraries() -> None:
