@@ -41,7 +41,7 @@ FLOORS: list[list[str]] = [
             "config",
         ],
         *["console", "describe", "equipment", "estimate", "experiment", "external", "plans"],
-        *["export", "finished", "gate", "importing", "interop", "job", "layer_table", "log_file"],
+        *["export", "finished", "forecast", "gate", "importing", "interop", "job", "layer_table", "log_file"],
         *[
             "loading",
             "lora",

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from viditq import log_file
 from viditq.byte_numbers import num_bytes
 from viditq.checks import Checked, check
 from viditq.config import COMMAND_VARIABLE
-from viditq.console import conclude, print_heading, print_stage, show_lines, terminal
+from viditq.console import conclude, doing, print_heading, print_stage, show_lines, terminal
 from viditq.engine.launch import launch
-from viditq.engine.logging import log_run
+from viditq.engine.logged_run import LoggedRun, logged
 from viditq.engine.processes import Processes, environment, joined
+from viditq.engine.progress import Progress, about, following
 from viditq.engine.threads import sharing_cores
+from viditq.engine.wandb_settings import logged_as
 from viditq.errors import UserError
 from viditq.estimate import estimate
 from viditq.estimate.fit import propose
@@ -27,6 +29,7 @@ from viditq.estimate.fit_table import show_fit
 from viditq.estimate.table import show
 from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
+from viditq.forecast import forecast
 from viditq.job import Job
 from viditq.models.checks import GUESSED
 from viditq.models.contents import parts_by_variant
@@ -34,13 +37,17 @@ from viditq.models.roles import FLOAT, counts, of_sound, summary
 from viditq.provenance import command
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
-from viditq.run_dir import CHOICE, RunDir
+from viditq.run_dir import CHOICE, RunDir, flatten
 from viditq.run_name import shorten
 from viditq.settled import remember
 from viditq.stages import FUNCTIONS
 from viditq.stages.order import check_order
 from viditq.stages.search_table import search_metrics
+from viditq.sweeps.gathered import width_of
 from viditq.trial import try_metrics
+
+GROUP_VARIABLE = "VIDITQ_GROUP"  # of the run's logger; processes with an argv of their own inherit it
+LONGEST_TAG = 64  # that W&B takes
 
 
 def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | None = None) -> dict[str, Any] | None:
@@ -72,13 +79,13 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
         processes.first_does(lambda: check_order(Job(experiment, run_dir)))
         if processes.first:
             log_file.keep_in(folder, command())
+        os.environ[GROUP_VARIABLE] = sweep_name() or ""
         if count > 1:
             launch(OmegaConf.to_yaml(cfg, resolve=True), folder, count)
         else:
             run_stages(experiment, run_dir, processes)
         if not processes.first:
             return None
-        log(experiment, run_dir)
         told = heading(experiment, run_dir.path, max(count, processes.count))
         remember(cfg, Job(experiment, run_dir), told, checked.since)
         return conclude(terminal(), run_dir, experiment.gate)
@@ -123,7 +130,8 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
     console = terminal(quiet=not processes.first)
     job = Job(experiment, run_dir, processes, say=lambda line: console.print(line, markup=False))
     print_heading(console, heading(experiment, run_dir.path, processes.count))
-    with sharing_cores() as cores:
+    with sharing_cores() as cores, logging_run(job) as live, following(Progress(experiment.stages)) as progress:
+        progress.listen = live.tell if live else None
         processes.first_does(job.tidy_run)  # all of them are counted by now
         threads = cores.follow()
         console.print(str(threads), markup=False)
@@ -131,7 +139,13 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
             before, threads = threads, cores.follow()
             if threads != before:
                 console.print(f"      {threads}", markup=False)
+            if processes.first:
+                progress.begin(number, forecast(job))
+                if number == 1 and (left := progress.left()):
+                    console.print(f"{about(left)}, as long as earlier runs took", markup=False)
+                doing(console, (number, len(experiment.stages)), stage)
             print_stage(console, (number, len(experiment.stages)), stage, FUNCTIONS[stage](job))
+        log(job, live)
 
 
 def heading(experiment: Experiment, folder: Path, num_processes: int) -> list[str]:
@@ -164,16 +178,31 @@ def described(experiment: Experiment) -> str:
     return f"{line}\n  guessed: {settings}\n{patterns}"
 
 
-def log(experiment: Experiment, run_dir: RunDir) -> None:
-    """Hand a reported run to its logger, once per kind of logger."""
-    if experiment.make_logger is None or not run_dir.metrics.is_file() or not is_whole(run_dir.page):
+def logging_run(job: Job) -> AbstractContextManager[LoggedRun | None]:
+    """The run as its logger sees it while the block lasts; None where it has it already, and on all other processes."""
+    e, run_dir = job.experiment, job.run_dir
+    if not job.processes.first or e.make_logger is None or logged_as(e.logger_name) in loggers_told(run_dir):
+        return nullcontext()
+    logger = e.make_logger(run_dir.path, e.name, os.environ.get(GROUP_VARIABLE) or None, run_dir.fingerprint)
+    width = width_of(flatten(e.tracked))
+    return logged(logger, e.tracked, [tag[:LONGEST_TAG] for tag in (e.adapter.name, e.name, width) if tag])
+
+
+def log(job: Job, live: LoggedRun | None) -> None:
+    """Hand a reported run to its logger, once per kind of logger. live: begun with the run."""
+    run_dir = job.run_dir
+    name, told = logged_as(job.experiment.logger_name), loggers_told(run_dir)
+    if not job.processes.first or not run_dir.metrics.is_file() or not is_whole(run_dir.page) or name in told:
         return
-    done = read_json(run_dir.logged) if is_whole(run_dir.logged) else []
-    if experiment.logger_name not in done:
-        logger = experiment.make_logger(run_dir.path, experiment.name, sweep_name(), run_dir.fingerprint)
-        if logger is not None:
-            log_run(logger, experiment.tracked, run_dir, read_json(run_dir.metrics))
-            write_json(run_dir.logged, [*done, experiment.logger_name])
+    with nullcontext(live) if live else logging_run(job) as run:  # anew where a stage made the run another one
+        if run is not None:
+            run.send(run_dir, read_json(run_dir.metrics))
+            write_json(run_dir.logged, [*told, name])
+
+
+def loggers_told(run_dir: RunDir) -> list[str]:
+    """Which loggers have the run as it is."""
+    return list(read_json(run_dir.logged)) if is_whole(run_dir.logged) else []
 
 
 def sweep_name() -> str | None:
