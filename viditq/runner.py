@@ -17,7 +17,7 @@ from viditq.checks import Checked, check
 from viditq.config import COMMAND_VARIABLE
 from viditq.console import conclude, doing, print_heading, print_stage, show_lines, terminal
 from viditq.engine.launch import launch
-from viditq.engine.logged_run import LoggedRun, logged
+from viditq.engine.logged_run import LoggedRun, follows, logged
 from viditq.engine.processes import Processes, environment, joined
 from viditq.engine.progress import Progress, about, following
 from viditq.engine.threads import sharing_cores
@@ -178,12 +178,16 @@ def described(experiment: Experiment) -> str:
     return f"{line}\n  guessed: {settings}\n{patterns}"
 
 
-def logging_run(job: Job) -> AbstractContextManager[LoggedRun | None]:
-    """The run as its logger sees it while the block lasts; None where it has it already, and on all other processes."""
+def logging_run(job: Job, at_end: bool = False) -> AbstractContextManager[LoggedRun | None]:
+    """The run as its logger sees it while the block lasts; None where that has it already, or wants results alone, and
+    on all processes but the first.
+    """
     e, run_dir = job.experiment, job.run_dir
     if not job.processes.first or e.make_logger is None or logged_as(e.logger_name) in loggers_told(run_dir):
         return nullcontext()
     logger = e.make_logger(run_dir.path, e.name, os.environ.get(GROUP_VARIABLE) or None, run_dir.fingerprint)
+    if not at_end and not follows(logger):
+        return nullcontext()
     width = width_of(flatten(e.tracked))
     return logged(logger, e.tracked, [tag[:LONGEST_TAG] for tag in (e.adapter.name, e.name, width) if tag])
 
@@ -194,7 +198,9 @@ def log(job: Job, live: LoggedRun | None) -> None:
     name, told = logged_as(job.experiment.logger_name), loggers_told(run_dir)
     if not job.processes.first or not run_dir.metrics.is_file() or not is_whole(run_dir.page) or name in told:
         return
-    with nullcontext(live) if live else logging_run(job) as run:  # anew where a stage made the run another one
+    with (
+        nullcontext(live) if live else logging_run(job, at_end=True) as run
+    ):  # anew where a stage made the run another one
         if run is not None:
             run.send(run_dir, read_json(run_dir.metrics))
             write_json(run_dir.logged, [*told, name])

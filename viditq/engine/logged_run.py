@@ -47,10 +47,9 @@ class LoggedRun:
                 logger.experiment.set_tag(logger.run_id, "tags", ", ".join(tags))
 
     def tell(self, progress: Progress) -> None:
-        """Send where the run is: at each stage, and within one every SECONDS. A csv file holds results alone."""
+        """Send where the run is: at each stage, and within one every SECONDS."""
         now = time.monotonic()
-        held_back = progress.stage == self._stage and progress.share < 1 and now < self._next
-        if isinstance(self.logger, CSVLogger) or held_back:
+        if progress.stage == self._stage and progress.share < 1 and now < self._next:
             return
         values = {"progress/stage": float(progress.number)}
         if progress.share:
@@ -81,6 +80,11 @@ class LoggedRun:
             self.logger.experiment.finish(exit_code=exit_code)
         else:
             self.logger.finalize("failed" if exit_code else "success")
+
+
+def follows(logger: Logger | None) -> bool:
+    """Whether the logger is to see the run from its start; a csv file holds results alone."""
+    return logger is not None and not isinstance(logger, CSVLogger)
 
 
 @contextmanager
