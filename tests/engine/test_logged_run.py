@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import wandb
+from lightning.pytorch.loggers import Logger
+from PIL import Image
 from wandb_records import OfflineRun, away, offline_runs
 
-from viditq.engine.logged_run import logged
+from viditq.engine.logged_run import follows, logged
 from viditq.engine.logger_packages import NEEDED, check_package
-from viditq.engine.logging import wandb_logger
+from viditq.engine.logging import csv_logger, mlflow_logger, tensorboard_logger, wandb_logger
 from viditq.engine.progress import Forecast, Progress
 from viditq.engine.wandb_settings import check_wandb, logged_as
 from viditq.errors import UserError
+from viditq.run_dir import RunDir
 
 CONFIG = {"seed": 1, "quant": {"weight": {"bits": 4}}}
 SETTINGS: dict[str, Any] = {"group": None, "run_id": "0123456789abcdef", "project": "viditq", "entity": None}
@@ -107,6 +110,93 @@ def test_where_wandb_cannot_begin_it_is_told(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match=r"no route to host\. With WANDB_MODE=offline"):
         wandb_logger(tmp_path / "run", "w4a8", **SETTINGS)
+
+
+class Kept(Logger):
+    """Keeps what it is given, by Lightning's interface alone."""
+
+    name = version = "kept"
+
+    def __init__(self) -> None:
+        self.steps: list[int | None] = []
+        self.values: dict[str, float] = {}
+        self.config: Any = None
+        self.status = ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.config = params
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.steps.append(step)
+        self.values |= metrics
+
+    def finalize(self, status: str) -> None:
+        self.status = status
+
+
+METRICS: dict[str, Any] = {
+    **{"metrics": {"psnr": 31.5}, "standard_errors": {"psnr": 0.5}, "float_metrics": {}, "seconds": {"generate": 3.0}},
+    **{"average_weight_bits": 4.5, "average_activation_bits": 8.5, "size_bytes": 1000, "float_size_bytes": 3000},
+}
+
+
+def go_through(logger: Any, run_dir: RunDir) -> None:
+    """A run of one stage."""
+    progress = Progress(["generate"])
+    with logged(logger, CONFIG, ["tiny_image", "W4A8"]) as live:
+        assert live is not None
+        progress.listen = live.tell
+        progress.begin(1, Forecast())
+        progress.batch(2, 2)
+        live.send(run_dir, METRICS)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    found = RunDir(tmp_path / "a run", CONFIG)
+    found.claim()
+    Image.new("RGB", (8, 6), "red").save(found.picture)
+    return found
+
+
+def test_any_logger_of_lightning_sees_the_run(run_dir: RunDir) -> None:
+    kept = Kept()
+    go_through(kept, run_dir)
+    assert kept.config == CONFIG and kept.status == "success" and kept.steps == [1, 2, 3]
+    assert kept.values["sampling/generate"] == 1 and kept.values["psnr/value"] == 31.5
+    with pytest.raises(ZeroDivisionError), logged(kept, CONFIG):
+        raise ZeroDivisionError
+    assert kept.status == "failed" and follows(kept)
+    assert not follows(csv_logger(run_dir.path, "", None, "")), "a csv file holds results alone"
+
+
+def test_tensorboard(run_dir: RunDir) -> None:
+    pytest.importorskip("tensorboard", reason="logger=tensorboard comes with an extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    go_through(tensorboard_logger(run_dir.path, "w4a8", None, "id"), run_dir)
+    events = EventAccumulator(str(run_dir.path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("psnr/value")] == [31.5]
+    assert [event.value for event in events.Scalars("sampling/generate")] == [1]
+    (image,) = events.Images("comparison")
+    assert (image.width, image.height) == (8, 6) and "hp_metric" not in events.Tags()["scalars"]
+
+
+def test_mlflow(run_dir: RunDir) -> None:
+    pytest.importorskip("mlflow", reason="logger=mlflow comes with an extra")
+    from mlflow.tracking import MlflowClient
+
+    settings: dict[str, Any] = {"project": "viditq", "tracking_uri": None}
+    for _ in range(2):
+        go_through(mlflow_logger(run_dir.path, "w4a8", "a sweep", "id", **settings), run_dir)
+    client = MlflowClient(f"sqlite:///{run_dir.path}/mlflow/mlflow.db")
+    (experiment,) = [one for one in client.search_experiments() if one.name == "viditq"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == (run_dir.path / "mlflow/id").read_text() and run.info.status == "FINISHED"
+    assert run.data.metrics["psnr/value"] == 31.5 and run.data.params["quant/weight/bits"] == "4"
+    assert run.data.tags["tags"] == "tiny_image, W4A8" and run.data.tags["group"] == "a sweep"
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["comparison.png"]
 
 
 @pytest.mark.parametrize("logger", NEEDED)

@@ -66,7 +66,7 @@ def tensorboard_logger(folder: Path, name: str, group: str | None, run_id: str) 
     None on every process but the first. Raises UserError where TensorBoard is not installed.
     """
     check_package("tensorboard_logger")
-    return TensorBoardLogger(folder, name="", version="tensorboard")
+    return TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
 
 
 @rank_zero_only

@@ -10,9 +10,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from rich.progress import BarColumn, ProgressColumn, Task
+from rich.table import Column
 from rich.text import Text
 
-BAR_WIDTH = 20  # of 80 characters, as there is more to say
+BAR_WIDTH = 12  # of 80 characters, as there is more to say
 SETTLED = 0.02  # of a loop: before, its rate tells little
 
 
@@ -116,6 +117,10 @@ class RunLeft(ProgressColumn):
     """What is left of the whole run, beside the bar of one of its loops."""
 
     max_refresh = 1.0
+
+    def get_table_column(self) -> Column:
+        """One line, whatever the width of the terminal."""
+        return Column(no_wrap=True)
 
     def render(self, task: Task) -> Text:
         """Nothing where nothing is known."""
