@@ -81,6 +81,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
             log_file.keep_in(folder, command())
         os.environ[GROUP_VARIABLE] = sweep_name() or ""
         if count > 1:
+            print(f"viditq: starting {count} processes, each of which loads the same", flush=True)
             launch(OmegaConf.to_yaml(cfg, resolve=True), folder, count)
         else:
             run_stages(experiment, run_dir, processes)

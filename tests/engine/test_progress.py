@@ -1,6 +1,7 @@
 """Where a run is, and how long the rest is likely to take."""
 
 import time
+from threading import Thread
 from typing import Any
 
 import lightning as L
@@ -86,11 +87,17 @@ def test_a_loop_tells_its_batches_and_its_bar_is_called_after_the_stage(capsys: 
 
 
 def test_what_is_left_of_the_run_stands_beside_the_bar() -> None:
+    """Also in the thread that draws bars, which has another context."""
     task: Any = None  # of the loop, which this column does not speak of
+    shown: list[str] = []
     with following(Progress(["generate"])) as progress:
-        assert RunLeft().render(task).plain == ""
-        progress.begin(1, Forecast({"generate": 4}, per_prompt=600.0))
-        assert RunLeft().render(task).plain == "run: about 40 min left"
+        column = StageBar().configure_columns(Trainer(**QUIET))[-1]
+        for forecast in (Forecast(), Forecast({"generate": 4}, per_prompt=600.0)):
+            progress.begin(1, forecast)
+            thread = Thread(target=lambda: shown.append(column.render(task).plain))
+            thread.start()
+            thread.join()
+    assert isinstance(column, RunLeft) and shown == ["", "run: about 40 min left"]
 
 
 def test_a_bar_of_ones_own_or_none() -> None:

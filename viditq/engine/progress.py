@@ -114,9 +114,16 @@ def about(seconds: float) -> str:
 
 
 class RunLeft(ProgressColumn):
-    """What is left of the whole run, beside the bar of one of its loops."""
+    """What is left of the whole run, beside the bar of one of its loops.
+
+    progress: of the run, taken where the loop begins: bars are drawn by a thread of their own, with another context.
+    """
 
     max_refresh = 1.0
+
+    def __init__(self, progress: Progress | None) -> None:
+        super().__init__()
+        self.progress = progress
 
     def get_table_column(self) -> Column:
         """One line, whatever the width of the terminal."""
@@ -124,8 +131,7 @@ class RunLeft(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Nothing where nothing is known."""
-        progress = _PROGRESS.get()
-        left = progress.left() if progress else None
+        left = self.progress.left() if self.progress else None
         return Text("" if left is None else f"run: {about(left)} left")
 
 
@@ -147,7 +153,7 @@ class StageBar(RichProgressBar):
         description, bar, batches, times, _ = super().configure_columns(trainer)
         if isinstance(bar, BarColumn):
             bar.bar_width = BAR_WIDTH
-        return [description, bar, batches, times, RunLeft()]
+        return [description, bar, batches, times, RunLeft(_PROGRESS.get())]
 
 
 class BatchCount(L.Callback):
