@@ -44,7 +44,7 @@ class Bench:
         self.device = "cpu" if dry_run else "cuda"
         self.backend = "auto" if dry_run else "cuda"
 
-    def compiled(self, module: nn.Module) -> Callable[..., Tensor]:
+    def compiled(self, module: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.compile(module, backend="eager" if self.dry_run else "inductor")
 
     def compile_block(self, block: nn.Module) -> None:

@@ -12,7 +12,7 @@ from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.transforms import Chain, Smooth
 
 Call = Callable[[], Tensor]
-Compile = Callable[[nn.Module], Callable[..., Tensor]]
+Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 WIDTHS = [(1152, 1152), (1152, 4608), (3072, 12288)]
 ROWS = [8192, 1024, 4096, 32768]  # the one that rivals are compared at comes first
 TINY_WIDTHS, TINY_ROWS = [(64, 96)], [40, 8]
@@ -23,6 +23,8 @@ OURS = {
     "W4A8": (QuantSpec(4, False, "channel"), TOKEN),
     "W4A8, groups of 64": (QuantSpec(4, False, "group", 64), TOKEN),
 }
+FP8 = QuantSpec(8, True, "channel", number="e4m3"), QuantSpec(8, True, "token", dynamic=True, number="e4m3")
+FP8_BACKEND = "scaled_mm"  # which `cuda` takes too, and which a dry run can go through
 
 
 def calls(
@@ -36,18 +38,27 @@ def calls(
         yield f"ours {name}", lambda specs=specs: _ours(linear, x, specs, backend, Chain())  # type: ignore[misc]
     smooth = Chain([Smooth(torch.rand(width, device=device) + 0.5)])
     yield "ours W8A8, smoothed", lambda: _ours(linear, x, OURS["W8A8"], backend, smooth)
+    yield "ours FP8", lambda: _ours(linear, x, FP8, FP8_BACKEND, Chain())
     if compiled is not None:
+        yield "ours FP8, compiled", lambda: _ours(linear, x, FP8, FP8_BACKEND, Chain(), compiled)
         yield "torchao int8, compiled", lambda: _torchao(linear, x, "int8", compiled)
         yield "torchao fp8, compiled", lambda: _torchao(linear, x, "fp8", compiled)
-        yield "torch._scaled_mm fp8", lambda: _scaled_mm(linear, x)
         yield "comfy-kitchen int8_linear", lambda: _kitchen(linear, x)
 
 
-def _ours(linear: nn.Linear, x: Tensor, specs: tuple[QuantSpec, QuantSpec], backend: str, chain: Chain) -> Call:
+def _ours(
+    linear: nn.Linear,
+    x: Tensor,
+    specs: tuple[QuantSpec, QuantSpec],
+    backend: str,
+    chain: Chain,
+    compiled: Compile = lambda call: call,
+) -> Call:
     variant = Variant.fit(LayerScheme(*specs), linear.weight, chain)
     chosen = get_backend(backend).resolve(variant.scheme)
     chosen.prepare(variant)
-    return lambda: chosen.linear(variant, x, linear.bias)
+    run = compiled(lambda rows: chosen.linear(variant, rows, linear.bias))
+    return lambda: run(x)
 
 
 def torchao_quantized(module: nn.Module, kind: str, chosen: Callable[[nn.Module, str], bool]) -> nn.Module:
@@ -71,27 +82,6 @@ def _torchao(linear: nn.Linear, x: Tensor, kind: str, compiled: Compile) -> Call
         torchao_quantized(copied.requires_grad_(False), kind, lambda module, _: isinstance(module, nn.Linear))
     )
     return lambda: run(x)
-
-
-def _is_linear(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _scaled_mm(linear: nn.Linear, x: Tensor) -> Call:
-    """Scales of rows found in plain torch: what is timed is the product and five passes before it."""
-    largest = torch.finfo(torch.float8_e4m3fn).max
-
-    def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
-        scale = values.abs().amax(-1, keepdim=True).float() / largest
-        return (values / scale).to(torch.float8_e4m3fn), scale
-
-    weight, weight_scale = quantized(linear.weight)
-
-    def call() -> Tensor:
-        codes, scale = quantized(x)
-        return torch._scaled_mm(codes, weight.T, scale, weight_scale.T, bias=linear.bias, out_dtype=x.dtype)
-
-    return call
 
 
 def _kitchen(linear: nn.Linear, x: Tensor) -> Call:

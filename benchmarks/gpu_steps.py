@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from backends import KEPT_FLOAT
-from gpu_linears import torchao_quantized
+from gpu_linears import FP8, FP8_BACKEND, torchao_quantized
 from torch import Tensor, nn
 
 from viditq.fusion.install import ADAPTERS, fuse_blocks
@@ -81,9 +81,12 @@ def candidates(
         return made
 
     def ours(bits: int) -> nn.Module:
+        recipe = Recipe(QuantSpec(bits, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True))
+        return made_by(recipe, backend)
+
+    def made_by(recipe: Recipe, backend: str) -> nn.Module:
         made = copy.deepcopy(model)
         names = [name for name in linear_names(made) if of_blocks(made.get_submodule(name), name)]
-        recipe = Recipe(QuantSpec(bits, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True))
         quantize_denoiser(made, recipe.resolve(names), None, backend, 1000.0)
         fuse_blocks(made)
         return made
@@ -96,6 +99,8 @@ def candidates(
     yield "ours W4A8", lambda: ours(4)
     yield "torchao fp8, compiled", lambda: compiled(torchao_quantized(copy.deepcopy(model), "fp8", of_blocks))
     yield "ours W4A8, compiled", lambda: compiled(ours(4))
+    yield "ours FP8, compiled", lambda: compiled(made_by(Recipe(*FP8), FP8_BACKEND))
+    yield "ours FP8", lambda: made_by(Recipe(*FP8), FP8_BACKEND)
 
 
 def call_of(model: nn.Module, inputs: Inputs, device: str) -> Callable[[], Tensor]:

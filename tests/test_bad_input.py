@@ -455,12 +455,18 @@ def full_disk_in_safetensors(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("target", "writer"),
     [
-        ("safetensors.torch.save_file", full_disk_in_safetensors),  # the first embeddings
-        ("viditq.files.os.replace", full_disk),  # the first file of all
         ("viditq.data.samples.Image.Image.save", full_disk),  # a sample
-        ("viditq.engine.partials.write_tensors", full_disk_in_safetensors),  # the statistics
         ("viditq.mapped.Writer.add", full_disk),  # the artifact
-        ("viditq.stages.report.comparison_picture", full_disk),  # the picture
+        # Slow: the same at every other kind of file.
+        *(
+            pytest.param(target, writer, marks=pytest.mark.slow)
+            for target, writer in (
+                ("safetensors.torch.save_file", full_disk_in_safetensors),  # the first embeddings
+                ("viditq.files.os.replace", full_disk),  # the first file of all
+                ("viditq.engine.partials.write_tensors", full_disk_in_safetensors),  # the statistics
+                ("viditq.stages.report.comparison_picture", full_disk),  # the picture
+            )
+        ),
     ],
 )
 def test_full_disk(

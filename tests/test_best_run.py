@@ -13,6 +13,7 @@ from viditq.quant.artifact import size_bytes
 from viditq.quant.description.plan import QuantPlan
 from viditq.report.treatments_view import treatments_view
 from viditq.stages import treatment_table
+from viditq.stages.treatments import chosen
 
 SIZE = 1.9e6  # tiny_image: 1.84 MB with 3 bits everywhere
 BEST = (
@@ -33,21 +34,30 @@ def best(run: Run, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+def test_a_finalist_is_passed_over_only_where_prompts_agree() -> None:
+    errors = [3e-6 * 1.5**i for i in range(8)]
+    noisy = [error * (0.5 if i % 2 else 1.8) for i, error in enumerate(errors)]  # a lower mean, by chance
+    assert chosen({"by part": errors, "alike": noisy}) == "by part"
+    assert chosen({"by part": errors, "alike": [0.5 * error for error in errors]}) == "alike"
+    assert chosen({"by part": errors[:4], "alike": [0.5 * error for error in errors[:4]]}) == "by part"  # too few
+    assert chosen({"alike": noisy}) == "alike"
+
+
 def test_the_artifact_keeps_to_the_budget(best: Path) -> None:
     told = json.loads((best / "treatments.json").read_text())
     plan = QuantPlan.from_json((best / "plan.json").read_text())
     assert (best / "quantized" / "plan.json").read_text() == (best / "plan.json").read_text()
     size = size_bytes(best / "quantized")
-    chosen = next(one for one in told["finalists"] if one["how"] == told["chosen"])
-    assert 0.98 * SIZE < size <= SIZE and size == pytest.approx(chosen["size"], rel=0.01)
+    taken = next(one for one in told["finalists"] if one["how"] == told["chosen"])
+    assert 0.98 * SIZE < size <= SIZE and size == pytest.approx(taken["size"], rel=0.01)
     assert {plan.schemes[name].weight.bits for names in plan.layers.values() for name in names} == {3, 8}  # type: ignore[index, union-attr]
     assert {one["how"] for one in told["finalists"]} == {"by part", "alike"}
-    assert chosen["measured"] == min(one["measured"] for one in told["finalists"])
+    assert taken["how"] == "by part"  # of two held-out prompts
     predicted = [point["predicted"] for point in told["curve"]]
     assert len(predicted) == 9 and predicted == sorted(predicted, reverse=True)
     view = treatments_view(told, best / "treatments.png")
     assert view.picture.startswith("data:image/png;base64,iVBOR") and view.num_prompts == 2
-    assert [treatment for _, treatment, _ in view.parts] == [*chosen["parts"].values()]
+    assert [treatment for _, treatment, _ in view.parts] == [*taken["parts"].values()]
     assert {how for how, *_ in view.finalists} == {"by part", "alike"}
     assert json.loads((best / "run.json").read_text())["quant"]["policy"]["budget"]["size"] == SIZE
 

@@ -122,6 +122,8 @@ def build_adapter(folder: Path) -> ModelAdapter:
     return ModelAdapter.from_dict(read_json(folder / "quantized" / "meta.json")["model"])
 
 
+# Slow: that sums of a correction are merged; what processes share and how is in test_processes.py.
+@pytest.mark.slow
 def test_two_processes_fit_the_same(run: Callable[..., Any], stochastic: tuple[Path, Path], tmp_path: Path) -> None:
     folder, cache = stochastic
     run(tmp_path / "run", cache, *PTQD, "trainer=ddp_cpu", "trainer.devices=2")

@@ -166,7 +166,11 @@ CHANGES: dict[str, Callable[[Run], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
+# Slow: more files of each kind.
+QUICK = ("sample", "sample gone", "artifact", "reference", "cache gone", "prompts", "weights", "no record")
+
+
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] * (w not in QUICK)) for w in CHANGES])
 def test_a_changed_file_is_a_doubt(copy: Run, what: str) -> None:
     assert copy.find() is not None
     CHANGES[what](copy)

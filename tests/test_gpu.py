@@ -22,3 +22,19 @@ def test_a_run_on_a_gpu_agrees_with_the_cpu(
     assert metrics is not None
     assert metrics["metrics"]["psnr"] == pytest.approx(cpu["psnr"], abs=3.0)
     assert metrics["metrics"]["clipsim"] == pytest.approx(cpu["clipsim"], abs=1.0)
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_samples_leave_a_gpu_as_they_are() -> None:
+    from viditq.engine.writing import SampleWriter
+
+    clips = {i: torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8) for i in range(12)}
+    seen: dict[int, torch.Tensor] = {}
+    with SampleWriter(lambda i, clip: seen.setdefault(i, clip.clone()), 3) as writer:
+        for i, clip in clips.items():
+            on_gpu = clip.cuda()
+            writer.put(i, on_gpu)
+            del on_gpu  # what is made next gets its memory, unless that is still being read
+            torch.zeros_like(clip, device="cuda")
+    assert all(torch.equal(seen[i], clip) and not seen[i].is_cuda for i, clip in clips.items())

@@ -40,6 +40,8 @@ def harness(tmp_path: Path, kills: int, seed: int, *overrides: str) -> str:
     return done.stdout
 
 
+# Slow: kills at random times in a process of its own; test_run.py kills in chosen places, in the tests' own process.
+@pytest.mark.slow
 def test_two_kills(tmp_path: Path) -> None:
     assert "2 kills in " in harness(tmp_path, 2, 0)
 

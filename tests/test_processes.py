@@ -86,7 +86,9 @@ def test_two_processes_of_our_own(run: Run, alone: Path, tmp_path: Path) -> None
     assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)] == handlers, "a later run has its own"
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+# Slow: processes that torchrun has started, which find each other by its variables, and more of them than prompts.
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_torchrun(count: int, shrunk: list[str], alone: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
     arguments = command(shrunk, tmp_path, "trainer=ddp_cpu")

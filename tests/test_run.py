@@ -117,7 +117,7 @@ def test_metrics_json(finished_run: Path) -> None:
     assert set(metrics["seconds"]) == {*timed, "evaluate"}
     assert metrics["backend"]["requested"] == "auto" and sum(metrics["backend"]["layers"].values()) == 40
     assert set(metrics["verdict"]) == set(metrics["metrics"])
-    assert metrics["noise_floor"] == {"num_prompts": 2, "seed": 1, "dtype": "bfloat16"}
+    assert metrics["noise_floor"] == {"num_prompts": 2, "seed": 1, "dtype": "bfloat16", "latents": 0}
     assert all(value >= 0 for value in metrics["seconds"].values())
     assert (metrics["model"], metrics["experiment"], metrics["prompts"]) == ("tiny_image", "smoke", 2)
     assert 4 < metrics["average_weight_bits"] < 16 and 8 < metrics["average_activation_bits"] < 16
@@ -156,6 +156,15 @@ def test_second_run_only_prints(
     assert (contents(finished_run), contents(shared_cache)) == before
     out = capsys.readouterr().out
     assert out.count("already") == 11 and "PSNR" in out and str(finished_run / "comparison.png") in out
+
+
+def test_next_to_no_noise_on_the_latents_is_a_third_floor(run: Run, shared_cache: Path, tmp_path: Path) -> None:
+    stages = "stages=[prompts,reference,noise_floor,calibrate,quantize,generate,evaluate]"
+    metrics = run(tmp_path / "run", shared_cache, "noise_floor.latents=1e-3", stages, "metric=[psnr,clipsim]")
+    assert metrics and metrics["noise_floor"]["latents"] == 1e-3
+    psnr, clipsim = metrics["verdict"]["psnr"], metrics["verdict"]["clipsim"]
+    assert psnr["floors"]["latents"] > psnr["floors"]["seed"] and psnr["latents_worst"] <= psnr["floors"]["latents"]
+    assert clipsim["floors"]["latents"] is None  # of what is judged by itself it says nothing
 
 
 def test_settings_that_change_no_result_continue_a_run(
@@ -242,7 +251,11 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
     assert not list(tmp_path.rglob("*.tmp")) and not list(cache.rglob("partial-*"))
 
 
-@pytest.mark.parametrize("dying", ["write_page", "comparison_picture", "sizes_of", "summarize"])
+# Slow: the same between other files of the two last stages.
+@pytest.mark.parametrize(
+    "dying",
+    ["write_page", "summarize", *(pytest.param(d, marks=pytest.mark.slow) for d in ("comparison_picture", "sizes_of"))],
+)
 def test_killed_while_writing(
     dying: str, run: Run, finished_run: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,7 +350,12 @@ def test_experiments_share_reference_and_statistics(
 
 @pytest.mark.parametrize(
     ("model", "quant", "dtype"),
-    [("tiny_image", "none", "float16"), ("tiny_video", "none", "bfloat16"), ("tiny_video", "w8a8_naive", "float16")],
+    [
+        ("tiny_image", "none", "float16"),
+        # Slow: clips, and the same with integers.
+        pytest.param("tiny_video", "none", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("tiny_video", "w8a8_naive", "float16", marks=pytest.mark.slow),
+    ],
 )
 def test_half_precision(model: str, quant: str, dtype: str, run: Run, shared_cache: Path, tmp_path: Path) -> None:
     """The denoiser runs in half precision inside a float32 pipeline, close to its float self."""

@@ -122,6 +122,8 @@ def test_a_killed_search_goes_on_where_it_stopped(
     assert sum(c["measured"] for c in read(tmp_path / "run")["candidates"]) == len(written) - 2  # proxies, search.json
 
 
+# Slow: that a search of bits is shared out; what processes share and how is in test_processes.py.
+@pytest.mark.slow
 def test_two_processes_share_the_candidates(run: Run, searched: Path, tmp_path: Path) -> None:
     processes = ("trainer=ddp_cpu", "trainer.devices=2", "stages=[prompts,calibrate,search]")
     run(tmp_path / "run", tmp_path / "cache", *SEARCH, *processes)

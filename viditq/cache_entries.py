@@ -63,10 +63,11 @@ class CacheEntries:
         """The float model's samples of the evaluation prompts."""
         return self.float_samples(self.experiment.seed, None)
 
-    def float_samples(self, seed: int, denoiser_dtype: str | None) -> Entry:
-        """The same from another seed, or with the denoiser in another dtype (None = the model's own)."""
+    def float_samples(self, seed: int, denoiser_dtype: str | None, nudge: float = 0.0) -> Entry:
+        """The same from another seed, with the denoiser in another dtype (None: the model's own), latents nudged."""
         key = {**self._base_key, "seed": seed, "prompts": keys_of(self.experiment.data.prompts)}
         key |= {"denoiser_dtype": denoiser_dtype} if denoiser_dtype else {}
+        key |= {"nudge": nudge} if nudge else {}
         return self._entry("reference", key | ({"compile": True} if self.experiment.adapter.compile else {}))
 
     @cached_property
@@ -104,12 +105,13 @@ class CacheEntries:
 
     @cached_property
     def floors(self) -> dict[str, Entry]:
-        """Samples that differ from the reference as the float model does by itself: by seed, by bfloat16."""
+        """Samples that differ from the reference as the float model does by itself: by seed, bfloat16, latents."""
         e = self.experiment
         if not self.floor_size:
             return {}
         samples = self.float_samples
-        return {"seed": samples(e.floor_seed, None), "bfloat16": samples(e.seed, e.floor_dtype)}
+        floors = {"seed": samples(e.floor_seed, None), "bfloat16": samples(e.seed, e.floor_dtype)}
+        return floors | ({"latents": samples(e.seed, None, e.floor_latents)} if e.floor_latents else {})
 
     @property
     def stats_file(self) -> Path:

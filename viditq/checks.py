@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 # Key -> lowest and highest value. The noise of sample i is seeded by 1,000,003 seed + i, which has to fit 64 bits; more
 # buckets than a sampler has steps, or rows than a prompt has tokens, only cost memory.
+MOST_NUDGE = 0.01  # of latents; beyond, it is another picture that is asked for
 NUMBERS: Mapping[str, tuple[int, int | None]] = {
     "seed": (0, 10**12),
     "batch_size": (1, None),
@@ -56,7 +57,8 @@ NUMBERS: Mapping[str, tuple[int, int | None]] = {
 }
 BYTES = ("calibration.block_input_bytes", "calibration.moment_bytes")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
-BACKENDS = ("auto", "cuda", "fake", "native", "portable", "triton", "weight_only")  # quant.execution.backends
+# Of quant.execution.backends, which imports torch.
+BACKENDS = ("auto", "cuda", "fake", "native", "portable", "scaled_mm", "triton", "weight_only")
 OF_LOGGERS = ("folder", "name", "group", "run_id")  # what a run tells its logger; the rest are settings
 
 
@@ -109,6 +111,11 @@ def check_values_alone(cfg: DictConfig) -> Alone:
         _check_number(key, OmegaConf.select(cfg, key), lowest, highest)
     if cfg.noise_floor.num_prompts == 1:
         raise UserError("noise_floor.num_prompts=1: one prompt has no spread. Give 0 (no noise floor), or 2 or more.")
+    if not 0 <= cfg.noise_floor.latents <= MOST_NUDGE:
+        raise UserError(
+            f"noise_floor.latents={cfg.noise_floor.latents} must be a number from 0 (not measured) to {MOST_NUDGE}: "
+            "the standard deviation of noise that is too small to mean anything, beside latents of about 1."
+        )
     if cfg.benchmark.max_seconds is not None and not cfg.benchmark.max_seconds >= 0:
         raise UserError(f"benchmark.max_seconds={cfg.benchmark.max_seconds} must be null or a number of at least 0.")
     check_name("name", cfg.name)

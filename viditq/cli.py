@@ -32,6 +32,7 @@ from viditq.errors import AlreadyReported, GateFailed, UserError
 from viditq.files import read_json
 from viditq.finished import find_finished
 from viditq.memory import set_aside
+from viditq.out_of_memory import is_about_memory, memory_message
 from viditq.run_dir import CHOICE, RunDir
 from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs
 
@@ -48,7 +49,6 @@ DISK_ERRORS = {
     errno.ENAMETOOLONG: f"the name is too long. {ELSEWHERE}",
     errno.EISDIR: f"a folder is where a file has to be. {ELSEWHERE}",
 }
-CPU_MEMORY = "DefaultCPUAllocator: "  # begins torch's message where main memory is used up
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
 REPORTED = "another of the run's processes failed, whose message is above"
 RUNS = ("-m", "--multirun")  # options with which the command still is a run; others print what others read
@@ -209,7 +209,7 @@ def user_message(error: BaseException, choice: str = FOLDERS) -> str | None:
             return f"{link.filename or 'writing'}: {DISK_ERRORS[link.errno].format(choice=choice)}."
         if "No space left on device" in str(link):
             return f"{DISK_ERRORS[errno.ENOSPC]}."
-        if type(link).__name__ == "OutOfMemoryError" or CPU_MEMORY in str(link):
+        if is_about_memory(link):
             return memory_message(str(link))
     if type(error).__name__ in JOB_DIED:
         why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
@@ -222,23 +222,6 @@ def user_message(error: BaseException, choice: str = FOLDERS) -> str | None:
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         return f"A group (such as logger) cannot be null: choose one of its options, such as logger=none. {ALL_KEYS}"
     return None
-
-
-def memory_message(text: str) -> str:
-    """torch's own account of what was asked for and what there is, and what asks for less. text: of its error."""
-    told = [
-        sentence for sentence in re.split(r"(?<=\.)\s", text) if sentence.startswith(("Tried to", "GPU ", "Of the"))
-    ]
-    total = re.search(r"total capacity of ([\d.]+) GiB", text)
-    room = f"fit={int(float(total[1]) * 2**30 / 10**9)}GB" if total else "fit=MEMORY, such as fit=16GB,"
-    place = "of the GPU " if total else ""
-    return (
-        f"The memory {place}does not suffice. {' '.join(told) or text.splitlines()[0]}\nFinished work is kept: the "
-        "same command goes on from there with less. Lower batch_size, down to 1; trainer.offload=model, then "
-        "sequential, keeps what does not compute in main memory (on a CPU trainer.offload=disk in its files). Other "
-        "results come of model.dtype=bfloat16, quant.float_dtype=bfloat16, and smaller or shorter samples. With "
-        f"estimate=true the same command says what each stage needs, with {room} which settings fit."
-    )
 
 
 def config_message(error: BaseException) -> str:

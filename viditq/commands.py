@@ -168,7 +168,10 @@ def main(words: list[str]) -> int | list[str]:
     )
     what = "a ComfyUI file, float or quantized, or a folder that diffusers saved with torchao; one for each denoiser"
     command.add_argument("files", metavar="FILE", nargs="+", help=what)
-    of_model = "the float model it was made from: a folder, an id on the hub, or the name of a yaml of conf/model"
+    of_model = (
+        "the float model it was made from: a folder, an id on the hub, the name of a yaml of conf/model (MODEL), "
+    )
+    of_model += "or of another checkpoint of it (MODEL/NAME)"
     command.add_argument("--model", required=True, help=of_model)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.path=FOLDER")
     command.add_argument("--out", required=True, help="the folder to write")

@@ -48,9 +48,13 @@ class CalibrationConfig:
 
 @dataclass
 class NoiseFloorConfig:
-    """Number of prompts, the first ones, on which the float model is set against itself; 0 = not at all."""
+    """Number of prompts, the first ones, on which the float model is set against itself; 0 = not at all.
+
+    latents: standard deviation of noise on the latents, which shows how chaotic sampling is; 0 = not measured.
+    """
 
     num_prompts: int = 32
+    latents: float = 1e-6
 
 
 @dataclass

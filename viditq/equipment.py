@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -12,6 +13,8 @@ from viditq.checks import OF_LOGGERS
 from viditq.errors import UserError
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.execution.backends import check_supported, get_backend
+
+GPUS = ("gpu", "cuda")
 
 
 def make_trainer(node: Any, settings: Mapping[str, Any]) -> L.Trainer:
@@ -22,6 +25,15 @@ def make_trainer(node: Any, settings: Mapping[str, Any]) -> L.Trainer:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from error
+        if node.get("accelerator") in GPUS and not torch.cuda.is_available():
+            built = (
+                "is built without CUDA" if torch.version.cuda is None and torch.version.hip is None else "finds none"
+            )
+            raise UserError(
+                f"trainer.accelerator={node.accelerator} wants a GPU, and torch {torch.__version__} {built} on this "
+                "machine. Use trainer=cpu (trainer=ddp_cpu for several processes), or a machine and a build of torch "
+                "for it (nvidia-smi shows the driver's GPUs, CUDA_VISIBLE_DEVICES which of them may be used)."
+            ) from error
         if isinstance(cause, MisconfigurationException | ValueError | TypeError):
             given = ", ".join(f"trainer.{key}={value}" for key, value in node.items() if key != "_target_")
             raise UserError(

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from viditq.byte_numbers import num_bytes
 from viditq.checks import Checked, check
+from viditq.config import NoiseFloorConfig
 from viditq.data.prompts import PromptData
 from viditq.equipment import backend_for, make_logger, make_trainer
 from viditq.errors import UserError
@@ -58,6 +59,7 @@ class Experiment:
     block_input_bytes: int
     moment_bytes: int
     floor_prompts: int
+    floor_latents: float
     diagnosis_prompts: int
     benchmark_rounds: int
     benchmark_seconds: float | None
@@ -139,6 +141,8 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         tracked["quant"].pop("attention", None)
     else:
         _check_emulated(adapter, quant.attention)
+    if tracked["noise_floor"]["latents"] == NoiseFloorConfig.latents:
+        tracked["noise_floor"].pop("latents")  # runs from before there was any are as they were
     if not tracked["data"].get("images"):
         tracked["data"].pop("images", None)
     tracked["data"].pop("first_frames", None)  # a place: what lies there is among the prompts
@@ -158,6 +162,7 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         block_input_bytes=cfg.calibration.block_input_bytes,
         moment_bytes=cfg.calibration.moment_bytes,
         floor_prompts=cfg.noise_floor.num_prompts,
+        floor_latents=cfg.noise_floor.latents,
         diagnosis_prompts=cfg.diagnosis.num_prompts,
         benchmark_rounds=cfg.benchmark.rounds,
         benchmark_seconds=cfg.benchmark.max_seconds,

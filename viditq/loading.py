@@ -39,8 +39,8 @@ def load_quantized(
     path: an artifact (<run>/quantized), the run's folder, a quantized pipeline in diffusers' layout (`viditq
     export --to diffusers`), or the id of one of these on the Hugging Face hub, there of `revision`. backend:
     what multiplies (docs/backends.md): auto = for each layer the fastest that is exact on this CPU; cuda = the same
-    on a GPU that the pipeline is moved to; fake = emulation, anywhere; native; portable; triton. model_path: the
-    float pipeline's folder on this machine, for its VAE, text encoder and scheduler, where it is not the one
+    on a GPU that the pipeline is moved to; fake = emulation, anywhere; native; portable; triton; scaled_mm. model_path:
+    the float pipeline's folder on this machine, for its VAE, text encoder and scheduler, where it is not the one
     recorded. memory_budget: bytes, or such as "1.5GB", that the denoiser's weights may take (on a CPU): they stay
     in their files, and as many layers as fit are kept ready; those of text encoders, which are called once, stay in
     their files until a layer computes; None = all of them are in memory. model: where path is another program's

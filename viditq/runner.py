@@ -3,7 +3,8 @@
 import logging
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from viditq.job import Job
 from viditq.models.checks import GUESSED
 from viditq.models.contents import parts_by_variant
 from viditq.models.roles import FLOAT, counts, of_sound, summary
+from viditq.out_of_memory import expected, is_about_memory, memory_message
 from viditq.provenance import command
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
@@ -145,8 +147,21 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
                 if number == 1 and (left := progress.left()):
                     console.print(f"{about(left)}, as long as earlier runs took", markup=False)
                 doing(console, (number, len(experiment.stages)), stage)
-            print_stage(console, (number, len(experiment.stages)), stage, FUNCTIONS[stage](job))
+            with explained(job, stage):
+                told = FUNCTIONS[stage](job)
+            print_stage(console, (number, len(experiment.stages)), stage, told)
         log(job, live)
+
+
+@contextmanager
+def explained(job: Job, stage: str) -> Iterator[None]:
+    """Where memory does not suffice: UserError with what the stage was to take, and what needs less."""
+    try:
+        yield
+    except Exception as error:
+        if not is_about_memory(error):
+            raise
+        raise UserError(memory_message(str(error), expected(job, stage))) from error
 
 
 def heading(experiment: Experiment, folder: Path, num_processes: int) -> list[str]:

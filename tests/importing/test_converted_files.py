@@ -18,8 +18,9 @@ from zoo import families, guided, images, unlisted, videos_2026
 from zoo.saving import save
 
 from viditq.__main__ import main
+from viditq.errors import UserError
 from viditq.importing.artifact import ImportedModel
-from viditq.importing.float_model import float_model
+from viditq.importing.float_model import float_model, names_yaml
 
 PREFIX = "model.diffusion_model."
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -163,6 +164,18 @@ def test_8_bit_numbers_that_cannot_be_read(
         "infinite": "holds no finite numbers",
     }[kind]
     assert said in error and not (tmp_path / "out").exists(), error
+
+
+def test_a_checkpoint_of_a_model_is_known_by_its_name(klein: Path) -> None:
+    """Not taken for an id on the hub, which looks the same."""
+    own, base = (
+        float_model(name, [f"model.path='{klein}/model'"]) for name in ("flux2_klein_4b", "flux2_klein_4b/base")
+    )
+    assert (base.name, base.num_steps, base.guidance_scale) == ("flux2_klein_4b_base", 50, 4)
+    assert own.num_steps < base.num_steps and names_yaml("flux2_klein_4b/base")
+    assert not names_yaml("black-forest-labs/FLUX.2-klein-4B") and not names_yaml("diffusers")
+    with pytest.raises(UserError, match=r"flux2_klein_4b/bse is none .* beside its own: flux2_klein_4b/base"):
+        float_model("flux2_klein_4b/bse")
 
 
 def test_integers_of_a_converted_release_are_taken_apart(klein: Path, tmp_path: Path) -> None:

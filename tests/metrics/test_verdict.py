@@ -122,7 +122,10 @@ def test_fidelity_against_bfloat16():
     worse = fidelity(35 + 5 * randn(2), near)
     assert (worse["verdict"], worse["kind"], worse["against"]) == ("differs", "fidelity", "bfloat16")
     assert worse["difference"] == pytest.approx((35 + 5 * randn(2))[:K].mean() - near.mean())
-    assert worse["floors"] == {"seed": None, "bfloat16": pytest.approx(near.mean())} and worse["float"] is None
+    assert (
+        worse["floors"] == {"seed": None, "bfloat16": pytest.approx(near.mean()), "latents": None}
+        and worse["float"] is None
+    )
     assert fidelity(60 + randn(2), near)["verdict"] == "equal within noise"
     assert fidelity(65 + randn(2), near)["verdict"] == "equal within noise"  # never better than float
     assert fidelity(65 + randn(2), near, higher=False)["verdict"] == "differs"
@@ -252,7 +255,24 @@ def test_entries_are_json_of_one_form(count):
     entries, _ = everything(count, min(count, K))
     assert json.loads(json.dumps(entries, allow_nan=False)) == entries
     for entry in entries.values():
-        assert list(entry) == [*KEYS, "floors", "warning", "reason"]
+        assert list(entry) == [*KEYS, "floors", "latents_worst", "on_floor_prompts", "warning", "reason"]
+
+
+def test_a_distance_beside_floors_is_of_as_many_prompts():
+    few, _ = everything(64, 8)
+    assert few["fvd_data"]["on_floor_prompts"] == {"num_prompts": 8, "value": 3, "float": 4}
+    assert few["psnr"]["on_floor_prompts"] is None  # a mean, which only grows more certain with more prompts
+    assert everything(8, 8)[0]["fvd"]["on_floor_prompts"] is None
+
+
+def test_latents_floor_tells_its_worst_pair():
+    own, near = randn(0), 90 + randn(1)[:K]
+    floors = {"latents": {"m": scores(near)}}
+    entry = verdicts({"m": scores(own)}, {}, floors, {"m": label(name="PSNR")})["m"]
+    assert entry["latents_worst"] == pytest.approx(float(near.min())) and entry["floors"]["latents"] > 85
+    assert "in the worst pair" in entry["reason"]
+    lower = verdicts({"m": scores(own)}, {}, floors, {"m": label(False, "L2")})["m"]
+    assert lower["latents_worst"] == pytest.approx(float(near.max()))
 
 
 def test_an_undefined_score_is_no_verdict():

@@ -252,13 +252,22 @@ def test_attention_over_an_image_or_another_stream_is_cross_attention() -> None:
     assert [*found.values()] == ["cross_attention", "cross_attention", "self_attention", "cross_attention"]
     joint = roles.guess(["transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.attn.to_q"])
     assert {*joint.values()} == {"joint_attention"}
+    both = roles.guess(
+        [f"double_blocks.0.attn.{kind}_attn_{part}" for kind in ("img", "txt") for part in ("qkv", "proj")]
+    )
+    assert {*both.values()} == {"joint_attention"}
+    experts = roles.guess([f"blocks.4.img_mlp.{name}" for name in ("gate", "shared_expert.net.2")])
+    assert [*experts.values()] == ["float", "mlp"]  # what chooses experts is no feed-forward
+    assert [*roles.guess(["blocks.0.ff.gate", "blocks.0.ff.up"]).values()] == ["mlp", "mlp"]
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
     [
         ({"_class_name": "SoraPipeline"}, r"SoraPipeline of model_index\.json is none of diffusers"),
-        ({"_class_name": "DiTPipeline"}, "DiTPipeline has no encode_prompt"),
+        ({"_class_name": "DiTPipeline"}, r"DiTPipeline has no encode_prompt: .* as conf/model/dit_xl2_256\.yaml is"),
+        ({"_class_name": "Cosmos3OmniPipeline"}, r"reads the words itself.* take model=cosmos2\.5"),
+        ({"_class_name": "JoyImageEditPlusPipeline"}, r"encoded together.* take JoyImageEditPipeline"),
         ({"_class_name": "FluxPipeline", "vae": ["diffusers", "X"]}, r"name its denoisers: model\.denoisers"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from zoo import guided, images, unlisted, videos
+from zoo import guessed, guessed_videos, guided, images, unlisted, videos
 from zoo.saving import save
 
 from viditq.errors import UserError
@@ -47,9 +47,42 @@ KNOWN: dict[Callable[[], Any], tuple[list[str], dict[str, int], Any, str | None]
     unlisted.ovis_image: ([], {"joint_attention": 22, "mlp": 12, "float": 12}, 1.0, None),
     unlisted.skyreels_v2: ([CLIP], {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 6}, 1000.0, None),
     images.aura_flow: ([], {"joint_attention": 12, "mlp": 9, "float": 9}, 1.0, None),
+    guessed.hunyuan_dit: ([], {"self_attention": 16, "cross_attention": 16, "mlp": 8, "float": 17}, 1000.0, None),
+    guessed.bria: ([], {"joint_attention": 22, "mlp": 12, "float": 12}, 1000.0, None),
+    guessed.bria_fibo: ([], {"joint_attention": 22, "mlp": 12, "float": 16}, 1000.0, None),
+    guessed.lumina_next: (
+        [],
+        {"self_attention": 6, "cross_attention": 8, "mlp": 6, "float": 8},
+        {"at_noise": 0.0, "at_clean": 1.0, "argument": "timestep"},
+        None,
+    ),
+    guessed.nucleus_moe: ([], {"self_attention": 30, "mlp": 10, "float": 16}, 1.0, ""),
+    guessed_videos.anyflow: ([CLIP], {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 8}, 1000.0, None),
+    guessed_videos.anyflow_far: (
+        [CLIP],
+        {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 8},
+        1000.0,
+        None,
+    ),
+    guessed_videos.easyanimate: (
+        [CLIP, "+model.encode.negative_prompt=''"],
+        {"joint_attention": 12, "mlp": 6, "float": 9},
+        1000.0,
+        None,
+    ),
+    guessed_videos.helios: (
+        ["model.num_frames=33"],
+        {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 6},
+        1000.0,
+        None,
+    ),
+    guessed_videos.motif_video: ([CLIP], {"joint_attention": 11, "mlp": 6, "float": 9}, 1000.0, None),
 }
 
-QUICK = (videos.sana_video, guided.krea2, guided.flux2_klein, guided.hunyuan_video15, unlisted.lumina2, unlisted.mochi)
+QUICK = (
+    *(videos.sana_video, guided.krea2, guided.flux2_klein, guided.hunyuan_video15, unlisted.lumina2, unlisted.mochi),
+    *(guessed.hunyuan_dit, guessed.nucleus_moe, guessed_videos.anyflow, guessed_videos.motif_video),
+)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +102,32 @@ def test_samples_are_those_of_the_pipelines_own_call(
     ours = _call(adapter, adapter.load(), [embeds], [3], 0, "pt")
     pipeline = with_settings(adapter, adapter.load_complete())
     given = {"generator": noise_generator(0, 3), "output_type": "pt", "return_dict": False}
-    theirs = _as_tensor(pipeline(prompt=PROMPT, **given)[0])
-    assert ours.shape[-3:] == (3, 32, 32) and (ours.ndim == 4 or ours.shape[1] in (5, 7))
+    own = adapter.encode.get("negative_prompt")  # what the call chooses, or EasyAnimate is told, having none of its own
+    theirs = _as_tensor(pipeline(prompt=PROMPT, **given, **({} if own is None else {"negative_prompt": own}))[0])
+    assert ours.shape[-3:] == (3, 32, 32) and (ours.ndim == 4 or ours.shape[1] in (5, 7, 33))
     torch.testing.assert_close(ours.float(), theirs.reshape(ours.shape).float(), rtol=0, atol=1e-5)
+
+
+def test_guidance_that_encodings_are_told_is_that_of_the_sample(
+    configure: Callable[..., Any], folder_of: Callable[..., Path]
+) -> None:
+    """FIBO's call and its `encode_prompt` both take it."""
+    samples = []
+    for scale in (2, 5):
+        own = [f"model.path='{folder_of(guessed.bria_fibo)}'", f"model.guidance_scale={scale}"]
+        adapter: ModelAdapter = instantiate(configure(*SHRUNK, *own).model, _convert_="all")
+        embeds = encode_prompt(adapter, adapter.load_text_part(), PROMPT)
+        samples.append(_call(adapter, adapter.load(), [embeds], [3], 0, "pt"))
+    assert (samples[0] - samples[1]).abs().max() > 1e-3
+
+
+def test_an_encoding_that_fails_says_what_may_be_given(
+    configure: Callable[..., Any], folder_of: Callable[..., Path]
+) -> None:
+    own = [CLIP, f"model.path='{folder_of(guessed_videos.easyanimate)}'"]
+    adapter: ModelAdapter = instantiate(configure(*SHRUNK, *own).model, _convert_="all")
+    with pytest.raises(UserError, match=r"EasyAnimatePipeline cannot encode .*model\.encode\.negative_prompt"):
+        encode_prompt(adapter, adapter.load_text_part(), PROMPT)
 
 
 def test_a_package_that_a_pipeline_asks_for_is_named(

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import load_image
 from hydra.utils import instantiate
 from transformers.utils import is_torchvision_available
-from zoo import conditioned, distilled, families, guided, images, processors, sketched, unlisted
+from zoo import conditioned, distilled, families, guessed, guided, images, processors, sketched, unlisted
 from zoo.pictures import draw_noise
 
 from viditq.data.samples import load_sample, sample_path
@@ -86,6 +86,9 @@ FAMILIES = {
     "krea2": Family(guided.krea2, {"joint_attention": 8, "text_refiner": 14, "mlp": 6, "float": 12}),
     "ideogram4": Family(families.ideogram4, {"joint_attention": 16, "mlp": 12, "float": 18}, ["model.max_tokens=64"]),
     "aura_flow": Family(images.aura_flow, {"joint_attention": 12, "mlp": 9, "float": 9}),
+    "hunyuan_dit": Family(guessed.hunyuan_dit, {"spatial_attention": 16, "cross_attention": 16, "mlp": 8, "float": 17}),
+    "bria": Family(guessed.bria, {**FLUX, "float": 12}),
+    "bria_fibo": Family(guessed.bria_fibo, {**FLUX, "float": 16}),
     "cogview4": Family(families.cogview4, {"joint_attention": 8, "mlp": 4, "float": 10}),
     "cogview3_plus": Family(families.cogview3, {"joint_attention": 8, "mlp": 4, "float": 10}),
     "bria_fibo2": Family(families.bria_fibo2, {"self_attention": 16, "cross_attention": 8, "mlp": 12, "float": 8}),

@@ -78,7 +78,8 @@ def test_what_is_measured_goes_before_what_is_read(
     found: Any, outputs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measured_text, "returned_text", lambda adapter: found)
-    assert measured_outputs(SimpleNamespace(encode_outputs=["prompt_embeds", "prompt_attention_mask"])) == outputs
+    read = SimpleNamespace(encode_outputs=["prompt_embeds", "prompt_attention_mask"], pipeline="PixArtAlphaPipeline")
+    assert measured_outputs(read) == outputs
 
 
 @pytest.mark.parametrize("build", [images.sana, videos.ltx_video, unlisted.chroma, guided.krea2])

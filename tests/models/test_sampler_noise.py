@@ -5,6 +5,7 @@ Legend: x samples, e the denoiser's output, z noise; x' = f(x) + c e + s z.
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.models.sampler_noise import check_shrinkable, cloned, measure, shrink_noise
 from viditq.models.schedulers import check_seeded
+from viditq.models.step_noise import seeded_steps
 
 STEPS = 8
 SHAPE = (64, 4, 16, 16)
@@ -23,6 +25,16 @@ LATENT = {"clip_sample": False}
 
 def drawn(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_a_pipeline_draws_without_a_generator_depends_on_the_sample_alone() -> None:
+    before, pipeline = torch.get_rng_state(), SimpleNamespace(scheduler=diffusers.DDIMScheduler())
+    found = []
+    for seed in (1, 1, 2):
+        with seeded_steps(pipeline, [torch.Generator().manual_seed(seed)]):
+            found.append(torch.randn(3))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def at_step(scheduler: Any, number: int) -> tuple[Any, Tensor]:

@@ -64,7 +64,6 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "qwen_image": (images.qwen_image, []),
     "z_image": (images.z_image, []),
 }
-VARIANTS = ("pixart_sigma_512", "wan2.1_14b", "flux_schnell", "cogvideox_5b", "sd3.5_medium")  # of another one's yaml
 DISTINCT = [name for name in MODELS if name not in ("pixart_sigma_512", "wan2.1_14b")]
 # Linears by role of the tiny denoisers, counted by hand from their blocks; the rest of their Linears stays in float
 ROLES = {
@@ -139,7 +138,11 @@ def test_a_search_measures_each_of_two_denoisers_where_it_runs(shrink: Callable[
     assert all(len(set(names)) == 1 for names in plan.layers.values())  # nothing is stored for steps that never come
 
 
-@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m in VARIANTS)) for m in MODELS])
+# Slow: whole runs of the others, whose calls, roles and embeddings are looked at in the tests below.
+WHOLE = ("pixart_alpha", "dit_xl2_256", "latte", "wan2.2", "flux_dev", "sana")
+
+
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m not in WHOLE)) for m in MODELS])
 def test_whole_run(model: str, shrink: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = shrink(model)
     metrics = run(cfg, tmp_path / "run")
@@ -295,6 +298,8 @@ def test_a_pipeline_whose_own_sizes_are_not_those_of_its_weights(
         run(configure("model=diffusers", *shrunk, *more), tmp_path / "run")
 
 
+# Slow: memory of a process of its own, at the real size; tests/estimate counts the same at small ones.
+@pytest.mark.slow
 def test_estimating_12_billion_parameters_takes_little_memory(folder_of: Callable[..., Path], tmp_path: Path) -> None:
     """Flux's own width and depth; its T5 has the real one's width. Half a gigabyte is Python and its libraries."""
     folder = Path(shutil.copytree(folder_of(images.flux_dev), tmp_path / "flux"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-OURS = {"ours W8A8", "ours W4A8", "ours W8A8, compiled", "ours W4A8, compiled"}
+OURS = {f"ours {name}{how}" for name in ("W8A8", "W4A8", "FP8") for how in ("", ", compiled")}
 
 
 @pytest.fixture
@@ -25,12 +25,16 @@ def check(folder: Path, geometries: int) -> None:
     results = json.loads((folder / "gpu.json").read_text())
     assert len({row["geometry"] for row in results["steps"]}) == geometries
     measured = [row for rows in (results["linears"], results["steps"]) for row in rows if "ms" in row]
-    assert len(measured) >= 13 + 6 * geometries
+    assert len(measured) >= 15 + 8 * geometries
     assert all(row["relative_error"] < 0.1 for row in measured)
     left_out = {row["left_out"] for rows in (results["linears"], results["steps"]) for row in rows if "left_out" in row}
     assert all(reason.startswith("not installed (") for reason in left_out), left_out
     steps = {row["candidate"]: row for row in results["steps"] if "ms" in row}
-    assert steps.keys() >= OURS and all("fake" not in steps[name]["backends"] for name in OURS)
+    assert (
+        steps.keys() >= OURS
+        and "scaled_mm" in steps["ours FP8"]["backends"]
+        and all("fake" not in steps[name]["backends"] for name in OURS)
+    )
     page = (folder / "gpu.md").read_text()
     assert "a dry run" in page.splitlines()[0] and all(f"| not measured: {reason} |" in page for reason in left_out)
 

@@ -263,6 +263,8 @@ def test_shared_stages_are_computed_once(joblib_sweep: tuple[Path, str]) -> None
     assert [m["seconds"]["calibrate"] for m in metrics] == [seconds["calibrate"]] * 2  # a second time would add to it
 
 
+# Slow: a second launcher of processes; test_joblib has the first, test_launchers_compose all.
+@pytest.mark.slow
 def test_submitit(shrunk: list[str], shared_cache: Path, finished_run: Path, tmp_path: Path) -> None:
     """submitit's local executor, which runs jobs as its Slurm executor does, and keeps their output in files."""
     bits = "quant.weight.bits=four,4"

@@ -66,16 +66,19 @@ class PipelineModule(L.LightningModule):
 
 
 class Generation(PipelineModule):
-    """Generates the prompts of each batch and hands every sample to `sink(index, clip_FCHW uint8)`."""
+    """Generates the prompts of each batch and hands every sample to `sink(index, clip_FCHW uint8)`, where it lies.
 
-    def __init__(self, *args: Any, sink: Callable[[int, Tensor], None]) -> None:
+    nudge: standard deviation of noise that is added to the latents after the first step.
+    """
+
+    def __init__(self, *args: Any, sink: Callable[[int, Tensor], None], nudge: float = 0.0) -> None:
         super().__init__(*args)
-        self.sink = sink
+        self.sink, self.nudge = sink, nudge
 
     def predict_step(self, indices: list[int], batch_idx: int) -> None:
         """One batch through the pipeline's own sampling loop."""
         embeds = [self.load_embeds(i) for i in indices]
-        clips = generate(self.adapter, self.pipeline, embeds, indices, self.seed)
+        clips = generate(self.adapter, self.pipeline, embeds, indices, self.seed, self.nudge)
         for index, clip in zip(indices, clips, strict=True):
             self.sink(index, clip)
 

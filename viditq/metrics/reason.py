@@ -21,6 +21,9 @@ def reason(label: Mapping[str, Any], entry: Mapping[str, Any], comparison: Compa
     if comparison.interval is not None:
         low, high = (plain(x, 3) for x in comparison.interval)
         sentence += f" (95 % interval of the difference: {low} to {high}){_because(entry['verdict'], comparison, unit)}"
+    if (moved := entry["floors"].get("latents")) is not None:
+        worst = "" if entry["latents_worst"] is None else f", {plain(entry['latents_worst'])}{unit} in the worst pair"
+        sentence += f". Noise too small to mean anything, on float's latents, leaves {plain(moved)}{unit}{worst}"
     warning = entry["warning"]
     return f"{sentence}." + (f" {warning[0].upper()}{warning[1:]}." if warning else "")
 

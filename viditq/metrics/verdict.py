@@ -20,7 +20,7 @@ from viditq.metrics.headline import DIFFERS, WORSE
 from viditq.metrics.reason import reason
 
 Results = Mapping[str, Result]
-FLOORS = ("seed", "bfloat16")
+FLOORS = ("seed", "bfloat16", "latents")
 SAMPLES_PER_FEATURE = 5  # below, sampling alone adds more than a tenth of the features' variance to a Frechet distance
 INCEPTION_FEATURES = 2048  # assumed where a metric does not say how many features it has
 
@@ -36,9 +36,10 @@ def verdicts(
     """Metric name -> the `verdict` entry of metrics.json (plain numbers, None where undefined).
 
     results: what each metric computed over all n prompts; subset: the same over the first k; floors: "seed" (the
-    float model with another seed) and "bfloat16" (the float model in bfloat16), both against the float reference
-    over the first k prompts. A floor may be absent. `difference_interval` None means that nothing was compared:
-    the verdict then says equal, and `warning` and `reason` that nothing can be told.
+    float model with another seed), "bfloat16" (the float model in bfloat16) and "latents" (with noise on its latents),
+    all against the float reference over the first k prompts. A floor may be absent. `difference_interval` None means
+    that nothing was compared: the verdict then says equal, and `warning` and `reason` that nothing can be told.
+    `on_floor_prompts` has a distance over the first k prompts, to be shown beside the floors'.
     """
     entries = {}
     for name, result in results.items():
@@ -56,6 +57,8 @@ def verdicts(
             "difference_interval": _as_list(comparison.interval),
             "noise": comparison.noise,
             "floors": {floor: finite(floors.get(floor, {}).get(name, {}).get("value")) for floor in FLOORS},
+            "latents_worst": _worst(floors.get("latents", {}).get(name), labels[name]["higher_is_better"]),
+            "on_floor_prompts": _on_floor_prompts(name, n, subset, floors) if kind == "distribution" else None,
             "warning": _warning(comparison, few_samples(result, n) if kind == "distribution" else None),
         }
         entries[name] = {**entry, "reason": reason(labels[name], entry, comparison)}
@@ -84,6 +87,25 @@ def few_samples(result: Result, num_samples: int | None) -> str | None:
         f"{num_samples} samples{of}, fewer than {enough}: partly sampling error, compare it at equal numbers of "
         "samples only"
     )
+
+
+def _worst(result: Result | None, higher_is_better: bool | None) -> float | None:
+    """The score of the pair that is furthest from float's."""
+    if result is None:
+        return None
+    scores = result["per_sample"]
+    return finite(scores.min() if higher_is_better else scores.max())
+
+
+def _on_floor_prompts(
+    name: str, num_prompts: int | None, subset: Results, floors: Mapping[str, Results]
+) -> dict[str, Any] | None:
+    """A distance over as many prompts as the floors have, to be shown beside theirs; None where it is of as many."""
+    k = count(subset, name) if name in subset else None
+    if k is None or k == num_prompts or not any(name in results for results in floors.values()):
+        return None
+    result = subset[name]
+    return {"num_prompts": k, "value": finite(result["value"]), "float": finite(result.get("reference_value"))}
 
 
 def _compare(

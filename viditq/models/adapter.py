@@ -105,7 +105,8 @@ class ModelAdapter:
         check_values(self)
         check_attention(self.attention, self.dtype)
         if self.guess:
-            given = {key: getattr(self, key) for key in ("pipeline", "denoisers", "encode_outputs")}
+            known = ("pipeline", "denoisers", "encode_outputs", "guidance_scale", "guidance_argument")
+            given = {key: getattr(self, key) for key in known}
             self._fill_in(guess_settings(self.index(), given))
             if given["encode_outputs"] is None and self.conditioning == "text":
                 object.__setattr__(self, "encode_outputs", measured_outputs(self))
@@ -116,7 +117,7 @@ class ModelAdapter:
         check_arguments(self, find_class(self.pipeline))
         check_scheduler(self)
         if self.guess and self.negative_prompt is None and self.conditioning == "text":
-            object.__setattr__(self, "negative_prompt", own_negative_prompt(self))
+            self._fill_in(own_negative_prompt(self))
         if self.timestep_scale is None:
             object.__setattr__(self, "timestep_scale", measured_scale(self))
 

@@ -51,6 +51,11 @@ def check_device(name: str | None, device: str) -> None:
     """Raises UserError for a backend that does not compute on this kind of device."""
     if name == "native" and device != "cpu":
         raise UserError(f"model.attention=native computes on a CPU, and this run on {device}. {op.INSTEAD}")
+    if name in PACKAGES and device == "cpu":
+        raise UserError(
+            f"model.attention={name} computes on a GPU, and this run on a CPU. Use trainer=gpu where there is one, "
+            "model.attention=native, or null."
+        )
 
 
 def set_attention(name: str | None, denoiser: nn.Module) -> None:

@@ -28,6 +28,14 @@ FROM_IMAGE = (
     r"Img2Img|Image2Image|ImageToVideo|Image2Video|(?<!T)I2V|VideoToVideo|VideoToWorld|Inpaint|Edit|Pix2Pix|Control|Adapter"
     r"|Fill|Upscale|SuperResolution|Layered|Refine|Depth2Img"
 )
+READS_WORDS = "its denoiser reads the words itself, in one sequence with what it makes"
+# Pipeline without `encode_prompt` -> why, and what to take in its place
+WITHOUT_ENCODING = {
+    "Cosmos3OmniPipeline": (READS_WORDS, "model=cosmos2.5"),
+    "OmniGenPipeline": (READS_WORDS, "model=lumina2, or model=qwen_image_edit for edits"),
+    "JoyImageEditPlusPipeline": ("words and pictures are encoded together", "JoyImageEditPipeline, of one picture"),
+    "Kandinsky6SRPipeline": ("it enlarges what another model made", "model=kandinsky6"),
+}
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 GUESSED = ("pipeline", "modality", "encode_outputs", "denoisers", "timestep_scale")
 
@@ -124,13 +132,26 @@ def conditions_of_call(pipeline: Any) -> list[str]:
 def given_to_call(model: Any) -> set[str]:
     """The arguments of the pipeline's call that a run gives it, besides those that every call has."""
     encoded = {name for name in model.encode_outputs or ["class_labels"] if name is not None}
+    encoded = encoded or {"prompt"}  # which a call that takes no embeddings is given again
     return encoded | {*model.call} | {*(model.conditions or ())}
+
+
+def no_encoding(pipeline: str) -> str:
+    """Why a pipeline without `encode_prompt` is refused, and what to do instead."""
+    why, instead = WITHOUT_ENCODING.get(pipeline, ("", "another model of docs/models.md"))
+    why = why or "prompts cannot be encoded apart from its call, as every run does"
+    return (
+        f"{pipeline} has no encode_prompt: {why}. No yaml changes that; take {instead}. (A model of classes in place "
+        "of text is described as conf/model/dit_xl2_256.yaml is.)"
+    )
 
 
 def check_arguments(model: Any, pipeline: Any) -> None:
     """Raises UserError for settings that the class `pipeline` would pass over (it may take **kwargs) or refuse."""
     needed = ("from_pretrained", "__call__", *["encode_prompt"] * (model.conditioning == "text"))
     if lacking := [name for name in needed if not hasattr(pipeline, name)]:
+        if lacking == ["encode_prompt"]:
+            raise UserError(no_encoding(pipeline.__name__))
         raise UserError(f"model.pipeline={model.pipeline} is no pipeline to drive: it has no {lacking[0]}.")
     of_call = _named(pipeline.__call__)
     of_text = _named(pipeline.encode_prompt) if model.conditioning == "text" else {}

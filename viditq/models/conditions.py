@@ -23,6 +23,8 @@ from viditq.models.registry import find_class
 from viditq.prompt import Prompt, conditions_of
 
 MARK = "condition:"
+WITH_PICTURES = "encode_prompt_multiple_images"
+"""What JoyImage-Edit encodes a prompt by, in place of `encode_prompt`, where it comes with a picture."""
 
 
 def stored(prompt: str) -> dict[str, Tensor]:
@@ -53,9 +55,16 @@ def _as_pictures(name: str, pixels: Tensor) -> Any:
     return frames if pixels.ndim == 4 else frames[0]
 
 
+def encoders_of(pipeline: Any) -> list[str]:
+    """The names of the methods that a pipeline's call encodes prompts by."""
+    return [name for name in ("encode_prompt", WITH_PICTURES) if hasattr(pipeline, name)]
+
+
 def encoded_with_text(pipeline: Any) -> bool:
-    """Whether `encode_prompt` looks at pictures."""
-    return any(re.fullmatch(TAKES_IMAGE, name) for name in inspect.signature(pipeline.encode_prompt).parameters)
+    """Whether `encode_prompt`, or what stands in its place, looks at pictures."""
+    return hasattr(pipeline, WITH_PICTURES) or any(
+        re.fullmatch(TAKES_IMAGE, name) for name in inspect.signature(pipeline.encode_prompt).parameters
+    )
 
 
 def made_up(adapter: Any) -> dict[str, Any]:

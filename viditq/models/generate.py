@@ -18,6 +18,7 @@ from viditq.errors import UserError
 from viditq.hooks import add_hook
 from viditq.models import conditions, replay
 from viditq.models.adapter import ModelAdapter
+from viditq.models.nudge import nudged
 from viditq.models.settings import call_settings, text_settings
 from viditq.models.step_noise import seeded_steps
 from viditq.models.text import PromptEmbeds
@@ -55,17 +56,26 @@ def group_by_shape(embeds: list[PromptEmbeds]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def generate(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int) -> Tensor:
-    """Generate one sample per prompt: uint8 [B, F, C, H, W].
+def generate(
+    adapter: ModelAdapter,
+    pipeline: Any,
+    embeds: list[PromptEmbeds],
+    indices: list[int],
+    seed: int,
+    nudge: float = 0.0,
+) -> Tensor:
+    """Generate one sample per prompt: uint8 [B, F, C, H, W], where the pipeline computes. nudge: as `nudged` takes it.
 
     Raises UserError if a sample is not finite (which low bit-widths in float16 can cause).
     """
     samples: dict[int, Tensor] = {}
     for group in group_by_shape(embeds):
-        out = _call(adapter, pipeline, [embeds[i] for i in group], [indices[i] for i in group], seed, "pt")
-        clips_BFCHW = out if out.ndim == 5 else out[:, None]
+        numbers = [indices[i] for i in group]
+        with nudged(pipeline, nudge, numbers):
+            out = _call(adapter, pipeline, [embeds[i] for i in group], numbers, seed, "pt")
+        clips_BFCHW = out if out.ndim == 5 else out[None] if adapter.modality == "video" else out[:, None]
         _check_size(adapter, clips_BFCHW)
-        samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), strict=True))
+        samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8), strict=True))
     return torch.stack([samples[i] for i in range(len(embeds))])
 
 

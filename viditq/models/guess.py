@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.models.checks import conditions_of_call, makes_clips
+from viditq.models.checks import conditions_of_call, makes_clips, no_encoding
 from viditq.models.parts import NAMES
 from viditq.models.registry import find_class
 
@@ -29,12 +29,14 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
     if cls is None:
         raise UserError(f"The pipeline class {name} of model_index.json is none of diffusers; set model.pipeline.")
     if not hasattr(cls, "encode_prompt"):
-        raise UserError(f"{name} has no encode_prompt; model=diffusers cannot drive it. Write a yaml for it.")
+        raise UserError(no_encoding(name))
     of_call, of_text = (inspect.signature(f).parameters for f in (cls.__call__, cls.encode_prompt))
     denoisers = given.get("denoisers") or _denoisers(index)
     outputs = given.get("encode_outputs") or _encode_outputs(cls, set(of_call))
     asked = dict(of_text) if any(outputs) else {}  # else it is the call that knows what to encode with
     encode = {k: REQUIRED.get(k) for k, p in asked.items() if k not in ("self", "prompt") and _required(p)}
+    if "do_classifier_free_guidance" in asked and _is_unguided(of_call, given):
+        encode["do_classifier_free_guidance"] = False  # AnyFlow samples a negative prompt that is there all the same
     return {
         "pipeline": name,
         "modality": "video" if makes_clips(cls) else "image",
@@ -45,6 +47,13 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
         "call": {k: v for k, v in {**PLAIN, **UNCHANGED}.items() if k in of_call}
         | ({"mask_feature": False} if "mask_feature" in of_call else {}),
     }
+
+
+def _is_unguided(of_call: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> bool:
+    """Whether the guidance that is given, or else the call's own, is none."""
+    argument = of_call.get(str(given.get("guidance_argument", "guidance_scale")))
+    scale = given.get("guidance_scale") or (argument.default if argument else None)
+    return isinstance(scale, int | float) and scale <= 1
 
 
 def _required(parameter: inspect.Parameter) -> bool:
@@ -69,14 +78,11 @@ def _encode_outputs(cls: type, of_call: set[str]) -> list[str | None]:
     """Names of what `encode_prompt` returns, as far as `__call__` takes them; None for the others.
 
     They are those that its return statements have, or, where more of them are known, those that `__call__` gives them.
-    Where it takes none of them all are None.
+    Where it takes none of them, or has to be given the prompt again, all are None.
     """
-    returned = returned_names(cls)
-    assigned = [
-        _names(node.targets[0])
-        for node in _nodes(cls, "__call__", ast.Assign)
-        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "self.encode_prompt"
-    ]
+    returned, assigned = returned_names(cls), _assigned_names(cls)
+    if gives_prompt_again(cls) and assigned:
+        return [None] * len(assigned[0])
     known = [[name if name in of_call else None for name in names] for names in [*returned, *assigned]]
     best = max(filter(any, known), key=lambda names: sum(name is not None for name in names), default=[])
     if not best and (unknown := max([*returned, *assigned], key=len, default=[])):
@@ -86,6 +92,30 @@ def _encode_outputs(cls: type, of_call: set[str]) -> list[str | None]:
             f"What {cls.__name__}.encode_prompt returns is not understood; name it: model.encode_outputs=[...]."
         )
     return best
+
+
+def gives_prompt_again(cls: type) -> bool:
+    """Whether a pipeline's call has to be given the prompt whatever it takes of what `encode_prompt` returns.
+
+    It requires one (SANA-WM), or encodes it by several calls, each for arguments of its own (Hunyuan-DiT: a call for
+    each text encoder).
+    """
+    of_call = inspect.signature(cls.__call__).parameters  # type: ignore[operator]
+    parts = {tuple(names) for names in _assigned_names(cls) if any(_is_positive(n) for n in names if n in of_call)}
+    return len(parts) > 1 or ("prompt" in of_call and _required(of_call["prompt"]))
+
+
+def _is_positive(name: str) -> bool:
+    return "negative" not in name
+
+
+def _assigned_names(cls: type) -> list[list[str]]:
+    """What `__call__` calls the values that `encode_prompt` returns, for each of its calls."""
+    return [
+        _names(node.targets[0])
+        for node in _nodes(cls, "__call__", ast.Assign)
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "self.encode_prompt"
+    ]
 
 
 def returned_names(cls: type) -> list[list[str]]:

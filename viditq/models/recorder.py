@@ -48,7 +48,7 @@ class Recorder:
     def __init__(self, adapter: Any, scheduler: Any, text_only: bool = False, marked: bool = False) -> None:
         self.adapter, self.scheduler, self.text_only, self.marked = adapter, scheduler, text_only, marked
         self.carried: dict[str, set[int]] = {}
-        self.texts: list[Any] = []
+        self.texts: list[dict[str, Any]] = []
         self.encoded: list[Tensor] = []
         self.num_train = float(scheduler.config.get("num_train_timesteps", 1000))
         self.told: list[tuple[str, str, tuple[float, float]]] = []
@@ -64,7 +64,7 @@ class Recorder:
 
         @functools.wraps(plain)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            self.texts.append(signature.bind(*args, **kwargs).arguments.get("prompt"))
+            self.texts.append(signature.bind(*args, **kwargs).arguments)
             made = embeddings(self.adapter, marked=self.marked, width=self.width)
             return made if len(made) > 1 else made[0]
 
@@ -86,10 +86,11 @@ class Recorder:
             if self.marked:
                 count = len(self.adapter.encode_outputs)
                 self.carried |= {n: self.carried.get(n, set()).union(marks_in(v, count)) for n, v in given.items()}
-            out = _prediction(next(iter(given.values())), denoiser.config)
+            out = _prediction(next(iter(given.values())), denoiser)
             if given.get("return_dict") is not False:
                 return Transformer2DModelOutput(sample=out)
-            return (out, *(torch.zeros_like(given[name]) for name in beside if given.get(name) is not None))
+            beside_it = [torch.zeros_like(given[name]) for name in beside if given.get(name) is not None]
+            return (out, *beside_it, *([given["kv_cache"]] if given.get("kv_cache") is not None else []))
 
         return recorded
 
@@ -154,11 +155,15 @@ def _range(value: Any) -> tuple[float, float]:
     return float(values[0]), float(values[-1])
 
 
-def _prediction(x: Any, config: Any) -> Any:
-    """Zeros as large as the denoiser's output: its input, of latents with `out_channels` for `in_channels`."""
+def _prediction(x: Any, denoiser: Any) -> Any:
+    """Zeros as large as the denoiser's output: its input, of latents with `out_channels` for `in_channels`.
+
+    Where its configuration has none (Lumina, Hunyuan-DiT: twice as many with a variance), the class knows them.
+    """
     if isinstance(x, (list, tuple)):
-        return [_prediction(one, config) for one in x]
-    shape, (before, after) = list(x.shape), (config.get("in_channels"), config.get("out_channels"))
+        return [_prediction(one, denoiser) for one in x]
+    after = denoiser.config.get("out_channels", vars(denoiser).get("out_channels"))
+    shape, before = list(x.shape), denoiser.config.get("in_channels")
     if len(shape) > 3 and isinstance(after, int) and before in shape[1:]:
         shape[shape.index(before, 1)] = after
     out: Tensor = x.new_zeros(shape)

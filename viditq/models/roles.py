@@ -13,7 +13,7 @@ USUAL = (
     *("mlp", "text_refiner"),
 )
 """Roles that conf/model and `guess` give; a model's own configuration may name others."""
-IN_EMBEDDER = re.compile(r"emb|ada_?ln|modulation|_mod\.|norm|time|guidance|gate|^proj_|router")
+IN_EMBEDDER = re.compile(r"emb|ada_?ln|modulation|_mod\.|norm|time|guidance|gate|beta_|^proj_|router")
 OF_SOUND = re.compile(r"(^|\.)(audio_(?!to_video)|video_to_audio|av_)")
 OF_FEED_FORWARD = re.compile(r"(^|[._])(ff|ffn|mlp|feed_forward)([._]|$)|proj_mlp|ff_context")
 
@@ -59,9 +59,11 @@ def check_keep_float(model: str, keep_float: Sequence[str], names: Sequence[str]
 def guess(names: Sequence[str]) -> dict[str, str]:
     """Linear -> role as its name suggests; what lies outside of blocks, or is not understood, stays float."""
     # a query of its own: keys and values alone are those of an image that is only looked at (Wan 2.1 I2V)
-    joint = {_split(name)[0] for name in names if re.search(r"\.add_q|to_add_out|\.to_q_t$", name)}
+    joint = {_split(name)[0] for name in names if re.search(r"\.add_q|to_add_out|\.to_q_t$|txt_attn_q", name)}
     alone = "spatial_attention" if any("temporal" in name for name in names) else "self_attention"
-    return {name: _guess(*_split(name), joint, alone) for name in names}
+    experts = {name.split(".shared_expert")[0] for name in names if ".shared_expert" in name}
+    routers = {f"{mlp}.gate" for mlp in experts}  # it says which expert takes a token, and is no feed-forward
+    return {name: FLOAT if name in routers else _guess(*_split(name), joint, alone) for name in names}
 
 
 def _split(name: str) -> tuple[str, str]:

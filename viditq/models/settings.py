@@ -8,6 +8,11 @@ from viditq.models.checks import FRAMES
 
 def call_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
     """Arguments of the pipeline's call that do not depend on the prompt."""
+    return {**adapter.call, **_own_settings(adapter, pipeline)}
+
+
+def _own_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
+    """Those that the model has fields for: steps, guidance, sizes."""
     given: dict[str, Any] = {
         "num_inference_steps": adapter.num_steps,
         adapter.guidance_argument: adapter.guidance_scale,
@@ -16,14 +21,15 @@ def call_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
     if adapter.modality == "video":
         given |= dict.fromkeys(FRAMES, adapter.num_frames)
     known = inspect.signature(pipeline.__call__).parameters  # a size that is not among them is the model's own
-    return {**adapter.call, **{k: v for k, v in given.items() if v is not None and k in known}}
+    return {k: v for k, v in given.items() if v is not None and k in known}
 
 
 def text_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
     """Arguments of the call of a pipeline (or of its class) that is given a text, but for the text."""
     of_call = inspect.signature(pipeline.__call__).parameters
     of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
-    settings = {k: v for k, v in call_settings(adapter, pipeline).items() if k not in of_text}
+    settings = {k: v for k, v in adapter.call.items() if k not in of_text}
+    settings |= _own_settings(adapter, pipeline)  # also what both are told, as FIBO is its guidance
     settings |= {k: v for k, v in adapter.encode.items() if k in of_call}
     own = adapter.negative_prompt is not None and "negative_prompt" in of_call  # else it is the pipeline's own choice
     return settings | ({"negative_prompt": adapter.negative_prompt} if own else {})

@@ -1,4 +1,4 @@
-"""Noise that schedulers draw in their steps: from the generators of the samples, whatever the pipeline passes on."""
+"""Noise that is drawn while a pipeline samples: from the generators of the samples, whatever it passes on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ from viditq.models.schedulers import takes_generator
 
 @contextmanager
 def seeded_steps(pipeline: Any, generators: list[torch.Generator]) -> Iterator[None]:
-    """Within, the scheduler's steps draw from `generators`, one a sample.
+    """Within, the scheduler's steps draw from `generators`, one a sample, and all else from their first one's seed.
 
-    A pipeline that passes them on itself (`prepare_extra_step_kwargs`), and a scheduler that takes none, stay as they
-    are.
+    All else is what a call draws from torch's global generator, which is left as it was: JoyImage-Edit draws the
+    latents of its picture so, whatever generator it is given. The steps of a pipeline that passes generators on itself
+    (`prepare_extra_step_kwargs`), and of a scheduler that takes none, stay as they are.
     """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(generators[0].initial_seed())
+        with _steps_of(pipeline, generators):
+            yield
+
+
+@contextmanager
+def _steps_of(pipeline: Any, generators: list[torch.Generator]) -> Iterator[None]:
     scheduler: Any = getattr(pipeline, "scheduler", None)
     if hasattr(pipeline, "prepare_extra_step_kwargs") or not takes_generator(scheduler):
         yield

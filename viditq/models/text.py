@@ -76,7 +76,16 @@ def _encode_all(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbe
 
 
 def _encode(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbeds:
-    return _named(adapter, pipeline.encode_prompt(str(prompt), **_as_called(pipeline) | dict(adapter.encode)))
+    told = _as_called(pipeline) | dict(adapter.encode)
+    try:
+        return _named(adapter, pipeline.encode_prompt(str(prompt), **told))
+    except (AttributeError, TypeError, ValueError) as error:
+        if not adapter.guess or told.get("negative_prompt", "") is not None:
+            raise
+        raise UserError(
+            f"{adapter.pipeline} cannot encode {prompt[:60]!r} as its call does by default, without a negative prompt "
+            f"({type(error).__name__}: {error}). Give one: +model.encode.negative_prompt=''."
+        ) from error
 
 
 def record_encoding(adapter: ModelAdapter, pipeline: Any, prompt: str) -> PromptEmbeds:
@@ -84,16 +93,21 @@ def record_encoding(adapter: ModelAdapter, pipeline: Any, prompt: str) -> Prompt
 
     Raises UserError where it fails before.
     """
-    encode, found = pipeline.encode_prompt, []
+    found: list[Any] = []
     expected = 2 if adapter.negative_prompt is not None else 1
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        found.append(encode(*args, **kwargs))
-        if len(found) == expected:
-            raise _Encoded
-        return found[-1]
+    def recorder_of(encode: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            found.append(encode(*args, **kwargs))
+            if len(found) == expected:
+                raise _Encoded
+            return found[-1]
 
-    pipeline.encode_prompt = recorded
+        return recorded
+
+    encoders = conditions.encoders_of(pipeline)
+    for name in encoders:
+        setattr(pipeline, name, recorder_of(getattr(pipeline, name)))
     try:
         with suppress(_Encoded):
             pipeline(
@@ -102,7 +116,8 @@ def record_encoding(adapter: ModelAdapter, pipeline: Any, prompt: str) -> Prompt
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{adapter.pipeline} cannot encode {prompt[:60]!r} with its pictures: {error}") from error
     finally:
-        del pipeline.encode_prompt
+        for name in encoders:
+            delattr(pipeline, name)
     taken = inspect.signature(pipeline.__call__).parameters
     first, *second = [_named(adapter, one) for one in found]
     negative = {key: value for one in second for name, value in one.items() if (key := f"negative_{name}") in taken}

@@ -54,8 +54,8 @@ def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[
         raise TrialError(f"{type(error).__name__}: {error}") from error
 
 
-def encoded_texts(adapter: Any, scheduler: Any) -> list[Any]:
-    """What one call of the pipeline, given a prompt, hands to `encode_prompt`, call by call, until it denoises."""
+def encoded_texts(adapter: Any, scheduler: Any) -> list[dict[str, Any]]:
+    """What one call of the pipeline, given a prompt, tells `encode_prompt`, call by call, until it denoises."""
     recorder = Recorder(adapter, scheduler, text_only=True)
     with suppress(Exception), torch.no_grad():  # whether it samples so is another question (`try_out`)
         _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
@@ -123,7 +123,8 @@ def _recorded(adapter: Any, scheduler: Any, recorder: Recorder) -> Any:
     scheduler.step = recorder.step(scheduler.step)
     pipeline = _assembled(adapter, {**denoisers, "scheduler": scheduler})
     if adapter.conditioning != "class":
-        pipeline.encode_prompt = recorder.encode(pipeline.encode_prompt)
+        for name in conditions.encoders_of(pipeline):
+            setattr(pipeline, name, recorder.encode(getattr(pipeline, name)))
         stand_in_encoders(pipeline, recorder.encoded)
         stand_in_sketch(pipeline)
     return pipeline
@@ -149,8 +150,9 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
         if model is not None:
             parts[name] = pass_on(model)
     cls = find_class(adapter.pipeline)
-    if "safety_checker" in inspect.signature(cls.__init__).parameters:  # else it makes one, with weights of its own
-        parts["safety_checker"] = Unchecked()
+    asked = inspect.signature(cls.__init__).parameters
+    if "safety_checker" in asked:  # else Cosmos makes one, with weights of its own; the older ones do without
+        parts["safety_checker"] = None if "requires_safety_checker" in asked else Unchecked()
     load = functools.partial(cls.from_pretrained, adapter.folder, local_files_only=True)
     try:
         pipeline = load(**parts)

@@ -12,10 +12,10 @@ from rich.text import Text
 DIRECTIONS = {True: "↑", False: "↓", None: "="}
 LEGEND = (
     "↑ higher is better, ↓ lower, = as near to float as can be; float: its own value;\n"
-    "noise floors: float with another seed, float in bf16"
+    "noise floors: float with another seed, in bf16, with next to no noise on its latents"
 )
 STYLES = {"worse": "bold red", "differs": "yellow", "better": "bold green", "equal within noise": "dim"}
-SHORT = {"bfloat16": "bf16"}
+SHORT = {"bfloat16": "bf16", "latents": "~0"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def verdict_table(
     table.add_column("float model", no_wrap=True)
     for name, entry in verdicts.items():
         table.add_row(*_cells(entry, labels[name]))
+        if entry.get("on_floor_prompts"):
+            table.add_row(*_of_first(entry))
     return table
 
 
@@ -83,8 +85,16 @@ def _cells(entry: Mapping[str, Any], label: Mapping[str, Any]) -> list[Text]:
         _with_interval(entry["value"], entry["interval"]),
         _with_interval(entry["difference"], entry["difference_interval"], "+", against),
         _verdict(entry),
-        _float_model(entry),
+        _float_model({"float": entry["float"], "floors": {}} if entry.get("on_floor_prompts") else entry),
     ]
+
+
+def _of_first(entry: Mapping[str, Any]) -> list[Text]:
+    """A distance of all prompts has no place beside floors of fewer: the same of those."""
+    first = entry["on_floor_prompts"]
+    of = {"float": first["float"], "floors": entry["floors"]}
+    value = Text(number(first["value"], decimals(first["value"])))
+    return [Text(f"  of the first {first['num_prompts']}", "dim"), value, Text(), Text(), _float_model(of)]
 
 
 def _with_interval(value: float | None, interval: Sequence[float] | None, sign: str = "", suffix: str = "") -> Text:

@@ -15,7 +15,7 @@ KINDS = {
     "": "Metrics",
 }
 DIRECTIONS = {True: "higher is better", False: "lower is better", None: "should equal the float model"}
-FLOORS = {"seed": "other seed", "bfloat16": "bfloat16"}
+FLOORS = {"seed": "other seed", "bfloat16": "bfloat16", "latents": "noise of next to nothing"}
 WORDS = {"worse": "Worse", "better": "Better", "equal": "Equal within noise"}
 NOT_JUDGED = "not judged"
 NOT_TOLD = "cannot be told"
@@ -97,7 +97,10 @@ def judge(name: str, metrics: Mapping[str, Any], verdict: Mapping[str, Any]) -> 
     shown = interval(bounds, digits)
     if not shown and finite(error) is not None:
         shown = f"± {plain(error, digits)} standard error"
-    floors = verdict.get("floors") or {}
+    floors = [(FLOORS.get(floor, floor), number) for floor, number in (verdict.get("floors") or {}).items()]
+    if first := verdict.get("on_floor_prompts"):  # distances compare at equal numbers only
+        of = f"first {first['num_prompts']}"
+        floors = [(f"quantized, {of}", first["value"]), (f"float, {of}", first["float"]), *floors]
     return Judgement(
         name=name,
         label=label.get("label", name),
@@ -112,7 +115,7 @@ def judge(name: str, metrics: Mapping[str, Any], verdict: Mapping[str, Any]) -> 
         against=AGAINST.get(verdict.get("against") or "", ""),
         difference_interval=interval(difference_bounds, fine, sign=True),
         noise=plain(verdict.get("noise"), fine, unit) if finite(verdict.get("noise")) is not None else "",
-        floors=tuple((FLOORS.get(k, k), plain(v, digits, unit)) for k, v in floors.items() if finite(v) is not None),
+        floors=tuple((floor, plain(number, digits, unit)) for floor, number in floors if finite(number) is not None),
         reason=verdict.get("reason") or "",
         warning=verdict.get("warning") or "",
         plot=_plot(difference, difference_bounds, finite(verdict.get("noise"))),

@@ -1,6 +1,6 @@
 """Stage `evaluate`: metrics over (sample, reference) pairs, and what the noise floor scores in the same metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from viditq.engine.sampling import batches_of
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json, read_tensors, write_json, write_tensors
 from viditq.job import Job
+from viditq.metrics.comparison import kind_of
 from viditq.metrics.verdict import verdicts
 from viditq.models.shown import as_shown
 from viditq.prompt import conditions_of
@@ -45,7 +46,8 @@ def evaluate(job: Job) -> str:
         shared = {name: first_prompts(r, job.floor_size) for name, r in results.items() if name not in whole}
         if whole and job.floor_size:
             shared |= _measured(job, whole, run_dir.samples, job.floor_size)
-        floors = _floor_results(job, metrics) if floors_there else {}
+        fidelity = [name for name, result in results.items() if kind_of(result) == "fidelity"]
+        floors = _floor_results(job, metrics, fidelity) if floors_there else {}
     if processes.first:
         labels = {
             name: {"label": m.name, "unit": m.unit, "higher_is_better": m.higher_is_better}
@@ -101,13 +103,17 @@ def _given(job: Job, indices: list[int]) -> dict[int, Tensor] | None:
     return dict(zip(indices, as_shown(e.adapter, [e.data.prompts[i] for i in indices]), strict=True))
 
 
-def _floor_results(job: Job, metrics: Mapping[str, Metric]) -> dict[str, Results]:
-    """Floor -> results on its prompts, from the cache or measured now."""
+def _floor_results(job: Job, metrics: Mapping[str, Metric], fidelity: Collection[str]) -> dict[str, Results]:
+    """Floor -> results on its prompts, from the cache or measured now; of nudged latents `fidelity` metrics alone."""
     entry = job.floor_results
     file = entry.path / "results.safetensors"
     if not job.processes.first_does(lambda: is_whole(file)):
         with job.holding(entry):
-            measured = {name: _measured(job, metrics, f.path, job.floor_size) for name, f in job.floors.items()}
+            near = {name: metric for name, metric in metrics.items() if name in fidelity}
+            measured = {
+                name: _measured(job, near if name == "latents" else metrics, f.path, job.floor_size)
+                for name, f in job.floors.items()
+            }
             flat = {
                 f"{f}/{m}/{k}": v for f, r in measured.items() for m, values in r.items() for k, v in values.items()
             }
@@ -137,7 +143,7 @@ def _write(
     columns = {"metrics": summary.pop("per_prompt"), "differences": summary.pop("differences")}
     write_json(run_dir.per_prompt, per_prompt | columns)
     of_denoiser = sizes_of(job)
-    floor = {"num_prompts": job.floor_size, "seed": e.floor_seed, "dtype": e.floor_dtype}
+    floor = {"num_prompts": job.floor_size, "seed": e.floor_seed, "dtype": e.floor_dtype, "latents": e.floor_latents}
     write_json(
         run_dir.metrics,
         {

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from viditq.data.samples import adopt_samples, missing_samples, sample_path, save_sample
 from viditq.engine.sampling import Generation, batches_of, run_batches
+from viditq.engine.writing import SampleWriter, waiting_samples
 from viditq.files import write_json
 from viditq.job import Job
 from viditq.models.compiling import compile_forward
+from viditq.quant.calibration.context import denoisers_of
 from viditq.run_dir import Entry
 from viditq.stages.external import load_judged
 from viditq.stages.text_encoders import encode
@@ -19,22 +21,22 @@ from viditq.stages.text_encoders import encode
 
 def reference(job: Job) -> str:
     """Generate the evaluation prompts with the float model."""
-    return _float_samples(job, job.reference, job.experiment.seed, None, job.num_prompts, "float")
+    return _float_samples(job, job.reference, job.experiment.seed, None, 0.0, "float", job.num_prompts)
 
 
 def noise_floor(job: Job) -> str:
-    """Generate some of them as the float model would with another seed, and in another dtype from the same noise."""
+    """Some of them by the float model again: with another seed, in another dtype, with next to no noise on latents."""
     if not job.floor_size:
         return "switched off (noise_floor.num_prompts=0)"
     e = job.experiment
-    lines = [
-        _float_samples(job, entry, seed, dtype, job.floor_size, f"float {name}")
-        for name, (entry, seed, dtype) in {
-            f"seed {e.floor_seed}": (job.floors["seed"], e.floor_seed, None),
-            e.floor_dtype: (job.floors["bfloat16"], e.seed, e.floor_dtype),
-        }.items()
-    ]
-    return "; ".join(lines)
+    ways: dict[str, tuple[int, str | None, float, str]] = {
+        "seed": (e.floor_seed, None, 0.0, f"float seed {e.floor_seed}"),
+        "bfloat16": (e.seed, e.floor_dtype, 0.0, f"float {e.floor_dtype}"),
+        "latents": (e.seed, None, e.floor_latents, f"float latents + {e.floor_latents:g}"),
+    }
+    return "; ".join(
+        _float_samples(job, entry, *ways[name], count=job.floor_size) for name, entry in job.floors.items()
+    )
 
 
 def generate(job: Job) -> str:
@@ -61,7 +63,7 @@ def missing(job: Job, folder: Path, count: int) -> list[int]:
     return missing_samples(folder, count, modality)
 
 
-def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, count: int, what: str) -> str:
+def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, nudge: float, what: str, count: int) -> str:
     if not job.processes.first_does(lambda: missing(job, entry.path, count)):
         job.sweep_up(entry)
         return f"all {count} {what} samples already there ({entry.path})"
@@ -70,7 +72,7 @@ def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, count: 
         return job.load_float(dtype)
 
     with job.holding(entry):
-        return _generate(job, entry.path, count, what, load, seed, job.timed(entry.path, "reference"))
+        return _generate(job, entry.path, count, what, load, seed, job.timed(entry.path, "reference"), nudge=nudge)
 
 
 def _generate(
@@ -82,6 +84,7 @@ def _generate(
     seed: int,
     timed: AbstractContextManager[None],
     embeds: Entry | None = None,
+    nudge: float = 0.0,
 ) -> str:
     """Make the samples that `folder` lacks, each process its share of the batches. embeds: as of `Job.load_embeds`."""
     e, modality = job.experiment, job.experiment.adapter.modality
@@ -91,17 +94,26 @@ def _generate(
     if job.processes.first:
         job.run_dir.forget_evaluation()
 
+    trainer = e.make_trainer()
+
+    def save(index: int, clip: Tensor) -> None:
+        save_sample(sample_path(folder, index, modality), clip)
+
     def sink(index: int, clip: Tensor) -> None:
         if index in wanted:
-            save_sample(sample_path(folder, index, modality), clip)
+            writer.put(index, clip)
 
     with timed:
         # Batches are cut from all prompts, whatever is missing, so that a resumed run repeats them to the bit.
         batches = [b for b in batches_of(job.num_prompts, e.batch_size) if wanted & set(b)]
         pipeline = load()
+        denoiser = e.adapter.denoiser_of(pipeline)
         if e.adapter.compile:
-            compile_forward(e.adapter.denoiser_of(pipeline))
-        module = Generation(e.adapter, pipeline, job.load_embeds(e.data.prompts, embeds), seed, sink=sink)
-        run_batches(e.make_trainer(), module, job.processes.share(batches))
+            compile_forward(denoiser)
+        read = job.load_embeds(e.data.prompts, embeds)
+        module = Generation(e.adapter, pipeline, read, seed, sink=sink, nudge=nudge)
+        with SampleWriter(save, waiting_samples(trainer, e.batch_size)) as writer:
+            writer.watch(denoisers_of(denoiser).values())
+            run_batches(trainer, module, job.processes.share(batches))
         job.processes.wait()
     return f"{len(wanted)} of {count} {what} samples generated ({folder})"

@@ -18,7 +18,7 @@ FLOW_SHIFT = {"tiny_image": 2.0, "tiny_video": 4.0}
 
 def export(shop: Any) -> None:
     """Write tiny_image/, tiny_video/, clip/ and judge/ under `shop.out`, weights in fp16."""
-    _export_pipelines(shop, "", video="video")
+    _export_pipelines(shop, "", image="image", video="video")
     clip = networks.clip()
     clip.load_state_dict(load_file(shop.work / "clip.safetensors"))
     clip.half().save_pretrained(shop.out / "clip")
@@ -32,13 +32,13 @@ def export(shop: Any) -> None:
 
 def export_hard(shop: Any) -> None:
     """Write tiny_image_hard/ and tiny_video_hard/ under `shop.out`, weights in fp16."""
-    _export_pipelines(shop, "_hard", video="video_hard_steep")
+    _export_pipelines(shop, "_hard", image="image_hard_mild", video="video_hard_steep")
 
 
-def _export_pipelines(shop: Any, kind: str, video: str) -> None:
-    """video: the stage that the video denoiser comes from."""
+def _export_pipelines(shop: Any, kind: str, image: str, video: str) -> None:
+    """image, video: the stages that the denoisers come from."""
     for name, cls, net, stage in (
-        ("tiny_image", PixArtAlphaPipeline, networks.image_denoiser(), f"image{kind}"),
+        ("tiny_image", PixArtAlphaPipeline, networks.image_denoiser(), image),
         ("tiny_video", LattePipeline, networks.video_denoiser(), video),
     ):
         net.load_state_dict(load_file(shop.work / f"{stage}.safetensors"))

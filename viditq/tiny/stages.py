@@ -13,7 +13,7 @@ from viditq.data.moving_shapes import ATTRIBUTES, draw_scenes, labels, render
 from viditq.tiny import image_to_video, losses, networks
 from viditq.tiny.captions import draw_captions, text_table
 from viditq.tiny.export import export, export_hard
-from viditq.tiny.hard import GAINS, STEEP_GAINS, Gains, OutlierLoss, invite_outliers
+from viditq.tiny.hard import GAINS, MILD_GAINS, STEEP_GAINS, Gains, OutlierLoss, invite_outliers
 from viditq.tiny.text import t5_tokenizer
 from viditq.tiny.trainee import Batch
 from viditq.tiny.workshop import Workshop, save
@@ -115,7 +115,10 @@ def train_image(shop: Workshop) -> None:
 
 
 def train_image_hard(shop: Workshop) -> None:
-    """The same from another start, with outliers: only the timestep embedder, which stays, is the image model's."""
+    """The same from another start, with outliers: only the timestep embedder, which stays, is the image model's.
+
+    Then on with milder ones; the video model starts from what was there before that.
+    """
     draw = _draw_frames(shop)
     torch.manual_seed(shop.seed)
     net, trained = networks.image_denoiser(), shop.work / "image.safetensors"
@@ -123,6 +126,7 @@ def train_image_hard(shop: Workshop) -> None:
     embedder = {name: value for name, value in image.items() if name.startswith("adaln_single.emb.")}
     net.load_state_dict(embedder, strict=False)
     _train_hard(shop, "image_hard", net, draw, losses.image_loss)
+    _train_hard(shop, "image_hard_mild", net.requires_grad_(True), draw, losses.image_loss, MILD_GAINS)
 
 
 def _train_hard(

@@ -27,6 +27,7 @@ SCHEDULES = {
     "image": Schedule(steps=3500, lr=1.5e-3, decay=0.5),
     "video": Schedule(steps=4500, lr=1e-3, decay=0.5),
     "image_hard": Schedule(steps=3500, lr=1.5e-3, decay=0.5),
+    "image_hard_mild": Schedule(steps=1000, lr=8e-4, decay=0.7),
     "video_hard": Schedule(steps=4500, lr=1e-3, decay=0.5),
     "video_hard_steep": Schedule(steps=2400, lr=8e-4, decay=0.7),
     "vae_i2v": Schedule(steps=2500, lr=2.5e-3, decay=0.8),

@@ -40,6 +40,14 @@ def test_statistics_are_those_of_the_inputs(denoiser, calibrated):
     assert len(segment.rows) == sum(min(16, 3 * 5) for _ in STEPS)
 
 
+def test_a_stream_without_tokens_shows_nothing(denoiser, calibrated):
+    expected, first, second = calibrated(denoiser, [1, 2], STEPS), denoiser.blocks[1]["fc1"], denoiser.blocks[1]["fc2"]
+    called = []
+    first.register_forward_pre_hook(lambda *_: called.append(second(torch.empty(2, 0, second.in_features))))
+    same(expected, calibrated(denoiser, [1, 2], STEPS))
+    assert len(called) == len(STEPS)
+
+
 def test_batching_and_order_do_not_matter(denoiser, calibrated):
     whole = calibrated(denoiser, [1, 2, 3, 4], STEPS)
     parts = calibrated(denoiser, [4, 2], STEPS)

@@ -16,9 +16,10 @@ from viditq.quant.execution.backends import CudaBackend, TritonBackend, Unavaila
 from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.backends.cuda import backend as module
 from viditq.quant.execution.backends.cuda import candidates
+from viditq.quant.execution.backends.cuda import choice as trials
 from viditq.quant.execution.backends.cuda.candidates import LAST, candidates_for
-from viditq.quant.execution.backends.cuda.choice import Candidate, choose, timed
-from viditq.quant.execution.backends.cuda.product import Product, disagreement, exact
+from viditq.quant.execution.backends.cuda.choice import Candidate, choose, disagreement, timed
+from viditq.quant.execution.backends.cuda.product import Product
 from viditq.quant.execution.backends.portable import exact_product
 from viditq.quant.execution.backends.signed import signed_weight
 from viditq.quant.execution.backends.triton.ops import Quantized
@@ -41,7 +42,7 @@ GROUPS = QuantSpec(4, False, "group", 32), QuantSpec(8, False, "token", None, Tr
 def anew() -> Iterator[None]:
     torch.manual_seed(0)
     remembered: tuple[Callable[[], None], ...] = (
-        module._choices.clear,
+        trials._choices.clear,
         auto.first_that_takes.cache_clear,
         auto._tell.cache_clear,
     )
@@ -88,7 +89,7 @@ def named(name: str, factor: float = 1.0) -> Candidate:
 @pytest.mark.parametrize("specs", [SYMMETRIC, ASYMMETRIC, GROUPS])
 def test_the_reference_is_fake_s_product_and_what_stands_behind_it(specs: tuple[QuantSpec, QuantSpec]) -> None:
     product, rows, weight = product_of(specs, gate=torch.randn(2, 48), residual=torch.randn(40, 48), activation=1)
-    expected, _ = exact(product)
+    expected, _ = product.exact()
     y = rows.double() @ weight.double().T + product.bias.double()
     y = torch.nn.functional.gelu(y, approximate="tanh") * product.gate.repeat_interleave(20, 0) + product.residual
     torch.testing.assert_close(expected, y, rtol=1e-5, atol=1e-5)
@@ -228,7 +229,8 @@ def test_layers_that_it_does_not_take_are_emulated_and_told(caplog: Any, monkeyp
     assert resolved == ["cuda", "weight_only", "cuda"]
     assert caplog.messages == [
         "W8 channel, A8 token: triton",
-        "W4 channel, A float: weight_only (not triton: it does not take activation)",
+        "W4 channel, A float: weight_only (not triton: it does not take activation; not scaled_mm: it does not take "
+        "weight.number)",
     ]
 
 

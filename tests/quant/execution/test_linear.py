@@ -151,7 +151,7 @@ def test_several_variants_need_a_noise_level():
 
 
 def test_backends_are_refused_by_name_and_by_field():
-    names = "auto, cuda, fake, native, portable, triton, weight_only"
+    names = "auto, cuda, fake, native, portable, scaled_mm, triton, weight_only"
     with pytest.raises(UserError, match=f"unknown backend 'fpga9000'; known names: {names}"):
         get_backend("fpga9000")
 

@@ -180,6 +180,8 @@ class Calibrator:
             if self._step.bucket is None:
                 raise UserError(f"{name} was called outside its denoiser while calibrating")
             x = args[0]
+            if not x.numel():
+                return  # a stream without tokens yet: AnyFlow-FAR's older frames, in its first chunk
             reading = self._readings.get(id(x))
             if reading is None or not reading.still(x):
                 reading = self._readings[id(x)] = self._read(x)

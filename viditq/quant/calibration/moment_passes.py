@@ -113,6 +113,8 @@ class MomentPass:
     def _hook(self, name: str) -> Any:
         @torch.no_grad()
         def add(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not args[0].numel():
+                return  # as in Calibrator
             candidates = self._step.candidates(with_tokens(args[0]))
             self.moments.add(name, name, rows_of(args[0], candidates.moment_rows), candidates.moment_weight)
 

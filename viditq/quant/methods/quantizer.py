@@ -130,15 +130,26 @@ def fake_quantize_activation(x: Tensor, spec: QuantSpec, static: Grid | None, in
 
 
 def _on_float_grid(x: Tensor, view: Tensor, spec: QuantSpec, static: Grid | None) -> Tensor:
-    if static is not None:
-        scale = static[0]
-    else:
-        of_sample = None
-        if spec.block_scale == "e4m3":  # not of the batch: a sample must not depend on its batch mates
-            of_sample = x.abs().flatten(1).amax(1) if x.ndim > 1 else x.abs().amax(0, True)
-            of_sample = of_sample.view(-1, *[1] * (view.ndim - 1))
-        scale = range_grid(*granularity.activation_range(x, spec.granularity, spec.group_size), spec, of_sample)[0]
+    scale = _float_scale(x, view, spec) if static is None else static[0]
     return (float_grid.rounded(view / scale, spec.number) * scale).view(x.shape)
+
+
+def _float_scale(x: Tensor, view: Tensor, spec: QuantSpec) -> Tensor:
+    of_sample = None
+    if spec.block_scale == "e4m3":  # not of the batch: a sample must not depend on its batch mates
+        of_sample = x.abs().flatten(1).amax(1) if x.ndim > 1 else x.abs().amax(0, True)
+        of_sample = of_sample.view(-1, *[1] * (view.ndim - 1))
+    return range_grid(*granularity.activation_range(x, spec.granularity, spec.group_size), spec, of_sample)[0]
+
+
+def narrow_activation(x: Tensor, spec: QuantSpec, static: Grid | None) -> tuple[Tensor, Tensor]:
+    """The numbers behind `fake_quantize_activation` in torch's type of 8 bits, and their scale; same arguments.
+
+    Of formats without groups. scale: float32, 1 for a row, for a sample or for all: it broadcasts against `x`.
+    """
+    x = x.float()
+    scale = _float_scale(x, x, spec) if static is None else static[0]
+    return float_grid.narrowed(x / scale, spec.number), scale
 
 
 def quantize_activation(x: Tensor, spec: QuantSpec, static: Grid | None) -> QuantizedActivation:

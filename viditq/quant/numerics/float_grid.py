@@ -38,12 +38,19 @@ EXPONENT_BIAS = 127  # of e8m0
 def rounded(x: Tensor, number: str) -> Tensor:
     """The nearest numbers, float32."""
     of = NUMBERS[number]
-    x = x.float().clamp(-of.largest, of.largest)  # before the cast: torch's e5m2 would overflow to inf
     if of.dtype is not None:
-        return x.to(of.dtype).float()
+        return narrowed(x, number).float()
+    x = x.float().clamp(-of.largest, of.largest)
     magnitude = x.abs()
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     return (x / step).round_().mul_(step)
+
+
+def narrowed(x: Tensor, number: str) -> Tensor:
+    """The same in torch's own type of that number, which it must have."""
+    of = NUMBERS[number]
+    assert of.dtype is not None
+    return x.float().clamp(-of.largest, of.largest).to(of.dtype)  # torch's e5m2 would overflow to inf
 
 
 def codes_of(values: Tensor, number: str) -> Tensor:

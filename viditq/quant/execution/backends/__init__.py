@@ -6,6 +6,7 @@ from viditq.quant.execution.backends.cuda.backend import CudaBackend
 from viditq.quant.execution.backends.fake import FakeBackend
 from viditq.quant.execution.backends.native.backend import NativeBackend
 from viditq.quant.execution.backends.portable import PortableBackend
+from viditq.quant.execution.backends.scaled_mm.backend import ScaledMmBackend
 from viditq.quant.execution.backends.triton.backend import TritonBackend
 from viditq.quant.execution.backends.weight_only import WeightOnlyBackend
 
@@ -16,6 +17,7 @@ __all__ = [
     "FakeBackend",
     "NativeBackend",
     "PortableBackend",
+    "ScaledMmBackend",
     "TritonBackend",
     "Unavailable",
     "WeightOnlyBackend",

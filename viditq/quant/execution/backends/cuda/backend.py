@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any
 
@@ -14,22 +13,21 @@ from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends.auto import first_that_takes
 from viditq.quant.execution.backends.base import Backend, Unavailable
 from viditq.quant.execution.backends.cuda.candidates import LAST, candidates_for
-from viditq.quant.execution.backends.cuda.choice import Choice, choose, timed
+from viditq.quant.execution.backends.cuda.choice import choice_for
 from viditq.quant.execution.backends.cuda.product import Product
 from viditq.quant.execution.backends.signed import SignedWeight
 from viditq.quant.execution.backends.triton import ops
 from viditq.quant.execution.backends.triton.backend import NO_DEVICE, TritonBackend, why_not
 
-logger = logging.getLogger("viditq")
+TRIED = ("triton", "scaled_mm")
 SCHEMA = ops.MULTIPLY.replace(", int[] tile", "")
-_choices: dict[object, Choice] = {}
 
 
 @BACKENDS.register("cuda")
 class CudaBackend(TritonBackend):
     """Triton's quantizer, and for each shape of a product whatever computes it fastest; said once.
 
-    Layers that integers do not take here are emulated, which is told too.
+    Formats of FP8 are `scaled_mm`'s; what neither takes is emulated, which is told too.
     """
 
     name = "cuda"
@@ -45,7 +43,7 @@ class CudaBackend(TritonBackend):
     def resolve(self, scheme: LayerScheme) -> Backend:
         if not scheme.quantizes:
             return self
-        first = first_that_takes(scheme, ("triton",))
+        first = first_that_takes(scheme, TRIED)
         return self if first.name == "triton" else first
 
     def weight_bytes(self, scheme: LayerScheme, out_features: int, in_features: int, dtype: torch.dtype) -> int:
@@ -77,20 +75,4 @@ def _product(
     held = SignedWeight(weight, weight_scale, weight_zero, colsum, size, 0, weight.dtype == torch.uint8)
     x = ops.Quantized(codes, scale, zero, rowsum, symmetric)
     product = Product(x, held, bias, dtype, addend, activation, gate, residual)
-    return choice_for(product).taken.run(product)
-
-
-def choice_for(product: Product) -> Choice:
-    """What computes products of this kind, tried at the first of them; while a CUDA graph is recorded, unasked."""
-    kind, candidates = product.kind, candidates_for(product)
-    if kind not in _choices:
-        if product.shape[0] == 0 or _is_recorded(product):
-            return Choice(candidates[0], {}, {})
-        _choices[kind] = choice = choose(product, candidates, LAST, timed)
-        rows, width, outs = product.shape
-        logger.info("%d rows, %d to %d features, W%s: %s", rows, width, outs, 4 if product.weight.packed else 8, choice)
-    return _choices[kind]
-
-
-def _is_recorded(product: Product) -> bool:
-    return product.x.codes.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return choice_for(product, candidates_for(product), LAST).taken.run(product)

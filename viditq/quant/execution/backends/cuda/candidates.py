@@ -1,7 +1,7 @@
 """Ways to compute a product on a GPU: our kernel in several cuts, torch's, and CUTLASS where a package brings it.
 
-comfy-kitchen's int8_linear is none of them: it quantizes activations itself, those in bfloat16 to other codes than
-`fake` (findings/kitchen_int8_linear_of_float32.sh).
+comfy-kitchen's int8_linear is none of them: it takes no codes but quantizes activations itself, those in half precision
+to others than `fake` (tests/quant/execution/test_kitchen_linear.py).
 """
 
 from __future__ import annotations

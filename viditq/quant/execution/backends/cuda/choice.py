@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from viditq.quant.execution.backends.cuda.product import Product, disagreement
-
+logger = logging.getLogger("viditq")
 WARM_UP, REPEATS = 2, 5
 Clock = Callable[[Callable[[], object], torch.device], float]
+
+
+class Product(Protocol):
+    """A product of rows with a weight, apart from how it is computed."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, in-features, outputs."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What decides how fast it is computed."""
+
+    @property
+    def label(self) -> str:
+        """Of its weight, such as "W4"."""
+
+    def corner(self) -> Product:
+        """The same of a few outputs of a few rows."""
+
+    def extreme(self) -> Product:
+        """A small one of this kind with the largest codes there are: what saturates or overflows shows here."""
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """The output in float64, and how far a right one may lie from it."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +51,8 @@ class Candidate:
     """why_not: what keeps it from a product (a package, a shape, a zero point), in a few words; None = nothing."""
 
     name: str
-    run: Callable[[Product], Tensor]
-    why_not: Callable[[Product], str | None] = lambda product: None
+    run: Callable[[Any], Tensor]
+    why_not: Callable[[Any], str | None] = lambda product: None
 
 
 @dataclass(frozen=True)
@@ -38,6 +68,26 @@ class Choice:
         told = [f"{name} {1e3 * seconds:.3f} ms" for name, seconds in times]
         left_out = [f"not {name}: {reason}" for name, reason in self.refused.items()]
         return f"{self.taken.name} ({'; '.join([', '.join(told) or 'not timed', *left_out])})"
+
+
+_choices: dict[object, Choice] = {}
+
+
+def choice_for(product: Product, candidates: Sequence[Candidate], last: Candidate) -> Choice:
+    """What computes products of this kind, tried and told at the first of them; while a CUDA graph is recorded, unasked
+    the first that may take it.
+    """
+    if product.kind not in _choices:
+        if product.shape[0] == 0 or _is_recorded(product):
+            return Choice(next((one for one in candidates if one.why_not(product) is None), last), {}, {})
+        _choices[product.kind] = choice = choose(product, candidates, last, timed)
+        rows, width, outs = product.shape
+        logger.info("%d rows, %d to %d features, %s: %s", rows, width, outs, product.label, choice)
+    return _choices[product.kind]
+
+
+def _is_recorded(product: Product) -> bool:
+    return product.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def choose(product: Product, candidates: Sequence[Candidate], last: Candidate, clock: Clock) -> Choice:
@@ -57,7 +107,7 @@ def choose(product: Product, candidates: Sequence[Candidate], last: Candidate, c
                 reason = _wrong(candidate, extreme, extreme) or _wrong(candidate, product, corner)
                 if reason is None:
                     right[candidate.name] = candidate
-                    seconds[candidate.name] = clock(partial(candidate.run, product), product.x.codes.device)
+                    seconds[candidate.name] = clock(partial(candidate.run, product), product.device)
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:  # of another library: whatever it is, it is not taken
@@ -77,6 +127,13 @@ def _wrong(candidate: Candidate, product: Product, compared: Product) -> str | N
     out = candidate.run(product)[:rows, :outs]
     far = disagreement(out, compared)
     return None if far <= 1 else f"it disagrees with fake ({far:.2g} times what rounding explains)"
+
+
+def disagreement(out: Tensor, product: Product) -> float:
+    """The largest error of an output of `product` in units of what it may be; above 1 it is wrong."""
+    expected, bound = product.exact()
+    error = ((out.double() - expected).abs() / bound).nan_to_num(torch.inf, torch.inf, torch.inf)
+    return float(torch.where(expected.isnan() & out.isnan(), 0.0, error).max())
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:

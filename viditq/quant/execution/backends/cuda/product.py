@@ -43,6 +43,16 @@ class Product(NamedTuple):
                 self.weight.zero_point is None, self.dtype, str(self.x.codes.device))  # fmt: skip
 
     @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        return self.x.codes.device
+
+    @property
+    def label(self) -> str:
+        """Of its weight: W4 where two codes lie in a byte."""
+        return "W4" if self.weight.packed else "W8"
+
+    @property
     def is_plain(self) -> bool:
         """One segment, a byte a weight, no zero points: a scale for each row and one for each output say it all."""
         return len(self.weight.scale) == 1 and not self.weight.packed and self.is_symmetric
@@ -55,6 +65,19 @@ class Product(NamedTuple):
         """What stands behind the product, on its result with scales and bias."""
         y_MO = y_MO if self.addend is None else y_MO + self.addend
         return After(ACTIVATIONS[self.activation], self.gate, self.residual).apply(y_MO).to(self.dtype)
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """The output in float64, and how far a right one may lie from it."""
+        rows, weight = decoded_rows(self.x, self.weight.size), decoded_weight(self.weight)
+        y, size = (rows @ weight.mT).sum(0), (rows.abs() @ weight.abs().mT).sum(0)
+        if self.bias is not None:
+            y, size = y + self.bias.double(), size + self.bias.double().abs()
+        out = self._replace(dtype=torch.float64).finished(y)
+        gate = 1.0 if self.gate is None else _spread(self.gate, len(y)).double().abs()
+        beside = 0.0 if self.residual is None else self.residual.double().abs()
+        unit = torch.finfo(self.dtype).eps  # a library rounds the product, what an activation makes of it, and the end
+        bound = STEEPEST * gate * (RELATIVE * size + unit * y.abs()) + 2 * unit * (out.abs() + beside)
+        return out, bound + torch.finfo(torch.float32).smallest_normal
 
     def corner(self) -> Product:
         """The same of a few outputs of a few rows, which share a line of the gate."""
@@ -115,26 +138,5 @@ def decoded_rows(x: Quantized, size: int) -> Tensor:
     return (x.codes[..., :size].double() - zero) * scale
 
 
-def exact(product: Product) -> tuple[Tensor, Tensor]:
-    """The output in float64, and how far a right one may lie from it."""
-    rows, weight = decoded_rows(product.x, product.weight.size), decoded_weight(product.weight)
-    y, size = (rows @ weight.mT).sum(0), (rows.abs() @ weight.abs().mT).sum(0)
-    if product.bias is not None:
-        y, size = y + product.bias.double(), size + product.bias.double().abs()
-    out = product._replace(dtype=torch.float64).finished(y)
-    gate = 1.0 if product.gate is None else _spread(product.gate, len(y)).double().abs()
-    beside = 0.0 if product.residual is None else product.residual.double().abs()
-    unit = torch.finfo(product.dtype).eps  # a library rounds the product, what an activation makes of it, and the end
-    bound = STEEPEST * gate * (RELATIVE * size + unit * y.abs()) + 2 * unit * (out.abs() + beside)
-    return out, bound + torch.finfo(torch.float32).smallest_normal
-
-
 def _spread(gate: Tensor, rows: int) -> Tensor:
     return gate.repeat_interleave(rows // len(gate), 0)
-
-
-def disagreement(out: Tensor, product: Product) -> float:
-    """The largest error of an output of `product` in units of what it may be; above 1 it is wrong."""
-    expected, bound = exact(product)
-    error = ((out.double() - expected).abs() / bound).nan_to_num(torch.inf, torch.inf, torch.inf)
-    return float(torch.where(expected.isnan() & out.isnan(), 0.0, error).max())

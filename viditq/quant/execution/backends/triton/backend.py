@@ -131,11 +131,16 @@ def why_not() -> str | None:
         return NO_DEVICE
     if not installed:
         return "the package triton is not installed (pip install 'viditq[gpu]')"
+    return too_old(CAPABILITY, "int8")
+
+
+def too_old(least: tuple[int, int], what: str) -> str | None:
+    """Why this CUDA device multiplies no `what`, which takes a compute capability of `least`; None = it does."""
     capability = torch.cuda.get_device_capability()
-    if torch.version.hip is None and capability < CAPABILITY:
-        name = torch.cuda.get_device_name()
-        return f"{name} has compute capability {_dotted(capability)}, and int8 products take {_dotted(CAPABILITY)}"
-    return None
+    if torch.version.hip is not None or capability >= least:
+        return None
+    name = torch.cuda.get_device_name()
+    return f"{name} has compute capability {_dotted(capability)}, and {what} products take {_dotted(least)}"
 
 
 def _dotted(version: tuple[int, int]) -> str:
