@@ -17,6 +17,7 @@ from pathlib import Path
 
 from viditq.errors import UserError
 from viditq.files import read_json
+from viditq.run_dir import overrides_of
 from viditq.sweeps.equal_bytes import equal_bytes
 from viditq.sweeps.gathered import is_run
 
@@ -78,7 +79,7 @@ PARTS = (*SWEEPS, "table")
 
 def _is(run: Path, recipe: str, bits: Sequence[str], seed: int) -> bool:
     config = read_json(run / "run.json")
-    return config["name"] == recipe and config["seed"] == seed and all(one in run.name.split(",") for one in bits)
+    return config["name"] == recipe and config["seed"] == seed and {*bits} <= {*overrides_of(run)}
 
 
 def commands(model: str, part: str, seeds: Sequence[int], outputs: Path) -> Iterator[list[str]]:

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--prompts", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--labels", nargs="+", help="one per run (default: its folder's name)")
-    parser.add_argument("--out", type=Path, default=Path("comparison.png"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/comparison.png"), help="a .png, or a .gif")
     args = parser.parse_args()
     try:
         results = [read(run) for run in args.runs]
@@ -68,6 +68,7 @@ def main() -> None:
         rows += [(label, clips(run / "samples", args.prompts)) for label, run in zip(labels, args.runs, strict=True)]
     except UserError as error:
         sys.exit(f"error: {error}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     draw = rows_gif if args.out.suffix == ".gif" else rows_picture
     draw(rows, args.out, [results[0]["prompts"][i] for i in args.prompts])
     print_differences(labels, results)

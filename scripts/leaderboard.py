@@ -26,7 +26,7 @@ from viditq.report.leaderboard import Board, comma_separated, heading, make_boar
 from viditq.report.pareto import Panel, Point, pareto_picture
 from viditq.report.row import directed, labels_of, ranking_metric
 from viditq.report.widths import methods_table, widths_picture
-from viditq.sweeps.gathered import Runs, find, interval_of, read, rows, unrepeated, width_of
+from viditq.sweeps.gathered import Runs, find, interval_of, read, rows, unrepeated, where, width_of
 
 COSTS = {  # name -> axis, attribute of a row
     "bits": ("weight bits", "weight_bits"),
@@ -101,9 +101,9 @@ def make_boards(model: str, runs: Runs, beside: Path, metric: str | None, by_wid
     return boards
 
 
-def leaderboard(arguments: list[str], out: Path, metric: str | None, by_width: bool, costs: Sequence[str]) -> None:
+def leaderboard(folders: Sequence[Path], out: Path, metric: str | None, by_width: bool, costs: Sequence[str]) -> None:
     """Write <out>.html, .md, .csv and the pictures of each model as .png and .svg; print the tables."""
-    runs = unrepeated(read(find(arguments)))
+    runs = unrepeated(read([*folders]))
     measured = sorted({name for metrics, *_ in runs.values() for name in metrics["metrics"]})
     if metric is not None and metric not in measured:
         raise UserError(f"--metric {metric} was not measured. Choose one of {', '.join(measured)}.")
@@ -144,10 +144,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/leaderboard"), help="files begin with this")
     parser.add_argument("--metric", help="sorts the rows and is plotted (default: the first of the runs' metrics)")
     parser.add_argument("--widths", action="store_true", help="compare methods at equal bit widths")
+    parser.add_argument(
+        "--where", nargs="+", default=[], metavar="WORD", help="runs of commands with this: bits=w4a8, or bits"
+    )
     parser.add_argument("--costs", nargs="+", choices=COSTS, default=[*COSTS], help="what quality is plotted against")
     args = parser.parse_args()
     try:
-        leaderboard(args.runs, args.out, args.metric, args.widths, args.costs)
+        leaderboard(where(find(args.runs), args.where), args.out, args.metric, args.widths, args.costs)
     except UserError as error:
         sys.exit(f"error: {error}")
 

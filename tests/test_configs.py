@@ -14,13 +14,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins import viditq_grid
-from viditq import config
 from viditq.config import check_overrides
 from viditq.errors import UserError
 from viditq.experiment import build
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.execution.model_linears import linear_names
 from viditq.quant.setting import QuantSetting
+from viditq.run_name import run_name, shorten
 from viditq.runner import described
 
 ROOT = Path(__file__).parents[1]
@@ -220,10 +220,34 @@ def test_help_and_cfg(arguments: list[str], words: list[str]) -> None:
 def test_names_that_are_too_long_stay_distinct() -> None:
     """Folders take 255 bytes, W&B groups 128 characters."""
     long = ["a" * 200 + end for end in "xy"]
-    short = [config.shorten(text, 120) for text in long]
+    short = [shorten(text, 120) for text in long]
     assert [len(text) for text in short] == [120, 120] and short[0] != short[1]
-    assert config.shorten("a" * 120, 120) == "a" * 120
-    assert config.run_name("w8a8", "quant=w8a8,seed=1,data.path=a/b") == "w8a8,seed=1,data.path=a.b"
+    assert shorten("a" * 120, 120) == "a" * 120
+
+
+def test_names_of_runs_are_readable_and_plain() -> None:
+    assert run_name("w8a8", "quant=w8a8") == "w8a8" and run_name("mine", "name=mine") == "mine"
+    lists = "quant.smoothing.alpha=[0.3,0.2],quant.weight.bits=3,seed=1"
+    assert re.fullmatch(r"w8a8-seed_1-alpha_0\.3_0\.2-bits_3-[0-9a-f]{8}", run_name("w8a8", lists))
+    odd = run_name("a b,c", "data.path='/x/y [1]',+quant.rules=[{pattern:x*}]")
+    assert re.fullmatch(r"[\w.-]+", odd) and odd.startswith("a_b_c-path_x_y_1-rules_pattern_x-")
+    sides = [run_name("x", f"quant.{side}.bits=3") for side in ("weight", "activation")]
+    assert sides[0][:-8] == sides[1][:-8] and sides[0] != sides[1], "the hash is of the whole"
+    long = [run_name("x", f"data.path={'a' * 200}{end},seed=4") for end in "xy"]
+    assert long[0] != long[1] and {len(name) for name in long} == {100} and long[0].startswith("x-seed_4-path_a")
+
+
+def test_a_run_keeps_the_name_that_an_earlier_version_gave_it(tmp_path: Path) -> None:
+    given = ("w8a8", "quant=w8a8,seed=1,data.path=a/b")
+    old, new = tmp_path / "w8a8,seed=1,data.path=a.b", tmp_path / run_name(*given, str(tmp_path))
+    assert new.name.startswith("w8a8-seed_1-path_a_b-")
+    old.mkdir()
+    assert run_name(*given, str(tmp_path)) == new.name, "it holds no run"
+    (old / "run.json").write_text("{}")
+    assert run_name(*given, str(tmp_path)) == old.name
+    new.mkdir()
+    (new / "run.json").write_text("{}")
+    assert run_name(*given, str(tmp_path)) == new.name
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from viditq.errors import UserError
 from viditq.files import lock, write_json
-from viditq.run_dir import RunDir, check_place
+from viditq.run_dir import RunDir, check_place, overrides_of
 
 
 def config(module: str, name: str = "SmoothSpec", alpha: float = 0.5) -> dict[str, Any]:
@@ -24,6 +24,23 @@ def test_another_class_or_value_is_not(other: dict[str, Any], tmp_path: Path) ->
     RunDir(tmp_path, config("viditq.quant.transforms.smooth")).claim()
     with pytest.raises(UserError, match="made by another configuration"):
         RunDir(tmp_path, config("viditq.quant.methods.transforms.smooth", **other)).claim()
+
+
+def test_the_words_that_made_a_run_stand_in_it_and_are_no_part_of_its_configuration(tmp_path: Path) -> None:
+    first = RunDir(tmp_path, {"seed": 1}, overrides=("experiment=w4a8", "seed=1"))
+    first.claim()
+    assert overrides_of(tmp_path) == ["experiment=w4a8", "seed=1"]
+    other = RunDir(tmp_path, {"seed": 1}, overrides=("seed=1",))
+    other.claim()  # another way to say the same
+    assert other.fingerprint == first.fingerprint and overrides_of(tmp_path) == ["experiment=w4a8", "seed=1"]
+
+
+def test_of_a_run_of_an_earlier_version_the_words_are_those_that_hydra_kept(tmp_path: Path) -> None:
+    RunDir(tmp_path, {"seed": 1}).claim()
+    assert overrides_of(tmp_path) == []
+    (tmp_path / "hydra").mkdir()
+    (tmp_path / "hydra/overrides.yaml").write_text("- bits=w4a8\n- seed=1\n")
+    assert overrides_of(tmp_path) == ["bits=w4a8", "seed=1"]
 
 
 @pytest.mark.parametrize("left", [[], ["hydra/config.yaml"], ["viditq.log"], [".lock", ".run.json.7.tmp"]])

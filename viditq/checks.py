@@ -22,10 +22,10 @@ from viditq.config import (
     DiagnosisConfig,
     NoiseFloorConfig,
     RootConfig,
-    check_name,
     check_overrides,
     only_estimates,
 )
+from viditq.engine.logger_packages import check_package
 from viditq.engine.wandb_settings import check_wandb
 from viditq.errors import UserError
 from viditq.external.refusals import check_external
@@ -34,6 +34,7 @@ from viditq.models.checks import check_values
 from viditq.models.outline import check_outline
 from viditq.nulls import check_nulls
 from viditq.run_dir import check_folder
+from viditq.run_name import check_name
 from viditq.signatures import REQUIRED, arguments_of, unknown_key
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ def check_values_alone(cfg: DictConfig) -> Alone:
         raise UserError(f"unknown backend {cfg.backend!r}; known names: {', '.join(BACKENDS)}")
     _check_devices(cfg.trainer)
     _check_metrics(cfg.metric)
-    if cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger") and not only_estimates(cfg):
-        check_wandb(cfg.logger.get("project"), cfg.logger.get("entity"))
+    if cfg.logger and not only_estimates(cfg):
+        _check_logger(cfg.logger)
     conditions: Any = OmegaConf.to_container(cfg.gate) if OmegaConf.is_config(cfg.gate) else cfg.gate
     check_model(cfg.model, _rules(cfg.quant))
     return Alone(since, stages, cache_dir, Gate.parse(conditions, [str(name) for name in cfg.metric]))
@@ -184,6 +185,14 @@ def _check_metrics(metrics: Any) -> None:
             raise UserError(
                 f"metric.{name}={given} measures nothing. Name the metrics that you want: metric=[{others}]."
             )
+
+
+def _check_logger(logger: Any) -> None:
+    """What its service or package would refuse only at the end."""
+    function = str(logger.get("_target_")).rpartition(".")[2]
+    check_package(function)
+    if function == "wandb_logger":
+        check_wandb(logger.get("project"), logger.get("entity"))
 
 
 def _check_devices(trainer: Any) -> None:

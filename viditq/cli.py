@@ -52,6 +52,7 @@ DISK_ERRORS = {
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
 REPORTED = "another of the run's processes failed, whose message is above"
 RUNS = ("-m", "--multirun")  # options with which the command still is a run; others print what others read
+LOADING = "viditq: loading torch, diffusers and Lightning (10 s, more on a busy machine or the first time)"
 STOPPED = "\nstopped by Ctrl-C. Finished work is kept: the same command goes on from there.\n"
 
 
@@ -127,6 +128,8 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
             from viditq.console import tell_finished
 
             return tell_finished(finished, alone.stages, RunDir(folder, {}), alone.gate)
+        if first_process():
+            print(LOADING, flush=True)
         checked = check(cfg, alone)
         from viditq.runner import run  # takes many seconds, which neither a bad value nor a finished run waits for
 

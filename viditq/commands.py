@@ -106,7 +106,7 @@ def advise(args: argparse.Namespace) -> None:
     from viditq.export.exact import exact_targets  # torch and diffusers take seconds
     from viditq.sweeps.which import which
 
-    print(which(args.runs, args.metric, exact_targets), end="")
+    print(which(args.runs, args.metric, exact_targets, args.where), end="")
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -179,6 +179,8 @@ def main(words: list[str]) -> int | list[str]:
     command = commands.add_parser("which", help="tell which of finished runs to use")
     command.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, of a model's runs, or of a sweep")
     command.add_argument("--metric", help="what ranks them (the first of the runs' metrics)")
+    what = "only runs whose command had this word: bits=w4a8, or bits with any value"
+    command.add_argument("--where", nargs="+", default=[], metavar="WORD", help=what)
     command.set_defaults(work=advise)
     command = commands.add_parser("describe", help="print a yaml of what is guessed and measured of a pipeline")
     command.add_argument("model", metavar="MODEL", help="a folder in diffusers' layout, or an id on the hub")

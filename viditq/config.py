@@ -1,6 +1,5 @@
 """The root schema of the configuration: unknown or mistyped top-level keys fail when the config is composed."""
 
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from viditq import checkpoints
 from viditq.errors import UserError
+from viditq.run_name import check_name, run_name
 
 STAGES = (
     "prompts",
@@ -127,27 +127,6 @@ def check_overrides(policy: str, overrides: Sequence[str]) -> None:
             f"quant/policy={name} takes the recipe from the plan, so this is not the experiment that its name tells. "
             "Name the run, such as name=my_plan, or leave experiment= out."
         )
-
-
-def check_name(key: str, name: str | None) -> str:
-    """`name`, which is part of a path; raises UserError for one that would lead out of its folder, or is empty."""
-    if name is None:
-        raise UserError(f"{key}=null: a value is needed. Give a word, such as {key}=my_run.")
-    if not name.strip() or ".." in name.split("/") or name in (".", "/"):
-        raise UserError(f"{key}={name!r} is no name of a folder. Give a word, such as {key}=my_run.")
-    return name
-
-
-def run_name(name: str, overrides: str) -> str:
-    """Folder name of a run: its name, then the command line's other overrides (hashed when too long for a file)."""
-    check_name("name", name)
-    parts = [part for part in overrides.split(",") if part and part != f"quant={name}"]
-    return shorten(",".join([name, *parts]).replace("/", "."), 150)
-
-
-def shorten(text: str, limit: int) -> str:
-    """`text` if it fits, else its beginning and a hash of it all."""
-    return text if len(text) <= limit else f"{text[: limit - 13]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def local_processes(default: int | str) -> int | str:

@@ -66,6 +66,13 @@ def print_heading(console: Console, heading: Sequence[str]) -> None:
     console.print(model, markup=False)
 
 
+def doing(console: Console, place: tuple[int, int], stage: str) -> None:
+    """Which stage has begun, until the next line takes its place; in a terminal alone."""
+    if console.is_terminal and not console.quiet:
+        console.file.write(f"[{place[0]}/{place[1]}] {stage} ...\r")
+        console.file.flush()
+
+
 def print_stage(console: Console, place: tuple[int, int], stage: str, outcome: str) -> None:
     """place: the stage's number and how many there are. outcome: what it did."""
     console.print(f"[{place[0]}/{place[1]}] {stage}: {outcome}", markup=False)

@@ -19,13 +19,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from viditq.config import RANKS, only_estimates
+from viditq.engine.wandb_settings import of_sweep
 from viditq.files import lock, write_json
 from viditq.provenance import versions
 from viditq.run_dir import BEFORE_CONFIG, RunDir
 
 RECORD = "finished.json"
 TOLD_ANEW = ("stages", "gate")  # keys that may differ: which of the stages to tell of, what to hold the numbers against
-OF_LOGGERS = ("wandb", "csv")  # folders in that of the run which no stage reads
+OF_LOGGERS = ("wandb", "csv", "tensorboard", "mlflow")  # folders in that of the run which no stage reads
 PACKAGE = Path(__file__).parent
 Stamp = list[int]
 """Size, time of the last change of content and of the last change at all (which no touching sets back), in ns."""
@@ -80,10 +81,10 @@ def write_finished(
 
 def find_finished(cfg: DictConfig, folder: Path, stages: Sequence[str]) -> Finished | None:
     """The record of the run in `folder`, if all of these stages are done beyond doubt; None = look for yourself."""
-    if only_estimates(cfg) or any(
-        name in os.environ for name in RANKS
-    ):  # one of several processes looks with the others
-        return None
+    if only_estimates(cfg) or any(name in os.environ for name in RANKS):
+        return None  # one of several processes looks with the others
+    if of_sweep() and cfg.logger and str(cfg.logger.get("_target_")).endswith(".wandb_logger"):
+        return None  # the trial waits for its numbers
     with suppress(OSError, AttributeError, TypeError, Doubt):  # a file is gone, or the record holds something else
         if record := _read(folder):
             with lock(folder, _busy):

@@ -4,18 +4,21 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from viditq.errors import UserError
 from viditq.files import LOCK, lock, read_json, write_json
 
 CHOICE = "hydra.run.dir=FOLDER"  # what chooses the folder of a run of run.py
 CONFIG = "run.json"
+OVERRIDES = "overrides"  # its key for the words of the command line, which are no part of the configuration
 BEFORE_CONFIG = ("hydra", "viditq.log", LOCK, "*.tmp")  # what a run may have written when it writes CONFIG
 
 
@@ -92,11 +95,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run and what lies in it; `choice` is what chooses another on the command line."""
+    """The folder of one run and what lies in it; `choice` is what chooses another on the command line.
+
+    overrides: the words of the command line that made it.
+    """
 
     path: Path
     config: Mapping[str, Any]
     choice: str = CHOICE
+    overrides: Sequence[str] = ()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -116,10 +123,10 @@ class RunDir:
         """Write run.json, or raise UserError if the folder was made by another configuration."""
         file = self.path / CONFIG
         if not file.is_file():
-            write_json(file, self.config)
+            write_json(file, {**self.config, **({OVERRIDES: [*self.overrides]} if self.overrides else {})})
             return
         remedy = f"Delete the folder or choose another with {self.choice}."
-        old, new = (flatten(without_modules(config)) for config in (read_json(file, remedy), self.config))
+        old, new = (flatten(without_modules(config)) for config in (_alone(read_json(file, remedy)), self.config))
         absent = "(absent)"
         changed = [k for k in sorted({*old, *new}) if old.get(k, absent) != new.get(k, absent)]
         if changed:
@@ -241,6 +248,22 @@ class RunDir:
         """Remove what tells of files that have changed."""
         for path in (self.page, self.logged):
             path.unlink(missing_ok=True)
+
+
+def _alone(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != OVERRIDES}
+
+
+def overrides_of(folder: Path) -> list[str]:
+    """The command line's words that made the run in `folder`: as run.json has them, in earlier versions Hydra's file.
+
+    Empty where neither is there, or has any.
+    """
+    if words := read_json(folder / CONFIG).get(OVERRIDES):
+        return [str(word) for word in words]
+    file = folder / "hydra" / "overrides.yaml"
+    found = yaml.safe_load(file.read_text()) if file.is_file() else None
+    return [str(word) for word in found or []]
 
 
 @contextmanager

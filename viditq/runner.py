@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from viditq import log_file
 from viditq.byte_numbers import num_bytes
 from viditq.checks import Checked, check
-from viditq.config import COMMAND_VARIABLE, shorten
-from viditq.console import conclude, print_heading, print_stage, show_lines, terminal
+from viditq.config import COMMAND_VARIABLE
+from viditq.console import conclude, doing, print_heading, print_stage, show_lines, terminal
 from viditq.engine.launch import launch
-from viditq.engine.logging import log_run
+from viditq.engine.logged_run import LoggedRun, follows, logged
 from viditq.engine.processes import Processes, environment, joined
+from viditq.engine.progress import Progress, about, following
 from viditq.engine.threads import sharing_cores
+from viditq.engine.wandb_settings import logged_as
 from viditq.errors import UserError
 from viditq.estimate import estimate
 from viditq.estimate.fit import propose
@@ -28,6 +30,7 @@ from viditq.estimate.fit_table import show_fit
 from viditq.estimate.table import show
 from viditq.experiment import Experiment, build
 from viditq.files import is_whole, read_json, write_json
+from viditq.forecast import forecast
 from viditq.job import Job
 from viditq.models.checks import GUESSED
 from viditq.models.contents import parts_by_variant
@@ -36,12 +39,17 @@ from viditq.out_of_memory import expected, is_about_memory, memory_message
 from viditq.provenance import command
 from viditq.quant.description.policy import PlanFile
 from viditq.quant.search.policy import SensitivitySearch
-from viditq.run_dir import CHOICE, RunDir
+from viditq.run_dir import CHOICE, RunDir, flatten
+from viditq.run_name import shorten
 from viditq.settled import remember
 from viditq.stages import FUNCTIONS
 from viditq.stages.order import check_order
 from viditq.stages.search_table import search_metrics
+from viditq.sweeps.gathered import width_of
 from viditq.trial import try_metrics
+
+GROUP_VARIABLE = "VIDITQ_GROUP"  # of the run's logger; processes with an argv of their own inherit it
+LONGEST_TAG = 64  # that W&B takes
 
 
 def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | None = None) -> dict[str, Any] | None:
@@ -55,7 +63,7 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
     quiet_libraries()
     checked = check(cfg) if checked is None else checked
     experiment = build(cfg, checked)
-    run_dir = RunDir(folder, experiment.tracked, choice)
+    run_dir = RunDir(folder, experiment.tracked, choice, overrides())
     if cfg.estimate:
         tell(experiment, run_dir, cfg.estimate)
         return None
@@ -73,13 +81,14 @@ def run(cfg: DictConfig, folder: Path, choice: str = CHOICE, checked: Checked | 
         processes.first_does(lambda: check_order(Job(experiment, run_dir)))
         if processes.first:
             log_file.keep_in(folder, command())
+        os.environ[GROUP_VARIABLE] = sweep_name() or ""
         if count > 1:
+            print(f"viditq: starting {count} processes, each of which loads the same", flush=True)
             launch(OmegaConf.to_yaml(cfg, resolve=True), folder, count)
         else:
             run_stages(experiment, run_dir, processes)
         if not processes.first:
             return None
-        log(experiment, run_dir)
         told = heading(experiment, run_dir.path, max(count, processes.count))
         remember(cfg, Job(experiment, run_dir), told, checked.since)
         return conclude(terminal(), run_dir, experiment.gate)
@@ -98,10 +107,9 @@ def tell_fit(experiment: Experiment, run_dir: RunDir, limit: int) -> None:
     """Print which settings fit `limit` bytes."""
     if sweep_name() is not None:
         raise UserError("fit tells of one run: leave out -m, and choose no experiment that is a sweep (bench).")
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     with sharing_cores() as cores:
         cores.follow()
-        show_fit(terminal(), propose(Job(experiment, run_dir), limit), words)
+        show_fit(terminal(), propose(Job(experiment, run_dir), limit), overrides())
 
 
 def processes_to_launch(experiment: Experiment) -> int:
@@ -125,7 +133,8 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
     console = terminal(quiet=not processes.first)
     job = Job(experiment, run_dir, processes, say=lambda line: console.print(line, markup=False))
     print_heading(console, heading(experiment, run_dir.path, processes.count))
-    with sharing_cores() as cores:
+    with sharing_cores() as cores, logging_run(job) as live, following(Progress(experiment.stages)) as progress:
+        progress.listen = live.tell if live else None
         processes.first_does(job.tidy_run)  # all of them are counted by now
         threads = cores.follow()
         console.print(str(threads), markup=False)
@@ -133,9 +142,15 @@ def run_stages(experiment: Experiment, run_dir: RunDir, processes: Processes) ->
             before, threads = threads, cores.follow()
             if threads != before:
                 console.print(f"      {threads}", markup=False)
+            if processes.first:
+                progress.begin(number, forecast(job))
+                if number == 1 and (left := progress.left()):
+                    console.print(f"{about(left)}, as long as earlier runs took", markup=False)
+                doing(console, (number, len(experiment.stages)), stage)
             with explained(job, stage):
                 told = FUNCTIONS[stage](job)
             print_stage(console, (number, len(experiment.stages)), stage, told)
+        log(job, live)
 
 
 @contextmanager
@@ -179,16 +194,37 @@ def described(experiment: Experiment) -> str:
     return f"{line}\n  guessed: {settings}\n{patterns}"
 
 
-def log(experiment: Experiment, run_dir: RunDir) -> None:
-    """Hand a reported run to its logger, once per kind of logger."""
-    if experiment.make_logger is None or not run_dir.metrics.is_file() or not is_whole(run_dir.page):
+def logging_run(job: Job, at_end: bool = False) -> AbstractContextManager[LoggedRun | None]:
+    """The run as its logger sees it while the block lasts; None where that has it already, or wants results alone, and
+    on all processes but the first.
+    """
+    e, run_dir = job.experiment, job.run_dir
+    if not job.processes.first or e.make_logger is None or logged_as(e.logger_name) in loggers_told(run_dir):
+        return nullcontext()
+    logger = e.make_logger(run_dir.path, e.name, os.environ.get(GROUP_VARIABLE) or None, run_dir.fingerprint)
+    if not at_end and not follows(logger):
+        return nullcontext()
+    width = width_of(flatten(e.tracked))
+    return logged(logger, e.tracked, [tag[:LONGEST_TAG] for tag in (e.adapter.name, e.name, width) if tag])
+
+
+def log(job: Job, live: LoggedRun | None) -> None:
+    """Hand a reported run to its logger, once per kind of logger. live: begun with the run."""
+    run_dir = job.run_dir
+    name, told = logged_as(job.experiment.logger_name), loggers_told(run_dir)
+    if not job.processes.first or not run_dir.metrics.is_file() or not is_whole(run_dir.page) or name in told:
         return
-    done = read_json(run_dir.logged) if is_whole(run_dir.logged) else []
-    if experiment.logger_name not in done:
-        logger = experiment.make_logger(run_dir.path, experiment.name, sweep_name(), run_dir.fingerprint)
-        if logger is not None:
-            log_run(logger, experiment.tracked, run_dir, read_json(run_dir.metrics))
-            write_json(run_dir.logged, [*done, experiment.logger_name])
+    with (
+        nullcontext(live) if live else logging_run(job, at_end=True) as run
+    ):  # anew where a stage made the run another one
+        if run is not None:
+            run.send(run_dir, read_json(run_dir.metrics))
+            write_json(run_dir.logged, [*told, name])
+
+
+def loggers_told(run_dir: RunDir) -> list[str]:
+    """Which loggers have the run as it is."""
+    return list(read_json(run_dir.logged)) if is_whole(run_dir.logged) else []
 
 
 def sweep_name() -> str | None:
@@ -196,6 +232,11 @@ def sweep_name() -> str | None:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return shorten(os.environ[COMMAND_VARIABLE], 120)
+
+
+def overrides() -> tuple[str, ...]:
+    """The words of the command line, as Hydra has taken them; none where the run was called by Python."""
+    return tuple(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
 
 
 def quiet_libraries() -> None:

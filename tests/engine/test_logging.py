@@ -5,7 +5,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 import wandb
 from hydra.utils import instantiate
 from PIL import Image
-from wandb_records import OfflineRun, offline_runs
+from wandb_records import OfflineRun, away, offline_runs
 
 from viditq.data.samples import sample_path, save_sample
 from viditq.engine import wandb_objects
-from viditq.engine.logging import log_run
+from viditq.engine.logged_run import logged
 from viditq.files import write_json
 from viditq.report.pictures import save_gif
 from viditq.run_dir import RunDir
@@ -103,11 +103,7 @@ REPORT = "<!DOCTYPE html><html><head><title>w4a8</title></head><body>worse</body
 @pytest.fixture(autouse=True)
 def away_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """W&B's logs go to the test's folder; no setting of the machine counts."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    away(tmp_path / "home", monkeypatch)
 
 
 @pytest.fixture
@@ -156,31 +152,38 @@ def make_logger(configure: Callable, name: str, run_dir: RunDir) -> Any:
     return make(run_dir.path, "w4a8", "experiment=w4a8 seed=0,1", run_dir.fingerprint)
 
 
-def logged(configure: Callable, run_dir: RunDir, metrics: dict[str, Any]) -> OfflineRun:
+def send(logger: Any, run_dir: RunDir, metrics: dict[str, Any], tags: Sequence[str] = ()) -> None:
+    """As a run does at its end."""
+    with logged(logger, CONFIG, tags) as run:
+        if run is not None:
+            run.send(run_dir, metrics)
+
+
+def offline(configure: Callable, run_dir: RunDir, metrics: dict[str, Any]) -> OfflineRun:
     """The one offline run after logging."""
-    log_run(make_logger(configure, "wandb", run_dir), CONFIG, run_dir, metrics)
+    send(make_logger(configure, "wandb", run_dir), run_dir, metrics)
     (run,) = offline_runs(run_dir.path)
     return run
 
 
 def test_csv(configure: Callable, run_dir: RunDir) -> None:
-    log_run(make_logger(configure, "csv", run_dir), CONFIG, run_dir, METRICS | {"verdict": VERDICT})
+    send(make_logger(configure, "csv", run_dir), run_dir, METRICS | {"verdict": VERDICT})
     with (run_dir.path / "csv" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert float(row["metrics/psnr"]) == 31.5 and float(row["standard_errors/psnr"]) == 0.5
-    assert float(row["seconds/generate"]) == 3.0 and float(row["size_bytes"]) == 1000
-    assert float(row["float_metrics/fid"]) == 12.0 and "metrics/fid" not in row
-    assert (float(row["verdict/psnr"]), float(row["verdict/clipsim"])) == (-1, 0)
-    assert (float(row["interval/psnr/low"]), float(row["interval/psnr/high"])) == (30.5, 32.5)
-    assert float(row["difference/clipsim"]) == -1 and float(row["noise/psnr"]) == 0.5
-    assert "interval/clipsim/low" not in row and "noise/clipsim" not in row
+    assert float(row["psnr/value"]) == 31.5 and float(row["psnr/standard_error"]) == 0.5
+    assert float(row["seconds/generate"]) == 3.0 and float(row["denoiser/size_bytes"]) == 1000
+    assert float(row["fid/float"]) == 12.0 and "fid/value" not in row
+    assert (float(row["psnr/verdict"]), float(row["clipsim/verdict"])) == (-1, 0)
+    assert (float(row["psnr/interval_low"]), float(row["psnr/interval_high"])) == (30.5, 32.5)
+    assert float(row["clipsim/difference"]) == -1 and float(row["psnr/noise"]) == 0.5
+    assert "clipsim/interval_low" not in row and "clipsim/noise" not in row
 
 
 def test_the_measured_step_and_the_backends_are_logged(configure: Callable, run_dir: RunDir) -> None:
     took = {"seconds": {"median": 0.03, "low": 0.02, "high": 0.04}, "weights_bytes": 1000, "step_bytes": None}
     write_json(run_dir.speed, {"candidates": {"quantized": took}})
     ran = {"backend": {"requested": "auto", "layers": {"native": 36, "fake": 4}}}
-    run = logged(configure, run_dir, METRICS | ran)
+    run = offline(configure, run_dir, METRICS | ran)
     assert (run.summary["speed/quantized/median"], run.summary["speed/quantized/weights_bytes"]) == (0.03, 1000)
     assert "speed/quantized/step_bytes" not in run.summary
     assert (run.summary["backend/native"], run.summary["backend/fake"]) == (36, 4)
@@ -188,15 +191,15 @@ def test_the_measured_step_and_the_backends_are_logged(configure: Callable, run_
 
 def test_none(configure: Callable, run_dir: RunDir) -> None:
     before = set(run_dir.path.iterdir())
-    log_run(make_logger(configure, "none", run_dir), CONFIG, run_dir, METRICS)
+    send(make_logger(configure, "none", run_dir), run_dir, METRICS)
     assert set(run_dir.path.iterdir()) == before
 
 
 def test_wandb_without_files_or_verdict(configure: Callable, run_dir: RunDir) -> None:
     """As after the stage evaluate, without the report's."""
     run_dir.picture.unlink()
-    run = logged(configure, run_dir, METRICS)
-    assert run.summary["metrics/psnr"] == 31.5 and run.exit_code == 0
+    run = offline(configure, run_dir, METRICS)
+    assert run.summary["psnr/value"] == 31.5 and run.exit_code == 0
     assert not run.artifacts and not any(key.endswith("._type") for key in run.summary), "no media, no tables"
 
 
@@ -204,17 +207,19 @@ def test_wandb_run(configure: Callable, run_dir: RunDir, monkeypatch: pytest.Mon
     monkeypatch.setenv("WANDB_DIR", str(run_dir.path.parent))
     logger = make_logger(configure, "wandb", run_dir)
     assert logger.experiment.settings.mode == "offline"
-    log_run(logger, CONFIG, run_dir, METRICS | {"verdict": VERDICT})
+    send(logger, run_dir, METRICS | {"verdict": VERDICT})
     (run,) = offline_runs(run_dir.path)
-    assert (run.run.run_id, run.run.run_group) == (run_dir.fingerprint, "experiment=w4a8 seed=0,1")
+    kept = (run_dir.path / "wandb/id").read_text()
+    assert (run.run.run_id, run.run.run_group) == (kept, "experiment=w4a8 seed=0,1")
+    assert kept.startswith(run_dir.fingerprint[:8]) and len(kept) == 16
     assert (run.run.display_name, run.run.project, run.exit_code) == ("w4a8", "viditq", 0)
-    assert run.config["quant.weight.bits"] == 4
+    assert run.config["quant"] == {"weight": {"bits": 4}}
     for source in (run.summary, run.history[0]):
-        assert source["metrics/psnr"] == 31.5 and source["standard_errors/clipsim"] == 0.25
-        assert (source["interval/psnr/low"], source["interval/psnr/high"]) == (30.5, 32.5)
-        assert (source["difference_interval/psnr/low"], source["verdict/psnr"]) == (-11, -1)
-        assert source["average_weight_bits"] == 4.5 and "metrics/fid" not in source
-    assert run.summary["verdict_text/clipsim"] == "equal within noise"
+        assert source["psnr/value"] == 31.5 and source["clipsim/standard_error"] == 0.25
+        assert (source["psnr/interval_low"], source["psnr/interval_high"]) == (30.5, 32.5)
+        assert (source["psnr/difference_interval_low"], source["psnr/verdict"]) == (-11, -1)
+        assert source["denoiser/average_weight_bits"] == 4.5 and "fid/value" not in source
+    assert run.summary["clipsim/verdict_text"] == "equal within noise"
     rows = run.table("verdicts")
     assert [row["metric"] for row in rows] == ["psnr", "clipsim"]
     assert (rows[0]["verdict"], rows[0]["interval_low"], rows[0]["interval_high"]) == ("worse", 30.5, 32.5)
@@ -224,7 +229,7 @@ def test_wandb_run(configure: Callable, run_dir: RunDir, monkeypatch: pytest.Mon
 
 
 def test_wandb_pairs(configure: Callable, full_run: RunDir) -> None:
-    run = logged(configure, full_run, METRICS)
+    run = offline(configure, full_run, METRICS)
     rows = run.table("pairs")
     assert [row["index"] for row in rows] == list(range(25, 1, -1)), "at most 24, worst first"
     scores = {name: rows[0][name] for name in ("psnr", "clipsim", "clipsim_float", "clipsim_difference")}
@@ -250,7 +255,7 @@ def test_wandb_pairs(configure: Callable, full_run: RunDir) -> None:
 
 def test_wandb_errors(configure: Callable, run_dir: RunDir) -> None:
     write_json(run_dir.path / "errors.json", ERRORS)
-    run = logged(configure, run_dir, METRICS)
+    run = offline(configure, run_dir, METRICS)
     layer = run.table("errors/layers")[0]
     assert layer == {
         "layer": "blocks.0.fc1",
@@ -296,7 +301,7 @@ def test_wandb_incoherence(configure: Callable, run_dir: RunDir) -> None:
     }
     write_json(run_dir.incoherence, {"layers": layers})
     Image.new("RGB", (4, 4)).save(run_dir.incoherence_picture)
-    run = logged(configure, run_dir, METRICS)
+    run = offline(configure, run_dir, METRICS)
     rows = run.table("incoherence/layers")
     assert [(row["number"], row["layer"], row["role"]) for row in rows] == [
         (number, name, "mlp") for number, name in enumerate(layers)
@@ -333,7 +338,7 @@ def test_candidates_of_a_search() -> None:
 
 
 def test_wandb_report_pictures_and_artifact(configure: Callable, full_run: RunDir) -> None:
-    run = logged(configure, full_run, METRICS)
+    run = offline(configure, full_run, METRICS)
     assert run.file("report").read_text() == REPORT, "not a byte is injected"
     assert run.file("comparison").read_bytes() == full_run.picture.read_bytes()
     gif = full_run.picture.with_suffix(".gif")
@@ -354,11 +359,11 @@ def test_logging_again_continues_the_run(
 ) -> None:
     """As after a kill just before the end of the program. Nothing is printed, not on `anonymous` nor on `resume`."""
     for value in (31.5, 32.5):
-        log_run(make_logger(configure, "wandb", run_dir), CONFIG, run_dir, METRICS | {"metrics": {"psnr": value}})
+        send(make_logger(configure, "wandb", run_dir), run_dir, METRICS | {"metrics": {"psnr": value}})
         wandb.teardown()  # as the end of the process would
     runs = offline_runs(run_dir.path)
-    assert {run.run.run_id for run in runs} == {run_dir.fingerprint} and all(run.run.resume for run in runs)
-    assert runs[-1].summary["metrics/psnr"] == 32.5
+    assert len({run.run.run_id for run in runs}) == 1 and all(run.run.resume for run in runs)
+    assert runs[-1].summary["psnr/value"] == 32.5
     assert capfd.readouterr() == ("", "")
     assert not [warning for warning in recwarn if "wandb" in str(warning.filename)]
 
@@ -366,7 +371,7 @@ def test_logging_again_continues_the_run(
 def test_an_error_finishes_the_run_as_failed(configure: Callable, run_dir: RunDir) -> None:
     (run_dir.path / "errors.json").write_text("{}")
     with pytest.raises(KeyError):
-        log_run(make_logger(configure, "wandb", run_dir), CONFIG, run_dir, METRICS)
+        send(make_logger(configure, "wandb", run_dir), run_dir, METRICS)
     assert wandb.run is None
     (run,) = offline_runs(run_dir.path)
     assert run.exit_code == 1
@@ -375,5 +380,5 @@ def test_an_error_finishes_the_run_as_failed(configure: Callable, run_dir: RunDi
 
 def test_disabled_wandb_logs_nothing(configure: Callable, full_run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    log_run(make_logger(configure, "wandb", full_run), CONFIG, full_run, METRICS)
+    send(make_logger(configure, "wandb", full_run), full_run, METRICS)
     assert not offline_runs(full_run.path)

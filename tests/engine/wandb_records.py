@@ -1,12 +1,14 @@
 """What W&B wrote of an offline run. W&B has no Python reader of its own any more (its service reads the file)."""
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -47,6 +49,7 @@ class OfflineRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     artifacts: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
+    kinds: set[str] = field(default_factory=set)
 
     def table(self, key: str) -> list[dict[str, Any]]:
         """The rows of a logged table."""
@@ -63,6 +66,15 @@ class OfflineRun:
         return self.config[f"_wandb.visualize.{key}"]["panel_config"]
 
 
+def away(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the machine counts from now on, and W&B writes no log outside of `home`."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("HOME", str(home))
+
+
 def offline_runs(folder: Path) -> list[OfflineRun]:
     """The offline runs below <folder>/wandb. The service writes after `finish` has returned: it is ended first."""
     wandb.teardown()
@@ -74,6 +86,7 @@ def _read(path: Path) -> OfflineRun:
     for record in records(path):
         kind = record.WhichOneof("record_type")
         value = getattr(record, kind)
+        found.kinds.add(kind)
         if kind == "run":
             found.run = value
         elif kind in ("config", "summary"):

@@ -31,10 +31,13 @@ def outputs(bench: ModuleType, tmp_path: Path) -> Path:
     """Runs of every recipe that a search takes its bytes from; those of seed 1 are smaller."""
     for best in (one for sweeps in bench.SWEEPS.values() for one in sweeps if isinstance(one, bench.Best)):
         for seed in (0, 1):
-            bits = f",bits={best.bits}" * bool(best.bits)
-            folder = tmp_path / "tiny_image" / f"{best.recipe}{bits},seed={seed}"
+            words = [f"bits={best.bits}"] * bool(best.bits) + [f"seed={seed}"]
+            folder = tmp_path / "tiny_image" / "-".join([best.recipe, *words])
             folder.mkdir(parents=True, exist_ok=True)
-            files: dict[str, Any] = {"run.json": {"name": best.recipe, "seed": seed}, "per_prompt.json": {}}
+            files: dict[str, Any] = {
+                "run.json": {"name": best.recipe, "seed": seed, "overrides": words},
+                "per_prompt.json": {},
+            }
             files["metrics.json"] = {"size_bytes": 2_191_234 - 2000 * seed + 10_000 * len(best.bits)}
             for name, content in files.items():
                 (folder / name).write_text(json.dumps(content))

@@ -86,6 +86,20 @@ def table(board: Path) -> dict[str, list[str]]:
     return {row[0].strip(): row[1:] for row in rows}
 
 
+def test_where_takes_the_runs_whose_command_had_these_words(
+    leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of folders are cut, so that patterns of them find not all; words are those of run.json."""
+    for name, words in {"a": ["bits=w4a8", "seed=0"], "b": ["bits=w8a8"], "c": []}.items():
+        write_run(tmp_path / "runs" / name, name, 0, 30.0, config={"overrides": words})
+    assert list(table(leaderboard(f"{tmp_path}/runs/*", "--where", "bits"))) == ["a", "b"]
+    assert list(table(leaderboard(f"{tmp_path}/runs/*", "--where", "bits=w4a8", "seed"))) == ["a"]
+    both = [write_run(tmp_path / "same" / str(i), "s", i, 30.0, config={"overrides": [f"seed={i}"]}) for i in (0, 1)]
+    assert len(table(leaderboard(*both))) == 1, "the words are no part of the configuration"
+    with pytest.raises(SystemExit, match="--where bits=w2a2: none of these runs was made by such a command"):
+        leaderboard(f"{tmp_path}/runs/*", "--where", "bits=w2a2")
+
+
 def test_rows_and_their_order(leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Means over seeds in a table of their own; single seeds, best first; what was not measured last."""
     for seed in range(3):

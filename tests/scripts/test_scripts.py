@@ -23,8 +23,9 @@ def load(path: str) -> ModuleType:
 
 
 def test_compare_runs_draws_rows_and_pairs_prompts(finished_run, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "rows.png"
-    arguments = [str(finished_run), str(finished_run), "--prompts", "1", "0", "--labels", "a", "b", "--out", str(out)]
+    monkeypatch.chdir(tmp_path)
+    out = Path("outputs/comparison.png")  # nothing is written beside the runs
+    arguments = [str(finished_run), str(finished_run), "--prompts", "1", "0", "--labels", "a", "b"]
     monkeypatch.setattr(sys, "argv", ["compare_runs.py", *arguments])
     load("scripts/compare_runs.py").main()
     assert out.read_bytes().startswith(b"\x89PNG") and "+0.0000 ± 0.0000" in capsys.readouterr().out

@@ -1,48 +1,106 @@
-"""Loggers: what a finished run sends to W&B or to a csv file."""
+"""Lightning's loggers as a run begins them: W&B, MLflow, TensorBoard, a csv file, or none."""
 
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from viditq.engine.wandb_objects import artifact_reference, run_objects
-from viditq.files import is_whole, read_json
-from viditq.report.speed import speed_numbers
-from viditq.run_dir import RunDir, flatten
+from viditq.engine.logger_packages import check_package
+from viditq.engine.wandb_settings import default_mode, of_sweep
+from viditq.errors import UserError
 
-VERDICTS = {"worse": -1, "differs": -1, "equal within noise": 0, "better": 1}  # as a number, to sort and plot by
-SIZES = ("average_weight_bits", "average_activation_bits", "size_bytes", "float_size_bytes")
+RUN_ID = "id"  # file in <run>/wandb or <run>/mlflow: which run of that service the folder is
 
 
 @rank_zero_only
 def wandb_logger(
     folder: Path, name: str, group: str | None, run_id: str, project: str, entity: str | None
 ) -> Logger | None:
-    """One W&B run per run folder; a stable id makes a repeated run continue it. Offline unless WANDB_MODE is set.
+    """One W&B run per run folder, which a command that resumes goes on with. Offline unless WANDB_MODE is set.
 
-    None on every process but the first.
+    In a sweep of W&B the agent says which run, project and entity. None on every process but the first. Raises
+    UserError where W&B cannot begin.
     """
-    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_MODE", default_mode())
     os.environ.setdefault("WANDB_SILENT", "true")
+    where: dict[str, Any] = {}
+    if not of_sweep():
+        where = {"id": _wandb_id(folder, run_id), "project": project, "entity": entity, "resume": "allow"}
     # Begun here, not by Lightning: that passes the setting `anonymous`, at which W&B warns.
-    run = wandb.init(
-        name=name,
-        group=group,
-        id=run_id,
-        dir=folder,
-        project=project,
-        entity=entity,
-        resume="allow",
-        reinit="create_new",
-        settings=wandb.Settings(console="off"),
-    )
+    try:
+        run = wandb.init(
+            name=name, group=group, dir=folder, reinit="create_new", settings=wandb.Settings(console="off"), **where
+        )
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        raise UserError(
+            f"W&B cannot begin the run: {str(error).rstrip('.')}. With WANDB_MODE=offline it is kept in the run's "
+            "folder, for `wandb sync` later; logger=none leaves W&B out."
+        ) from error
     return WandbLogger(experiment=run, save_dir=folder, project=project)
+
+
+def _wandb_id(folder: Path, before: str) -> str:
+    """The id that the folder keeps, a new one for a new folder; before: the one that earlier versions gave it."""
+    kept = folder / "wandb" / RUN_ID
+    if not kept.is_file():
+        earlier = any((folder / "wandb").glob(f"*run-*-{before}"))
+        _keep(kept, before if earlier else f"{before[:8]}{secrets.token_hex(4)}")
+    return kept.read_text().strip()
+
+
+def _keep(file: Path, value: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(value)
+
+
+@rank_zero_only
+def tensorboard_logger(folder: Path, name: str, group: str | None, run_id: str) -> Logger | None:
+    """<folder>/tensorboard: `tensorboard --logdir outputs` shows the runs beside each other.
+
+    None on every process but the first. Raises UserError where TensorBoard is not installed.
+    """
+    check_package("tensorboard_logger")
+    return TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+
+
+@rank_zero_only
+def mlflow_logger(
+    folder: Path, name: str, group: str | None, run_id: str, project: str, tracking_uri: str | None
+) -> Logger | None:
+    """One MLflow run per run folder, which a command that resumes goes on with; project: MLflow's experiment.
+
+    tracking_uri: null = what MLFLOW_TRACKING_URI says, else a database in the run's folder. None on every process but
+    the first. Raises UserError where MLflow is not installed, or its server cannot be reached.
+    """
+    check_package("mlflow_logger")
+    place = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    kept = folder / "mlflow" / RUN_ID
+    kept.parent.mkdir(exist_ok=True)
+    known = kept.read_text().strip() if kept.is_file() else None
+    try:
+        logger = MLFlowLogger(
+            experiment_name=project,
+            run_name=name,
+            tracking_uri=place or f"sqlite:///{(kept.parent / 'mlflow.db').resolve()}",
+            tags={"group": group} if group else None,
+            artifact_location=None if place else (kept.parent / "artifacts").resolve().as_uri(),
+            run_id=known,
+        )
+        _keep(kept, str(logger.run_id))  # asks the server
+    except Exception as error:
+        if not type(error).__module__.startswith("mlflow"):
+            raise
+        raise UserError(
+            f"MLflow cannot begin the run at {place or kept.parent}: {error}. logger.tracking_uri=URI says where else; "
+            "logger=none leaves MLflow out."
+        ) from error
+    return logger
 
 
 def csv_logger(folder: Path, name: str, group: str | None, run_id: str) -> Logger:
@@ -54,34 +112,8 @@ def no_logger(folder: Path, name: str, group: str | None, run_id: str) -> None:
     """Log nothing."""
 
 
-def log_run(logger: Logger | None, config: Mapping[str, Any], run_dir: RunDir, metrics: Mapping[str, Any]) -> None:
-    """Send a finished run: configuration and numbers; to W&B also tables, plots, samples, report and artifact."""
-    if logger is None:
-        return
-    run = logger.experiment if isinstance(logger, WandbLogger) else nullcontext()
-    with run:  # finishes it, as failed after an error
-        logger.log_hyperparams(flatten(config))
-        logger.log_metrics(numbers(metrics) | speeds(run_dir))
-        if isinstance(logger, WandbLogger):
-            log_objects(run, run_dir, metrics)
-    logger.save()
-    logger.finalize("success")
-
-
-def log_objects(run: Any, run_dir: RunDir, metrics: Mapping[str, Any]) -> None:
-    """What only W&B can show."""
-    if backend := metrics.get("backend"):
-        run.summary.update({f"backend/{name}": count for name, count in (backend["layers"] or {}).items()})
-    run.summary.update({f"verdict_text/{name}": v["verdict"] for name, v in metrics.get("verdict", {}).items()})
-    with tempfile.TemporaryDirectory() as scratch, _staged_in(run_dir.path / "wandb" / "data"):
-        if found := run_objects(run_dir, metrics, Path(scratch)):
-            run.log(found)  # copies the scratch files
-        if run_dir.artifact.is_dir():
-            run.log_artifact(artifact_reference(run_dir.artifact, metrics))
-
-
 @contextmanager
-def _staged_in(folder: Path) -> Iterator[None]:
+def staged_in(folder: Path) -> Iterator[None]:
     """W&B keeps copies of media until they are synced: beside the run instead of in the user's home."""
     name = "WANDB_DATA_DIR"
     if name in os.environ:
@@ -92,26 +124,3 @@ def _staged_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-def speeds(run_dir: RunDir) -> dict[str, float]:
-    """The numbers of speed.json, where there is one."""
-    found = speed_numbers(read_json(run_dir.speed)) if is_whole(run_dir.speed) else {}
-    return {f"speed/{name}": value for name, value in found.items()}
-
-
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of metrics.json, flat; those that are null there are left out. Verdicts as in VERDICTS."""
-    groups = {key: metrics[key] for key in ("metrics", "standard_errors", "float_metrics", "seconds")}
-    verdicts = metrics.get("verdict", {})
-    groups["text_encoder"] = flatten(metrics["text_encoder"]) if metrics.get("text_encoder") else {}
-    groups["verdict"] = {name: VERDICTS[v["verdict"]] for name, v in verdicts.items()}
-    for field in ("difference", "noise"):
-        groups[field] = {name: v[field] for name, v in verdicts.items()}
-    for field in ("interval", "difference_interval"):
-        intervals = {name: v[field] for name, v in verdicts.items() if v[field] is not None}
-        groups[field] = {
-            f"{name}/{end}": v[i] for name, v in intervals.items() for i, end in enumerate(("low", "high"))
-        }
-    flat = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-    return {key: value for key, value in (flat | {k: metrics[k] for k in SIZES}).items() if value is not None}

@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 
 from viditq.engine.offload import check_offload
+from viditq.engine.progress import callbacks
 from viditq.errors import UserError
 
 PRECISION = "what models compute in is model.dtype, model.component_dtypes and quant.float_dtype, which results go by."
@@ -34,6 +35,9 @@ class Trainer(L.Trainer):
             kinds = [(type(allowed), allowed) for allowed in FIXED.get(key, (value,))]  # 1 batch is not 1.0 of all
             if (type(value), value) not in kinds:
                 raise UserError(f"trainer.{key}={value}: {WHY[key]} Leave it out, or give {FIXED[key][0]}.")
-        super().__init__(**kwargs)
+        given = kwargs.pop("callbacks", None) or []
+        given = given if isinstance(given, list) else [given]
+        bar = kwargs.get("enable_progress_bar") in (None, True)
+        super().__init__(callbacks=callbacks(given, bar), **kwargs)
         check_offload(offload, self.strategy.root_device)
         self.offload, self.memory_budget = offload, memory_budget

@@ -15,9 +15,25 @@ LONGEST_PROJECT = 128
 KEY_VARIABLES = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
+def of_sweep() -> bool:
+    """Whether an agent of a W&B sweep has started this process: it has named run, project and entity."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+def default_mode() -> str:
+    """Offline; in a sweep of W&B, which waits for numbers, online."""
+    return "online" if of_sweep() else "offline"
+
+
+def logged_as(target: str) -> str:
+    """What logged.json calls a logger: its function, and in a sweep of W&B the run too, as every trial is one."""
+    run = os.environ.get("WANDB_RUN_ID") if of_sweep() and target.endswith(".wandb_logger") else None
+    return f"{target}:{run}" if run else target
+
+
 def check_wandb(project: Any, entity: Any) -> None:
     """Raises UserError unless W&B can log to `project` with the WANDB_ variables as they are; nothing is sent."""
-    mode = os.environ.get("WANDB_MODE", MODES[0])
+    mode = os.environ.get("WANDB_MODE", default_mode())
     if mode not in MODES:
         raise UserError(f"WANDB_MODE={mode} is unknown to W&B. Use one of: {', '.join(MODES)}.")
     if not isinstance(project, str) or not project or len(project) > LONGEST_PROJECT:

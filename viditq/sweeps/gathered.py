@@ -15,7 +15,7 @@ from viditq.errors import UserError
 from viditq.files import read_mapping
 from viditq.metrics.bootstrap import bootstrap_interval
 from viditq.report.row import Row
-from viditq.run_dir import flatten
+from viditq.run_dir import OVERRIDES, flatten, overrides_of
 
 FILES = {  # of a finished run, with the keys that have to be there
     "run.json": ("name", "seed"),
@@ -60,12 +60,30 @@ def read(folders: list[Path]) -> Runs:
         try:
             config, metrics, per_prompt = (read_mapping(folder / name, keys) for name, keys in FILES.items())
             speed = read_mapping(folder / SPEED, SPEED_KEYS) if (folder / SPEED).is_file() else None
+            config.pop(OVERRIDES, None)  # two ways of writing one configuration
             runs[folder] = metrics, flatten(config), per_prompt, speed
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise UserError(f"None of these folders holds a finished run ({', '.join(FILES)}).")
     return runs
+
+
+def where(folders: Sequence[Path], words: Sequence[str]) -> list[Path]:
+    """Those of the folders whose run was made by a command line with each of these words: `bits=w4a8`, or `bits` with
+    any value. Folders that hold no finished run stay, to be named. Raises UserError where none is left.
+    """
+    found = [folder for folder in folders if not is_run(folder) or all(_given(folder, word) for word in words)]
+    if words and not any(map(is_run, found)):
+        raise UserError(f"--where {' '.join(words)}: none of these runs was made by such a command.")
+    return found
+
+
+def _given(folder: Path, word: str) -> bool:
+    try:
+        return any(word in (text, text.partition("=")[0]) for text in overrides_of(folder))
+    except UserError:  # a damaged file: `read` names it
+        return True
 
 
 def configuration(run: dict[str, Any]) -> str:

@@ -11,9 +11,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from viditq.config import first_process, shorten
+from viditq.config import first_process
 from viditq.files import read_json, write_json
 from viditq.run_dir import fingerprint
+from viditq.run_name import shorten
 
 SWEEP_VARIABLE = "VIDITQ_SWEEP"  # the folder of the records; launchers hand it on to the processes of the jobs
 HOW_MANY = ("n_trials", "max_batch_size")  # keys of a sweeper that say how many jobs, not which

@@ -14,7 +14,7 @@ from viditq.report.inputs import by_inputs, what_differs
 from viditq.report.leaderboard import heading, table_line
 from viditq.report.paired import Paired, paired_text
 from viditq.report.row import Row, directed, labels_of, ranking_metric
-from viditq.sweeps.gathered import Runs, find, interval_of, is_run, read, rows, unrepeated, width_of
+from viditq.sweeps.gathered import Runs, find, interval_of, is_run, read, rows, unrepeated, where, width_of
 from viditq.sweeps.records import read_jobs
 
 ROOM = 1.1  # of the bytes of the smallest run at 8 bits: groups and plans take a few more
@@ -61,13 +61,13 @@ class Field:
         return [row.name for row in among if row is not best and self.better(best, row) is None]
 
 
-def which(arguments: Sequence[str], metric: str | None, exact_targets: ExactTargets) -> str:
+def which(arguments: Sequence[str], metric: str | None, exact_targets: ExactTargets, words: Sequence[str] = ()) -> str:
     """Markdown. arguments: folders of runs, of models that hold them, or of a sweep's records; patterns of these.
 
-    exact_targets: artifact -> the programs that hold it exactly. Raises UserError where there is no finished run, or
-    none that ranks.
+    exact_targets: artifact -> the programs that hold it exactly. words: as in `gathered.where`. Raises UserError where
+    there is no finished run, or none that ranks.
     """
-    runs = unrepeated(read([run for folder in find([*arguments]) for run in runs_in(folder)]))
+    runs = unrepeated(read(where([run for folder in find([*arguments]) for run in runs_in(folder)], words)))
     tables = []
     for model in sorted({metrics["model"] for metrics, *_ in runs.values()}):
         of_model = {folder: run for folder, run in runs.items() if run[0]["model"] == model}

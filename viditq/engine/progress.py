@@ -1,0 +1,190 @@
+"""Where a run is: told at each stage and batch, shown beside the bar, handed on to whoever listens."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from rich.progress import BarColumn, ProgressColumn, Task
+from rich.table import Column
+from rich.text import Text
+
+BAR_WIDTH = 12  # of 80 characters, as there is more to say
+SETTLED = 0.02  # of a loop: before, its rate tells little
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run still has to do.
+
+    prompts: stage -> samples of the float model that its work is like. seconds: stage -> what it took before, for
+    those that do not sample. per_prompt: seconds of such a sample; None = unknown.
+    """
+
+    prompts: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    per_prompt: float | None = None
+
+    def of(self, stage: str, per_prompt: float | None = None) -> float | None:
+        """Seconds that a stage is likely to take; None = nothing is known. per_prompt: as measured by now."""
+        if stage in self.seconds:
+            return self.seconds[stage]
+        unit = per_prompt or self.per_prompt
+        return self.prompts[stage] * unit if stage in self.prompts and unit is not None else None
+
+
+class Progress:
+    """The stage that a run is at, and how far it is in it. listen: called at each change with this object."""
+
+    def __init__(self, stages: Sequence[str], listen: Callable[["Progress"], None] | None = None) -> None:
+        self.stages, self.listen = tuple(stages), listen
+        self.number, self.share, self.forecast = 0, 0.0, Forecast()
+        self._began = self._loop_began = time.monotonic()
+
+    @property
+    def stage(self) -> str:
+        """Its name; empty before the first."""
+        return self.stages[self.number - 1] if self.number else ""
+
+    @property
+    def described(self) -> str:
+        return f"{self.stage} {self.number}/{len(self.stages)}" if self.number else ""
+
+    def begin(self, number: int, forecast: Forecast) -> None:
+        """A stage, counted from 1, and what is known of it and the later ones."""
+        self.number, self.forecast, self.share = number, forecast, 0.0
+        self._began = self._loop_began = time.monotonic()
+        self._tell()
+
+    def begin_loop(self) -> None:
+        """One of the stage's loops over batches."""
+        self.share, self._loop_began = 0.0, time.monotonic()
+
+    def batch(self, done: int, total: int) -> None:
+        """So many of the batches of a loop are done."""
+        self.share = done / total
+        self._tell()
+
+    def left(self) -> float | None:
+        """Seconds that the rest of the run is likely to take, as far as its stages are known; None = none is."""
+        now = time.monotonic()
+        elapsed, in_loop, share = now - self._began, now - self._loop_began, self.share
+        of_loop = in_loop * (1 - share) / share if share > SETTLED else None
+        per_prompt = None
+        if self.stage == "reference" and share > SETTLED and (count := self.forecast.prompts.get("reference")):
+            per_prompt = in_loop / (share * count)
+        here = self.forecast.of(self.stage, per_prompt)
+        rest = [None if here is None else max(here - elapsed, 0.0), of_loop]
+        now_left = max((seconds for seconds in rest if seconds is not None), default=None)
+        found = [now_left, *(self.forecast.of(stage, per_prompt) for stage in self.stages[self.number :])]
+        known = [seconds for seconds in found if seconds is not None]
+        return sum(known) if known else None
+
+    def _tell(self) -> None:
+        if self.listen is not None:
+            self.listen(self)
+
+
+_PROGRESS: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+@contextmanager
+def following(progress: Progress) -> Iterator[Progress]:
+    """While the block lasts, the loops of this process tell `progress` of their batches."""
+    token = _PROGRESS.set(progress)
+    try:
+        yield progress
+    finally:
+        _PROGRESS.reset(token)
+
+
+def about(seconds: float) -> str:
+    """A length of time as one says it: `about 40 s`, `about 3 min`, `about 2 h 10 min`."""
+    if seconds < 60:
+        return f"about {max(round(seconds / 5) * 5, 5)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"about {minutes} min"
+    hours, minutes = divmod(round(minutes, -1), 60)
+    return f"about {hours} h" + f" {minutes} min" * bool(minutes)
+
+
+class RunLeft(ProgressColumn):
+    """What is left of the whole run, beside the bar of one of its loops.
+
+    progress: of the run, taken where the loop begins: bars are drawn by a thread of their own, with another context.
+    """
+
+    max_refresh = 1.0
+
+    def __init__(self, progress: Progress | None) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def get_table_column(self) -> Column:
+        """One line, whatever the width of the terminal."""
+        return Column(no_wrap=True)
+
+    def render(self, task: Task) -> Text:
+        """Nothing where nothing is known."""
+        left = self.progress.left() if self.progress else None
+        return Text("" if left is None else f"run: {about(left)} left")
+
+
+class StageBar(RichProgressBar):
+    """Lightning's bar under the name of the stage, with what is left of the run."""
+
+    @property
+    def predict_description(self) -> str:
+        progress = _PROGRESS.get()
+        return (progress and progress.described) or super().predict_description
+
+    @property
+    def test_description(self) -> str:
+        progress = _PROGRESS.get()
+        return (progress and progress.described) or super().test_description
+
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        """Without the rate: the batches of stages are not alike."""
+        description, bar, batches, times, _ = super().configure_columns(trainer)
+        if isinstance(bar, BarColumn):
+            bar.bar_width = BAR_WIDTH
+        return [description, bar, batches, times, RunLeft(_PROGRESS.get())]
+
+
+class BatchCount(L.Callback):
+    """Tells the run's progress of each batch; also where no bar is shown."""
+
+    def on_predict_start(self, *args: Any) -> None:
+        self._begin()
+
+    def on_test_start(self, *args: Any) -> None:
+        self._begin()
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._count(trainer.num_predict_batches, batch_idx)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._count(trainer.num_test_batches, batch_idx)
+
+    def _begin(self) -> None:
+        if progress := _PROGRESS.get():
+            progress.begin_loop()
+
+    def _count(self, totals: Sequence[int | float], index: int) -> None:
+        if progress := _PROGRESS.get():
+            progress.batch(index + 1, int(sum(totals)))
+
+
+def callbacks(given: Sequence[L.Callback], bar: bool) -> list[L.Callback]:
+    """Those of a trainer: the given ones and ours. bar: whether one is to be shown, where none is given."""
+    shown = bar and not any(isinstance(callback, ProgressBar) for callback in given)
+    return [*given, BatchCount(), *([StageBar()] if shown else [])]
