@@ -87,9 +87,9 @@ def verdict_table(verdicts: Mapping[str, Mapping[str, Any]]) -> wandb.Table:
         columns += [f"{field}_low", f"{field}_high"] if ends else [field]
         for row, verdict in zip(rows, verdicts.values(), strict=True):
             row += (verdict[field] or [None, None]) if ends else [verdict[field]]
-    columns += ["floor_seed", "floor_bfloat16", "reason"]
+    columns += ["floor_seed", "floor_bfloat16", "floor_latents", "reason"]
     for row, verdict in zip(rows, verdicts.values(), strict=True):
-        row += [verdict["floors"].get("seed"), verdict["floors"].get("bfloat16"), verdict["reason"]]
+        row += [*(verdict["floors"].get(floor) for floor in ("seed", "bfloat16", "latents")), verdict["reason"]]
     return wandb.Table(columns=columns, data=rows)
 
 
