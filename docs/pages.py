@@ -1,7 +1,8 @@
 """Pages of the documentation's site that are drawn from other files; a hook of mkdocs (`make docs`).
 
-index.md is README.md, changes.md is CHANGELOG.md, notebook.md is examples/quickstart.ipynb, and reference/config.md is written from conf/: each group's options
-with what their first comment says, and every key of the configuration with its default and its comment.
+index.md is README.md, changes.md is CHANGELOG.md, notebook.md is examples/quickstart.ipynb. reference/config.md is written
+from conf/: each group's options with what their first comment says, and every key of the configuration with its
+default and its comment.
 """
 
 import json

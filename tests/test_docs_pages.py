@@ -29,3 +29,5 @@ def test_the_site_builds_and_no_link_is_broken(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "reference" / "api.html").read_text().count("load_quantized") > 2
+    notebook = (tmp_path / "site" / "notebook.html").read_text()
+    assert "data:image/gif;base64," in notebook and "%%sh" not in notebook and "dB" in notebook
