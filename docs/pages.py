@@ -1,8 +1,8 @@
 """Pages of the documentation's site that are drawn from other files; a hook of mkdocs (`make docs`).
 
-index.md is README.md, changes.md is CHANGELOG.md, notebook.md is examples/quickstart.ipynb. reference/config.md is written
-from conf/: each group's options with what their first comment says, and every key of the configuration with its
-default and its comment.
+index.md is README.md, changes.md is CHANGELOG.md, notebook.md is examples/quickstart.ipynb. reference/config.md is
+written from conf/: each group's options with what their first comment says, and every key of the configuration with
+its default and its comment.
 """
 
 import json
@@ -35,6 +35,7 @@ def on_files(files: Any, config: Any) -> Any:
 def at_home(text: str) -> str:
     """Links of a page of the repository's root as they are from docs/."""
     homes = {"CHANGELOG.md": "changes.md", "README.md": "index.md", "examples/quickstart.ipynb": "notebook.md"}
+    text = re.sub(r"\[docs/([\w/]+)\.md\]", r"[\1]", text)  # a link that is called by its file
     return LINK.sub(lambda m: f"]({homes.get(m[1], m[1].removeprefix('docs/'))})", text)
 
 

@@ -20,8 +20,10 @@ def test_every_key_and_option_is_in_the_reference():
 
 def test_links_of_the_first_page_hold_from_docs():
     at_home = load("docs/pages.py").at_home
-    text = "[a](docs/a.md#b) [c](CHANGELOG.md) [d](https://x.y/docs/) ![e](docs/e.gif) [f](#g)"
-    assert at_home(text) == "[a](a.md#b) [c](changes.md) [d](https://x.y/docs/) ![e](e.gif) [f](#g)"
+    text = (
+        "[a](docs/a.md#b) [docs/g_h.md](docs/g_h.md) [c](CHANGELOG.md) [d](https://x.y/docs/) ![e](docs/e.gif) [f](#g)"
+    )
+    assert at_home(text) == "[a](a.md#b) [g_h](g_h.md) [c](changes.md) [d](https://x.y/docs/) ![e](e.gif) [f](#g)"
 
 
 def test_the_site_builds_and_no_link_is_broken(tmp_path):
