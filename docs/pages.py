@@ -1,9 +1,11 @@
 """Pages of the documentation's site that are drawn from other files; a hook of mkdocs (`make docs`).
 
-index.md is README.md, changes.md is CHANGELOG.md, and reference/config.md is written from conf/: each group's options
-with what their first comment says, and every key of the configuration with its default and its comment.
+index.md is README.md, changes.md is CHANGELOG.md, notebook.md is examples/quickstart.ipynb. reference/config.md is
+written from conf/: each group's options with what their first comment says, and every key of the configuration with
+its default and its comment.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ def on_files(files: Any, config: Any) -> Any:
     pages = {
         "index.md": at_home((ROOT / "README.md").read_text()),
         "changes.md": at_home((ROOT / "CHANGELOG.md").read_text()),
+        "notebook.md": notebook_page((ROOT / "examples" / "quickstart.ipynb").read_text()),
         "reference/config.md": config_page(),
     }
     for name, text in pages.items():
@@ -31,8 +34,29 @@ def on_files(files: Any, config: Any) -> Any:
 
 def at_home(text: str) -> str:
     """Links of a page of the repository's root as they are from docs/."""
-    homes = {"CHANGELOG.md": "changes.md", "README.md": "index.md"}
+    homes = {"CHANGELOG.md": "changes.md", "README.md": "index.md", "examples/quickstart.ipynb": "notebook.md"}
+    text = re.sub(r"\[docs/([\w/]+)\.md\]", r"[\1]", text)  # a link that is called by its file
     return LINK.sub(lambda m: f"]({homes.get(m[1], m[1].removeprefix('docs/'))})", text)
+
+
+def notebook_page(text: str) -> str:
+    """Text, code and outputs of a notebook's cells, its pictures inside."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        shell = source.startswith("%%sh\n")
+        parts.append(f"```{'sh' if shell else 'python'}\n{source.removeprefix('%%sh' + chr(10))}\n```")
+        for output in cell["outputs"]:
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+            for kind in ("image/gif", "image/png"):
+                if kind in output.get("data", {}):
+                    picture = "".join(output["data"][kind]).replace("\n", "")
+                    parts.append(f'<img alt="{output["data"]["text/plain"][0]}" src="data:{kind};base64,{picture}">')
+    return "\n\n".join(parts) + "\n"
 
 
 def config_page() -> str:

@@ -21,12 +21,14 @@ from pathlib import Path
 
 from viditq.errors import UserError
 from viditq.files import atomic
+from viditq.report.board_page import board_page
 from viditq.report.inputs import by_inputs, what_differs
-from viditq.report.leaderboard import Board, comma_separated, heading, make_board, markdown, page
+from viditq.report.leaderboard import Board, comma_separated, heading, make_board, markdown
 from viditq.report.pareto import Panel, Point, pareto_picture
 from viditq.report.row import directed, labels_of, ranking_metric
 from viditq.report.widths import methods_table, widths_picture
 from viditq.sweeps.gathered import Runs, find, interval_of, read, rows, unrepeated, where, width_of
+from viditq.sweeps.worst_pair import worst_pairs
 
 COSTS = {  # name -> axis, attribute of a row
     "bits": ("weight bits", "weight_bits"),
@@ -128,7 +130,7 @@ def leaderboard(folders: Sequence[Path], out: Path, metric: str | None, by_width
         boards += found
     tables = "".join(summary) + markdown(boards)
     files += [write(Path(f"{out}.md"), tables), write(Path(f"{out}.csv"), comma_separated(boards))]
-    files += [write(Path(f"{out}.html"), page(boards, pictures))]
+    files += [write(Path(f"{out}.html"), board_page(boards, pictures, worst_pairs(boards)))]
     print(tables)
     print("\n".join(f"written: {file}" for file in reversed(files)), file=sys.stderr)
 

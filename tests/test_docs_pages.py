@@ -20,8 +20,10 @@ def test_every_key_and_option_is_in_the_reference():
 
 def test_links_of_the_first_page_hold_from_docs():
     at_home = load("docs/pages.py").at_home
-    text = "[a](docs/a.md#b) [c](CHANGELOG.md) [d](https://x.y/docs/) ![e](docs/e.gif) [f](#g)"
-    assert at_home(text) == "[a](a.md#b) [c](changes.md) [d](https://x.y/docs/) ![e](e.gif) [f](#g)"
+    text = (
+        "[a](docs/a.md#b) [docs/g_h.md](docs/g_h.md) [c](CHANGELOG.md) [d](https://x.y/docs/) ![e](docs/e.gif) [f](#g)"
+    )
+    assert at_home(text) == "[a](a.md#b) [g_h](g_h.md) [c](changes.md) [d](https://x.y/docs/) ![e](e.gif) [f](#g)"
 
 
 def test_the_site_builds_and_no_link_is_broken(tmp_path):
@@ -29,3 +31,5 @@ def test_the_site_builds_and_no_link_is_broken(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "reference" / "api.html").read_text().count("load_quantized") > 2
+    notebook = (tmp_path / "site" / "notebook.html").read_text()
+    assert "data:image/gif;base64," in notebook and "%%sh" not in notebook and "dB" in notebook

@@ -119,7 +119,7 @@ def test_the_page_shows_it_and_escapes_names(found: dict[str, Any], tmp_path: Pa
     view = search_view(found, picture)
     assert (view.num_measured, view.num_candidates) == (6, 18) and view.predicted == "40.0 dB"
     assert view.parts[0].name == "blocks.<b>1</b>/mlp" and view.parts[0].how == "measured"
-    assert ("weight bits", "6.7", "7") in view.used and ("size bytes", "12345", "–") in view.used
+    assert ("weight bits", "6.7", "7") in view.used and ("size", "12.3 kB", "–") in view.used
     curve = budget_curve_picture(found, tmp_path / "curve.png")
     assert search_view(found, picture, curve).points == (("4", "24.1"), ("6", "36.1"), ("8", "48.2"))
     page = render(replace(make_content(), search=found, heat_map=picture, budget_curve=curve))

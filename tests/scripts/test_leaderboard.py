@@ -1,7 +1,9 @@
 """scripts/leaderboard.py on runs written here: rows, intervals, verdicts, and files that can be opened."""
 
+import base64
 import csv
 import importlib.util
+import io
 import json
 import os
 import re
@@ -196,27 +198,65 @@ def test_page(leaderboard: Leaderboard, tmp_path: Path) -> None:
     page = Path(f"{board}.html").read_text()
     assert "alert(1)" in page and "<script>alert" not in page and page.count("<script") == 1
     links = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert [link.split(",")[0] for link in links] == ["../a%20b/report.html", "data:image/svg+xml;base64"]
+    assert [link.split(",")[0] for link in links if link[0] != "#"] == [
+        *("../a%20b/report.html", "data:image/svg+xml;base64")
+    ]
+    assert "Content-Security-Policy" in page and "default-src &#39;none&#39;" in page and "samples not kept" in page
     with Image.open(board.with_name("board_m.png")) as picture:
         assert picture.width > 1500
 
 
 def test_a_real_run(leaderboard: Leaderboard, finished_run: Path) -> None:
+    """Its worst pair, float and quantized, leads to its report."""
     metrics = json.loads((finished_run / "metrics.json").read_text())
+    values = json.loads((finished_run / "per_prompt.json").read_text())["metrics"]["psnr"]
     (name, cells), *others = table(leaderboard(finished_run)).items()
     assert name == "smoke" and not others
     assert cells[2:6] == ["2", "5.61", "8.81", f"{metrics['size_bytes'] / 1e6:.2f}"]
     assert float(cells[7].rstrip("*")) == pytest.approx(metrics["metrics"]["psnr"], abs=0.01)
     assert "x float" in cells[6]
+    page = Path(f"{leaderboard(finished_run)}.html").read_text()
+    (pair,) = re.findall(
+        r'<a class="two" href="([^"]*)" title="([^"]*)"><img src="([^"]*)"[^>]*><img src="([^"]*)"', page
+    )
+    assert pair[0].endswith("/report.html#pairs") and f"PSNR {min(values):.3g} dB" in pair[1]
+    shown = [Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))) for data in pair[2:]]
+    files = [
+        Path(folder) / f"{values.index(min(values)):06d}.png"
+        for folder in (reference_of(finished_run), finished_run / "samples")
+    ]
+    assert [one.tobytes() for one in shown] == [Image.open(file).tobytes() for file in files]
+
+
+def reference_of(run: Path) -> str:
+    return str(json.loads((run / "per_prompt.json").read_text())["reference"])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 @pytest.mark.parametrize(("clicks", "order"), [(0, "cba"), (1, "abc"), (2, "cba")])
 def test_a_click_sorts(clicks: int, order: str, leaderboard: Leaderboard, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, name, 0, psnr) for name, psnr in (("a", 9.5), ("b", 10.0), ("c", 100.0))]
-    dom = after(Path(f"{leaderboard(*runs)}.html"), 'document.querySelectorAll("th button")[8].click();' * clicks)
-    assert "".join(re.findall(r'<tr><td data-key="(\w)"', dom)) == order
+    click = "document.querySelector('[data-column=\"PSNR dB\"] button').click();"
+    dom = after(Path(f"{leaderboard(*runs)}.html"), click * clicks)
+    assert "".join(re.findall(r'class="name" data-key="(\w)"', dom)) == order
     assert ("aria-sort" in dom.split("<script>")[0].split("<thead>")[1]) == bool(clicks)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_an_order_is_best_first(leaderboard: Leaderboard, tmp_path: Path) -> None:
+    """Most dB first, fewest bytes first, whichever way a number gets better."""
+    sizes = {"a": 3_000_000, "b": 1_000_000, "c": 2_000_000}
+    runs = [
+        write_run(tmp_path / name, name, 0, psnr, size_bytes=sizes[name])
+        for name, psnr in (("a", 9.5), ("b", 10.0), ("c", 100.0))
+    ]
+    script = """const orders = ["PSNR dB", "MB on disk", ""].map((label) => {
+      order.value = label;
+      order.dispatchEvent(new Event("change"));
+      return [...document.querySelectorAll("tbody .name")].map((cell) => cell.dataset.key).join("");
+    });
+    document.title = orders.join(" ");"""
+    assert "<title>cba bca cba</title>" in after(Path(f"{leaderboard(*runs)}.html"), script)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
@@ -226,12 +266,16 @@ def test_words_and_bytes_filter(words: str, most: str, hidden: str, leaderboard:
     runs = [write_run(tmp_path / name, name, 0, 10.0, size_bytes=size) for name, size in sizes.items()]
     script = f'words.value = "{words}"; most.value = "{most}"; words.dispatchEvent(new Event("input"));'
     dom = after(Path(f"{leaderboard(*runs)}.html"), script)
-    assert "".join(re.findall(r'<tr hidden=""><td data-key="(\w)', dom)) == hidden
+    rows = re.findall(r'<tr data-megabytes="[^"]*"( hidden="")?>.*?class="name" data-key="(\w)', dom)
+    assert "".join(name for gone, name in rows if gone) == hidden
+    assert f"{3 - len(hidden)} of 3 shown" in dom
 
 
 def after(page: Path, script: str) -> str:
     """What a browser makes of a page once the script has run."""
-    page.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())  # which allows no other
+    page = page.with_name("after.html")
+    page.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
     home = {**os.environ, "HOME": str(page.parent)}
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=home).stdout
@@ -376,7 +420,7 @@ def test_rows_with_other_inputs_have_a_table_of_their_own(
     assert re.findall(r"^\| (\w+) \| -", first, re.MULTILINE) == ["a", "b"] and "| lucky" in second
     assert "only beside rows of the same inputs" in second and "lucky" not in text.split("### m" + width)[0]
     page = Path(f"{board}.html").read_text()
-    assert page.count("<table>") == 2 and f"<h2>m{width}, inputs 2: {apart}</h2>" in page
+    assert page.count("<table class") == 2 and f"<h2>m{width}, inputs 2: {apart}</h2>" in page
     assert page.index("<img ") < page.index(f"inputs 2: {apart}</h2>") and page.count("<img ") == 1 + len(widths)
     with open(f"{board}.csv", newline="") as file:
         assert [(line["inputs"], line["experiment"]) for line in csv.DictReader(file)] == [
@@ -422,13 +466,14 @@ def test_steps_are_measured_never_those_of_an_emulation(
     steps = [cells[6] for cells in table(board).values()]
     assert steps == ["40 ms, 1.50x float", "20 ms, 3.00x float", "10 ms, 6.00x float, emulated", "not measured"]
     html = Path(f"{board}.html").read_text()
-    cells = re.findall(r'data-key="([^"]*)">\s*([^<]*(?:float|measured)[^<]*)<', html)
-    assert [key for key, _ in cells] == ["40.0", "20.0", "nan", "nan"]
+    cells = re.findall(r'data-key="([^"]*)" data-label="step"', html)
+    assert cells == ["40.0", "20.0", "nan", "nan"] and "<small>6.00x float, emulated</small>" in html
     assert "measured step, ms" in html and "different conditions" not in html
     with open(f"{board}.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["step_seconds"] for line in lines] == ["0.04", "0.02", "0.01", ""]
     assert [line["step_emulated"] for line in lines] == ["0", "0", "1", ""]
+    assert [line["memory_bytes"] for line in lines] == ["1000", "1000", "1000", ""]
     assert "not plotted" not in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Many finished runs in one table: markdown, csv, and a page that sorts by click.
+"""Many finished runs in one table: markdown and csv; board_page draws the page.
 
 A row is one configuration of one model; its runs differ in the seed alone.
 """
@@ -10,23 +10,20 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from viditq.report.inputs import INPUTS_NOTE
 from viditq.report.paired import PAIRED_NOTE, IntervalOf, Paired, paired_text
 from viditq.report.row import Row
 from viditq.report.table import value_and_error
 
+SPREAD = "± is the standard error over seeds; [ ] the 95 % interval over the prompts of a single seed."
 NOTE = (
-    "± is the standard error over seeds; [ ] the 95 % interval over the prompts of a single seed. "
     "A verdict weighs a metric against noise (metrics.json says how); equal is equal within noise. "
     "Bits and bytes count the denoiser; step is the time of one of its steps and float's divided by it, as the stage "
     "benchmark has measured them. What emulates integers in floating point is not sorted or plotted by time."
 )
-STEP = ("step_seconds", "step_against_float", "step_emulated")  # columns of the csv
+STEP = ("step_seconds", "step_against_float", "step_emulated", "memory_bytes")  # columns of the csv
 CONDITIONS = "Steps were measured under different conditions, so compare the ratios to float: {}."
 
 
@@ -78,11 +75,14 @@ class Board:
         )
 
     @property
-    def notes(self) -> list[str]:
-        """What a reader has to know before comparing rows."""
-        notes = [NOTE, INPUTS_NOTE] if self.apart else [NOTE]
-        if self.above:
-            notes.append(PAIRED_NOTE)
+    def legend(self) -> list[str]:
+        """What a reader has to know of any board before comparing rows."""
+        return [NOTE, *([INPUTS_NOTE] if self.apart else []), *([PAIRED_NOTE] if self.above else [])]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What holds for this board: the float model's own values, conditions of steps, warnings."""
+        notes = []
         if self.float_scores:
             values = ", ".join(f"{label} {value}" for label, value in self.float_scores.items())
             notes.append(f"Float model{f', inputs {self.inputs}' if self.apart else ''}: {values}.")
@@ -94,6 +94,12 @@ class Board:
             names = dict.fromkeys(label for label, score in scores if score and score.warning == warning)
             notes.append(f"* {', '.join(names)}: {warning}")
         return notes
+
+    @property
+    def notes(self) -> list[str]:
+        """Both, and how spread is written, for a table in markdown."""
+        first, *others = self.legend
+        return [f"{SPREAD} {first}", *others, *self.remarks]
 
     @property
     def headings(self) -> list[str]:
@@ -177,7 +183,8 @@ def table_line(cells: Sequence[str]) -> str:
 def comma_separated(boards: Sequence[Board]) -> str:
     """One line per row; a metric has its value, standard error over seeds, 95 % interval of a single seed, verdict.
 
-    step_seconds, step_against_float, step_emulated (0 or 1): of the measured step, empty where none was. inputs: a
+    step_seconds, step_against_float, step_emulated (0 or 1), memory_bytes (of the weights): of the measured step, empty
+    where none was. inputs: a
     number; a model's rows of different ones do not compare. above: the paired difference of the board's first metric to
     the line above, with its 95 % interval.
     """
@@ -206,7 +213,8 @@ def comma_separated(boards: Sequence[Board]) -> str:
             line |= {"activation_bits": row.activation_bits, "bytes": round(row.megabytes * 1e6)}
             line |= {"width": board.width, "inputs": board.inputs}
             if step := row.step:
-                line |= dict(zip(STEP, (step.seconds, step.against_float, int(step.emulated)), strict=True))
+                memory = round(row.memory_megabytes * 1e6)
+                line |= dict(zip(STEP, (step.seconds, step.against_float, int(step.emulated), memory), strict=True))
             if paired := board.above.get(row.name):
                 low, high = paired[1] or ("", "")
                 line |= {"above": paired[0], "above_low": low, "above_high": high}
@@ -217,15 +225,3 @@ def comma_separated(boards: Sequence[Board]) -> str:
                     line |= {f"{name}_low": low, f"{name}_high": high, f"{name}_verdict": score.verdict}
             writer.writerow(line)
     return out.getvalue()
-
-
-def page(boards: Sequence[Board], pictures: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-    """A self-contained page; `pictures`: below the board of that title, in words and as data URIs.
-
-    Everything from runs is escaped.
-    """
-    folder = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("leaderboard.html").render(
-        boards=list(zip(boards, closing_notes(boards), strict=True)), pictures=pictures
-    )

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from viditq.files import atomic
@@ -57,40 +57,35 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
     """The page as text."""
     media = encode_pairs([pair.clips for pair in content.pairs], max_media_bytes)
     groups = judge_all(content.metrics)
-    style, script = _joined(STYLES), _joined(SCRIPTS)
+    style, script = joined(STYLES), joined(SCRIPTS)
     cards = [make_card(content, pair, sheets) for pair, sheets in zip(content.pairs, media.sheets, strict=True)]
     num_frames = max((sheet.num_frames for pair in media.sheets for sheet in pair), default=1)
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            content=content,
-            metrics=content.metrics,
-            headline=headline(groups),
-            groups=groups,
-            media=media,
-            cards=cards,
-            pixelated=all(not s.reduced and max(s.width, s.height) <= MAX_PIXELATED for s, _ in media.sheets),
-            num_prompts=content.metrics.get("prompts") or len(content.per_prompt["prompts"]),
-            num_frames=num_frames,
-            sort_keys=sort_keys(content),
-            clip_data=clip_data(content, media.sheets),
-            diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
-            incoherence=incoherence_view(content.incoherence) if content.incoherence else None,
-            speed=speed_view(content.speed) if content.speed else None,
-            emulation=emulated(content.metrics.get("backend")),
-            speed_line=speed_line(content.metrics.get("backend"), content.speed),
-            text_encoders=text_encoder_view(content.metrics),
-            search=_search_view(content),
-            treatments=_treatments_view(content),
-            segment_words=segment_words(content.segments),
-            stage_seconds=_stage_seconds(content.metrics),
-            prompt_table=_prompt_table(content),
-            style=Markup(style),
-            script=Markup(script),
-            policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-            "base-uri 'none'; form-action 'none'",
-        )
+    return template("page.html").render(
+        content=content,
+        metrics=content.metrics,
+        headline=headline(groups),
+        groups=groups,
+        media=media,
+        cards=cards,
+        pixelated=all(not s.reduced and max(s.width, s.height) <= MAX_PIXELATED for s, _ in media.sheets),
+        num_prompts=content.metrics.get("prompts") or len(content.per_prompt["prompts"]),
+        num_frames=num_frames,
+        sort_keys=sort_keys(content),
+        clip_data=clip_data(content, media.sheets),
+        diagnosis=diagnose(content.errors, content.segments) if content.errors else None,
+        incoherence=incoherence_view(content.incoherence) if content.incoherence else None,
+        speed=speed_view(content.speed) if content.speed else None,
+        emulation=emulated(content.metrics.get("backend")),
+        speed_line=speed_line(content.metrics.get("backend"), content.speed),
+        text_encoders=text_encoder_view(content.metrics),
+        search=_search_view(content),
+        treatments=_treatments_view(content),
+        segment_words=segment_words(content.segments),
+        stage_seconds=_stage_seconds(content.metrics),
+        prompt_table=_prompt_table(content),
+        style=Markup(style),
+        script=Markup(script),
+        policy=content_policy(style, script),
     )
 
 
@@ -106,7 +101,8 @@ def _search_view(content: PageContent) -> SearchView | None:
     return search_view(content.search, content.heat_map, content.budget_curve)
 
 
-def _environment() -> Environment:
+def template(name: str) -> Template:
+    """One of the pages; everything that it is given is escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -116,10 +112,18 @@ def _environment() -> Environment:
     )
     names = ("percent", "three_digits", "num_bytes", "seconds")
     environment.filters.update({name: getattr(wording, name) for name in names})
-    return environment
+    return environment.get_template(name)
 
 
-def _joined(names: Sequence[str]) -> str:
+def content_policy(style: str, script: str) -> str:
+    """What a page may load: its own style and script, named by their hashes, and pictures that it holds itself."""
+    return (
+        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def joined(names: Sequence[str]) -> str:
     """Our own files, which hold no end tag; surrounded by the line breaks that the template leaves as they are."""
     return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
 

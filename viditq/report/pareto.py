@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from viditq.files import atomic
@@ -16,6 +17,10 @@ from viditq.files import atomic
 INK, GREY, FRONT = "#1c1e21", "#8a9097", "#0b57d0"
 ANGLES = [(1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1)]  # where a label may lie, best first
 LONGEST = 24  # letters of a name that may stand in a plot; with a longer one, numbers do, explained below
+LEGEND = [
+    Line2D([], [], color=FRONT, marker="o", markersize=5, lw=1.4, label="Pareto front: none is better in both"),
+    Line2D([], [], color=GREY, marker="o", markersize=5, lw=0, label="others"),
+]
 DISTANCES = [6, 14, 24, 36, 50, 66, 84, 104]  # from its point, in points of 1/72 inch
 
 
@@ -60,7 +65,8 @@ def pareto_picture(
         figure = Figure(figsize=(6.4 * len(panels), 6.6 + 0.18 * len(key)), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         figure.supxlabel("\n".join([*key, f"Bars: {bars}."]), x=0.01, ha="left", fontsize=8.5, color=INK)
-        figure.suptitle(title, fontsize=12, fontweight="bold", color=INK)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+        figure.legend(handles=LEGEND, loc="outside upper right", ncols=2, frameon=False)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             draw_points(axis, panel, higher_is_better)
@@ -101,8 +107,6 @@ def draw_points(axis: Axes, panel: Panel, higher_is_better: bool) -> None:
         bars = [[max(point.value - point.low, 0)], [max(point.high - point.value, 0)]]
         axis.errorbar(point.cost, point.value, yerr=bars, color=colour, marker="o", markersize=5, capsize=2.5, lw=1)
     axis.step([p.cost for p in front], [p.value for p in front], where="post", color=FRONT, lw=1.4, alpha=0.5)
-    axis.plot([], [], color=FRONT, marker="o", markersize=5, lw=1.4, label="Pareto front")
-    axis.legend(loc="lower right" if higher_is_better else "upper right", frameon=False)
     axis.margins(x=0.22, y=0.14)
     axis.grid(color="#e8eaed", lw=0.7)
     axis.set_axisbelow(True)
@@ -114,8 +118,7 @@ def place_labels(axis: Axes, panel: Panel, higher_is_better: bool, canvas: Figur
     names = {point.name for point in pareto_front(panel.points, higher_is_better)}
     renderer, inside = canvas.get_renderer(), axis.get_window_extent()
     scale = canvas.figure.dpi / 72
-    legend = axis.get_legend()
-    taken = [legend.get_window_extent(renderer)] if legend else []
+    taken: list[Bbox] = []
     for point in panel.points:
         (x, y), (_, low), (_, high) = axis.transData.transform([(point.cost, v) for v in heights(point)])
         taken += [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4), Bbox.from_extents(x - 2, low, x + 2, high)]

@@ -69,7 +69,7 @@ class Step:
 @dataclass(frozen=True)
 class Row:
     """One configuration; `metrics`, `per_prompt` and `speeds` are those files of each seed (speed.json: None where it
-    was not measured), `link` a page about its first run.
+    was not measured), `link` a page about its first run, `folder` that run's own.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Row:
     per_prompt: Sequence[Mapping[str, Any]]
     link: str = ""
     speeds: Sequence[Mapping[str, Any] | None] = ()
+    folder: str = ""
 
     @property
     def weight_bits(self) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from viditq.report.budget_curve import axis_label, decibels, in_decibels, predicted_quality, spent
+from viditq.report.wording import num_bytes
 
 MAX_PARTS = 12
 
@@ -73,10 +74,17 @@ def search_view(search: Mapping[str, Any], heat_map: Path, curve: Path | None = 
         predicted=predicted_quality(search, search["predicted"]),
         parts=tuple(parts),
         used=tuple(
-            (name.replace("_", " "), f"{value:.6g}", "–" if limits[name] is None else f"{limits[name]:.6g}")
+            (name.replace("_", " ").removesuffix(" bytes"), amount(name, value), amount(name, limits[name]))
             for name, value in search["used"].items()
         ),
     )
+
+
+def amount(name: str, value: float | None) -> str:
+    """A budget in words: bytes as `2.17 MB`, others as a number; – where there is none."""
+    if value is None:
+        return "–"
+    return num_bytes(int(value)) if name.endswith("bytes") else f"{value:.6g}"
 
 
 def _address(picture: Path) -> str:

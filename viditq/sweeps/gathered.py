@@ -118,7 +118,7 @@ def rows(runs: Runs, beside: Path) -> list[Row]:
         report = first / "report.html"
         link = quote(Path(os.path.relpath(report, beside)).as_posix()) if report.is_file() else ""
         all_metrics, _, per_prompt, speeds = zip(*ordered, strict=True)
-        found.append(Row(name, all_metrics, per_prompt, link, speeds))
+        found.append(Row(name, all_metrics, per_prompt, link, speeds, str(first)))
     return found
 
 
