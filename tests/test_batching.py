@@ -24,7 +24,8 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# Slow: smoothing, whose statistics second moments come with.
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r == "smoothing")) for r in RECIPES])
 def test_artifacts_do_not_depend_on_the_batch_size(recipe: str, run: Run, tmp_path: Path) -> None:
     """Each run calibrates anew, in a cache of its own."""
     found = []

@@ -78,7 +78,7 @@ def test_passes_give_what_one_pass_gives(
     assert not [path for path in entry.iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("saves", [1, 3])
+@pytest.mark.parametrize("saves", [1, pytest.param(3, marks=pytest.mark.slow)])  # slow: in a later pass
 def test_a_killed_calibration_goes_on_at_the_pass_that_was_open(
     run: Run, whole: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
@@ -103,7 +103,7 @@ def test_a_killed_calibration_goes_on_at_the_pass_that_was_open(
     assert not [*entry.rglob("partial-*")] and not [path for path in entry.iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("saves", [1, 3])
+@pytest.mark.parametrize("saves", [1, pytest.param(3, marks=pytest.mark.slow)])  # slow: in a later pass
 def test_a_smaller_budget_begins_the_open_pass_anew(
     run: Run, whole: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:

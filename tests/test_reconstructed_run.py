@@ -61,7 +61,8 @@ def test_other_bits_take_the_same_inputs(
     assert len(read_json(tmp_path / "run" / "reconstruction.json")) == 4
 
 
-@pytest.mark.parametrize("statistics_first", [False, True])
+# Slow: with statistics that are there already.
+@pytest.mark.parametrize("statistics_first", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_while_calibrating(
     run: Run, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics_first: bool
 ) -> None:

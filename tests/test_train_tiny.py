@@ -42,12 +42,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         train(folder, patch)
-        train(folder, patch, *HARD)
         train(folder, patch, *I2V)
     return folder
 
 
-@pytest.mark.parametrize("name", ["tiny_image", "tiny_video", "tiny_image_hard", "tiny_video_hard"])
+@pytest.fixture(scope="module")
+def trained_hard(trained: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        train(trained, patch, *HARD)
+
+
+# Slow: the same networks with outliers in place.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny_image_hard", "tiny_video_hard"])
+def test_exported_hard_pipeline_runs(name: str, trained: Path, trained_hard: None, configure: Callable) -> None:
+    test_exported_pipeline_runs(name, trained, configure)
+
+
+@pytest.mark.parametrize("name", ["tiny_image", "tiny_video"])
 def test_exported_pipeline_runs(name: str, trained: Path, configure: Callable) -> None:
     adapter = instantiate(
         configure(f"model={name.removesuffix('_hard')}", "model.num_steps=2", "name=x").model, _convert_="all"

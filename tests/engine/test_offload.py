@@ -104,7 +104,7 @@ def test_tensors_of_the_current_variant_alone_go_to_the_device(adapter: ModelAda
     assert {v.dense_weight.device.type for v in layer.variants} == {"cpu"}
 
 
-@pytest.mark.parametrize("offload", ["model", "sequential"])
+@pytest.mark.parametrize("offload", ["sequential", pytest.param("model", marks=pytest.mark.slow)])  # slow: the coarser
 def test_lightning_moves_nothing_and_the_stages_agree(
     offload: str, adapter: ModelAdapter, embeds: dict[str, Tensor], plan: Any, stats: Any, configure: Callable[..., Any]
 ) -> None:
@@ -175,7 +175,7 @@ def test_unknown_offloads_are_refused(configure: Callable[..., Any]) -> None:
     assert build(configure("experiment=smoke", "trainer.offload=disk")).memory_budget == 10**9
 
 
-@pytest.mark.parametrize("offload", ["model", "sequential"])
+@pytest.mark.parametrize("offload", ["sequential", pytest.param("model", marks=pytest.mark.slow)])  # slow: the coarser
 def test_a_corrected_denoiser_and_the_fit_of_its_correction(
     offload: str, adapter: ModelAdapter, embeds: dict[str, Tensor], plan: Any, stats: Any, configure: Callable[..., Any]
 ) -> None:

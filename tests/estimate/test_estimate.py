@@ -81,7 +81,7 @@ def counted_run(
     return folder, forwards, on_disk
 
 
-@pytest.mark.parametrize("mode", [True, "meta"])
+@pytest.mark.parametrize("mode", ["meta", pytest.param(True, marks=pytest.mark.slow)])  # slow: from the loaded model
 def test_forwards_and_files_are_those_of_the_run(
     mode: Any, counted_run: Any, configure: Callable[..., Any], shrunk: list[str], tmp_path: Path
 ) -> None:
@@ -158,7 +158,7 @@ def test_a_search_is_counted(
     assert told(configure, shrunk, tmp_path, "meta", *overrides).works["search"].note == "nothing left to do"
 
 
-@pytest.mark.parametrize("model", ["tiny_image", "tiny_video"])
+@pytest.mark.parametrize("model", ["tiny_image", pytest.param("tiny_video", marks=pytest.mark.slow)])  # slow: clips
 def test_activations_on_meta_are_those_of_the_real_model(
     model: str, configure: Callable[..., Any], shrunk: list[str], tmp_path: Path
 ) -> None:

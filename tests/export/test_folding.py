@@ -148,7 +148,9 @@ def folded_denoiser(case: Case, artifact: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("recipe", [WEIGHTS_ONLY, W8A8], ids=["weights", "w8a8"])
+@pytest.mark.parametrize(  # slow: activations too, which sites to fold at do not depend on
+    "recipe", [WEIGHTS_ONLY, pytest.param(W8A8, marks=pytest.mark.slow)], ids=["weights", "w8a8"]
+)
 def test_the_folded_model_computes_the_same(name: str, recipe: Recipe, case, tmp_path: Path) -> None:
     artifact = case(name).artifact(recipe, tmp_path / "quantized")
     plan = json.loads((artifact / "plan.json").read_text())

@@ -403,8 +403,15 @@ OTHERS: dict[str, dict[str, Any]] = {  # how the title of their table names them
 }
 
 
-@pytest.mark.parametrize("apart", OTHERS)
-@pytest.mark.parametrize("widths", [[], ["--widths"]])
+# Slow: the other pairs of the two.
+@pytest.mark.parametrize(
+    ("apart", "widths"),
+    [
+        pytest.param(apart, widths, marks=[pytest.mark.slow] * (bool(widths) != (apart == "seed 1")))
+        for apart in OTHERS
+        for widths in ([], ["--widths"])
+    ],
+)
 def test_rows_with_other_inputs_have_a_table_of_their_own(
     apart: str, widths: list[str], leaderboard: Leaderboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

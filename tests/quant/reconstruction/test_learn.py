@@ -75,7 +75,15 @@ def block_error(exact: nn.Module, other: nn.Module, block: int, levels: list[int
     return sum(errors)
 
 
-@pytest.mark.parametrize(("weight", "activation"), [(W4, A8), (W4, STATIC), (QuantSpec(3, True, "group", 16), None)])
+# Slow: other ranges; what each kind learns has tests of its own below.
+@pytest.mark.parametrize(
+    ("weight", "activation"),
+    [
+        (W4, STATIC),
+        pytest.param(W4, A8, marks=pytest.mark.slow),
+        pytest.param(QuantSpec(3, True, "group", 16), None, marks=pytest.mark.slow),
+    ],
+)
 def test_it_beats_nearest_and_layer_by_layer(
     denoiser: nn.Module, stats: CalibrationStats, store: BlockStore, weight: QuantSpec, activation: QuantSpec | None
 ) -> None:
