@@ -19,6 +19,7 @@ from viditq.quant.execution.backends.triton import backend as module
 from viditq.quant.execution.backends.triton import ops
 from viditq.quant.execution.backends.triton.tiles import FEW, MANY, Tile, inner_block, padded_width, tile_for
 from viditq.quant.execution.surroundings import ACTIVATIONS, After, Before
+from viditq.quant.methods.quantizer import QuantizedWeight
 
 REASON = why_unavailable(TritonBackend())
 runs = pytest.mark.skipif(REASON is not None, reason=f"no Triton kernels here: {REASON}")
@@ -173,6 +174,26 @@ def test_machines_without_a_gpu_are_refused_with_what_they_lack(monkeypatch: pyt
     refused(lambda: False, "Tesla T4 has compute capability 7.5, and int8 products take 8.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert module.why_not() is None
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_that_are_wrong_on_this_device_are_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.exact_product("cpu")
+    weight = QuantizedWeight(torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8, 1), None)
+    for name in ("quantize", "multiply"):
+        module.exact_product.cache_clear()
+        real = getattr(ops, name)
+
+        def wrong(*args: Any, real: Any = real, **kwargs: Any) -> Any:
+            found = real(*args, **kwargs)
+            (found.codes if hasattr(found, "codes") else found).flatten()[7].add_(1)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, name, wrong)
+            with pytest.raises(Unavailable, match="disagree with fake on this device"):
+                TritonBackend().hold(weight, QuantSpec(8, True, "channel"), 64)
+    module.exact_product.cache_clear()
 
 
 def test_a_model_on_the_cpu_is_told_to_move(monkeypatch: pytest.MonkeyPatch) -> None:

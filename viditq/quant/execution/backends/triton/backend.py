@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,10 +19,11 @@ from viditq.quant.execution.backends.triton import ops
 from viditq.quant.execution.backends.triton.tiles import padded_width
 from viditq.quant.execution.surroundings import ACTIVATIONS, NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
-from viditq.quant.methods.quantizer import QuantizedWeight
+from viditq.quant.methods.quantizer import QuantizedWeight, quantize_activation
 from viditq.quant.numerics import affine, granularity
 
 NO_DEVICE = "there is no CUDA device"
+PROBED = 16, 96, 32  # rows, in-features and outputs of the product that is tried at load
 CAPABILITY = (8, 0)  # of CUDA devices; triton multiplies no int8 on older ones
 
 
@@ -48,6 +50,8 @@ class TritonBackend(IntegerBackend):
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
         self.check_available()
         self.load()
+        if not exact_product("cuda" if torch.cuda.is_available() else "cpu"):
+            raise Unavailable(self.name, "its kernels disagree with fake on this device")
         return signed_weight(quantized, weight.bits, segment_size, padded_width(segment_size), packed=weight.bits <= 4)
 
     def multiply(
@@ -132,6 +136,31 @@ def why_not() -> str | None:
     if not installed:
         return "the package triton is not installed (pip install 'viditq[gpu]')"
     return too_old(CAPABILITY, "int8")
+
+
+@lru_cache(maxsize=2)
+def exact_product(device: str) -> bool:
+    """Whether the kernels find `fake`'s codes of a few extreme rows, and add up products of the largest exactly.
+
+    A driver or compiler that breaks them is found so at load, before samples are made of it.
+    """
+    token = QuantSpec(8, False, "token")
+    x_MC = torch.linspace(-1, 1, PROBED[1], device=device).repeat(PROBED[0], 1)
+    x_MC[::2, :] = 3.0  # its largest code alone
+    codes_OC = torch.full((PROBED[2], PROBED[1]), 255, dtype=torch.uint8, device=device)
+    codes_OC[::2] = 0
+    held = signed_weight(
+        QuantizedWeight(codes_OC, torch.ones(PROBED[2], 1, device=device), None), 8, PROBED[1], padded_width(PROBED[1])
+    )
+    found = ops.quantize(x_MC, PROBED[1], padded_width(PROBED[1]), 1, token.bits, token.symmetric)
+    wanted = quantize_activation(x_MC, token, None)
+    if not torch.equal(found.codes[0, :, : PROBED[1]].to(torch.int16) + 128, wanted.codes.to(torch.int16)):
+        return False
+    rows_MC = (wanted.codes.double() - wanted.zero_point.double()) * wanted.scale.double()
+    weight_OC = codes_OC.double() - 128
+    y_MO, size_MO = rows_MC @ weight_OC.T, rows_MC.abs() @ weight_OC.abs().T
+    error = (ops.multiply(found, held, None, torch.float32).double() - y_MO).abs()
+    return bool((error <= 2.0**-20 * size_MO).all())
 
 
 def too_old(least: tuple[int, int], what: str) -> str | None:
