@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, cast
@@ -22,6 +23,7 @@ from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight, quantize_activation
 from viditq.quant.numerics import affine, granularity
 
+INTERPRETER = "TRITON_INTERPRET"  # triton's own variable: kernels run on a CPU, in numpy
 NO_DEVICE = "there is no CUDA device"
 PROBED = 16, 96, 32  # rows, in-features and outputs of the product that is tried at load
 CAPABILITY = (8, 0)  # of CUDA devices; triton multiplies no int8 on older ones
@@ -125,6 +127,8 @@ class TritonBackend(IntegerBackend):
 
 def why_not() -> str | None:
     """Why the kernels cannot run on this machine, in a few words; None = they can."""
+    if not (torch.cuda.is_available() or os.environ.get(INTERPRETER)):
+        return NO_DEVICE  # without importing triton, which takes a second and is not quiet at the end of a process
     try:
         interpreted, installed = ops.interpreted(), True
     except ImportError:
