@@ -123,6 +123,8 @@ def _call(
     seed: int,
     output: str,
 ) -> Tensor:
+    if output == "pt" and not hasattr(pipeline, "vae"):  # PRX in pixels hands on "pt" as it was denoised, from -1 to 1
+        output = "np"
     device = pipeline._execution_device  # not that of the weights, which may be offloaded
     stacked = {k: v.to(device) for k, v in _stack(adapter, embeds).items()}
     generators = [noise_generator(seed, i) for i in indices]

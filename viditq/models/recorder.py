@@ -162,12 +162,14 @@ def _range(value: Any) -> tuple[float, float]:
 def _prediction(x: Any, denoiser: Any) -> Any:
     """Zeros as large as the denoiser's output: its input, of latents with `out_channels` for `in_channels`.
 
-    Where its configuration has none (Lumina, Hunyuan-DiT: twice as many with a variance), the class knows them.
+    Where its configuration has none (Lumina, Hunyuan-DiT: twice as many with a variance), the class knows them; what
+    PRX calls so are those of a patch.
     """
     if isinstance(x, (list, tuple)):
         return [_prediction(one, denoiser) for one in x]
-    after = denoiser.config.get("out_channels", vars(denoiser).get("out_channels"))
     shape, before = list(x.shape), denoiser.config.get("in_channels")
+    known = vars(denoiser).get("out_channels")
+    after = denoiser.config.get("out_channels", known if before and known in (before, 2 * before) else None)
     if len(shape) > 3 and isinstance(after, int) and before in shape[1:]:
         shape[shape.index(before, 1)] = after
     out: Tensor = x.new_zeros(shape)
