@@ -9,7 +9,7 @@ import yaml
 from viditq.models.adapter import ModelAdapter
 from viditq.models.roles import FLOAT, patterns
 from viditq.models.schedulers import make_scheduler
-from viditq.models.trial import TrialError, returned_text, text_arguments, try_out
+from viditq.models.trial import TrialError, confirmed_text, returned_text, text_arguments, try_out
 from viditq.quant.execution.model_linears import linear_names
 
 HEAD = """# Guessed and measured by `viditq describe`; what is null is left as the pipeline has it.
@@ -59,10 +59,12 @@ def _of_text(adapter: ModelAdapter) -> list[str]:
         return []
     measured = returned_text(adapter) or []
     carried = text_arguments(adapter, make_scheduler(adapter))
+    confirmed = [] if measured else confirmed_text(adapter, make_scheduler(adapter))
     lines = []
     for place, name in enumerate(adapter.encode_outputs):
         own = measured[place] if len(measured) == len(adapter.encode_outputs) else None
-        how = [] if name is None else ["measured" if own and own.name == name else "not measured"]
+        is_measured = (own and own.name == name) or place in confirmed
+        how = [] if name is None else ["measured" if is_measured else "not measured"]
         how += [f"prompts along axis {own.batch_axis}"] if own and own.batch_axis is not None else []
         goes = [argument for argument, places in carried.items() if place in places]
         line = f"# text {place}: {name or 'not taken'}" + (f" ({', '.join(how)})" if how else "")

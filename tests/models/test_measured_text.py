@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from zoo import guided, images, unlisted, videos
+from zoo import families, guided, images, unlisted, videos
 
-from viditq.models import measured_text
+from viditq.errors import UserError
+from viditq.models import batch_axis, measured_text
+from viditq.models.generate import _stack, generate, group_by_shape
 from viditq.models.guess import guess_settings
 from viditq.models.made_up_text import Returned, embeddings, handed_on, marks_in
 from viditq.models.measured_text import measured_outputs
-from viditq.models.trial import returned_text
+from viditq.models.schedulers import make_scheduler
+from viditq.models.trial import confirmed_text, returned_text
 
 
 class Unreadable:
@@ -46,6 +49,23 @@ class Layers:
     def __call__(self, prompt_embeds: Any) -> None: ...
 
 
+class Beside:
+    """An encoder's layers beside plain embeddings, as HiDream's."""
+
+    def encode_prompt(
+        self,
+        prompt: Any,
+        num_images_per_prompt: int = 1,
+        prompt_embeds_t5: Any = None,
+        prompt_embeds_llama3: Any = None,
+    ) -> Any:
+        assert (prompt_embeds_t5.ndim, prompt_embeds_llama3.ndim) == (3, 4)
+        count = num_images_per_prompt
+        return prompt_embeds_t5.repeat(count, 1, 1), prompt_embeds_llama3.repeat(1, count, 1, 1)
+
+    def __call__(self, prompt_embeds_t5: Any, prompt_embeds_llama3: Any) -> None: ...
+
+
 def test_what_comes_back_is_known_by_what_was_given() -> None:
     assert handed_on(Unreadable(), {}) == [
         Returned("pooled_prompt_embeds", 0),
@@ -54,6 +74,7 @@ def test_what_comes_back_is_known_by_what_was_given() -> None:
         Returned(None, None),
     ]
     assert handed_on(Layers(), {}) == [Returned("prompt_embeds", 1)]
+    assert handed_on(Beside(), {}) == [Returned("prompt_embeds_t5", 0), Returned("prompt_embeds_llama3", 1)]
 
     def fails(prompt: str, prompt_embeds: Any = None) -> None:
         raise ValueError
@@ -88,6 +109,45 @@ def test_of_real_pipelines_both_agree(build: Callable[[], Any], configure: Any, 
     read = guess_settings(adapter.index())["encode_outputs"]
     assert adapter.encode_outputs == read
     assert [one.name for one in returned_text(adapter) or ()] == read
+
+
+def test_names_are_confirmed_by_where_the_calls_arguments_go(configure: Any, folder_of: Any) -> None:
+    """Kandinsky 5's `encode_prompt` takes no embeddings; its lengths in a row reach no denoiser."""
+    own = (f"model.path='{folder_of(families.kandinsky5)}'", "model.height=1024", "model.width=1024")
+    adapter = instantiate(configure("model=diffusers", "name=x", "model.num_steps=1", *own).model)
+    assert returned_text(adapter) is None and confirmed_text(adapter, make_scheduler(adapter)) == [0, 1]
+    object.__setattr__(adapter, "encode_outputs", [*adapter.encode_outputs[1::-1], adapter.encode_outputs[2]])
+    assert confirmed_text(adapter, make_scheduler(adapter)) == []
+
+
+def test_the_batch_is_the_one_axis_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiDream's Llama: the layers come first. A single token is measured, lengths in a row are alone."""
+    found = [Returned("layers", 1), Returned("short", 0), Returned("other", None)]
+    monkeypatch.setattr(batch_axis, "returned_text", lambda adapter: found)
+    monkeypatch.setattr(batch_axis, "_measured", {})
+    names = ["layers", "short", "other"]
+    adapter: Any = SimpleNamespace(path="a", revision="b", pipeline="c", encode_outputs=names, conditioning="text")
+    adapter.list_embeds = False
+    shapes = {"layers": (4, 1, 3, 2), "pooled": (1, 2), "short": (1, 1, 2), "negative_short": (1, 1, 2)}
+    embeds = [{name: torch.full(shape, float(i)) for name, shape in shapes.items()} for i in range(2)]
+    both = _stack(adapter, embeds)
+    assert {name: tuple(value.shape) for name, value in both.items()} == {
+        **{"layers": (4, 2, 3, 2), "pooled": (2, 2), "short": (2, 1, 2), "negative_short": (2, 1, 2)},
+    }
+    assert both["layers"][:, 0].sum() == 0 and both["layers"][:, 1].min() == 1
+    assert group_by_shape(adapter, embeds) == [[0, 1]]
+    for untold in ((2,), (1, 1, 2)):
+        assert group_by_shape(adapter, [one | {"other": torch.zeros(untold)} for one in embeds]) == [[0], [1]]
+    adapter.list_embeds = True
+    assert group_by_shape(adapter, [one | {"other": torch.zeros(1, 1, 2)} for one in embeds]) == [[0, 1]]
+
+
+def test_a_batch_that_becomes_fewer_samples_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("viditq.models.generate._call", lambda *_: torch.zeros(1, 3, 8, 8))
+    adapter: Any = SimpleNamespace(pipeline="P", modality="image", list_embeds=False)
+    embeds = [{"prompt_embeds": torch.zeros(1, 4, 2)}] * 2
+    with pytest.raises(UserError, match=r"P makes 1 samples of 2 prompts\. Set batch_size=1"):
+        generate(adapter, SimpleNamespace(), embeds, [0, 1], 0)
 
 
 def test_marks_are_seen_where_embeddings_went() -> None:

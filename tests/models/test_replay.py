@@ -9,7 +9,7 @@ from torch import nn
 
 from viditq.errors import UserError
 from viditq.models import replay
-from viditq.models.generate import _stack, group_by_shape
+from viditq.models.generate import group_by_shape
 from viditq.models.guess import guess_settings
 
 
@@ -52,7 +52,7 @@ def test_what_is_given_back_is_what_was_returned(adapter: Any, prompt: str) -> N
         assert text == {"prompt": prompt}
         found = pipeline(**text, height=2)
     assert repr(found) == repr(expected)
-    assert len(group_by_shape([kept, kept])) == 2
+    assert len(group_by_shape(adapter, [kept, kept])) == 2
 
 
 def test_what_cannot_be_encoded(adapter: Any) -> None:
@@ -67,13 +67,3 @@ def test_what_cannot_be_encoded(adapter: Any) -> None:
 def test_a_call_without_embeddings_is_known_by_its_signature(pipeline: str, count: int) -> None:
     found = guess_settings({"_class_name": pipeline, "transformer": ["diffusers", "X"]})
     assert found["encode_outputs"] == [None] * count and found["encode"].keys() <= {"clean_caption"}
-
-
-def test_the_batch_is_the_first_axis_of_one() -> None:
-    """HiDream's Llama: the layers come first; Kandinsky's lengths have no axis of one."""
-    shapes = {"llama": (4, 1, 3, 2), "pooled": (1, 2), "lengths": (2,), "short": (1, 1, 2)}
-    both = _stack([{name: torch.full(shape, float(i)) for name, shape in shapes.items()} for i in range(2)])
-    assert {name: tuple(value.shape) for name, value in both.items()} == {
-        **{"llama": (4, 2, 3, 2), "pooled": (2, 2), "lengths": (4,), "short": (2, 1, 2)},
-    }
-    assert both["llama"][:, 0].sum() == 0 and both["llama"][:, 1].min() == 1

@@ -73,6 +73,8 @@ MODELS = {
     "kandinsky5": Case(zoo.kandinsky5, KANDINSKY),
     "kandinsky5_i2v": Case(zoo.kandinsky5_i2v, KANDINSKY, ("image",), frames=21),
     "cosmos2.5": Case(cosmos.cosmos25, {**WAN, "float": 19}),
+    "cosmos2.5+image": Case(cosmos.cosmos25, {**WAN, "float": 19}, ("image",)),
+    "cosmos2.5+video": Case(cosmos.cosmos25, {**WAN, "float": 19}, ("video",), frames=9),
     "kandinsky6": Case(sound.kandinsky6, KANDINSKY6, ("image",)),
     "kandinsky6/distilled": Case(sound.kandinsky6_distilled, KANDINSKY6),
     "mochi": Case(unlisted.mochi, {"joint_attention": 15, "mlp": 6, "float": 12}, frames=7),
@@ -131,7 +133,12 @@ def test_whole_run(
     if model.startswith("cosmos"):
         pytest.importorskip("torchvision", reason="the denoiser of Cosmos resizes with it")
         cosmos.guarded(monkeypatch)
-    paths = [f"model={model}", f"model.path='{folder_of(case.build)}'", f"cache_dir='{tmp_path}/cache'", "name=x"]
+    paths = [
+        f"model={model.partition('+')[0]}",
+        f"model.path='{folder_of(case.build)}'",
+        f"cache_dir='{tmp_path}/cache'",
+        "name=x",
+    ]
     first = ["first_frame_psnr"] * ("i2v" in model)
     shrunk = [
         "quant=w4a8",

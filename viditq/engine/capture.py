@@ -49,7 +49,7 @@ def first_call(
     embeds, indices: of the batch; of prompts whose embeddings differ in shape the largest group is sampled.
     inference_mode: as of Call.
     """
-    group = max(group_by_shape(list(embeds)), key=len)
+    group = max(group_by_shape(adapter, list(embeds)), key=len)
     seen: list[Call] = []
 
     def stop(name: str) -> Any:

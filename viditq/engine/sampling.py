@@ -118,7 +118,7 @@ class Accumulation(PipelineModule):
         """One batch through the sampling loop, without decoding."""
         number, indices = batch
         embeds = [self.load_embeds(i) for i in indices]
-        for group in group_by_shape(embeds):  # the accumulator must know which prompts it sees at once
+        for group in group_by_shape(self.adapter, embeds):  # the accumulator must know which prompts it sees at once
             seeds = self.noise_indices([indices[i] for i in group])
             with self.accumulator:
                 denoise(self.adapter, self.pipeline, [embeds[i] for i in group], seeds, self.seed)

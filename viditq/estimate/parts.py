@@ -111,7 +111,7 @@ class TextShapes:
 
     def calls(self, prompts: Sequence[str]) -> int:
         """How many calls of the pipeline sample them in one batch: one for each shape."""
-        return len(group_by_shape([self.embeds(prompt) for prompt in prompts]))
+        return len(group_by_shape(self.adapter, [self.embeds(prompt) for prompt in prompts]))
 
 
 def _random(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from viditq.errors import UserError
 from viditq.hooks import add_hook
 from viditq.models import conditions, replay
 from viditq.models.adapter import ModelAdapter
+from viditq.models.batch_axis import batch_axis
 from viditq.models.nudge import nudged
 from viditq.models.settings import call_settings, text_settings
 from viditq.models.step_noise import seeded_steps
@@ -31,25 +32,25 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
-def _stack(embeds: list[PromptEmbeds]) -> PromptEmbeds:
-    """Concatenate along the batch, each tensor's first axis of 1; all prompts must have equally long embeddings."""
+def _stack(adapter: ModelAdapter, embeds: list[PromptEmbeds]) -> PromptEmbeds:
+    """Concatenate along the batch; all prompts must have equally long embeddings, of axes that are known."""
     if len(embeds) == 1:
         return embeds[0]
     shapes = [{k: tuple(v.shape) for k, v in e.items()} for e in embeds]
-    assert all(s == shapes[0] for s in shapes), "group_by_shape comes first"
-    return {k: torch.cat([e[k] for e in embeds], _batch_axis(v)) for k, v in embeds[0].items()}
+    axes = {k: axis for k, v in embeds[0].items() if (axis := batch_axis(adapter, k, v)) is not None}
+    assert all(s == shapes[0] for s in shapes) and axes.keys() == shapes[0].keys(), "group_by_shape comes first"
+    return {k: torch.cat([e[k] for e in embeds], axis) for k, axis in axes.items()}
 
 
-def _batch_axis(value: Tensor) -> int:
-    """Not the first where an encoder's layers come before it (HiDream's Llama), nor of lengths in a row."""
-    return next((axis for axis, size in enumerate(value.shape) if size == 1), 0)
+def group_by_shape(adapter: ModelAdapter, embeds: list[PromptEmbeds]) -> list[list[int]]:
+    """Positions of the prompts that can share a batch: of one length, without pictures or a call that encodes them.
 
-
-def group_by_shape(embeds: list[PromptEmbeds]) -> list[list[int]]:
-    """Positions of the prompts that can share a batch: of one length, without pictures or a call that encodes them."""
+    A prompt is alone where the axis along which others would lie beside it cannot be told (`batch_axis`).
+    """
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for position, one in enumerate(embeds):
         apart = conditions.are_among(one) or replay.are_among(one)  # of several pictures few pipelines make a batch
+        apart = apart or (len(embeds) > 1 and any(batch_axis(adapter, k, v) is None for k, v in one.items()))
         alone = (position,) if apart else ()
         groups.setdefault((alone, *(tuple(v.shape) for v in one.values())), []).append(position)
     return list(groups.values())
@@ -69,11 +70,21 @@ def generate(
     Raises UserError if a sample is not finite (which low bit-widths in float16 can cause).
     """
     samples: dict[int, Tensor] = {}
-    for group in group_by_shape(embeds):
+    for group in group_by_shape(adapter, embeds):
         numbers = [indices[i] for i in group]
         with nudged(pipeline, nudge, numbers):
             out = _call(adapter, pipeline, [embeds[i] for i in group], numbers, seed, "pt")
         clips_BFCHW = out if out.ndim == 5 else out[None] if adapter.modality == "video" else out[:, None]
+        if len(clips_BFCHW) != len(group):
+            raise UserError(
+                f"{adapter.pipeline} makes {len(clips_BFCHW)} samples of {len(group)} prompts. Set batch_size=1 and "
+                "model.calibration_batch_size=1."
+            )
+        if len(clips_BFCHW) != len(group):
+            raise UserError(
+                f"{adapter.pipeline} makes {len(clips_BFCHW)} samples of {len(group)} prompts. Set batch_size=1 and "
+                "model.calibration_batch_size=1."
+            )
         _check_size(adapter, clips_BFCHW)
         samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8), strict=True))
     return torch.stack([samples[i] for i in range(len(embeds))])
@@ -82,7 +93,7 @@ def generate(
 @torch.no_grad()
 def denoise(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int) -> None:
     """Run the sampling loop without decoding: all that calibration needs."""
-    for group in group_by_shape(embeds):
+    for group in group_by_shape(adapter, embeds):
         _call(adapter, pipeline, [embeds[i] for i in group], [indices[i] for i in group], seed, "latent")
 
 
@@ -112,8 +123,10 @@ def _call(
     seed: int,
     output: str,
 ) -> Tensor:
+    if output == "pt" and not hasattr(pipeline, "vae"):  # PRX in pixels hands on "pt" as it was denoised, from -1 to 1
+        output = "np"
     device = pipeline._execution_device  # not that of the weights, which may be offloaded
-    stacked = {k: v.to(device) for k, v in _stack(embeds).items()}
+    stacked = {k: v.to(device) for k, v in _stack(adapter, embeds).items()}
     generators = [noise_generator(seed, i) for i in indices]
     try:
         with _prompted(adapter, pipeline, stacked) as arguments, seeded_steps(pipeline, generators):

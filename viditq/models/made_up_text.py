@@ -72,8 +72,10 @@ def handed_on(pipeline: Any, asked: Mapping[str, Any]) -> list[Returned] | None:
     of_text, of_call = (inspect.signature(f).parameters for f in (pipeline.encode_prompt, pipeline.__call__))
     names = [name for name in of_text if name in of_call and _takes_embeddings(of_text[name])]
     copies = next((name for name in COPIES if name in of_text), None)
-    for text, shape, as_list in product(TEXTS, SHAPES, (False, True)) if names else ():
-        given = {name: _marked(name, i, shape, as_list) for i, name in enumerate(names)}
+    kinds = list(dict.fromkeys(map(_kind, names)))
+    for text, as_list, shapes in product(TEXTS, (False, True), _shapes(len(kinds))) if names else ():
+        shape_of = dict(zip(kinds, shapes, strict=True))
+        given = {name: _marked(name, i, shape_of[_kind(name)], as_list) for i, name in enumerate(names)}
         told = {"prompt": text, **asked, **given}
         try:
             out = _as_tuple(pipeline.encode_prompt(**told))
@@ -82,6 +84,17 @@ def handed_on(pipeline: Any, asked: Mapping[str, Any]) -> list[Returned] | None:
             continue
         return [Returned(_origin(one, names), _grown(one, two)) for one, two in zip(out, twice, strict=True)]
     return None
+
+
+def _kind(name: str) -> str:
+    """What an argument has in common with that of the negative prompt."""
+    return name.replace("negative_", "")
+
+
+def _shapes(count: int) -> list[tuple[tuple[int, ...], ...]]:
+    """One for each kind of argument: the same for all first, then one of them unlike the others (HiDream's Llama)."""
+    same: list[tuple[tuple[int, ...], ...]] = [(shape,) * count for shape in SHAPES]
+    return same + [(PLAIN,) * i + (odd,) + (PLAIN,) * (count - i - 1) for i in range(count) for odd in SHAPES[1:]]
 
 
 def _takes_embeddings(parameter: inspect.Parameter) -> bool:

@@ -42,11 +42,15 @@ class Recorder:
     ranges: of each step the lowest and the highest value told; they differ where tokens that are given (a first frame)
     are told that they are clean, which is the same at every step. encoded: what the VAE is shown.
     text_only: the call ends where it begins to denoise. marked: embeddings are known again where denoisers get them;
-    carried: argument of a denoiser -> which of what `encode_prompt` returns it is told.
+    carried: argument of a denoiser -> which of what `encode_prompt` returns it is told. given: those that are known
+    again are given to the call, in place of a text, and what `encode_prompt` returns beside them is not.
     """
 
-    def __init__(self, adapter: Any, scheduler: Any, text_only: bool = False, marked: bool = False) -> None:
+    def __init__(
+        self, adapter: Any, scheduler: Any, text_only: bool = False, marked: bool = False, given: bool = False
+    ) -> None:
         self.adapter, self.scheduler, self.text_only, self.marked = adapter, scheduler, text_only, marked
+        self.given = given
         self.carried: dict[str, set[int]] = {}
         self.texts: list[dict[str, Any]] = []
         self.encoded: list[Tensor] = []
@@ -65,7 +69,7 @@ class Recorder:
         @functools.wraps(plain)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             self.texts.append(signature.bind(*args, **kwargs).arguments)
-            made = embeddings(self.adapter, marked=self.marked, width=self.width)
+            made = embeddings(self.adapter, marked=self.marked and not self.given, width=self.width)
             return made if len(made) > 1 else made[0]
 
         return recorded
@@ -158,12 +162,14 @@ def _range(value: Any) -> tuple[float, float]:
 def _prediction(x: Any, denoiser: Any) -> Any:
     """Zeros as large as the denoiser's output: its input, of latents with `out_channels` for `in_channels`.
 
-    Where its configuration has none (Lumina, Hunyuan-DiT: twice as many with a variance), the class knows them.
+    Where its configuration has none (Lumina, Hunyuan-DiT: twice as many with a variance), the class knows them; what
+    PRX calls so are those of a patch.
     """
     if isinstance(x, (list, tuple)):
         return [_prediction(one, denoiser) for one in x]
-    after = denoiser.config.get("out_channels", vars(denoiser).get("out_channels"))
     shape, before = list(x.shape), denoiser.config.get("in_channels")
+    known = vars(denoiser).get("out_channels")
+    after = denoiser.config.get("out_channels", known if before and known in (before, 2 * before) else None)
     if len(shape) > 3 and isinstance(after, int) and before in shape[1:]:
         shape[shape.index(before, 1)] = after
     out: Tensor = x.new_zeros(shape)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.models import conditions
-from viditq.models.made_up_text import Returned, handed_on
+from viditq.models.made_up_text import Returned, embeddings, handed_on
 from viditq.models.recorder import AllSteps, Recorder, Step
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
@@ -73,12 +73,25 @@ def returned_text(adapter: Any) -> list[Returned] | None:
     return handed_on(pipeline, adapter.encode)
 
 
-def text_arguments(adapter: Any, scheduler: Any) -> dict[str, list[int]]:
-    """Argument of the denoisers -> which of what `encode_prompt` returns it is told, in one call of the pipeline."""
-    recorder = Recorder(adapter, scheduler, marked=True)
+def text_arguments(adapter: Any, scheduler: Any, given: bool = False) -> dict[str, list[int]]:
+    """Argument of the denoisers -> which of what `encode_prompt` returns it is told, in one call of the pipeline.
+
+    given: the call gets these as arguments, named by `encode_outputs`, and no text.
+    """
+    recorder = Recorder(adapter, scheduler, marked=True, given=given)
     with suppress(Exception), torch.no_grad():  # as in `encoded_texts`
         _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
     return {name: sorted(found) for name, found in recorder.carried.items() if found}
+
+
+def confirmed_text(adapter: Any, scheduler: Any) -> list[int]:
+    """Which of what `encode_prompt` returns reaches the same arguments of the denoisers through the call's argument.
+
+    That is, by its name in `encode_outputs`: so it is measured of pipelines whose `encode_prompt` takes no embeddings.
+    """
+    encoded, given = (text_arguments(adapter, scheduler, given=given) for given in (False, True))
+    reached = {place for places in encoded.values() for place in places}
+    return [i for i in sorted(reached) if all((i in v) == (i in given.get(k, ())) for k, v in encoded.items())]
 
 
 def shown_pictures(adapter: Any, scheduler: Any, prompts: Sequence[str]) -> list[Tensor | None]:
@@ -111,7 +124,10 @@ def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]
 
 def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: Recorder) -> None:
     pictures = {} if adapter.conditioning == "class" else conditions.made_up(adapter)
-    _call(adapter, _recorded(adapter, scheduler, recorder), pictures, settings)
+    pipeline = _recorded(adapter, scheduler, recorder)
+    made = embeddings(adapter, marked=True, width=recorder.width) if recorder.given else ()
+    embeds = {name: value for name, value in zip(adapter.encode_outputs, made, strict=False) if name is not None}
+    _call(adapter, pipeline, pictures, settings, embeds)
 
 
 def _recorded(adapter: Any, scheduler: Any, recorder: Recorder) -> Any:
@@ -130,8 +146,15 @@ def _recorded(adapter: Any, scheduler: Any, recorder: Recorder) -> Any:
     return pipeline
 
 
-def _call(adapter: Any, pipeline: Any, pictures: dict[str, Any], settings: dict[str, Any]) -> None:
+def _call(
+    adapter: Any,
+    pipeline: Any,
+    pictures: dict[str, Any],
+    settings: dict[str, Any],
+    embeds: dict[str, Any] | None = None,
+) -> None:
     prompt: dict[str, Any] = {"class_labels": [0]} if adapter.conditioning == "class" else {"prompt": "a"}
+    prompt = embeds or prompt
     # a scheduler that lists a timestep more than it steps does not end the call: nothing is there to decode with
     settings = {**call_settings(adapter, pipeline), **settings, "output_type": "latent"}
     with suppress(AllSteps):

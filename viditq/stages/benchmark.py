@@ -88,7 +88,7 @@ def _step(job: Job, folder: Any, stage: str, num_prompts: int) -> float | None:
         return None
     e = job.experiment
     load, batches = job.load_embeds(e.data.prompts), batches_of(num_prompts, e.batch_size)
-    calls = len(batches) * len(group_by_shape([load(i) for i in batches[0]])) * e.adapter.num_steps
+    calls = len(batches) * len(group_by_shape(e.adapter, [load(i) for i in batches[0]])) * e.adapter.num_steps
     return seconds / calls
 
 

@@ -82,6 +82,28 @@ def prx() -> Any:
     )
 
 
+def prx_pixel() -> Any:
+    """Without a VAE: what is denoised is the picture."""
+    tokenizer, encoder = text_2026.qwen3_vl()
+    transformer = diffusers.PRXTransformer2DModel(
+        in_channels=3,
+        context_in_dim=text.WIDTH,
+        hidden_size=16,
+        num_heads=2,
+        depth=2,
+        axes_dim=[4, 4],
+        patch_size=8,
+        bottleneck_size=12,
+    )
+    return diffusers.PRXPixelPipeline(
+        transformer=stirred(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        default_sample_size=32,
+    )
+
+
 def ernie_image() -> Any:
     """Without the language model that rewrites prompts."""
     tokenizer, encoder = text_2026.mistral3_trunk()
