@@ -71,7 +71,7 @@ def config_page() -> str:
             continue
         lines += ["", f"## {group}=", "", "| option | |", "|---|---|"]
         lines += [
-            f"| `{path.stem}` | {cell(first_comment(path.read_text()))} |" for path in sorted(folder.glob("*.yaml"))
+            f"| `{path.stem}` | {cell(as_code(said(path.read_text())))} |" for path in sorted(folder.glob("*.yaml"))
         ]
     return "\n".join(lines) + "\n"
 
@@ -109,6 +109,18 @@ def first_comment(text: str) -> str:
             break
         kept.append(line.lstrip("# "))
     return " ".join(kept)
+
+
+def said(text: str) -> str:
+    """A file's first comment; of a metric, which has none where docs/metrics.md tells all, what tables call it."""
+    name = re.search(r"^name: (.+)$", text, re.MULTILINE)
+    comment = first_comment(text)
+    return comment or (name[1] if name and "_target_: viditq.metrics" in text else "")
+
+
+def as_code(comment: str) -> str:
+    """A comment that begins with the command of an experiment: that command (its words with =) as code."""
+    return re.sub(r"^(python run\.py(?: [\w./]+=\S+)+)", r"`\1`:", comment)
 
 
 def cell(text: str) -> str:

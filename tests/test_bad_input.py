@@ -106,6 +106,10 @@ WITHOUT_SLOW_WORK = {
     "batch size 0": (["batch_size=0"], ["batch_size=0", "at least 1"]),
     "negative seed": (["seed=-1"], ["seed=-1", "at least 0"]),
     "negative noise floor": (["noise_floor.num_prompts=-1"], ["noise_floor.num_prompts=-1", "at least 0"]),
+    "as many held out as calibrated on": (
+        ["quant=none", "quant/policy=treatments", "data.num_calibration_prompts=8"],
+        ["held_out=8", "none of 8", "data.num_calibration_prompts"],
+    ),
     "noise floor of one prompt": (["noise_floor.num_prompts=1"], ["noise_floor.num_prompts=1", "2 or more"]),
     "no buckets": (["calibration.num_buckets=0"], ["calibration.num_buckets=0", "at least 1"]),
     "a million buckets": (["calibration.num_buckets=1000000"], ["num_buckets=1000000", "at most 1000"]),

@@ -16,6 +16,13 @@ def test_every_key_and_option_is_in_the_reference():
             assert f"| `{path.stem}` | " in section, path
     for key, default in (("batch_size", "8"), ("calibration.num_buckets", "20"), ("gate", "None")):
         assert f"| `{key}` | `{default}` | " in page
+    assert "| `psnr` | PSNR |" in page  # a yaml without a comment
+    assert "| `fp16` | `python run.py experiment=fp16`: The float model in half precision" in page
+    assert not [
+        line
+        for line in page.splitlines()
+        if line.startswith("| `") and line.endswith("` |  |") and line.count("|") == 3
+    ]
 
 
 def test_links_of_the_first_page_hold_from_docs():

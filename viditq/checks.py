@@ -90,6 +90,7 @@ def check(cfg: DictConfig, alone: Alone | None = None) -> Checked:
     check_nulls(cfg.quant, "quant")
     quant = instantiate(cfg.quant, _convert_="all")
     data = instantiate(cfg.data, _convert_="all")
+    _check_held_out(cfg.quant, len(data.calibration_prompts))  # a file may hold fewer than it is asked for
     return Checked(**vars(alone), quant=quant, data=data)
 
 
@@ -123,6 +124,7 @@ def check_values_alone(cfg: DictConfig) -> Alone:
     cache_dir = check_folder(cfg.cache_dir, "cache_dir=FOLDER")
     if cfg.backend not in BACKENDS:
         raise UserError(f"unknown backend {cfg.backend!r}; known names: {', '.join(BACKENDS)}")
+    _check_held_out(cfg.quant, cfg.data.get("num_calibration_prompts"))
     _check_devices(cfg.trainer)
     _check_metrics(cfg.metric)
     if cfg.logger and not only_estimates(cfg):
@@ -155,6 +157,16 @@ def _check_number(name: str, value: int, lowest: int, highest: int | None) -> No
     if value < lowest or (highest is not None and value > highest):
         most = "" if highest is None else f" and at most {highest}"
         raise UserError(f"{name}={value} must be a whole number of at least {lowest}{most}.")
+
+
+def _check_held_out(quant: DictConfig, count: Any) -> None:
+    """count: of calibration prompts, where it is a number; what else it may be is refused by the data's class."""
+    held_out = OmegaConf.select(quant, "policy.held_out")
+    if isinstance(held_out, int) and isinstance(count, int) and held_out >= count > 0:
+        raise UserError(
+            f"quant.policy.held_out={held_out} leaves none of {count} calibration prompts to calibrate on: give more "
+            "(data.num_calibration_prompts), or hold fewer out."
+        )
 
 
 def check_mode(mode: Any) -> None:

@@ -118,7 +118,6 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
     quant, data = checked.quant, checked.data
     tracked = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(tracked, dict)
-    _check_held_out(quant, data)
     check_nulls(cfg.model, "model", but=GUESSED)  # told by check_values, which knows what is guessed
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     _check_model(adapter, data, lenient=cfg.estimate == "meta" or cfg.fit is not None)
@@ -208,15 +207,6 @@ def _check_emulated(adapter: ModelAdapter, attention: str) -> None:
 def _held_out(quant: QuantSetting) -> int:
     """Number of calibration prompts that are not calibrated on, the last ones."""
     return quant.policy.held_out if isinstance(quant.policy, TreatmentSearch) else 0
-
-
-def _check_held_out(quant: QuantSetting, data: PromptData) -> None:
-    count, held_out = len(data.calibration_prompts), _held_out(quant)
-    if held_out >= count:
-        raise UserError(
-            f"quant.policy.held_out={held_out} leaves none of {count} calibration prompts to calibrate on: give more "
-            "(data.num_calibration_prompts), or hold fewer out."
-        )
 
 
 def _check_model(adapter: ModelAdapter, data: PromptData, lenient: bool) -> None:
