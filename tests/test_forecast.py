@@ -33,7 +33,7 @@ def beside(job: Job, name: str, age: int, **changes: Any) -> None:
 
 def test_a_first_run_knows_how_much_it_samples(make_job: Job) -> None:
     found = forecast(make_job)
-    assert found.prompts == {"reference": 8, "noise_floor": 16, "calibrate": 2, "generate": 8, "diagnose": 8}
+    assert found.prompts == {"reference": 8, "noise_floor": 24, "calibrate": 2, "generate": 8, "diagnose": 8}
     assert found.per_prompt is None and not found.seconds
 
 

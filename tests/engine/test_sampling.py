@@ -38,7 +38,8 @@ class Told(Accumulation):
         accumulator: Any = nullcontext()
         accumulator.state = dict
         pipeline: Any = SimpleNamespace(components={})
-        super().__init__(None, pipeline, embeds, 0, accumulator=accumulator, partials=partials, rank=0)
+        adapter: Any = SimpleNamespace(list_embeds=False)
+        super().__init__(adapter, pipeline, embeds, 0, accumulator=accumulator, partials=partials, rank=0)
 
     def noise_indices(self, indices: list[int]) -> list[int]:
         self.groups.append(indices)
