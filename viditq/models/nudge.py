@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from viditq.errors import UserError
+from viditq.models.step_noise import stepping_by
 
 STREAM = 1 << 62  # of the numbers that are added: apart from the noise of samples
 
@@ -29,7 +30,7 @@ def nudged(pipeline: Any, size: float, seeds: Sequence[int]) -> Iterator[None]:
     step = getattr(scheduler, "step", None)
     if scheduler is None or step is None:
         raise UserError(f"{type(pipeline).__name__} has no scheduler whose latents could be changed. {_REMEDY}")
-    own, steps = "step" in vars(scheduler), 0
+    steps = 0
 
     @functools.wraps(step)  # pipelines look at its signature
     def nudging(*args: Any, **kwargs: Any) -> Any:
@@ -38,14 +39,8 @@ def nudged(pipeline: Any, size: float, seeds: Sequence[int]) -> Iterator[None]:
         out = step(*args, **kwargs)
         return out if steps > 1 else _moved(out, size, seeds)
 
-    scheduler.step = nudging
-    try:
+    with stepping_by(scheduler, nudging):
         yield
-    finally:
-        if own:
-            scheduler.step = step
-        else:
-            del scheduler.step
     if not steps:
         raise UserError(f"{type(pipeline).__name__} samples without its scheduler's steps. {_REMEDY}")
 

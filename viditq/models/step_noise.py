@@ -33,12 +33,20 @@ def _steps_of(pipeline: Any, generators: list[torch.Generator]) -> Iterator[None
     if hasattr(pipeline, "prepare_extra_step_kwargs") or not takes_generator(scheduler):
         yield
         return
-    step, own = scheduler.step, "step" in vars(scheduler)
-    scheduler.step = functools.partial(step, generator=generators[0] if len(generators) == 1 else generators)
+    given = generators[0] if len(generators) == 1 else generators
+    with stepping_by(scheduler, functools.partial(scheduler.step, generator=given)):
+        yield
+
+
+@contextmanager
+def stepping_by(scheduler: Any, step: Any) -> Iterator[None]:
+    """Within, `scheduler.step` is another function."""
+    before, own = scheduler.step, "step" in vars(scheduler)
+    scheduler.step = step
     try:
         yield
     finally:
         if own:
-            scheduler.step = step
+            scheduler.step = before
         else:
             del scheduler.step
