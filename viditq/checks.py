@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from viditq.data.prompts import PromptData
     from viditq.quant.setting import QuantSetting
 
+MOST_NUDGE = 0.01  # of latents; beyond, it is another picture that is asked for
 # Key -> lowest and highest value. The noise of sample i is seeded by 1,000,003 seed + i, which has to fit 64 bits; more
 # buckets than a sampler has steps, or rows than a prompt has tokens, only cost memory.
-MOST_NUDGE = 0.01  # of latents; beyond, it is another picture that is asked for
 NUMBERS: Mapping[str, tuple[int, int | None]] = {
     "seed": (0, 10**12),
     "batch_size": (1, None),

@@ -63,8 +63,13 @@ def test_the_peak_is_that_of_the_work_alone() -> None:
         torch.ones(1_000_000)
 
     before = torch.ones(10_000_000)
-    found = peak_bytes(work, torch.device("cpu"))
-    assert found is not None and 30e6 < found < 45e6 and before[0] == 1
+    found = [peak_bytes(work, torch.device("cpu")) for _ in range(3)]
+    # What else the process holds may shrink meanwhile and hide some of it: seen once in thousands of times.
+    assert (
+        all(peak is not None and peak < 45e6 for peak in found)
+        and max(peak or 0 for peak in found) > 30e6
+        and before[0] == 1
+    )
 
 
 def test_without_the_system_s_figures_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -80,11 +80,6 @@ def generate(
                 f"{adapter.pipeline} makes {len(clips_BFCHW)} samples of {len(group)} prompts. Set batch_size=1 and "
                 "model.calibration_batch_size=1."
             )
-        if len(clips_BFCHW) != len(group):
-            raise UserError(
-                f"{adapter.pipeline} makes {len(clips_BFCHW)} samples of {len(group)} prompts. Set batch_size=1 and "
-                "model.calibration_batch_size=1."
-            )
         _check_size(adapter, clips_BFCHW)
         samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8), strict=True))
     return torch.stack([samples[i] for i in range(len(embeds))])

@@ -12,10 +12,10 @@ from rich.text import Text
 DIRECTIONS = {True: "↑", False: "↓", None: "="}
 LEGEND = (
     "↑ higher is better, ↓ lower, = as near to float as can be; float: its own value;\n"
-    "noise floors: float with another seed, in bf16, with next to no noise on its latents"
+    "noise floors: float with another seed, in bf16, nudged (next to no noise on latents)"
 )
 STYLES = {"worse": "bold red", "differs": "yellow", "better": "bold green", "equal within noise": "dim"}
-SHORT = {"bfloat16": "bf16", "latents": "~0"}
+SHORT = {"bfloat16": "bf16", "latents": "nudge"}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ KINDS = {
     "": "Metrics",
 }
 DIRECTIONS = {True: "higher is better", False: "lower is better", None: "should equal the float model"}
-FLOORS = {"seed": "other seed", "bfloat16": "bfloat16", "latents": "noise of next to nothing"}
+FLOORS = {"seed": "other seed", "bfloat16": "bfloat16", "latents": "nudged"}
 WORDS = {"worse": "Worse", "better": "Better", "equal": "Equal within noise"}
 NOT_JUDGED = "not judged"
 NOT_TOLD = "cannot be told"
