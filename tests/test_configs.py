@@ -231,6 +231,8 @@ def test_names_of_runs_are_readable_and_plain() -> None:
     assert re.fullmatch(r"w8a8-seed_1-alpha_0\.3_0\.2-bits_3-[0-9a-f]{8}", run_name("w8a8", lists))
     odd = run_name("a b,c", "data.path='/x/y [1]',+quant.rules=[{pattern:x*}]")
     assert re.fullmatch(r"[\w.-]+", odd) and odd.startswith("a_b_c-path_x_y_1-rules_pattern_x-")
+    alike = run_name("grün & käse", 'data.num_prompts=6,name="grün & käse",noise_floor.num_prompts=0')
+    assert re.fullmatch(r"grün_käse-data_num_prompts_6-noise_floor_num_prompts_0-[0-9a-f]{8}", alike)
     sides = [run_name("x", f"quant.{side}.bits=3") for side in ("weight", "activation")]
     assert sides[0][:-8] == sides[1][:-8] and sides[0] != sides[1], "the hash is of the whole"
     long = [run_name("x", f"data.path={'a' * 200}{end},seed=4") for end in "xy"]

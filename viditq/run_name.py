@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 
 from viditq.errors import UserError
@@ -28,7 +29,7 @@ def run_name(name: str, overrides: str, parent: str = "") -> str:
     that earlier versions gave it keeps that. Raises UserError for a name that is none.
     """
     check_name("name", name)
-    parts = [part for part in overrides.split(",") if part and part not in (f"quant={name}", f"name={name}")]
+    parts = [part for part in overrides.split(",") if part and part != f"quant={name}" and not part.startswith("name=")]
     whole = ",".join([name, *parts])
     text = "-".join([_plain(name, r"[^\w.+-]+"), *_words(parts)])
     if text != name or len(text) > LONGEST:
@@ -52,17 +53,27 @@ def shorten(text: str, limit: int) -> str:
 
 
 def _words(parts: list[str]) -> list[str]:
-    """`seed_1` of `seed=1`, `alpha_0.3_0.2` of `quant.smoothing.alpha=[0.3` and `0.2]`; those of FIRST come first."""
+    """`seed_1` of `seed=1`, `alpha_0.3_0.2` of `quant.smoothing.alpha=[0.3` and `0.2]`; those of FIRST come first.
+
+    Of keys that end alike (data.num_prompts, noise_floor.num_prompts) the word before stands too.
+    """
     words: list[tuple[bool, str]] = []
+    ends = Counter(_path(part)[-1] for part in parts if "=" in part)
     for part in parts:
         key, given, value = part.partition("=")
         if given:
-            last = re.split(r"[./@]", key.lstrip("+~"))[-1]
-            words.append((last not in FIRST or key.lstrip("+~") != last, f"{last}_{_plain(value)}"))
+            path = _path(key)
+            spoken = "_".join(path[-2:] if ends[path[-1]] > 1 else path[-1:])
+            words.append((path[-1] not in FIRST or len(path) > 1, f"{spoken}_{_plain(value)}"))
         elif words:  # of a list, in which commas stand too
             late, before = words.pop()
             words.append((late, f"{before}_{_plain(part)}"))
     return [_plain(word) for _, word in sorted(words, key=lambda word: word[0])]
+
+
+def _path(part: str) -> list[str]:
+    """The words of an override's key."""
+    return re.split(r"[./@]", part.partition("=")[0].lstrip("+~"))
 
 
 def _plain(text: str, but: str = r"[^A-Za-z0-9.]+") -> str:
