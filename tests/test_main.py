@@ -62,6 +62,11 @@ def test_what_is_no_run_is_refused(name: str, tmp_path: Path, capsys) -> None:
     assert "is no folder" in capsys.readouterr().err
 
 
+def test_a_name_that_is_nearly_right_is_told_the_runs_that_are_there(artifact: Path, capsys) -> None:
+    assert main(["export", str(artifact.parents[1] / "runs"), "--to", "diffusers"]) == 2
+    assert f"In {artifact.parents[1]} such runs: close names: run" in capsys.readouterr().err
+
+
 def test_a_damaged_artifact_has_the_artifact_s_message(artifact: Path, capsys) -> None:
     assert main(["export", str(artifact.parent), "--to", "comfyui"]) == 2
     assert "plan.json is missing" in capsys.readouterr().err

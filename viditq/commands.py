@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from viditq.cli import guarded
 from viditq.config import COMMANDS, program
-from viditq.errors import UserError
+from viditq.errors import UserError, close_names
 from viditq.export.targets import TARGETS, Target, target_of
 
 ARTIFACT, META = "quantized", "meta.json"
@@ -44,7 +44,11 @@ def _artifact(run: str) -> Path:
     found = folder / ARTIFACT if (folder / ARTIFACT).is_dir() else folder
     if not (found / META).is_file():
         what = "holds no quantized model" if folder.is_dir() else "is no folder"
-        raise UserError(f"{folder} {what}: give the folder of a run whose stage quantize is done, or its {ARTIFACT}")
+        beside = [place.parent.name for place in folder.parent.glob(f"*/{ARTIFACT}") if (place / META).is_file()]
+        there = f". In {folder.parent} such runs: {close_names(folder.name, beside)}" if beside else ""
+        raise UserError(
+            f"{folder} {what}: give the folder of a run whose stage quantize is done, or its {ARTIFACT}{there}"
+        )
     return found
 
 
