@@ -54,7 +54,7 @@ def _missing(job: Job, folder: Path, count: int) -> int:
 def _per_prompt(job: Job, before: Mapping[str, float]) -> float | None:
     """Seconds of a sample of the float model: this run's, else an earlier one's."""
     made = job.num_prompts - _missing(job, job.reference.path, job.num_prompts)
-    took = read_seconds(job.reference.path).get("reference")
+    took = _recorded(job.reference.path).get("reference")
     if took and made:
         return took / made
     return before["reference"] / job.num_prompts if "reference" in before else None
@@ -74,9 +74,14 @@ def _seconds_before(job: Job) -> dict[str, float]:
     ]
     alike.sort(key=lambda one: one[1].get("experiment") != e.name)
     for folder, metrics in alike[:1]:
-        took = {**read_seconds(folder), **metrics["seconds"]}
+        took = {**_recorded(folder), **metrics["seconds"]}
         return {stage: float(took[stage]) for stage in ("reference", *NOT_SAMPLING) if stage in took}
     return {}
+
+
+def _recorded(folder: Path) -> dict[str, float]:
+    """Stage -> seconds; nothing where the file was cut off, which the stage that it is of mends."""
+    return read_seconds(folder) if is_whole(folder / "seconds.json") else {}
 
 
 def _time_of(file: Path) -> float:

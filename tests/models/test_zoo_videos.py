@@ -27,7 +27,9 @@ TEXT = "a small red circle"
 
 @dataclass(frozen=True)
 class Case:
-    """A builder, Linears by role, the conditions that are given, clips' frames and size, whether they are settings."""
+    """A builder, Linears by role, the conditions that are given, clips' frames and size, whether they are settings,
+    and the steps, of which some checkpoints name each.
+    """
 
     build: Callable[[], Any]
     roles: dict[str, int]
@@ -35,6 +37,7 @@ class Case:
     frames: int = 5
     size: int = 32
     sized: bool = True
+    steps: int = 2
 
 
 WAN = {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 6}
@@ -69,7 +72,7 @@ MODELS = {
     "ltx2": Case(zoo.ltx2, LTX2),
     "ltx2_i2v": Case(zoo.ltx2_i2v, LTX2, ("image",)),
     "ltx_video_i2v": Case(zoo.ltx_i2v, {**WAN, "float": 7}, ("image",), frames=9),
-    "ltx_video/distilled": Case(distilled.ltx_video, {**WAN, "float": 7}, frames=9),
+    "ltx_video/distilled": Case(distilled.ltx_video, {**WAN, "float": 7}, frames=9, steps=8),
     "kandinsky5": Case(zoo.kandinsky5, KANDINSKY),
     "kandinsky5_i2v": Case(zoo.kandinsky5_i2v, KANDINSKY, ("image",), frames=21),
     "cosmos2.5": Case(cosmos.cosmos25, {**WAN, "float": 19}),
@@ -110,7 +113,7 @@ def _given(arguments: tuple[str, ...], folder: Path) -> dict[str, Any]:
 
 
 def _overrides(case: Case, table: Path) -> list[str]:
-    steps = [f"model.num_frames={case.frames}", "model.num_steps=2", "model.dtype=float32"]
+    steps = [f"model.num_frames={case.frames}", f"model.num_steps={case.steps}", "model.dtype=float32"]
     sizes = ["model.height={0}", "model.width={0}"] if case.sized else []
     columns = ", ".join(f"{name}: {_column(name)}" for name in case.given)
     data = [f"data.path='{table}'", "data=image_prompts", f"data.conditions={{{columns}}}"]

@@ -10,6 +10,11 @@ from viditq.quant.reconstruction.encoding import encoded
 META = '{"structure": "café", "rows": 2}'
 
 
+def test_one_number_for_all_prompts_of_a_batch() -> None:
+    tensors = {f"{n}": torch.tensor(3).expand(n) for n in (1, 4)}
+    assert all(torch.equal(found, tensors[name]) for name, found in load(encoded(tensors, META)).items())
+
+
 @pytest.mark.parametrize("dtype", [*NAMES])
 def test_the_library_reads_what_is_written(dtype: torch.dtype) -> None:
     numbers = torch.arange(24).reshape(2, 3, 4)

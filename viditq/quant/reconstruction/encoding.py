@@ -25,8 +25,15 @@ def encoded(tensors: Mapping[str, Tensor], meta: str) -> bytes:
     """A safetensors file of these tensors on the CPU, with meta under "call"."""
     ordered = sorted(tensors.items(), key=lambda named: -named[1].element_size())  # so that all are aligned
     layout = tuple((name, tensor.dtype, tensor.shape) for name, tensor in ordered)
-    contents = [tensor.reshape(-1).view(torch.uint8).numpy().data for _, tensor in ordered]
+    contents = [_flat(tensor).view(torch.uint8).numpy().data for _, tensor in ordered]
     return b"".join([_header(layout, meta), *contents])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Its numbers in a row. Torch calls a single number contiguous that an `expand` left a stride of 0 (DiT's
+    timestep), but looks at no such one as bytes.
+    """
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,))
 
 
 def decoded(content: bytes) -> Stored:
