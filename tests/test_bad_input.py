@@ -217,6 +217,25 @@ def test_refused_before_anything_is_loaded_or_written(
     assert not (tmp_path / "refused").exists() and not (tmp_path / "cache").exists()
 
 
+def test_what_hydra_has_made_for_a_refused_run_goes_again(
+    refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its empty log and the composed configuration, but never what an earlier run has left."""
+    monkeypatch.chdir(tmp_path)  # an empty folder elsewhere is one that the user has made
+    for earlier in ("", "viditq.log", "run.json", "hydra/mine.yaml", ".hidden"):
+        folder = tmp_path / "outputs" / "refused"
+        (folder / "hydra").mkdir(parents=True)
+        for name in ("viditq.log", *(f"hydra/{word}.yaml" for word in ("config", "hydra", "overrides"))):
+            (folder / name).touch()
+        if earlier:
+            (folder / earlier).write_text("of an earlier run")
+        before = sorted(folder.rglob("*"))
+        refuse("seed=-1", folder=folder)
+        assert sorted(folder.rglob("*")) == (before if earlier else []), earlier
+        assert (tmp_path / "outputs").exists() == bool(earlier)
+        shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
+
+
 @pytest.mark.parametrize("case", AT_COMPOSITION)
 def test_refused_by_hydra(case: str, configure: Callable, shrunk: list[str]) -> None:
     overrides, words = AT_COMPOSITION[case]

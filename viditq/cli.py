@@ -28,7 +28,7 @@ from viditq.checkpoints import known_of
 from viditq.checks import check, check_values_alone
 from viditq.conf_folder import CONF
 from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates
-from viditq.errors import AlreadyReported, GateFailed, UserError
+from viditq.errors import AlreadyReported, GateFailed, UserError, extra_command
 from viditq.files import read_json
 from viditq.finished import find_finished
 from viditq.memory import set_aside
@@ -138,10 +138,8 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
 
     status = guarded(cfg, work, job)
     log_file.keep_in(None)
-    if only_estimates(cfg) and job is None:
-        from viditq.estimate.traces import remove_traces
-
-        remove_traces(folder)
+    if job is None and first_process() and (status or only_estimates(cfg)):
+        log_file.remove_unused(folder)
     if status and job is None:
         sys.exit(status)
 
@@ -239,7 +237,7 @@ def config_message(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue) and node:
         return f"{node[1]} has no value. Give one: {node[1]}=..."
     if isinstance(error, MissingConfigException):
-        extra = 'joblib and submitit come with an extra: pip install ".[sweeps]" in the folder of this project.'
+        extra = f"joblib and submitit come with an extra: {extra_command('sweeps')}."
         choices = text.split("Config search path")[0].rstrip()
         group = Path(error.missing_cfg_file or "").parent
         if group.parent == Path("model"):

@@ -32,3 +32,8 @@ def close_names(name: str, allowed: Iterable[str], count: int = 3) -> str:
 def no_linear(pattern: str, linear_names: Iterable[str]) -> str:
     """The message for a pattern of layers that matches none."""
     return f"pattern {pattern!r} matches no Linear of the model; {close_names(pattern.strip('*.'), linear_names)}"
+
+
+def extra_command(extra: str) -> str:
+    """Words of a message: how an extra is installed, at the tested versions, with the clone still the one in use."""
+    return f'pip install --constraint constraints.txt --editable ".[{extra}]" in the folder of this project'

@@ -208,7 +208,7 @@ def is_here(module: str) -> bool:
 @pytest.mark.parametrize("name", REAL)
 def test_real_libraries(name: str, cache: Path, tmp_path: Path) -> None:
     if not is_here(REAL[name]):
-        pytest.skip(f'needs {REAL[name]}: pip install ".[rivals]"')
+        pytest.skip(f'needs {REAL[name]}: pip install --constraint constraints.txt --editable ".[rivals]"')
     judged(tmp_path, cache, f"quant=external/{name}")
     found = told(tmp_path)
     assert len(found["quantized"]) == 40 and found["left_in_float"] == found["also_quantized"] == []

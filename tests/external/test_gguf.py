@@ -51,7 +51,9 @@ def write_gguf(transformer: Any, path: Path, kind: str) -> None:
     writer.close()
 
 
-@pytest.mark.skipif(find_spec("gguf") is None, reason='needs gguf: pip install ".[rivals]"')
+@pytest.mark.skipif(
+    find_spec("gguf") is None, reason='needs gguf: pip install --constraint constraints.txt --editable ".[rivals]"'
+)
 @pytest.mark.parametrize(("kind", "bits", "psnr"), [("Q8_0", 8.5, 55), ("Q4_0", 4.5, 35)])
 def test_a_file_is_judged(kind: str, bits: float, psnr: float, tmp_path: Path) -> None:
     model, file = tmp_path / "model", tmp_path / f"{kind}.gguf"

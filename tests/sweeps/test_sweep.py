@@ -142,7 +142,7 @@ def test_a_sweep_without_jobs_says_so(sweep_here: Sweep, capfd: pytest.CaptureFi
 
 def test_launcher_that_is_not_installed(sweep_here: Sweep, capfd: pytest.CaptureFixture[str]) -> None:
     assert sweep_here("-m", "quant=w8a8,w4a8", "hydra/launcher=ray") == 2
-    assert 'pip install ".[sweeps]"' in capfd.readouterr().err
+    assert '--editable ".[sweeps]"' in capfd.readouterr().err
 
 
 def test_process_of_a_job_that_died() -> None:
@@ -157,7 +157,7 @@ def test_process_of_a_job_that_died() -> None:
 
 def test_optuna_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r'pip install "\.\[sweeps\]"'):
+    with pytest.raises(UserError, match=r'--editable "\.\[sweeps\]"'):
         tune(TUNING, tmp_path, [], FakeJobs(tmp_path))
 
 

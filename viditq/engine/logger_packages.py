@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from viditq.errors import UserError
+from viditq.errors import UserError, extra_command
 
 NEEDED = {  # function of engine.logging -> extra, modules of which one has to be there
     "tensorboard_logger": ("tensorboard", ("tensorboard", "tensorboardX")),
@@ -15,6 +15,6 @@ def check_package(logger: str) -> None:
     extra, modules = NEEDED.get(logger, ("", ()))
     if extra and not any(find_spec(module) for module in modules):
         raise UserError(
-            f'logger={extra} needs the package {extra}: pip install ".[{extra}]" in the folder of this project, or '
-            f"pip install {extra}. logger=wandb, csv and none need nothing more."
+            f"logger={extra} needs the package {extra}: {extra_command(extra)}, or pip install {extra}. "
+            "logger=wandb, csv and none need nothing more."
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from viditq.errors import UserError
+from viditq.errors import UserError, extra_command
 from viditq.files import read_mapping
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.recipe import Recipe
@@ -132,5 +132,5 @@ def _check_package(text: str, instead: str) -> None:
         found = None
     if found is None or not needed.specifier.contains(found, prereleases=True):
         state = "is not installed" if found is None else f"{found} is installed"
-        remedy = f'pip install ".[rivals]", or pip install "{text}"'
+        remedy = f'{extra_command("rivals")}, or pip install "{text}"'
         raise UserError(f"quant=external needs {text}, and {needed.name} {state}: {remedy}. {instead}".rstrip())

@@ -11,7 +11,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from viditq.config import program
-from viditq.errors import UserError
+from viditq.errors import UserError, extra_command
 from viditq.files import read_json, write_json
 from viditq.sweeps.records import JobRecord, read_jobs
 
@@ -205,7 +205,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise UserError('A tuning needs Optuna: pip install ".[sweeps]" in the folder of this project.') from error
+        raise UserError(f"A tuning needs Optuna: {extra_command('sweeps')}.") from error
     return optuna
 
 

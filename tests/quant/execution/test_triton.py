@@ -168,7 +168,7 @@ def test_machines_without_a_gpu_are_refused_with_what_they_lack(monkeypatch: pyt
     refused(lambda: False, "there is no CUDA device; choose another backend, or fake")
     refused(absent, "backend triton cannot run here: there is no CUDA device")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    refused(absent, r"the package triton is not installed \(pip install 'viditq\[gpu\]'\)")
+    refused(absent, r"the package triton is not installed \(pip install triton\)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     refused(lambda: False, "Tesla T4 has compute capability 7.5, and int8 products take 8.0")

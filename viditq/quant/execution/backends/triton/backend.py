@@ -138,7 +138,7 @@ def why_not() -> str | None:
     if not torch.cuda.is_available():
         return NO_DEVICE
     if not installed:
-        return "the package triton is not installed (pip install 'viditq[gpu]')"
+        return "the package triton is not installed (pip install triton)"
     return too_old(CAPABILITY, "int8")
 
 
