@@ -1,6 +1,6 @@
 """The bench of docs/bench.md: methods, float formats, rivals and `best` on the tiny models; the same command resumes.
 
-    python scripts/bench.py                                  # after pip install ".[rivals]"
+    python scripts/bench.py                                  # with the extra rivals (docs/bench.md)
     python scripts/bench.py --models tiny_image --seeds 0    # part of it
     python scripts/bench.py --parts best table               # with the runs that are there
 
