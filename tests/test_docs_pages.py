@@ -33,10 +33,22 @@ def test_links_of_the_first_page_hold_from_docs():
     assert at_home(text) == "[a](a.md#b) [g_h](g_h.md) [c](changes.md) [d](https://x.y/docs/) ![e](e.gif) [f](#g)"
 
 
+def test_arguments_in_sentences_become_a_table():
+    arguments = load("docs/arguments.py")
+    text = "Do it.\n\na: of a <run>, or `<b>`. b, c (new):\n    such as 1: 2; d: else. Raises UserError.\n\nbd: none."
+    sections = [
+        "Do it.",
+        "Args:\n    a: of a &lt;run>, or `<b>`.\n    b, c: (new) such as 1: 2\n    d: else.",
+        "Raises UserError.",
+    ]
+    assert arguments.tabled(arguments.plain(text), ["a", "b", "c", "d"]) == "\n\n".join([*sections, "bd: none."])
+
+
 def test_the_site_builds_and_no_link_is_broken(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "reference" / "api.html").read_text().count("load_quantized") > 2
+    assert "an artifact (&lt;run&gt;/quantized)" in (tmp_path / "site" / "reference" / "api.html").read_text()
     notebook = (tmp_path / "site" / "notebook.html").read_text()
     assert "data:image/gif;base64," in notebook and "%%sh" not in notebook and "dB" in notebook
