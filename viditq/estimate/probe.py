@@ -20,7 +20,7 @@ from viditq.estimate.hollow import as_meta, as_zeros, twin_on_meta
 from viditq.estimate.live import FusedAttention, LiveBytes
 from viditq.estimate.readers import Readers
 from viditq.models.adapter import ModelAdapter
-from viditq.models.generate import generate
+from viditq.models.generate import generate, generate_samples
 from viditq.models.text import PromptEmbeds
 
 
@@ -58,13 +58,13 @@ def probe(
         denoiser = getattr(pipeline, name)
         denoiser.forward = watch.around(denoiser.forward, denoiser, _prefix(adapter, name))
     with watch.live:
-        clips = generate(adapter, pipeline, [embeds] * batch_size, list(range(batch_size)), seed=0)
+        clips, sounds = generate_samples(adapter, pipeline, [embeds] * batch_size, list(range(batch_size)), seed=0)
         synchronize()
         end = time.perf_counter()
     return Probe(
         batch_size=batch_size,
         forwards=watch.count,
-        sample_bytes=clips[0].numel(),
+        sample_bytes=clips[0].nbytes + (0 if sounds is None else sounds[0].nbytes),
         forward_seconds=watch.seconds,
         decode_seconds=end - watch.left,
         forward_bytes=watch.forward_bytes,
