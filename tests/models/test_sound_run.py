@@ -18,6 +18,7 @@ from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import noise_generator, with_settings
+from viditq.models.roles import without
 from viditq.models.sound import makes_sound, sampling_rate, waveforms
 from viditq.runner import run
 
@@ -29,7 +30,7 @@ Run = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "prompts.txt").write_text("\n".join([*PROMPTS, "a green triangle"]))
     return folder
 
 
@@ -37,18 +38,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overrides(folder_of: Callable[..., Path], place: Path) -> list[str]:
     size = ["model.num_frames=5", "model.num_steps=2", "model.height=32", "model.width=32", "model.dtype=float32"]
     data = ["data=prompt_file", f"data.path='{place}/prompts.txt'", "data.num_prompts=2"]
-    few = ["data.num_calibration_prompts=0", "noise_floor.num_prompts=2", "diagnosis.num_prompts=0", "logger=none"]
+    few = ["data.num_calibration_prompts=1", "noise_floor.num_prompts=2", "diagnosis.num_prompts=0", "logger=none"]
     model = ["model=ltx2", f"model.path='{folder_of(zoo.ltx2)}'", f"cache_dir='{place}/cache'"]
     return [*model, *size, *data, *few, "quant=w4a8", "metric=[psnr,sound]", "batch_size=1", f"stages={STAGES}"]
 
 
 @pytest.fixture(scope="module")
 def start(configure: Callable[..., Any], overrides: list[str]) -> Run:
-    """(folder, *overrides) -> metrics.json of a run of LTX-2."""
+    """(folder, *overrides) -> what a run of LTX-2 has measured."""
 
     def start(folder: Path, *more: str) -> dict[str, Any]:
-        run(configure("name=x", *overrides, *more), folder)
-        return read_json(folder / "metrics.json")
+        return run(configure("name=x", *overrides, *more), folder) or {}
 
     return start
 
@@ -107,9 +107,9 @@ def test_only_a_sample_whose_sound_was_changed_is_made_again(finished: Path, sta
     before = changed.read_bytes()
     changed.write_bytes(before[:-2] + bytes([before[-2] ^ 1, before[-1]]))
     untouched = other.stat().st_mtime_ns
-    metrics = start(folder)
+    metrics = start(folder)["metrics"]
     assert changed.read_bytes() == before and other.stat().st_mtime_ns == untouched
-    assert metrics["metrics"] == read_json(finished / "metrics.json")["metrics"]
+    assert metrics == read_json(finished / "metrics.json")["metrics"]
     assert checksum_path(changed).is_file()
 
 
@@ -132,7 +132,8 @@ def test_a_cache_without_sound_is_filled_and_its_clips_stay(
 def test_quantizing_its_layers_costs_sound(finished: Path, start: Run, tmp_path: Path) -> None:
     """From the same float samples, and the frames hear of it through attention to sound alone."""
     before = read_json(finished / "metrics.json")["metrics"]
-    after = start(tmp_path / "run", "model.float_roles=[]")["metrics"]
+    stages = "stages=[prompts,reference,calibrate,quantize,generate,evaluate]"
+    after = start(tmp_path / "run", "model.float_roles=[]", stages, "noise_floor.num_prompts=0")["metrics"]
     assert after["log_mel"] > 1.1 * before["log_mel"] and after["sound_snr"] < before["sound_snr"] - 1
     assert reference_of(tmp_path / "run") == reference_of(finished)
     plans = [read_json(folder / "quantized" / "plan.json")["layers"] for folder in (finished, tmp_path / "run")]
@@ -140,10 +141,11 @@ def test_quantizing_its_layers_costs_sound(finished: Path, start: Run, tmp_path:
     assert len(sound) == 28 and all("audio" in name for name in sound)
 
 
-def test_a_role_that_no_linear_has_is_refused(configure: Callable[..., Any], overrides: list[str]) -> None:
-    adapter = replace(adapter_of(configure, overrides), float_roles=["sounds"])
-    with pytest.raises(UserError, match=r"float_roles has 'sounds', which no Linear has; the roles are self_attention"):
-        adapter.linear_roles(["transformer_blocks.0.attn1.to_q"])
+def test_roles_are_left_in_float_by_name_and_one_that_no_linear_has_is_refused() -> None:
+    roles = {"a": "mlp", "b": "sound", "c": "float"}
+    assert without(roles, ["sound"]) == {"a": "mlp", "b": "float", "c": "float"} and without(roles, []) == roles
+    with pytest.raises(UserError, match=r"float_roles has 'sounds', which no Linear has; the roles are mlp, sound\."):
+        without(roles, ["sounds"])
 
 
 def test_kandinsky_has_sound_unless_told_otherwise(

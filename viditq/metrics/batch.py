@@ -23,7 +23,6 @@ class Sound:
     def __post_init__(self) -> None:
         for sounds in (self.samples, self.references):
             assert sounds.dtype == torch.int16 and sounds.ndim == 3, "sounds are int16 [B, A, T]"
-        assert self.sound is None or len(self.sound.samples) == len(self.samples), "one sound per pair"
         assert self.samples.shape == self.references.shape, "sounds of samples and references differ in shape"
 
 
