@@ -4,13 +4,15 @@ import io
 import wave
 from base64 import b64decode
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from chromium import Chromium
 from page_examples import make_content
 from torch import Tensor
 
-from viditq.report.page import render
+from viditq.report.page import render, write_page
 from viditq.report.sound import encode_sounds
 
 RATE = 24_000
@@ -63,3 +65,26 @@ def test_a_page_has_a_player_for_each_and_none_where_the_model_is_silent() -> No
     page = render(replace(content, pairs=pairs))
     assert page.count("<audio controls") == 6 and page.count('class="sounds"') == 3 and "media-src data:" in page
     assert 'aria-label="Sound of prompt 2, quantized"' in page
+
+
+def test_one_sound_plays_at_a_time_and_keys_on_it_are_its_own(browser: Chromium, tmp_path: Path) -> None:
+    """The space bar on a player plays sound, not the clips; wide and narrow, nothing is refused or sticks out."""
+    content = make_content(count=2)
+    pairs = [replace(pair, sounds=lambda: (tone(440, 5), tone(550, 5), RATE)) for pair in content.pairs]
+    page = write_page(replace(content, pairs=pairs), tmp_path / "report.html")
+    for width in (390, 1400):
+        browser.open(page, width, prefers_reduced_motion="reduce")
+        browser.wait("document.documentElement.dataset.drawn === 'true'")
+        browser.evaluate(
+            "window.heard = [...document.querySelectorAll('audio')]; heard.forEach((a) => { a.muted = true; })"
+        )
+        browser.wait("heard.every((a) => a.readyState > 0)")
+        assert browser.evaluate("heard.map((a) => Math.round(a.duration))") == [5] * 4
+        assert browser.messages == [] and browser.evaluate("document.documentElement.scrollWidth") == width
+        assert browser.evaluate("heard.every((a) => a.getBoundingClientRect().width >= 200)")
+    browser.evaluate("heard[0].play()")
+    browser.evaluate("heard[1].play()")
+    browser.wait("heard[0].paused && !heard[1].paused")
+    browser.evaluate("heard[1].focus()")
+    browser.press(" ")
+    assert browser.evaluate("document.getElementById('play').getAttribute('aria-pressed')") == "false"

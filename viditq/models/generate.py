@@ -81,7 +81,7 @@ def generate_samples(
     for group in group_by_shape(adapter, embeds):
         numbers = [indices[i] for i in group]
         with nudged(pipeline, nudge, numbers):
-            made = _call(adapter, pipeline, [embeds[i] for i in group], numbers, seed, "pt")
+            made = _made(adapter, pipeline, [embeds[i] for i in group], numbers, seed, "pt")
         out = made[0]
         if heard:
             sounds |= dict(zip(group, waveforms(adapter, made, len(group)), strict=True))
@@ -123,6 +123,14 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
 
 
 def _call(
+    adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int, output: str
+) -> Tensor:
+    """The samples alone."""
+    samples: Tensor = _made(adapter, pipeline, embeds, indices, seed, output)[0]
+    return samples
+
+
+def _made(
     adapter: ModelAdapter,
     pipeline: Any,
     embeds: list[PromptEmbeds],
