@@ -1,5 +1,6 @@
 """Sound beside clips, on tiny random pipelines of LTX-2 and Kandinsky 6: kept, resumed, judged, shown, quantized."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,14 +14,21 @@ from hydra.utils import instantiate
 from zoo import sound as zoo_sound
 from zoo import videos_2026 as zoo
 
+from scripts.compare_runs import clips
+from viditq.cli import user_message
 from viditq.data.samples import checksum_path, load_sound, sound_path
 from viditq.errors import UserError
+from viditq.estimate.probe import probe
+from viditq.experiment import build
 from viditq.files import read_json
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import noise_generator, with_settings
 from viditq.models.roles import without
 from viditq.models.sound import makes_sound, sampling_rate, waveforms
+from viditq.models.text import encode_prompt
 from viditq.runner import run
+from viditq.sweeps.worst_pair import sample_of
+from viditq.trial import try_metrics
 
 PROMPTS = ["a small red circle", "a large blue square"]
 STAGES = "[prompts,reference,noise_floor,calibrate,quantize,generate,evaluate,report]"
@@ -113,8 +121,8 @@ def test_only_a_sample_whose_sound_was_changed_is_made_again(finished: Path, sta
     assert checksum_path(changed).is_file()
 
 
-def test_a_cache_without_sound_is_filled_and_its_clips_stay(
-    finished: Path, start: Run, place: Path, tmp_path: Path
+def test_a_cache_without_sound_is_filled_and_its_clips_stay_also_after_a_full_disk(
+    finished: Path, start: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As versions before have left it: under the same key, frames alone."""
     cache = Path(shutil.copytree(place / "cache", tmp_path / "cache"))
@@ -122,11 +130,48 @@ def test_a_cache_without_sound_is_filled_and_its_clips_stay(
     for path in [*reference.glob("*.wav"), *reference.glob(".*.wav.sha256")]:
         path.unlink()
     frames = (reference / "000001.safetensors").read_bytes()
-    start(tmp_path / "run", f"cache_dir='{cache}'", "stages=[prompts,reference]", "noise_floor.num_prompts=0")
+    short = (f"cache_dir='{cache}'", "stages=[prompts,reference]", "noise_floor.num_prompts=0")
+    with monkeypatch.context() as patch:
+        write = Path.write_bytes
+
+        def full(path: Path, content: bytes) -> int:
+            if "000001.wav" in path.name:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return write(path, content)
+
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError) as raised:
+            start(tmp_path / "run", *short)
+    assert "disk is full" in (user_message(raised.value) or "")
+    assert sorted(path.name for path in reference.glob("0*.wav*")) == ["000000.wav"]
+    start(tmp_path / "run", *short)
     assert len([*cache.glob("reference/*")]) == len([*(place / "cache").glob("reference/*")])
     assert (reference / "000001.safetensors").read_bytes() == frames
-    kept = sound_path(reference_of(finished), 1).read_bytes()
-    assert sound_path(reference, 1).read_bytes() == kept
+    assert sound_path(reference, 1).read_bytes() == sound_path(reference_of(finished), 1).read_bytes()
+
+
+def test_the_frames_are_what_pictures_of_runs_take(finished: Path) -> None:
+    assert sample_of(finished / "samples", 1) == finished / "samples" / "000001.safetensors"
+    clips_BFCHW = clips(finished / "samples", [0, 1])
+    assert clips_BFCHW.shape == (2, 5, 3, 32, 32) and clips_BFCHW.dtype == torch.uint8
+
+
+def test_a_model_without_sound_is_refused_before_anything_slow(configure: Callable[..., Any]) -> None:
+    experiment = build(configure("experiment=w4a8", "model=tiny_image", "metric=[psnr,log_mel]", "name=x"))
+    with pytest.raises(
+        UserError, match=r"metric\.log_mel: log-mel distance of the sound compares sound, and this model"
+    ):
+        try_metrics(experiment)
+
+
+def test_an_estimate_counts_its_bytes_and_calls_of_half_a_batch(
+    finished: Path, configure: Callable[..., Any], overrides: list[str]
+) -> None:
+    """LTX-2's guidance calls the denoiser with twice the batch, and twice with the batch."""
+    adapter = adapter_of(configure, overrides)
+    seen = probe(adapter, adapter.load(), encode_prompt(adapter, adapter.load_text_part(), PROMPTS[0]), 2)
+    assert seen.forwards == 6 and seen.forward_seconds is not None
+    assert seen.sample_bytes == 5 * 3 * 32 * 32 + load_sound(sound_path(reference_of(finished), 0))[0].nbytes
 
 
 def test_quantizing_its_layers_costs_sound(finished: Path, start: Run, tmp_path: Path) -> None:
