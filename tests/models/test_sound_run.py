@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from viditq.models.generate import noise_generator, with_settings
 from viditq.models.roles import without
 from viditq.models.sound import makes_sound, sampling_rate, waveforms
 from viditq.models.text import encode_prompt
+from viditq.quant import linear_names
 from viditq.runner import run
 from viditq.sweeps.worst_pair import sample_of
 from viditq.trial import try_metrics
@@ -99,8 +101,8 @@ def test_it_is_judged_beside_the_frames_as_a_distance_to_float(finished: Path) -
 def test_next_to_no_noise_on_latents_moves_next_to_nothing(finished: Path) -> None:
     """The sound is stepped by a copy of the scheduler, which must not step the frames' own."""
     floors = {name: verdict["floors"] for name, verdict in read_json(finished / "metrics.json")["verdict"].items()}
-    assert floors["psnr"]["latents"] > 60 and floors["sound_snr"]["latents"] > 40
-    assert floors["psnr"]["latents"] > floors["psnr"]["seed"] + 20
+    assert all(floors[name]["latents"] > 60 > 40 > floors[name]["seed"] for name in ("psnr", "sound_snr"))
+    assert floors["log_mel"]["latents"] < 0.01 < floors["log_mel"]["seed"]
 
 
 def test_the_page_plays_both(finished: Path) -> None:
@@ -200,6 +202,9 @@ def test_kandinsky_has_sound_unless_told_otherwise(
     adapter = adapter_of(configure, ["model=kandinsky6", f"model.path='{folder}'"])
     assert adapter.makes_sound and adapter.sample_kind == "video with sound"
     assert sampling_rate(adapter.load()) == 1000
+    names = linear_names(adapter.build_denoiser())
+    found = [Counter(replace(adapter, float_roles=left).linear_roles(names).values()) for left in (["sound"], [])]
+    assert found[0] - found[1] == {"float": 34} and found[1] - found[0] == {"sound": 34}
     silent = replace(adapter, call={**adapter.call, "sample_audio": False})
     assert not silent.makes_sound and silent.sample_kind == "video"
     index = {**adapter.index(), "vocoder": [None, None]}
