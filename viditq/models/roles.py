@@ -86,6 +86,8 @@ def _guess(blocks: str, rest: str, joint: set[str], alone: str) -> str:
     kind = _kind(rest, single_stream="single" in blocks)
     if kind == FLOAT:
         return FLOAT
+    if OF_SOUND.search(f"{blocks}.0.{rest}"):
+        return "sound"
     if blocks.startswith("text_") or ("refiner" in blocks and re.search("context|token|text|caption", blocks)):
         return "text_refiner"
     if kind == "mlp":
