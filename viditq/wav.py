@@ -12,7 +12,8 @@ from viditq.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDTH = 2  # bytes of a value
+WIDTH, HEADER = 2, 44  # bytes of a value, and of what a file begins with
+FULL_SCALE = 32768  # the value that a waveform of -1 has
 
 
 def wav_bytes(sound_AT: Tensor, rate: int) -> bytes:

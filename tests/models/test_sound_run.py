@@ -1,6 +1,7 @@
 """Sound beside clips, on tiny random pipelines of LTX-2 and Kandinsky 6: kept, resumed, judged, shown, quantized."""
 
 import errno
+import inspect
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -25,7 +27,7 @@ from viditq.files import read_json
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import noise_generator, with_settings
 from viditq.models.roles import without
-from viditq.models.sound import makes_sound, sampling_rate, waveforms
+from viditq.models.sound import PARTS, SILENT, makes_sound, sampling_rate, waveforms
 from viditq.models.text import encode_prompt
 from viditq.quant import linear_names
 from viditq.runner import run
@@ -210,6 +212,7 @@ def test_kandinsky_has_sound_unless_told_otherwise(
     index = {**adapter.index(), "vocoder": [None, None]}
     parts = SimpleNamespace(modality="video", pipeline=adapter.pipeline, call={}, index=lambda: index)
     assert not makes_sound(parts)
+    assert all({*PARTS} <= {*inspect.signature(getattr(diffusers, name)).parameters} for name in SILENT)
 
 
 def test_a_pipeline_that_returns_no_sound_or_a_broken_one_is_refused() -> None:

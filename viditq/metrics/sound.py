@@ -16,8 +16,8 @@ from viditq.errors import UserError
 from viditq.metrics.batch import EvalBatch, Sound
 from viditq.metrics.paired import Paired
 from viditq.metrics.streaming import PerSampleMetric
+from viditq.wav import FULL_SCALE
 
-FULL_SCALE = 32768  # of 16 bits
 LEAST_WINDOW = 16  # values
 
 
@@ -83,9 +83,8 @@ class LogMel(PerSampleMetric):
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """One value per pair, [B]."""
         sound = heard(batch, self.name)
-        pairs = zip(
-            sound.samples, sound.references, strict=True
-        )  # one at a time: spectra take 30 times a sound's bytes
+        # one pair at a time: spectra take 30 times a sound's bytes
+        pairs = zip(sound.samples, sound.references, strict=True)
         return {"per_sample": torch.stack([self._distance(sample, other, sound.rate) for sample, other in pairs])}
 
     def _distance(self, sample_AT: Tensor, reference_AT: Tensor, rate: int) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from viditq.errors import UserError
+from viditq.wav import FULL_SCALE
 
 PARTS = ("audio_vae", "vocoder")
-SILENT = ("LTX2HDRLoraPipeline",)  # has the parts, and returns None in the waveform's place
-FULL_SCALE = 32768  # of 16 bits, as WAV has them
+SILENT = ("LTX2HDRPipeline",)  # has the parts, and returns None in the waveform's place
 
 
 def makes_sound(adapter: Any) -> bool:

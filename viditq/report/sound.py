@@ -3,11 +3,12 @@
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
 
-from viditq.wav import wav_bytes
+from viditq.wav import FULL_SCALE, HEADER, WIDTH, wav_bytes
 
 MAX_SOUND_BYTES = 3_000_000  # of what media.py leaves for pictures and sound together
 STEPS = ((1, False), (1, True), (2, True), (3, True), (4, True), (6, True))
@@ -26,16 +27,21 @@ class Players:
 
 
 def encode_sounds(pairs: Sequence[Sounds], max_bytes: int = MAX_SOUND_BYTES) -> Players:
-    """All sounds as WAV, reduced alike until they take `max_bytes` in total."""
-    for factor, mono in STEPS:
-        found = [
-            [reduced(sound, rate, factor, mono) for sound in sounds] for *sounds, rate in (pair() for pair in pairs)
-        ]
-        num_bytes = sum(len(one) for pair in found for one in pair)
-        if num_bytes <= max_bytes or (factor, mono) == STEPS[-1]:
-            addresses = tuple((address(reference), address(sample)) for reference, sample in found)
-            return Players(addresses, _note(pairs[0](), factor, mono), num_bytes)
-    raise AssertionError("the last step is always taken")
+    """All sounds as WAV, reduced alike until they take `max_bytes` in total; they are as long as the first."""
+    first = pairs[0]()
+    fitting = (step for step in STEPS if 2 * len(pairs) * _num_bytes(first[0], *step) <= max_bytes)
+    factor, mono = next(fitting, STEPS[-1])
+    addresses, num_bytes = [], 0
+    for *sounds, rate in (pair() for pair in pairs):
+        files = [reduced(sound, rate, factor, mono) for sound in sounds]
+        addresses.append((address(files[0]), address(files[1])))
+        num_bytes += sum(map(len, files))
+    return Players(tuple(addresses), _note(first, factor, mono), num_bytes)
+
+
+def _num_bytes(sound_AT: Tensor, factor: int, mono: bool) -> int:
+    channels, length = sound_AT.shape
+    return HEADER + WIDTH * (1 if mono else channels) * ceil(length / factor)
 
 
 def reduced(sound_AT: Tensor, rate: int, factor: int, mono: bool) -> bytes:
@@ -45,7 +51,7 @@ def reduced(sound_AT: Tensor, rate: int, factor: int, mono: bool) -> bytes:
         from scipy.signal import resample_poly  # a third of a second, for pages of long clips alone
 
         values = torch.from_numpy(resample_poly(values.numpy(), 1, factor, axis=1))
-    return wav_bytes(values.round().clamp(-32768, 32767).to(torch.int16), round(rate / factor))
+    return wav_bytes(values.round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16), round(rate / factor))
 
 
 def address(content: bytes) -> str:
