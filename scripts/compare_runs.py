@@ -24,7 +24,7 @@ def clips(folder: Path, indices: list[int]) -> Tensor:
     """The samples of these prompts, uint8 [B, F, C, H, W]."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing. The run's own command samples again what is gone.")
-    files = {int(path.stem): path for path in folder.iterdir() if path.stem.isdigit()}
+    files = {int(path.stem): path for path in folder.iterdir() if path.stem.isdigit() and path.suffix != ".wav"}
     absent = [i for i in indices if i not in files]
     if absent:
         raise UserError(f"{folder} has no sample of prompt {absent[0]}; it has {len(files)}.")

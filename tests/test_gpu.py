@@ -29,12 +29,16 @@ def test_a_run_on_a_gpu_agrees_with_the_cpu(
 def test_samples_leave_a_gpu_as_they_are() -> None:
     from viditq.engine.writing import SampleWriter
 
-    clips = {i: torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8) for i in range(12)}
-    seen: dict[int, torch.Tensor] = {}
-    with SampleWriter(lambda i, clip: seen.setdefault(i, clip.clone()), 3) as writer:
-        for i, clip in clips.items():
-            on_gpu = clip.cuda()
-            writer.put(i, on_gpu)
+    made = {
+        i: (torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8), torch.full((2, 4000), i, dtype=torch.int16))
+        for i in range(12)
+    }
+    seen: dict[int, list[torch.Tensor]] = {}
+    with SampleWriter(lambda i, *sample: seen.setdefault(i, [one.clone() for one in sample]), 3) as writer:
+        for i, sample in made.items():
+            on_gpu = [one.cuda() for one in sample]  # a clip and its sound
+            writer.put(i, *on_gpu)
             del on_gpu  # what is made next gets its memory, unless that is still being read
-            torch.zeros_like(clip, device="cuda")
-    assert all(torch.equal(seen[i], clip) and not seen[i].is_cuda for i, clip in clips.items())
+            torch.zeros_like(sample[0], device="cuda")
+    pairs = [pair for i, sample in made.items() for pair in zip(seen[i], sample, strict=True)]
+    assert all(torch.equal(found, wanted) and not found.is_cuda for found, wanted in pairs)

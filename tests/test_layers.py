@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: list[list[str]] = [
     [
         *["errors", "files", "memory", "assets", "byte_numbers", "hooks", "kernels", "mapped", "on_disk", "prompt"],
-        "work_folder",
+        *["wav", "work_folder"],
     ],
     ["quant.numerics", "quant.description"],
     ["quant.calibration"],

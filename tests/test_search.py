@@ -215,9 +215,14 @@ def test_proxies_do_not_hang_on_what_other_choices_left(
     assert of_eight_bits(tmp_path / "[4,8]") == of_eight_bits(searched) != of_eight_bits(tmp_path / "[6,8]")
 
 
-def test_a_search_metric_without_a_score_per_prompt_is_refused_at_once(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"metrics.default has no score per prompt"):
-        run(tmp_path / "run", tmp_path / "cache", *SEARCH, "metric@quant.policy.metrics.default=fid")
+@pytest.mark.parametrize(
+    ("metric", "why"), [("fid", "has no score per prompt"), ("log_mel", "compares sound, and a search frames alone")]
+)
+def test_a_metric_that_a_search_cannot_judge_by_is_refused_at_once(
+    metric: str, why: str, run: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"metrics.default {why}"):
+        run(tmp_path / "run", tmp_path / "cache", *SEARCH, f"metric@quant.policy.metrics.default={metric}")
     assert not (tmp_path / "cache").exists()
 
 

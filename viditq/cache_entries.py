@@ -18,7 +18,7 @@ from viditq.run_dir import Entry, fingerprint
 # What of the model a cached output depends on: its weights (by content), not where they lie or how Linears are grouped.
 NOT_SAMPLING = (
     *("name", "path", "revision", "denoiser_path", "denoiser_revision", "fps"),
-    *("roles", "keep_float", "guess", "float_denoisers"),
+    *("roles", "keep_float", "float_roles", "guess", "float_denoisers"),
     "calibration_batch_size",  # a key of its own, where it counts
 )
 UNLESS_GIVEN = (  # younger than what caches hold

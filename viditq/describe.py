@@ -15,7 +15,7 @@ from viditq.quant.execution.model_linears import linear_names
 HEAD = """# Guessed and measured by `viditq describe`; what is null is left as the pipeline has it.
 {told}
 defaults:
-  - override /metric@_global_.metric: {modality}
+  - override /metric@_global_.metric: {metric}
 
 """
 SETTINGS = ("revision", "dtype", "timestep_scale", "encode", "call", "negative_prompt", "attention", "compile", "roles")
@@ -27,12 +27,13 @@ def describe(adapter: ModelAdapter, name: str) -> str:
     values = adapter.to_dict() | {"name": name, "guess": False}
     known = adapter.linear_roles(linear_names(adapter.build_denoiser()))
     globs = patterns({adapter.bare_name(linear): role for linear, role in known.items()})
-    values |= {"keep_float": globs.pop(FLOAT, []), "roles": globs}
+    values |= {"keep_float": globs.pop(FLOAT, []), "roles": globs, "float_roles": []}
     plain = {field.name: field.default for field in dataclasses.fields(adapter)}
     kept = {key: value for key, value in values.items() if key in SETTINGS or (value or None) != (plain[key] or None)}
     kept = {"_target_": f"{ModelAdapter.__module__}.{ModelAdapter.__qualname__}", **kept}
+    metrics = f"[{adapter.modality}, sound]" if adapter.makes_sound else adapter.modality
     body = yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=116, allow_unicode=True)
-    return HEAD.format(told=_told(adapter), modality=adapter.modality) + body
+    return HEAD.format(told=_told(adapter), metric=metrics) + body
 
 
 def _told(adapter: ModelAdapter) -> str:

@@ -166,12 +166,19 @@ def _holds_all_tensors(path: Path) -> bool:
     return True
 
 
+def _is_riff(path: Path) -> bool:
+    with path.open("rb") as file:
+        mark, length, kind = struct.unpack("<4sI4s", file.read(12))
+    return (mark, kind) == (b"RIFF", b"WAVE") and path.stat().st_size == 8 + length
+
+
 ENDS: dict[str, Callable[[Path], bool]] = {  # by the ending of the file's name
     ".png": _ends_with(b"IEND\xaeB`\x82"),
     ".gif": _ends_with(b";"),
     ".html": _ends_with(b"</html>"),
     ".json": _is_json,
     ".safetensors": _holds_all_tensors,
+    ".wav": _is_riff,
 }
 
 

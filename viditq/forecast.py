@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from viditq.data.samples import sample_path
+from viditq.data.samples import sample_files
 from viditq.engine.progress import Forecast
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
@@ -48,7 +48,8 @@ def _prompts(job: Job, done: Mapping[str, bool]) -> dict[str, float]:
 
 
 def _missing(job: Job, folder: Path, count: int) -> int:
-    return sum(not sample_path(folder, index, job.experiment.adapter.modality).is_file() for index in range(count))
+    samples = (sample_files(folder, index, job.experiment.adapter.sample_kind) for index in range(count))
+    return sum(not all(path.is_file() for path in files) for files in samples)
 
 
 def _per_prompt(job: Job, before: Mapping[str, float]) -> float | None:

@@ -9,13 +9,14 @@ from torchmetrics import Metric
 from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.gate import Condition, Gate
-from viditq.metrics.batch import EvalBatch
+from viditq.metrics.batch import EvalBatch, Sound
 from viditq.metrics.bootstrap import MIN_PROMPTS
 from viditq.metrics.frechet import FeatureDistance
 from viditq.metrics.streaming import PerSampleMetric, StreamingMetric
 from viditq.prompt import conditions_of
 
 FRAMES, SIDE = 16, 128  # of the made-up pair, where the pipeline alone knows the size of what it makes
+RATE = 16_000  # of its sound, which lasts a second
 
 
 def try_metrics(experiment: Experiment) -> None:
@@ -56,7 +57,12 @@ def made_up_pair(experiment: Experiment) -> EvalBatch:
     data, prompts = experiment.data.real_clips([0]), experiment.data.prompts[:1]
     pictured = all("image" in conditions_of(prompt) for prompt in experiment.data.prompts)
     given = [clip()[0, 0]] if pictured else None
-    return EvalBatch(clip(), clip(), prompts, torch.tensor([0]), data, given)
+    return EvalBatch(clip(), clip(), prompts, torch.tensor([0]), data, given, _sound() if adapter.makes_sound else None)
+
+
+def _sound() -> Sound:
+    first, second = torch.randint(-1000, 1000, (2, 1, 2, RATE), generator=torch.Generator().manual_seed(0))
+    return Sound(first.short(), second.short(), RATE)
 
 
 def check_gate(gate: Gate, metrics: Mapping[str, Metric], num_prompts: int, floor_size: int = 0) -> None:

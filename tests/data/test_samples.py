@@ -10,15 +10,29 @@ import pytest
 import torch
 
 from viditq.data import samples
-from viditq.data.samples import adopt_samples, checksum_path, missing_samples, sample_path, save_sample
+from viditq.data.samples import (
+    adopt_samples,
+    checksum_path,
+    load_sound,
+    missing_samples,
+    sample_files,
+    sample_path,
+    save_sample,
+    save_sound,
+    sound_path,
+)
+
+WITH_SOUND = "video with sound"
 
 
-@pytest.fixture(params=["image", "video"])
+@pytest.fixture(params=["image", "video", WITH_SOUND])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
     """Three samples, and their modality."""
     for index in range(3):
         clip_FCHW = torch.full((1 if request.param == "image" else 2, 3, 8, 8), 9 * index, dtype=torch.uint8)
         save_sample(sample_path(tmp_path / "samples", index, request.param), clip_FCHW)
+        if request.param == WITH_SOUND:
+            save_sound(sound_path(tmp_path / "samples", index), torch.full((2, 50), index, dtype=torch.int16), 8000)
     return tmp_path / "samples", request.param
 
 
@@ -56,8 +70,25 @@ CHANGES = [exchange, cut, flip_a_bit_and_set_the_time_back, grow, lose_the_check
 def test_what_is_not_as_it_was_written_is_missing(change: Callable[[Path], None], folder: tuple[Path, str]) -> None:
     where, modality = folder
     assert missing_samples(where, 4, modality) == [3]
-    change(sample_path(where, 1, modality))
+    change(sample_files(where, 1, modality)[-1])  # the sound, where there is one
     assert missing_samples(where, 4, modality) == [1, 3]
+
+
+def test_frames_count_where_there_is_sound(tmp_path: Path) -> None:
+    """And a clip alone, made before its sound was kept, is a sample only where no sound belongs to it."""
+    save_sample(sample_path(tmp_path, 0, WITH_SOUND), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    assert missing_samples(tmp_path, 1, "video") == [] and missing_samples(tmp_path, 1, WITH_SOUND) == [0]
+    save_sound(sound_path(tmp_path, 0), SOUND_AT, 24000)
+    assert missing_samples(tmp_path, 1, WITH_SOUND) == []
+    assert (
+        torch.equal(load_sound(sound_path(tmp_path, 0))[0], SOUND_AT)
+        and load_sound(sound_path(tmp_path, 0))[1] == 24000
+    )
+    flip_a_bit_and_set_the_time_back(sample_path(tmp_path, 0, WITH_SOUND))
+    assert missing_samples(tmp_path, 1, WITH_SOUND) == [0]
+
+
+SOUND_AT = torch.arange(-5, 5, dtype=torch.int16).view(2, 5)
 
 
 def test_unchanged_samples_are_not_read(folder: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +115,8 @@ def test_samples_of_an_earlier_version(folder: tuple[Path, str]) -> None:
     where, modality = folder
     assert adopt_samples(where, 3, modality) == 0
     for index in range(3):
-        checksum_path(sample_path(where, index, modality)).unlink()
+        for path in sample_files(where, index, modality):
+            checksum_path(path).unlink()
     cut(sample_path(where, 2, modality))
     assert missing_samples(where, 3, modality) == [2]
     assert adopt_samples(where, 3, modality) == 2

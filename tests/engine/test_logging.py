@@ -16,12 +16,13 @@ from hydra.utils import instantiate
 from PIL import Image
 from wandb_records import OfflineRun, away, offline_runs
 
-from viditq.data.samples import sample_path, save_sample
+from viditq.data.samples import sample_path, save_sample, save_sound, sound_path
 from viditq.engine import wandb_objects
 from viditq.engine.logged_run import logged
 from viditq.files import write_json
 from viditq.report.pictures import save_gif
 from viditq.run_dir import RunDir
+from viditq.wav import read_wav
 
 METRICS: dict[str, Any] = {
     "metrics": {"psnr": 31.5, "clipsim": 90.0, "fid": None},
@@ -126,6 +127,8 @@ def full_run(request: pytest.FixtureRequest, run_dir: RunDir) -> RunDir:
             for frame in range(1, num_frames):
                 clip_FCHW[frame] = 100 * frame
             save_sample(sample_path(folder, index, request.param), clip_FCHW)
+            if request.param == "video with sound":
+                save_sound(sound_path(folder, index), torch.full((1, 80), channel + index).short(), 8000)
     psnr = [40.0 - index for index in range(NUM_PROMPTS)]
     write_json(
         run_dir.per_prompt,
@@ -228,6 +231,7 @@ def test_wandb_run(configure: Callable, run_dir: RunDir, monkeypatch: pytest.Mon
     assert json.loads((run_dir.path / "run.json").read_text()) == CONFIG
 
 
+@pytest.mark.parametrize("full_run", ["image", "video", "video with sound"], indirect=True)
 def test_wandb_pairs(configure: Callable, full_run: RunDir) -> None:
     run = offline(configure, full_run, METRICS)
     rows = run.table("pairs")
@@ -240,7 +244,9 @@ def test_wandb_pairs(configure: Callable, full_run: RunDir) -> None:
     assert all(path.is_relative_to(full_run.path) for path in staged.values()), "the run's folder holds what it needs"
     media = [path for name, path in staged.items() if name.startswith("media/")]
     video = sample_path(full_run.samples, 0, "video").is_file()
-    assert len(media) == 2 * 24 and all(path.stat().st_size for path in media)
+    sounds = [name for name in json.loads(staged["pairs.table.json"].read_text())["columns"] if "sound" in name]
+    assert sounds == ["float sound", "quantized sound"] * sound_path(full_run.samples, 0).is_file()
+    assert len(media) == (2 + len(sounds)) * 24 and all(path.stat().st_size for path in media)
     table = json.loads(staged["pairs.table.json"].read_text())
     for what, channel in (("float", 1), ("quantized", 0)):
         cell = table["data"][0][table["columns"].index(what)]
@@ -250,6 +256,9 @@ def test_wandb_pairs(configure: Callable, full_run: RunDir) -> None:
         wanted = [0, 0, 0]
         wanted[channel] = 225
         assert picture.convert("RGB").getpixel((5, 5)) == tuple(wanted)
+        for name in (name for name in sounds if name.startswith(what)):
+            heard = staged[table["data"][0][table["columns"].index(name)]["path"]]
+            assert read_wav(heard)[0][0, 0] == 25 + channel
     assert not list(Path(os.environ["HOME"]).rglob("*staging*"))
 
 

@@ -13,10 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
+from torchmetrics.audio import SignalNoiseRatio
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, VideoMAEConfig, VideoMAEModel
 
-from viditq.metrics.batch import EvalBatch
+from viditq.metrics.batch import EvalBatch, Sound
 from viditq.metrics.clip import ClipSim, ClipTemp
 from viditq.metrics.clip_encoder import Preprocess, load_clip
 from viditq.metrics.clip_scores import AestheticScore, ClipIqa, ClipPreference, layered_head
@@ -29,6 +30,7 @@ from viditq.metrics.kid import KernelDistance
 from viditq.metrics.lpips import Lpips, LpipsMetric
 from viditq.metrics.motion import FlowScore, MotionMagnitude, TemporalFlicker, WarpingError
 from viditq.metrics.paired import Paired, RelativeL2
+from viditq.metrics.sound import LogMel, Waveform
 from viditq.metrics.videomae import VideoMaeFeatures
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "green", "circle", "square", "left", "right"]
@@ -51,13 +53,26 @@ def random_pairs(count: int, frames: int = 4, noise: float = 0.05, size: int = 2
     to_byte = lambda clips: (clips.clamp(0, 1) * 255).round().byte()  # noqa: E731
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     index = torch.arange(count).flip(0) + 100
-    return EvalBatch(to_byte(samples), to_byte(references), prompts, index, to_byte(data))
+    return EvalBatch(
+        to_byte(samples), to_byte(references), prompts, index, to_byte(data), sound=hum(count, noise, seed)
+    )
+
+
+def hum(count: int, noise: float = 0.05, seed: int = 0, rate: int = 8000) -> Sound:
+    """A quarter of a second of two channels: each pair's own noise, and more noise of `noise` of full scale."""
+    generator = torch.Generator().manual_seed(seed)
+    references, more = torch.randn(2, count, 2, rate // 4, generator=generator)
+    references, samples = 0.1 * references, 0.1 * references + noise * more
+    to_short = lambda sound: (sound * 32768).round().clamp(-32768, 32767).short()  # noqa: E731
+    return Sound(to_short(samples), to_short(references), rate)
 
 
 def select(batch: EvalBatch, rows: list[int]) -> EvalBatch:
     """The pairs numbered `rows`."""
     prompts = [batch.prompts[i] for i in rows]
-    return EvalBatch(batch.samples[rows], batch.references[rows], prompts, batch.index[rows], batch.data[rows])
+    sound = Sound(batch.sound.samples[rows], batch.sound.references[rows], batch.sound.rate)
+    clips = batch.samples[rows], batch.references[rows]
+    return EvalBatch(*clips, prompts, batch.index[rows], batch.data[rows], sound=sound)
 
 
 class TinyFeatures(nn.Module):
@@ -218,6 +233,8 @@ def every_metric(clip_folder: Path) -> dict[str, Metric]:
         "clip_iqa": ClipIqa(clip, "CLIP-IQA", "a red circle", "a blue square"),
         "aesthetic": AestheticScore(clip, random_head(), "aesthetic score"),
         "image_reward": ImageRewardMetric(random_image_reward(clip_folder), "ImageReward"),
+        "log_mel": LogMel("log-mel distance"),
+        "sound_snr": Waveform(SignalNoiseRatio(), "SNR of the sound", 100.0),
         "dover": SmallFramesDover(BrightAndFine(), "DOVER"),
     }
 

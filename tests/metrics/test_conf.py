@@ -15,7 +15,7 @@ from viditq.metrics.clip_encoder import load_clip
 from viditq.metrics.streaming import StreamingMetric
 
 CONF = Path(__file__).parents[2] / "conf"
-SETS = ("image", "video", "image_real", "video_real", "image_to_video", "edit")
+SETS = ("image", "video", "image_real", "video_real", "image_to_video", "edit", "sound")
 SIDES = {"features", "clip", "network", "head"}
 NAMES = sorted(path.stem for path in (CONF / "metric").glob("*.yaml") if path.stem not in SETS)
 
@@ -86,14 +86,15 @@ def test_a_model_that_is_not_in_the_cache_is_one_message(name, offline, monkeypa
 
 
 def test_sets_hold_what_suits_them():
-    image, video, image_real, video_real, image_to_video, edit = (set(composed(name)) for name in SETS)
+    image, video, image_real, video_real, image_to_video, edit, sound = (set(composed(name)) for name in SETS)
+    assert sound == {"log_mel", "sound_snr"} and not sound & (video | video_real | image_to_video)
     assert edit - image == {"clip_given", "edit_direction"} and image < edit
     assert image_to_video - video == {"first_frame_psnr", "first_frame_ssim", "clip_given"} and video < image_to_video
     assert not image & set(WITH_FILES) and not video & set(WITH_FILES)
     assert image - video == {"fid", "fid_data"}
     motion = {"flow_score", "motion_magnitude", "flicker", "warping_error"}
     assert video - image == {"fvd", "fvd_data", "clip_temp"} | motion
-    assert image_real | video_real | image | image_to_video | edit == {
+    assert image_real | video_real | image | image_to_video | edit | sound == {
         n for n in NAMES if not n.endswith(("_inception_data", "_i3d_data", "_videomae_data"))
     }
     assert motion <= video_real and not motion & image_real

@@ -249,7 +249,11 @@ def test_attention_over_an_image_or_another_stream_is_cross_attention() -> None:
     assert [found[f"blocks.0.{name}"] for name in block] == ["self_attention", *["cross_attention"] * 4]
     audio = ["audio_to_video_attn.to_q", "video_to_audio_attn.to_out.0", "audio_attn1.to_q", "audio_attn2.to_q"]
     found = roles.guess([f"transformer_blocks.0.{name}" for name in audio])
-    assert [*found.values()] == ["cross_attention", "cross_attention", "self_attention", "cross_attention"]
+    assert [*found.values()] == ["cross_attention", *["sound"] * 3]  # of the frames to the sound; its own stream
+    assert roles.guess(["blocks.0.av_cross_attention.to_q", "audio_text_transformer_blocks.0.attn.to_q"]) == {
+        "blocks.0.av_cross_attention.to_q": "sound",
+        "audio_text_transformer_blocks.0.attn.to_q": "sound",
+    }
     joint = roles.guess(["transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.attn.to_q"])
     assert {*joint.values()} == {"joint_attention"}
     both = roles.guess(

@@ -143,8 +143,8 @@ def test_the_batch_is_the_one_axis_of_one(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_batch_that_becomes_fewer_samples_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("viditq.models.generate._call", lambda *_: torch.zeros(1, 3, 8, 8))
-    adapter: Any = SimpleNamespace(pipeline="P", modality="image", list_embeds=False)
+    monkeypatch.setattr("viditq.models.generate._made", lambda *_: (torch.zeros(1, 3, 8, 8),))
+    adapter: Any = SimpleNamespace(pipeline="P", modality="image", list_embeds=False, makes_sound=False)
     embeds = [{"prompt_embeds": torch.zeros(1, 4, 2)}] * 2
     with pytest.raises(UserError, match=r"P makes 1 samples of 2 prompts\. Set batch_size=1"):
         generate(adapter, SimpleNamespace(), embeds, [0, 1], 0)

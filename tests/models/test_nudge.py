@@ -1,5 +1,6 @@
 """Noise that is added after the first step, once, a sample's own, whatever a step returns."""
 
+import copy
 import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -48,6 +49,24 @@ def test_only_the_first_step_is_moved(output):
     assert (first - LATENTS).std() == pytest.approx(1e-3, rel=0.1) and torch.equal(second, LATENTS)
     assert "step" not in vars(pipeline.scheduler)
     assert all(torch.equal(left, LATENTS) for left in sample(pipeline, 0.0, [5, 9]))
+
+
+def test_a_copy_of_the_scheduler_steps_itself():
+    """LTX-2 steps its sound by one: what it steps must not be the frames' scheduler."""
+
+    class Counting(Scheduler):
+        taken = 0
+
+        def step(self, *args: object, **kwargs: object) -> object:
+            self.taken += 1
+            return super().step(*args, **kwargs)  # type: ignore[arg-type]
+
+    scheduler = Counting()
+    with nudged(SimpleNamespace(scheduler=scheduler), 1e-3, [5, 9]):
+        beside = copy.deepcopy(scheduler)
+        moved = [one.step(LATENTS, 1, LATENTS)[0] for one in (scheduler, beside, beside)]
+    assert (scheduler.taken, beside.taken) == (1, 2)
+    assert [bool((left != LATENTS).any()) for left in moved] == [True, True, False]
 
 
 def test_noise_of_a_sample_does_not_depend_on_batch_mates():

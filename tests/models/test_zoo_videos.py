@@ -13,7 +13,7 @@ from zoo import conditioned, cosmos, distilled, guided, sound, unlisted, videos
 from zoo import videos_2026 as zoo
 from zoo.pictures import draw_noise
 
-from viditq.data.samples import load_sample, sample_path
+from viditq.data.samples import load_sample, load_sound, sample_path, sound_path
 from viditq.files import read_json
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import _as_tensor, noise_generator, with_settings
@@ -143,9 +143,10 @@ def test_whole_run(
         "name=x",
     ]
     first = ["first_frame_psnr"] * ("i2v" in model)
+    sound = SOUND.get(model.partition("/")[0].removesuffix("_i2v"))
     shrunk = [
         "quant=w4a8",
-        f"metric=[{','.join(['psnr', *first])}]",
+        f"metric=[{','.join(['psnr', *first, *['sound'] * (sound is not None)])}]",
         "logger=none",
         "batch_size=1",
         "data.num_prompts=2",
@@ -155,8 +156,8 @@ def test_whole_run(
     cfg = configure(*paths, *shrunk, *_overrides(case, table))
     metrics = run(cfg, tmp_path / "run")
     assert metrics is not None and 0 < metrics["metrics"]["psnr"] < 100
-    sound = SOUND.get(model.partition("/")[0].removesuffix("_i2v"))
-    assert (f"sound: sampled, judged by nothing; {sound or ''}" in capsys.readouterr().out) == (sound is not None)
+    told = f"sound: kept beside the clips, judged by metric=sound; {sound or ''}"
+    assert (told in capsys.readouterr().out) == (sound is not None) == ("log_mel" in metrics["metrics"])
     assert all(0 < metrics["metrics"][name] < 100 and metrics["verdict"][name]["float"] for name in first)
     adapter: ModelAdapter = instantiate(cfg.model, _convert_="all")
     scale = adapter.timestep_scale
@@ -166,9 +167,12 @@ def test_whole_run(
     assert Counter(found.values()) == case.roles
     whole = with_settings(adapter, adapter.load_complete())
     settings = {"generator": noise_generator(0, 0), "output_type": "pt", "return_dict": False}
-    out = whole(prompt=TEXT, **_given(case.given, table.parent), **settings)[0]
-    theirs = (_as_tensor(out)[0].float().clamp(0, 1) * 255).round()
+    out = whole(prompt=TEXT, **_given(case.given, table.parent), **settings)
+    theirs = (_as_tensor(out[0])[0].float().clamp(0, 1) * 255).round()
     reference = Path(read_json(tmp_path / "run" / "per_prompt.json")["reference"])
     ours = load_sample(sample_path(reference, 0, adapter.modality))
     assert ours.shape == (case.frames, 3, case.size, case.size) and ours.float().std() > 1
     assert (ours.float() - theirs).abs().max() <= 1
+    if sound is not None:
+        wave = load_sound(sound_path(reference, 0))[0]
+        assert (wave - (out[1][0] * 32768).round()).abs().max() <= 1 and wave.float().std() > 1

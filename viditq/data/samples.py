@@ -1,6 +1,7 @@
-"""Samples on disk, lossless: PNG for an image, uint8 safetensors for a video. Legend: F frames, C = 3, H, W pixels.
+"""Samples on disk: PNG for an image, uint8 safetensors for a video, 16-bit WAV for its sound, which is rounded once.
 
-Beside each lies its checksum, so that one that was exchanged or altered is made again instead of used.
+Legend: F frames, C = 3, H, W pixels; A audio channels, T values of each. Beside each file lies its checksum, so that
+one that was exchanged or altered is made again instead of used.
 """
 
 import hashlib
@@ -17,11 +18,25 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.files import atomic, is_whole, write_tensors
+from viditq.wav import read_wav, wav_bytes
+
+ENDINGS = {"image": (".png",), "video": (".safetensors",), "video with sound": (".safetensors", ".wav")}
+"""Kind of sample -> the endings of its files; the first is that of its picture or frames."""
 
 
-def sample_path(folder: Path, index: int, modality: str) -> Path:
-    """The file of prompt `index`."""
-    return folder / f"{index:06d}.{'png' if modality == 'image' else 'safetensors'}"
+def sample_path(folder: Path, index: int, kind: str) -> Path:
+    """The file with the picture or frames of prompt `index`."""
+    return sample_files(folder, index, kind)[0]
+
+
+def sample_files(folder: Path, index: int, kind: str) -> list[Path]:
+    """All files of prompt `index`, but for their checksums."""
+    return [folder / f"{index:06d}{ending}" for ending in ENDINGS[kind]]
+
+
+def sound_path(folder: Path, index: int) -> Path:
+    """The file with the sound of prompt `index`."""
+    return folder / f"{index:06d}.wav"
 
 
 def save_sample(path: Path, clip_FCHW: Tensor) -> None:
@@ -32,6 +47,18 @@ def save_sample(path: Path, clip_FCHW: Tensor) -> None:
     else:
         write_tensors(path, {"frames": clip_FCHW})
     record(path)
+
+
+def save_sound(path: Path, sound_AT: Tensor, rate: int) -> None:
+    """Write the sound of one sample, int16, and its checksum. rate: values of a channel in a second."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(wav_bytes(sound_AT, rate))
+    record(path)
+
+
+def load_sound(path: Path) -> tuple[Tensor, int]:
+    """Read the sound of one sample: int16 [A, T] and its rate. Raises UserError for a damaged or missing file."""
+    return read_wav(path)
 
 
 def checksum_path(path: Path) -> Path:
@@ -82,24 +109,26 @@ def load_sample(path: Path) -> Tensor:
         ) from error
 
 
-def missing_samples(folder: Path, count: int, modality: str, renew: bool = True) -> list[int]:
-    """Indices of the prompts whose sample is not on disk, or not as it was written. renew: as in `is_intact`.
+def missing_samples(folder: Path, count: int, kind: str, renew: bool = True) -> list[int]:
+    """Indices of the prompts of whose sample a file is not on disk, or not as it was written. renew: as in `is_intact`.
 
     Where there are no checksums at all (`adopt_samples`) a sample only has to be whole.
     """
     there = partial(is_intact, renew=renew) if _has_checksums(folder) else is_whole
-    return [i for i in range(count) if not there(sample_path(folder, i, modality))]
+    return [i for i in range(count) if not all(map(there, sample_files(folder, i, kind)))]
 
 
 def _has_checksums(folder: Path) -> bool:
     return next(folder.glob(".*.sha256"), None) is not None
 
 
-def adopt_samples(folder: Path, count: int, modality: str) -> int:
+def adopt_samples(folder: Path, count: int, kind: str) -> int:
     """Record the samples of a folder that has no checksums, made before there were any; returns how many."""
     if _has_checksums(folder):
         return 0
-    found = [path for i in range(count) if is_whole(path := sample_path(folder, i, modality))]
-    for path in found:
-        record(path)
+    samples = [sample_files(folder, i, kind) for i in range(count)]
+    found = [files for files in samples if all(map(is_whole, files))]
+    for files in found:
+        for path in files:
+            record(path)
     return len(found)

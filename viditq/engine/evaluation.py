@@ -1,9 +1,7 @@
 """Evaluation as a Lightning `test` loop over pairs of sample files."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -12,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from viditq.data.prompts import PromptData
-from viditq.data.samples import load_sample, sample_path
-from viditq.metrics.batch import EvalBatch
+from viditq.data.samples import load_sample, load_sound, sample_path, sound_path
+from viditq.metrics.batch import EvalBatch, Sound
 from viditq.metrics.streaming import summarise
 
 Results = dict[str, dict[str, Tensor]]
@@ -22,8 +20,8 @@ Results = dict[str, dict[str, Tensor]]
 class Pairs(Dataset[EvalBatch | None]):
     """Batches of (sample, reference) pairs, with real clips where the data has them.
 
-    given: prompt -> the picture that sampling started from. Without any batch it holds one that is None: a process with
-    nothing to score must take part in the synchronisation.
+    given: prompt -> the picture that sampling started from. heard: with the sound of each. Without any batch it holds
+    one that is None: a process with nothing to score must take part in the synchronisation.
     """
 
     def __init__(
@@ -31,12 +29,13 @@ class Pairs(Dataset[EvalBatch | None]):
         samples: Path,
         references: Path,
         data: PromptData,
-        modality: str,
+        kind: str,
         batches: Sequence[list[int]],
         given: Mapping[int, Tensor] | None = None,
+        heard: bool = False,
     ) -> None:
         self.samples, self.references, self.data = samples, references, data
-        self.modality, self.batches, self.given = modality, batches or [[]], given
+        self.kind, self.batches, self.given, self.heard = kind, batches or [[]], given, heard
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -52,10 +51,16 @@ class Pairs(Dataset[EvalBatch | None]):
             index=torch.tensor(indices),
             data=self.data.real_clips(indices),
             given=None if self.given is None else [self.given[i] for i in indices],
+            sound=self._sound(indices) if self.heard else None,
         )
 
     def _load(self, folder: Path, indices: list[int]) -> Tensor:
-        return torch.stack([load_sample(sample_path(folder, i, self.modality)) for i in indices])
+        return torch.stack([load_sample(sample_path(folder, i, self.kind)) for i in indices])
+
+    def _sound(self, indices: list[int]) -> Sound:
+        found = [[load_sound(sound_path(folder, i)) for i in indices] for folder in (self.samples, self.references)]
+        samples, references = (torch.stack([sound for sound, _ in sounds]) for sounds in found)
+        return Sound(samples, references, found[0][0][1])
 
 
 class Evaluation(L.LightningModule):
@@ -71,10 +76,7 @@ class Evaluation(L.LightningModule):
         self, batch: EvalBatch | None, device: torch.device, dataloader_idx: int
     ) -> EvalBatch | None:
         """Lightning does not move frozen dataclasses by itself."""
-        if batch is None:
-            return None
-        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)}
-        return dataclasses.replace(batch, **tensors)
+        return None if batch is None else batch.to(device)
 
     def test_step(self, batch: EvalBatch | None, batch_idx: int) -> None:
         """Update all metrics with one batch of pairs."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from viditq.engine.offload import OFFLOADS, offload_layers, offload_pipeline
@@ -15,7 +15,7 @@ from viditq.engine.partials import Partial, Partials
 from viditq.engine.threads import follow_cores
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
-from viditq.models.generate import denoise, generate, group_by_shape
+from viditq.models.generate import denoise, generate_samples, group_by_shape
 from viditq.models.text import PromptEmbeds
 from viditq.quant.calibration.calibrator import Calibrator
 from viditq.quant.calibration.moment_passes import MomentPass
@@ -66,21 +66,22 @@ class PipelineModule(L.LightningModule):
 
 
 class Generation(PipelineModule):
-    """Generates the prompts of each batch and hands every sample to `sink(index, clip_FCHW uint8)`, where it lies.
+    """Generates the prompts of each batch and hands every sample to `sink(index, clip_FCHW uint8)`, where it lies; that
+    of a model that makes sound with it, `sink(index, clip, sound_AT int16)`.
 
     nudge: standard deviation of noise that is added to the latents after the first step.
     """
 
-    def __init__(self, *args: Any, sink: Callable[[int, Tensor], None], nudge: float = 0.0) -> None:
+    def __init__(self, *args: Any, sink: Callable[..., None], nudge: float = 0.0) -> None:
         super().__init__(*args)
         self.sink, self.nudge = sink, nudge
 
     def predict_step(self, indices: list[int], batch_idx: int) -> None:
         """One batch through the pipeline's own sampling loop."""
         embeds = [self.load_embeds(i) for i in indices]
-        clips = generate(self.adapter, self.pipeline, embeds, indices, self.seed, self.nudge)
-        for index, clip in zip(indices, clips, strict=True):
-            self.sink(index, clip)
+        made = generate_samples(self.adapter, self.pipeline, embeds, indices, self.seed, self.nudge)
+        for index, *sample in zip(indices, *(one for one in made if one is not None), strict=True):
+            self.sink(index, *sample)
 
 
 class Accumulation(PipelineModule):

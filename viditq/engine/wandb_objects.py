@@ -9,7 +9,7 @@ from typing import Any
 
 import wandb
 
-from viditq.data.samples import load_sample, sample_path
+from viditq.data.samples import load_sample, sample_path, sound_path
 from viditq.files import read_json
 from viditq.report.incoherence import SIDES, VARIANTS
 from viditq.report.pictures import save_gif
@@ -94,15 +94,20 @@ def verdict_table(verdicts: Mapping[str, Mapping[str, Any]]) -> wandb.Table:
 
 
 def pairs_table(per_prompt: Mapping[str, Any], labels: Mapping[str, Any], samples: Path, scratch: Path) -> wandb.Table:
-    """The worst pairs, worst first: prompt, both samples, every score of the pair."""
+    """The worst pairs, worst first: prompt, both samples, their sound where there is any, every score of the pair."""
     scores = {**per_prompt["metrics"]}
     scores |= {f"{name}_difference": values for name, values in per_prompt.get("differences", {}).items()}
     folders = {"float": Path(per_prompt["reference"]), "quantized": samples}
-    rows = []
-    for index in rank_pairs(per_prompt, labels).indices[:MAX_PAIRS]:
-        media = [sample_media(folder, index, scratch / f"{index:06d}-{what}.gif") for what, folder in folders.items()]
+    rows, worst = [], rank_pairs(per_prompt, labels).indices[:MAX_PAIRS]
+    heard = all(sound_path(folder, index).is_file() for folder in folders.values() for index in worst)
+    for index in worst:
+        media: list[Any] = [
+            sample_media(folder, index, scratch / f"{index:06d}-{what}.gif") for what, folder in folders.items()
+        ]
+        media += [wandb.Audio(sound_path(folder, index)) for folder in folders.values() if heard]
         rows.append([index, per_prompt["prompts"][index], *media, *(values[index] for values in scores.values())])
-    return wandb.Table(columns=["index", "prompt", *folders, *scores], data=rows)
+    sounds = [f"{name} sound" for name in folders if heard]
+    return wandb.Table(columns=["index", "prompt", *folders, *sounds, *scores], data=rows)
 
 
 def sample_media(folder: Path, index: int, gif: Path) -> wandb.Image | wandb.Video:

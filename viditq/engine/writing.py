@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from queue import Queue
 from threading import Thread
 from types import TracebackType
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from viditq.hooks import add_hook
 
-Sink = Callable[[int, Tensor], None]
+Sink = Callable[..., None]
 
 
 class NotWritten(Exception):
@@ -23,8 +23,9 @@ class NotWritten(Exception):
 
 
 class SampleWriter:
-    """Copies samples off a GPU on a stream of its own, into pinned memory, and hands them to `sink(index, clip)` in a
-    thread, in the order that they came. A context: at its end, be it an error or Ctrl-C, all that were put are written.
+    """Copies samples off a GPU on a stream of its own, into pinned memory, and hands them to `sink(index, *sample)` in
+    a thread, in the order that they came. A context: at its end, be it an error or Ctrl-C, all that were put are
+    written.
 
     waiting: how many samples wait in memory at most, after which `put` does; 0 = no thread, `put` writes.
     """
@@ -32,7 +33,7 @@ class SampleWriter:
     def __init__(self, sink: Sink, waiting: int) -> None:
         self._sink = sink
         self._error: BaseException | None = None
-        self._queue: Queue[tuple[int, Tensor, Any] | None] = Queue(waiting)
+        self._queue: Queue[tuple[int, list[Tensor], Any] | None] = Queue(waiting)
         self._thread = Thread(target=self._write, name="samples", daemon=True) if waiting else None
         self._hooks: list[RemovableHandle] = []
         self._stream: Any = None
@@ -60,12 +61,12 @@ class SampleWriter:
         self._queue.put(None)
         thread.join()
 
-    def put(self, index: int, clip: Tensor) -> None:
-        """One sample, which nobody changes any more. Raises what went wrong with one before."""
+    def put(self, index: int, *sample: Tensor) -> None:
+        """One sample, of one tensor or more, which nobody changes any more. Raises what went wrong with one before."""
         if self._thread is None:
-            return self._sink(index, clip.cpu())
+            return self._sink(index, *(tensor.cpu() for tensor in sample))
         self.check()
-        self._queue.put((index, *self._leaving(clip)))
+        self._queue.put((index, *self._leaving(sample)))
 
     def check(self, *_: Any) -> None:
         """Raises NotWritten where a sample could not be written."""
@@ -77,29 +78,32 @@ class SampleWriter:
         if self._thread is not None:
             self._hooks += [add_hook(module.register_forward_pre_hook, self.check) for module in modules]
 
-    def _leaving(self, clip: Tensor) -> tuple[Tensor, Any]:
+    def _leaving(self, sample: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         """The sample in main memory, once the event is over; None = it is there."""
-        if clip.device.type != "cuda":
-            return clip, None
+        device = sample[0].device
+        if device.type != "cuda":
+            return [*sample], None
         if self._stream is None:
-            self._stream = torch.cuda.Stream(clip.device)
-        host = torch.empty(clip.shape, dtype=clip.dtype, pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream(clip.device))
+            self._stream = torch.cuda.Stream(device)
+        hosts = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in sample]
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            host.copy_(clip, non_blocking=True)
+            for host, tensor in zip(hosts, sample, strict=True):
+                host.copy_(tensor, non_blocking=True)
             arrived = self._stream.record_event()
-        clip.record_stream(self._stream)  # its memory is not given to another before it has been read
-        return host, arrived
+        for tensor in sample:
+            tensor.record_stream(self._stream)  # its memory is not given to another before it has been read
+        return hosts, arrived
 
     def _write(self) -> None:
         while (given := self._queue.get()) is not None:
-            index, clip, arrived = given
+            index, sample, arrived = given
             if self._error is not None:
                 continue  # let go of, so that `put` does not wait for ever
             try:
                 if arrived is not None:
                     arrived.synchronize()
-                self._sink(index, clip)
+                self._sink(index, *sample)
             except BaseException as error:
                 self._error = error
 

@@ -40,7 +40,7 @@ class Counter:
 
     def missing(self, folder: Path, count: int) -> list[list[int]]:
         """The batches that a stage will go through, as `stages.samples` cuts them."""
-        gone = set(missing_samples(folder, count, self.job.experiment.adapter.modality, renew=False))
+        gone = set(missing_samples(folder, count, self.job.experiment.adapter.sample_kind, renew=False))
         return [batch for batch in batches_of(self.count, self.size) if gone & set(batch)]
 
     def work(

@@ -20,6 +20,7 @@ class StreamingMetric(Metric):
     full_state_update = False
     has_float_value = False  # whether `compute` adds reference_value, the float model's own
     reads_given = False  # whether it reads the pictures that sampling started from
+    reads_sound = False  # whether it reads what is heard beside the frames
 
     def __init__(self, name: str, unit: str, **states: torch.dtype) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from viditq.models.negative_prompt import own_negative_prompt
 from viditq.models.pipelines import load_pipeline
 from viditq.models.registry import find_class
 from viditq.models.schedulers import check_scheduler
+from viditq.models.sound import makes_sound
 from viditq.models.source import Source
 from viditq.models.stand_ins import beside_text, compute_on_cpu
 from viditq.models.timestep_scale import measured_scale
@@ -57,9 +59,9 @@ class ModelAdapter:
     dtype: of all parts but component_dtypes (part -> dtype). attention: native (ours, on a CPU) or a backend of
     diffusers' dispatch, None = the model's own. vae_tiling: the VAE works in tiles, of its own sizes, which takes less
     memory and moves samples a little. compile: torch.compile while samples are generated. roles: role ->
-    patterns of Linear names, for reports and mixed precision; keep_float: patterns of Linears never quantized. guess:
-    the roles are guessed, and every field that is None but has to have a value. Raises UserError on values outside
-    these.
+    patterns of Linear names, for reports and mixed precision; keep_float: patterns of Linears never quantized;
+    float_roles: roles that stay in float too (LTX-2's sound). guess: the roles are guessed, and every field that is
+    None but has to have a value. Raises UserError on values outside these.
     """
 
     name: str
@@ -100,6 +102,7 @@ class ModelAdapter:
     float_denoisers: Sequence[str] = ()
     conditions: Sequence[str] | None = None
     vae_tiling: bool = False
+    float_roles: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -196,6 +199,16 @@ class ModelAdapter:
         """The parts that only encode prompts: tokenizers and text encoders."""
         return [name for name in self.components if name.startswith(parts.TEXT)]
 
+    @cached_property
+    def makes_sound(self) -> bool:
+        """Whether its samples are clips with sound."""
+        return makes_sound(self)
+
+    @property
+    def sample_kind(self) -> str:
+        """What its samples are, as `viditq.data.samples` keeps them."""
+        return "video with sound" if self.makes_sound else self.modality
+
     # Pipelines --------------------------------------------------------------------------------------------------------
 
     @property
@@ -277,6 +290,7 @@ class ModelAdapter:
         """Linear name -> role, or "float" for those kept; raises UserError naming Linears that nothing covers."""
         bare = {name: self.bare_name(name) for name in linear_names}
         found = roles.of_linears(self.name, [*bare.values()], self.roles, self.keep_float, self.guess)
+        found = roles.without(found, self.float_roles)
         return {name: found[bare[name]] for name in linear_names}
 
     def bare_name(self, name: str) -> str:

@@ -59,6 +59,8 @@ def check_values(model: Any) -> None:
     for key, patterns in {"keep_float": model.keep_float, **{f"roles.{k}": v for k, v in model.roles.items()}}.items():
         if not isinstance(patterns, Sequence) or isinstance(patterns, str) or not all(map(_is_text, patterns)):
             raise UserError(f"model.{key}={patterns!r} must be a list of patterns of Linears, such as ['proj_out'].")
+    if isinstance(model.float_roles, str) or not all(map(_is_text, model.float_roles)):
+        raise UserError(f"model.float_roles={model.float_roles!r} must be a list of roles, such as [cross_attention].")
     for key in ("compile", "vae_tiling"):
         if not isinstance(getattr(model, key), bool):
             raise UserError(f"model.{key}={getattr(model, key)!r} must be true or false.")

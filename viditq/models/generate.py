@@ -21,6 +21,7 @@ from viditq.models.adapter import ModelAdapter
 from viditq.models.batch_axis import batch_axis
 from viditq.models.nudge import nudged
 from viditq.models.settings import call_settings, text_settings
+from viditq.models.sound import waveforms
 from viditq.models.step_noise import seeded_steps
 from viditq.models.text import PromptEmbeds
 
@@ -56,24 +57,34 @@ def group_by_shape(adapter: ModelAdapter, embeds: list[PromptEmbeds]) -> list[li
     return list(groups.values())
 
 
+def generate(adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int) -> Tensor:
+    """Generate one sample per prompt: uint8 [B, F, C, H, W], where the pipeline computes; its sound is left aside.
+
+    Raises UserError if a sample is not finite (which low bit-widths in float16 can cause).
+    """
+    return generate_samples(adapter, pipeline, embeds, indices, seed)[0]
+
+
 @torch.no_grad()
-def generate(
+def generate_samples(
     adapter: ModelAdapter,
     pipeline: Any,
     embeds: list[PromptEmbeds],
     indices: list[int],
     seed: int,
     nudge: float = 0.0,
-) -> Tensor:
-    """Generate one sample per prompt: uint8 [B, F, C, H, W], where the pipeline computes. nudge: as `nudged` takes it.
-
-    Raises UserError if a sample is not finite (which low bit-widths in float16 can cause).
-    """
+) -> tuple[Tensor, Tensor | None]:
+    """The same with the sound of each, int16 [B, A, T] (None: the model makes none). nudge: as `nudged` takes it."""
     samples: dict[int, Tensor] = {}
+    sounds: dict[int, Tensor] = {}
+    heard = adapter.makes_sound
     for group in group_by_shape(adapter, embeds):
         numbers = [indices[i] for i in group]
         with nudged(pipeline, nudge, numbers):
-            out = _call(adapter, pipeline, [embeds[i] for i in group], numbers, seed, "pt")
+            made = _made(adapter, pipeline, [embeds[i] for i in group], numbers, seed, "pt")
+        out = made[0]
+        if heard:
+            sounds |= dict(zip(group, waveforms(adapter, made, len(group)), strict=True))
         clips_BFCHW = out if out.ndim == 5 else out[None] if adapter.modality == "video" else out[:, None]
         if len(clips_BFCHW) != len(group):
             raise UserError(
@@ -82,7 +93,8 @@ def generate(
             )
         _check_size(adapter, clips_BFCHW)
         samples |= dict(zip(group, (clips_BFCHW.float().clamp(0, 1) * 255).round().to(torch.uint8), strict=True))
-    return torch.stack([samples[i] for i in range(len(embeds))])
+    clips, waves = ([found[i] for i in range(len(embeds)) if i in found] for found in (samples, sounds))
+    return torch.stack(clips), torch.stack(waves) if heard else None
 
 
 @torch.no_grad()
@@ -111,13 +123,22 @@ def with_settings(adapter: ModelAdapter, pipeline: Any) -> Any:
 
 
 def _call(
+    adapter: ModelAdapter, pipeline: Any, embeds: list[PromptEmbeds], indices: list[int], seed: int, output: str
+) -> Tensor:
+    """The samples alone."""
+    samples: Tensor = _made(adapter, pipeline, embeds, indices, seed, output)[0]
+    return samples
+
+
+def _made(
     adapter: ModelAdapter,
     pipeline: Any,
     embeds: list[PromptEmbeds],
     indices: list[int],
     seed: int,
     output: str,
-) -> Tensor:
+) -> tuple[Any, ...]:
+    """What the pipeline returns: the samples as a tensor, which are finite, and whatever it makes beside them."""
     if output == "pt" and not hasattr(pipeline, "vae"):  # PRX in pixels hands on "pt" as it was denoised, from -1 to 1
         output = "np"
     device = pipeline._execution_device  # not that of the weights, which may be offloaded
@@ -130,7 +151,7 @@ def _call(
                 generator=generators[0] if len(generators) == 1 else generators,  # some take no list, not even of one
                 output_type=output,
                 return_dict=False,
-            )[0]
+            )
     except UserError:
         raise
     except ValueError as error:  # the pipeline's own check of sizes and steps
@@ -161,10 +182,10 @@ def _call(
             f"{adapter.pipeline} fails while sampling ({error}). It was run at its own sizes, which can differ from "
             f"those that these weights were trained at; give {', '.join(unknown)}."
         ) from error
-    out = _as_tensor(out)
-    if not torch.isfinite(out).all():
+    samples = _as_tensor(out[0])
+    if not torch.isfinite(samples).all():
         raise UserError(f"Samples of prompts {indices} are not finite. Use model.dtype=float32 or more bits.")
-    return out
+    return (samples, *out[1:])
 
 
 @contextmanager

@@ -30,19 +30,26 @@ def nudged(pipeline: Any, size: float, seeds: Sequence[int]) -> Iterator[None]:
     step = getattr(scheduler, "step", None)
     if scheduler is None or step is None:
         raise UserError(f"{type(pipeline).__name__} has no scheduler whose latents could be changed. {_REMEDY}")
-    steps = 0
-
-    @functools.wraps(step)  # pipelines look at its signature
-    def nudging(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        out = step(*args, **kwargs)
-        return out if steps > 1 else _moved(out, size, seeds)
-
+    nudging = _Nudging(step, size, seeds)
     with stepping_by(scheduler, nudging):
         yield
-    if not steps:
+    if not nudging.steps:
         raise UserError(f"{type(pipeline).__name__} samples without its scheduler's steps. {_REMEDY}")
+
+
+class _Nudging:
+    """In a scheduler's `step`, which it calls. An object, since it is copied with its scheduler: a pipeline that makes
+    sound steps a copy beside (LTX-2), and a closure would go on stepping the first one. Of a copy, too, the first step.
+    """
+
+    def __init__(self, step: Any, size: float, seeds: Sequence[int]) -> None:
+        self.step, self.size, self.seeds, self.steps = step, size, seeds, 0
+        functools.update_wrapper(self, step)  # pipelines look at its signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.steps += 1
+        out = self.step(*args, **kwargs)
+        return out if self.steps > 1 else _moved(out, self.size, self.seeds)
 
 
 _REMEDY = "Set noise_floor.latents=0, which leaves this noise floor out."

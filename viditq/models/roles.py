@@ -10,7 +10,7 @@ FLOAT = "float"
 """The role of Linears that are never quantized."""
 USUAL = (
     *("self_attention", "spatial_attention", "temporal_attention", "cross_attention", "joint_attention"),
-    *("mlp", "text_refiner"),
+    *("mlp", "text_refiner", "sound"),
 )
 """Roles that conf/model and `guess` give; a model's own configuration may name others."""
 IN_EMBEDDER = re.compile(r"emb|ada_?ln|modulation|_mod\.|norm|time|guidance|gate|beta_|^proj_|router")
@@ -49,6 +49,14 @@ def of_linears(
     return found
 
 
+def without(roles: Mapping[str, str], left: Sequence[str]) -> dict[str, str]:
+    """The same with FLOAT for Linears of the roles in `left`; raises UserError for one that no Linear has."""
+    if odd := [role for role in left if role not in roles.values()]:
+        found = dict.fromkeys(role for role in roles.values() if role != FLOAT)
+        raise UserError(f"model.float_roles has {odd[0]!r}, which no Linear has; the roles are {', '.join(found)}.")
+    return {name: FLOAT if role in left else role for name, role in roles.items()}
+
+
 def check_keep_float(model: str, keep_float: Sequence[str], names: Sequence[str]) -> None:
     """Raises UserError for the first pattern that matches none of these Linears."""
     for glob in keep_float:
@@ -78,6 +86,8 @@ def _guess(blocks: str, rest: str, joint: set[str], alone: str) -> str:
     kind = _kind(rest, single_stream="single" in blocks)
     if kind == FLOAT:
         return FLOAT
+    if OF_SOUND.search(f"{blocks}.0.{rest}"):
+        return "sound"
     if blocks.startswith("text_") or ("refiner" in blocks and re.search("context|token|text|caption", blocks)):
         return "text_refiner"
     if kind == "mlp":
@@ -108,14 +118,15 @@ def counts(roles: Mapping[str, str]) -> str:
     return f"{len(roles)} Linears: {', '.join([*parts, f'kept in float {kept}'])}"
 
 
-def of_sound(roles: Mapping[str, str]) -> str:
-    """One line on the Linears that make a clip's sound, which no metric hears; empty where there are none."""
+def of_sound(roles: Mapping[str, str], made: bool) -> str:
+    """One line on the Linears that make a clip's sound; empty where there are none. made: whether there will be any."""
     mine = [name for name in roles if OF_SOUND.search(name)]
     if not mine:
         return ""
     kept = [name for name in mine if roles[name] == FLOAT]
     such = f", such as {kept[0]}" if kept else ""
-    return f"sound: sampled, judged by nothing; {len(kept)} of its {len(mine)} Linears stay in float{such}"
+    judged = "kept beside the clips, judged by metric=sound" if made else "none is made"
+    return f"sound: {judged}; {len(kept)} of its {len(mine)} Linears stay in float{such}"
 
 
 def summary(roles: Mapping[str, str]) -> str:

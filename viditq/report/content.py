@@ -9,6 +9,7 @@ from torch import Tensor
 
 from viditq.report.media import Clips
 from viditq.report.plan_view import RolePlan
+from viditq.report.sound import Sounds
 from viditq.report.verdicts import short_labels
 from viditq.report.wording import Value, finite
 
@@ -19,7 +20,8 @@ MAX_PAIRS = 24
 class Pair:
     """One prompt's float and quantized clip; `scores` are its per-prompt metrics (None or nan where there is none).
 
-    conditions: what sampling started from, by the argument that took it, uint8 [F, C, H, W].
+    conditions: what sampling started from, by the argument that took it, uint8 [F, C, H, W]. sounds: what is heard
+    beside the clips, None where the model makes none.
     """
 
     index: int
@@ -27,6 +29,7 @@ class Pair:
     clips: Clips
     scores: Mapping[str, Value]
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    sounds: Sounds | None = None
 
 
 @dataclass(frozen=True)

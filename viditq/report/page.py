@@ -22,6 +22,7 @@ from viditq.report.incoherence import incoherence_view
 from viditq.report.media import MAX_MEDIA_BYTES, encode_pairs
 from viditq.report.plan_view import segment_words
 from viditq.report.search_view import SearchView, search_view
+from viditq.report.sound import encode_sounds
 from viditq.report.speed import emulated, speed_line, speed_view
 from viditq.report.text_encoders import text_encoder_view
 from viditq.report.treatments_view import TreatmentsView, treatments_view
@@ -55,7 +56,11 @@ def write_page(content: PageContent, path: Path, max_media_bytes: int = MAX_MEDI
 
 def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
     """The page as text."""
-    media = encode_pairs([pair.clips for pair in content.pairs], max_media_bytes)
+    sounds = [pair.sounds for pair in content.pairs if pair.sounds is not None]
+    players = encode_sounds(sounds) if sounds else None
+    media = encode_pairs(
+        [pair.clips for pair in content.pairs], max_media_bytes - (players.num_bytes if players else 0)
+    )
     groups = judge_all(content.metrics)
     style, script = joined(STYLES), joined(SCRIPTS)
     cards = [make_card(content, pair, sheets) for pair, sheets in zip(content.pairs, media.sheets, strict=True)]
@@ -66,6 +71,7 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
         headline=headline(groups),
         groups=groups,
         media=media,
+        players=players,
         cards=cards,
         pixelated=all(not s.reduced and max(s.width, s.height) <= MAX_PIXELATED for s, _ in media.sheets),
         num_prompts=content.metrics.get("prompts") or len(content.per_prompt["prompts"]),
@@ -116,10 +122,10 @@ def template(name: str) -> Template:
 
 
 def content_policy(style: str, script: str) -> str:
-    """What a page may load: its own style and script, named by their hashes, and pictures that it holds itself."""
+    """What a page may load: its own style and script, named by their hashes, and pictures and sound that it holds."""
     return (
-        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; media-src data:; style-src '{_digest(style)}'; "
+        f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
     )
 
 

@@ -61,8 +61,8 @@ def evaluate(job: Job) -> str:
 
 def _floors_there(job: Job) -> bool:
     """Whether there are noise floors to measure, or the run should have made them."""
-    modality = job.experiment.adapter.modality
-    gone = any(missing_samples(floor.path, job.floor_size, modality) for floor in job.floors.values())
+    kind = job.experiment.adapter.sample_kind
+    gone = any(missing_samples(floor.path, job.floor_size, kind) for floor in job.floors.values())
     return "noise_floor" in job.experiment.stages or not gone
 
 
@@ -85,14 +85,16 @@ def _without(job: Job) -> str:
 
 def _measured(job: Job, metrics: Mapping[str, Metric], samples: Path, count: int) -> Results:
     """What each metric computes from the first `count` pairs of `samples` and the float reference."""
-    e, modality = job.experiment, job.experiment.adapter.modality
+    e, kind = job.experiment, job.experiment.adapter.sample_kind
     for folder in (job.reference.path, samples):
-        if gone := job.processes.first_does(partial(missing_samples, folder, count, modality)):
+        if gone := job.processes.first_does(partial(missing_samples, folder, count, kind)):
             raise UserError(f"{len(gone)} samples are missing in {folder}. Run the stages before evaluate too.")
     batches = job.processes.share(batches_of(count, PAIRS_AT_ONCE))
     read = any(getattr(metric, "reads_given", False) for metric in metrics.values())  # metrics of others have no mark
     given = _given(job, [i for batch in batches for i in batch]) if read else None
-    return measure(e.make_trainer(), metrics, Pairs(samples, job.reference.path, e.data, modality, batches, given))
+    heard = e.adapter.makes_sound and any(getattr(metric, "reads_sound", False) for metric in metrics.values())
+    pairs = Pairs(samples, job.reference.path, e.data, kind, batches, given, heard)
+    return measure(e.make_trainer(), metrics, pairs)
 
 
 def _given(job: Job, indices: list[int]) -> dict[int, Tensor] | None:

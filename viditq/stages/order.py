@@ -39,11 +39,11 @@ def _quantized(job: Job) -> bool:
 
 
 def _sampled(job: Job) -> bool:
-    return not missing_samples(job.run_dir.samples, job.num_prompts, job.experiment.adapter.modality)
+    return not missing_samples(job.run_dir.samples, job.num_prompts, job.experiment.adapter.sample_kind)
 
 
 def _referenced(job: Job) -> bool:
-    return not missing_samples(job.reference.path, job.num_prompts, job.experiment.adapter.modality)
+    return not missing_samples(job.reference.path, job.num_prompts, job.experiment.adapter.sample_kind)
 
 
 def _reported(job: Job) -> bool:

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from viditq import provenance
-from viditq.data.samples import load_sample, sample_path
+from viditq.data.samples import load_sample, load_sound, sample_path, sound_path
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.job import Job
@@ -62,6 +62,13 @@ def _clips(job: Job, index: int) -> tuple[Tensor, Tensor]:
     folders = (job.reference.path, job.run_dir.samples)
     float_clip, quantized_clip = (load_sample(sample_path(folder, index, modality)) for folder in folders)
     return float_clip, quantized_clip
+
+
+def _sounds(job: Job, index: int) -> tuple[Tensor, Tensor, int]:
+    """The float and the quantized sound of a prompt, int16 [A, T], and their rate."""
+    folders = (job.reference.path, job.run_dir.samples)
+    (reference, rate), (sample, _) = (load_sound(sound_path(folder, index)) for folder in folders)
+    return reference, sample, rate
 
 
 def _conditions(prompt: str) -> dict[str, Tensor]:
@@ -118,6 +125,7 @@ def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt:
                 clips=partial(_clips, job, i),
                 scores={name: column[i] for name, column in values.items()},
                 conditions=_conditions(e.data.prompts[i]),
+                sounds=partial(_sounds, job, i) if e.adapter.makes_sound else None,
             )
             for i in ranking.indices[:MAX_PAIRS]
         ],

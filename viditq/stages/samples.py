@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from viditq.data.samples import adopt_samples, missing_samples, sample_path, save_sample
+from viditq.data.samples import adopt_samples, missing_samples, sample_path, save_sample, save_sound, sound_path
 from viditq.engine.sampling import Generation, batches_of, run_batches
 from viditq.engine.writing import SampleWriter, waiting_samples
 from viditq.files import write_json
 from viditq.job import Job
 from viditq.models.compiling import compile_forward
+from viditq.models.sound import sampling_rate
 from viditq.quant.calibration.context import denoisers_of
 from viditq.run_dir import Entry
 from viditq.stages.external import load_judged
@@ -57,10 +58,10 @@ def generate(job: Job) -> str:
 
 def missing(job: Job, folder: Path, count: int) -> list[int]:
     """Indices of the prompts whose sample `folder` lacks, or holds otherwise than it was written."""
-    modality = job.experiment.adapter.modality
-    if adopted := adopt_samples(folder, count, modality):
+    kind = job.experiment.adapter.sample_kind
+    if adopted := adopt_samples(folder, count, kind):
         job.say(f"      {adopted} samples without checksums are taken as they are ({folder})")
-    return missing_samples(folder, count, modality)
+    return missing_samples(folder, count, kind)
 
 
 def _float_samples(job: Job, entry: Entry, seed: int, dtype: str | None, nudge: float, what: str, count: int) -> str:
@@ -96,12 +97,14 @@ def _generate(
 
     trainer = e.make_trainer()
 
-    def save(index: int, clip: Tensor) -> None:
-        save_sample(sample_path(folder, index, modality), clip)
+    def save(index: int, clip: Tensor, sound: Tensor | None = None) -> None:
+        if sound is not None:
+            save_sound(sound_path(folder, index), sound, sampling_rate(pipeline))
+        save_sample(sample_path(folder, index, modality), clip)  # last: where it is, the sample is whole
 
-    def sink(index: int, clip: Tensor) -> None:
+    def sink(index: int, *sample: Tensor) -> None:
         if index in wanted:
-            writer.put(index, clip)
+            writer.put(index, *sample)
 
     with timed:
         # Batches are cut from all prompts, whatever is missing, so that a resumed run repeats them to the bit.

@@ -132,13 +132,15 @@ class SearchTable:
 def search_metrics(experiment: Experiment, policy: SensitivitySearch) -> dict[str, Any]:
     """Entry of quant.policy.metrics -> the metric, of those that a role of the plan is governed by.
 
-    Raises UserError for one without a score per prompt.
+    Raises UserError for one without a score per prompt, and for one that listens: probes are frames alone.
     """
     names = dict.fromkeys(policy.metric_of(experiment.roles[layer]) for layer in experiment.plan.layers)
     metrics = {name: instantiate(policy.metrics[name]) for name in names}
     for name, metric in metrics.items():
         if not hasattr(metric, "scores"):
             raise UserError(f"quant.policy.metrics.{name} has no score per prompt; choose one that has, such as ssim.")
+        if getattr(metric, "reads_sound", False):
+            raise UserError(f"quant.policy.metrics.{name} compares sound, and a search frames alone; choose ssim, say.")
     return metrics
 
 

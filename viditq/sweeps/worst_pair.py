@@ -43,5 +43,7 @@ def worst_pair(row: Row) -> WorstPair | None:
 
 
 def sample_of(folder: Path, index: int) -> Path | None:
-    """The file of a prompt's sample, whatever its type."""
-    return next((path for path in sorted(folder.glob(f"{index:06d}.*")) if path.suffix != ".sha256"), None)
+    """The file with the picture or frames of a prompt's sample, whatever its type."""
+    return next(
+        (path for path in sorted(folder.glob(f"{index:06d}.*")) if path.suffix in (".png", ".safetensors")), None
+    )

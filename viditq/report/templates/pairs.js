@@ -158,9 +158,9 @@ function onKey(event) {
   const card = at.closest(".pair");
   const chosen = card ? views.filter((view) => view.card === card) : views;
   const isVideo = clock.frames > 1;
-  if (event.key === " " && isVideo && !at.matches("button, summary, a")) clock.toggle();
-  else if (event.key === "ArrowLeft" && isVideo && !at.matches("[type=range], .scroll")) clock.step(-1);
-  else if (event.key === "ArrowRight" && isVideo && !at.matches("[type=range], .scroll")) clock.step(1);
+  if (event.key === " " && isVideo && !at.matches("button, summary, a, audio")) clock.toggle();
+  else if (event.key === "ArrowLeft" && isVideo && !at.matches("[type=range], .scroll, audio")) clock.step(-1);
+  else if (event.key === "ArrowRight" && isVideo && !at.matches("[type=range], .scroll, audio")) clock.step(1);
   else if (event.key === "t") {
     const target = chosen.every((view) => view.mode === "toggle") ? !chosen[0].quantized : true;
     for (const view of chosen) { view.quantized = target; view.setMode("toggle"); }
@@ -181,6 +181,8 @@ function startPairs() {
     element("speed").addEventListener("change", () => { clock.speed = Number(element("speed").value); });
   }
   addEventListener("keydown", onKey);
+  // one sound at a time, so that float and quantized can be told apart
+  addEventListener("play", (event) => { for (const audio of document.querySelectorAll("audio")) if (audio !== event.target) audio.pause(); }, true);
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       const view = views[Number(entry.target.dataset.pair)];
