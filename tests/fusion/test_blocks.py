@@ -45,6 +45,20 @@ TRITON = pytest.param(
         ),
     ],
 )
+SCALED_MM = pytest.param(
+    "scaled_mm",
+    marks=pytest.mark.skipif(
+        why_unavailable(get_backend("scaled_mm")) is not None,
+        reason=f"no FP8 products here: {why_unavailable(get_backend('scaled_mm'))}",
+    ),
+)
+FORMATS = {  # of weights and activations
+    "scaled_mm": (
+        QuantSpec(8, True, "channel", number="e4m3"),
+        QuantSpec(8, True, "token", dynamic=True, number="e4m3"),
+    )
+}
+INTEGERS = QuantSpec(8, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -57,8 +71,7 @@ def fusing(monkeypatch: pytest.MonkeyPatch) -> None:
 def quantized(denoiser: nn.Module, backend: str = "fake") -> nn.Module:
     """8 bits in all Linears of blocks."""
     names = [name for name in linear_names(denoiser) if "block" in name and any(part in name for part in BLOCKS)]
-    spec = QuantSpec(8, granularity="channel")
-    plan = Recipe(spec, QuantSpec(8, granularity="token", dynamic=True)).resolve(names)
+    plan = Recipe(*FORMATS.get(backend, INTEGERS)).resolve(names)
     quantize_denoiser(denoiser.eval(), plan, None, backend, 1000.0)
     return denoiser
 
@@ -69,7 +82,7 @@ def sample(pipeline: Any, arguments: dict[str, Any]) -> Tensor:
     return (out.images if hasattr(out, "images") else out.frames).float()
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE])
+@pytest.mark.parametrize("backend", ["fake", NATIVE, SCALED_MM])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None, caplog: Any) -> None:
     torch.manual_seed(0)
@@ -87,7 +100,7 @@ def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None
     assert disagreement(fused, plain, []) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE, TRITON])
+@pytest.mark.parametrize("backend", ["fake", NATIVE, SCALED_MM, TRITON])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_stdit(masked: bool, dtype: torch.dtype, backend: str, fusing: None) -> None:
@@ -124,7 +137,7 @@ def run(denoiser: nn.Module) -> Tensor:
         return denoiser(x, encoder_hidden_states=text, timestep=torch.tensor([500.0, 500.0])).sample
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE, TRITON])
+@pytest.mark.parametrize("backend", ["fake", NATIVE, SCALED_MM, TRITON])
 def test_fused_blocks_are_copied_saved_and_named_as_before(backend: str, fusing: None) -> None:
     denoiser = pixart(backend)
     before, names = run(denoiser), list(denoiser.state_dict())
