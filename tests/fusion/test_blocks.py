@@ -18,6 +18,8 @@ from viditq.models.stdit import STDiT
 from viditq.quant import QuantSpec, Recipe, get_backend, linear_names, quantize_denoiser
 from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.backends.fake import FakeBackend
+from viditq.quant.execution.backends.scaled_mm import backend as scaled_mm
+from viditq.quant.execution.backends.triton import float8
 from viditq.quant.execution.linear import quant_linears
 
 BLOCKS = ("attn", "ff", "mlp.", "proj_mlp", "proj_out", "temporal")
@@ -123,6 +125,48 @@ def test_stdit(masked: bool, dtype: torch.dtype, backend: str, fusing: None) -> 
     fused = model(**call).sample
     assert model.blocks[0].fusion.checked and model.blocks[0].fusion.off is None
     assert disagreement(fused, plain, []) < TOLERANCE[dtype]
+
+
+def tiny_stdit() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = STDiT(
+        sample_size=4, num_frames=3, num_layers=1, num_attention_heads=2, attention_head_dim=32, caption_channels=16
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 3, 4, 4),
+        "encoder_hidden_states": torch.randn(2, 7, 16),
+        "timestep": torch.tensor([500.0, 500.0]),
+    }
+    return model, inputs
+
+
+@pytest.mark.parametrize("backend", [SCALED_MM])
+def test_a_fused_block_is_one_graph(backend: str) -> None:
+    model, inputs = tiny_stdit()
+    quantized(model, backend)
+    fuse_blocks(model)
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        graphs: list[Any] = []
+        model.blocks[0].compile(backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+        assert torch.equal(model(**inputs).sample, expected)
+    assert len(graphs) == 1 and model.blocks[0].fusion.off is None
+
+
+@pytest.mark.slow  # a few seconds more: what a GPU runs, by the interpreter, a block at a time
+@pytest.mark.skipif(why_unavailable(get_backend("triton")) is not None, reason="no interpreted Triton kernels here")
+def test_blocks_in_fp8_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    float8.load()
+    monkeypatch.setattr(scaled_mm, "ONE_PASS", ("cpu",))
+    model, inputs = tiny_stdit()
+    quantized(model, "scaled_mm")
+    plain = model(**inputs).sample
+    fuse_blocks(model)
+    fused = model(**inputs).sample
+    assert model.blocks[0].fusion.checked and model.blocks[0].fusion.off is None
+    assert disagreement(fused, plain, []) < TOLERANCE[torch.float32]
+    monkeypatch.setattr(scaled_mm, "ONE_PASS", ())
+    assert disagreement(model(**inputs).sample, fused, []) < TOLERANCE[torch.float32]
 
 
 def pixart(backend: str = "fake") -> nn.Module:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from agreement import DTYPES, assert_agrees, chains, exact_output, formats, variant_of
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from viditq.quant import QuantLinear, QuantSpec, StepContext
 from viditq.quant.execution.backends import ScaledMmBackend
@@ -158,6 +159,32 @@ def test_products_of_one_input_equal_each_alone(kind: str, one_pass: None, monke
     together = backend.products(variants, x, biases, before)
     assert len(calls) == (3 if kind == "both" else 1)
     assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are called meanwhile, without those that only look at memory otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_two_operators_do_all_that_stands_around_a_product(one_pass: None) -> None:
+    x, weight = normal(2, 3, 96), torch.randn(40, 96)
+    before, after = Before(1e-6, normal(2, 96), normal(2, 96)), After("gelu", normal(2, 40), normal(2, 3, 40))
+    backend, chain = ScaledMmBackend(), dict(chains(96))["smooth"]
+    variants = [variant_of(CHANNEL, TOKEN, x.cpu(), weight, chain).to(DEVICE) for _ in range(2)]
+    for variant in variants:
+        backend.prepare(variant)
+    backend.products(variants, x, [None, None], before, after)  # what they share is known from now on
+    with Operators() as seen:
+        backend.products(variants, x, [None, None], before, after)
+    assert seen.names == ["viditq::float8_quantize", *2 * ["viditq::float8_product"]]
 
 
 def product_of(rows: int, width: int, outs: int, kinds: tuple[str, str], dtype: torch.dtype) -> Float8Product:
