@@ -38,3 +38,17 @@ def test_samples_leave_a_gpu_as_they_are() -> None:
             del on_gpu  # what is made next gets its memory, unless that is still being read
             torch.zeros_like(clip, device="cuda")
     assert all(torch.equal(seen[i], clip) and not seen[i].is_cuda for i, clip in clips.items())
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_scales_on_a_gpu_are_those_of_a_cpu() -> None:
+    """Divided truly; by the reciprocal, as torch divides by a number there, some of them would be an ulp off."""
+    from viditq.quant import QuantSpec
+    from viditq.quant.methods.quantizer import range_grid
+
+    high = torch.rand(4096, 1) + 1e-3
+    specs = [QuantSpec(8), QuantSpec(8, True), QuantSpec(4), *(QuantSpec(8, True, number=n) for n in ("e4m3", "e5m2"))]
+    for spec in specs:
+        there = range_grid(-0.5 * high.cuda(), high.cuda(), spec)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(there, range_grid(-0.5 * high, high, spec), strict=True))

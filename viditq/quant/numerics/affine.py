@@ -37,9 +37,9 @@ def compute_qparams(
     return scale, lo.neg_().div_(scale).round_()
 
 
-def divisor(number: float, device: torch.device) -> Tensor:
-    """`number` to divide by: on CUDA torch multiplies by 1 / number where it is no tensor there, an ulp away."""
-    return torch.full((), float(number), device=device)
+def divisor(number: float, device: torch.device) -> Tensor | float:
+    """`number` to divide by: where it is no tensor there, torch multiplies by 1 / number on CUDA, an ulp away."""
+    return number if device.type == "cpu" else torch.full((), float(number), device=device)
 
 
 def usable_scale(scale: Tensor) -> Tensor:
