@@ -5,6 +5,8 @@ python tests/quant/execution/compiled_kernels.py
 
 import os
 import re
+import subprocess
+import tempfile
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
@@ -14,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from viditq.quant.execution.backends.triton import float8, ops
-from viditq.quant.execution.backends.triton.tiles import FEW, MANY, Tile
+from viditq.quant.execution.backends.triton.tiles import FEW, FLOAT8_MANY, MANY, Tile
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -23,6 +25,7 @@ TARGETS = (
     GPUTarget("hip", "gfx942", 64),
 )
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+WIDEST = 16_384  # in-features of FP8 that a row may have without spilling
 FLOAT8 = {89: (E4M3,), 90: (E4M3, E5M2), "gfx942": (E4M3,)}  # sm_80 has none
 INSTRUCTIONS = re.compile(r"(?:wgmma\.mma_async|mma\.sync|v_mfma)[\w.]*|div\.rn\.f32|div\.full\.f32")
 TYPES = {
@@ -63,13 +66,15 @@ def kind(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launched_float8(target: GPUTarget, tile: Tile, rows: int, number: torch.dtype) -> tuple[str, str]:
+def launched_float8(
+    target: GPUTarget, tile: Tile, rows: int, number: torch.dtype, width: int = 1152
+) -> tuple[str, str]:
     """The same of FP8; number: of the rows, beside a weight of e4m3."""
     kernels = float8.load()
     names = ("quantize_float8_rows", "multiply_float8")
     originals = [getattr(kernels, name) for name in names]
     quantizer, product = (Launch(kernel, target) for kernel in originals)
-    width, outs = 1152, 4608
+    outs = 4608
     try:
         for name, launch in zip(names, (quantizer, product), strict=True):
             setattr(kernels, name, launch)
@@ -122,6 +127,19 @@ def main() -> None:
         for number in FLOAT8.get(target.arch, ()):
             title = str(number).removeprefix("torch.float8_")
             tell(f"FP8 on {name}: {title}", *launched_float8(target, MANY[0], 4096, number))
+        for tile in FLOAT8_MANY if target.arch == 90 else ():
+            spilled = [spilled_bytes(ptx) for ptx in launched_float8(target, tile, 4096, E4M3, WIDEST)]
+            print(f"bytes spilled on {name} by {tile.rows} x {tile.outs}: {spilled[1]}; quantizer: {spilled[0]}")
+
+
+def spilled_bytes(ptx: str) -> int:
+    """Of registers to memory on sm_90, as NVIDIA's assembler says, which triton brings."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas_blackwell.path, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
 def tell(title: str, quantizer: str, product: str) -> None:

@@ -233,3 +233,5 @@ def test_they_compile_for_gpus_to_int8_matrix_instructions() -> None:
         (line,) = (line for name, line in found.items() if name.startswith(target))
         assert instruction in line and ("div.rn.f32" in line.partition("quantizer")[2] or "hip" in target), line
     assert len(found) == len(expected)
+    spilled = [line.partition(": ")[2] for line in lines if line.startswith("bytes spilled")]
+    assert spilled == 3 * ["0; quantizer: 0"], spilled

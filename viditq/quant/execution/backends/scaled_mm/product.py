@@ -17,7 +17,7 @@ from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.execution.backends.cuda.behind import allowed, finished
 from viditq.quant.execution.backends.cuda.choice import Candidate
 from viditq.quant.execution.backends.triton import float8
-from viditq.quant.execution.backends.triton.tiles import Tile, tiles_for
+from viditq.quant.execution.backends.triton.tiles import Tile, float8_tiles_for
 from viditq.quant.numerics.float_grid import NUMBERS
 
 MULTIPLE = 16  # of in-features and outputs, on CUDA devices
@@ -89,9 +89,9 @@ class Float8Product(NamedTuple):
     @property
     def kind(self) -> tuple[object, ...]:
         """What decides how fast it is computed."""
-        behind = self.addend is None, self.activation, self.gate is None, self.residual is None
+        behind = any((self.activation, self.addend is not None, self.gate is not None, self.residual is not None))
         return (*self.shape, self.codes.dtype, self.weight.data.dtype, self.has_one_scale, self.bias is None,
-                *behind, self.dtype, str(self.device))  # fmt: skip
+                behind, self.dtype, str(self.device))  # fmt: skip
 
     @property
     def has_one_scale(self) -> bool:
@@ -209,7 +209,7 @@ def _unless_on_cuda(product: Float8Product) -> str | None:
 
 def candidates_for(product: Float8Product) -> list[Candidate]:
     """All there are, the ones that may not take it included: they say why."""
-    tiles = tiles_for(len(product.codes))
+    tiles = float8_tiles_for(len(product.codes))
     ours = (Candidate(f"triton {tile.rows}x{tile.outs}", partial(_by_triton, tile), _unless_on_cuda) for tile in tiles)
     return [*OF_TORCH, *ours]
 

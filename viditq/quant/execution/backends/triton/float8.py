@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from viditq.quant.execution.backends.triton import ops
-from viditq.quant.execution.backends.triton.tiles import LARGEST_INNER, Tile, power_of_two, tile_for
+from viditq.quant.execution.backends.triton.tiles import LARGEST_INNER, Tile, float8_tiles_for, power_of_two
 
 SHORTEST_INNER = 32  # of one-byte numbers, for the instructions
 QUANTIZE = (
@@ -94,7 +94,7 @@ def multiply(
     """residual + gate * activation(scale weight_scale codes weight^T + bias + addend) as [M, outs] in `dtype`.
 
     Only the end is rounded to it. codes: [M, Q], weight: [at least outs, Q], torch's FP8. scale, weight_scale: one, or
-    one for each row and output. The rest as in `ops.arguments`; tile: None = that of `tile_for`.
+    one for each row and output. The rest as in `ops.arguments`; tile: None = the first of `float8_tiles_for`.
     """
     return torch.ops.viditq.triton_float8_multiply(
         codes, ops.whole(scale), weight, ops.whole(weight_scale), outs, ops.whole(bias), ops.as_rows(addend),
@@ -150,7 +150,7 @@ def _multiply(
     out = codes.new_empty((num_rows, outs), dtype=dtype)
     if num_rows == 0:
         return out
-    cut = Tile(*tile) if tile else tile_for(num_rows)
+    cut = Tile(*tile) if tile else float8_tiles_for(num_rows)[0]
     inner = min(max(power_of_two(padded), SHORTEST_INNER), LARGEST_INNER)
     with ops.launched_on(codes):
         load().multiply_float8[(-(-num_rows // cut.rows) * -(-outs // cut.outs),)](
