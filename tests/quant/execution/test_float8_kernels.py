@@ -16,7 +16,13 @@ from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.backends.cuda import choice as trials
 from viditq.quant.execution.backends.cuda.choice import disagreement
 from viditq.quant.execution.backends.scaled_mm import backend as module
-from viditq.quant.execution.backends.scaled_mm.product import MULTIPLE, Float8Product, Float8Weight, _by_triton
+from viditq.quant.execution.backends.scaled_mm.product import (
+    MULTIPLE,
+    Float8Product,
+    Float8Weight,
+    _by_triton,
+    candidates_for,
+)
 from viditq.quant.execution.backends.triton import float8, ops
 from viditq.quant.execution.backends.triton.backend import why_not
 from viditq.quant.execution.backends.triton.tiles import FEW, Tile
@@ -208,6 +214,16 @@ def test_our_product_is_right_with_all_that_stands_behind_it(kinds: tuple[str, s
     one = torch.ones(1, 1, device=DEVICE)
     for plain in (alone, alone._replace(scale=one, weight=alone.weight._replace(scale=one)), alone.extreme()):
         assert disagreement(_by_triton(cut, plain), plain) <= 1
+
+
+def test_on_a_gpu_our_cuts_are_tried_beside_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = product_of(20, 96, 40, ("e4m3", "e4m3"), torch.bfloat16)
+    assert product.label == "We4m3 and more behind it"
+    monkeypatch.setattr(Float8Product, "device", torch.device("cuda"))
+    names = [candidate.name for candidate in candidates_for(product) if candidate.why_not(product) is None]
+    assert names == ["torch._scaled_mm by row", "torch._scaled_mm, scales after it", "triton 64x128"]
+    monkeypatch.setattr(float8, "installed", lambda: False)
+    assert candidates_for(product)[-1].why_not(product) == "it is not installed"
 
 
 def test_every_cut_is_right() -> None:

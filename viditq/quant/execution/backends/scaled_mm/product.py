@@ -83,15 +83,20 @@ class Float8Product(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Of its weight, such as "We4m3"."""
-        return f"W{KIND_OF[self.weight.data.dtype]}"
+        """Of its weight, such as "We4m3", and whether more than a bias stands behind it."""
+        return f"W{KIND_OF[self.weight.data.dtype]}{' and more behind it' if self.has_more else ''}"
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What decides how fast it is computed."""
-        behind = any((self.activation, self.addend is not None, self.gate is not None, self.residual is not None))
         return (*self.shape, self.codes.dtype, self.weight.data.dtype, self.has_one_scale, self.bias is None,
-                behind, self.dtype, str(self.device))  # fmt: skip
+                self.has_more, self.dtype, str(self.device))  # fmt: skip
+
+    @property
+    def has_more(self) -> bool:
+        """Whether more than a bias stands behind it."""
+        parts = (self.addend, self.gate, self.residual)
+        return self.activation > 0 or any(part is not None for part in parts)
 
     @property
     def has_one_scale(self) -> bool:
@@ -201,16 +206,16 @@ def _unless_one_scale_serves(product: Float8Product) -> str | None:
     return "a scale a tensor serves" if product.has_one_scale else None
 
 
-def _unless_on_cuda(product: Float8Product) -> str | None:
-    if product.device.type != "cuda":
-        return "it runs on CUDA devices only"
+def _unless_installed(product: Float8Product) -> str | None:
     return None if float8.installed() else "it is not installed"
 
 
 def candidates_for(product: Float8Product) -> list[Candidate]:
-    """All there are, the ones that may not take it included: they say why."""
-    tiles = float8_tiles_for(len(product.codes))
-    ours = (Candidate(f"triton {tile.rows}x{tile.outs}", partial(_by_triton, tile), _unless_on_cuda) for tile in tiles)
+    """All there are on its device, the ones that may not take it included: they say why."""
+    tiles = float8_tiles_for(len(product.codes)) if product.device.type == "cuda" else ()
+    ours = (
+        Candidate(f"triton {tile.rows}x{tile.outs}", partial(_by_triton, tile), _unless_installed) for tile in tiles
+    )
     return [*OF_TORCH, *ours]
 
 
