@@ -10,8 +10,9 @@ folder=${1:-gpu_results}
 mkdir -p "$folder"
 export PYTHONPATH=$PWD
 python=${PYTHON:-python}
-timeout 150 "$python" -m pytest -q -p no:cacheprovider -m "not slow" tests/quant/execution/test_triton.py \
-    tests/quant/execution/test_integer_backends.py tests/quant/execution/test_cuda.py tests/test_gpu.py 2>&1 | tee "$folder/tests.txt"
+timeout 150 "$python" -m pytest -q -p no:cacheprovider --numprocesses 4 --dist loadfile -m "not slow" tests/quant/execution/test_triton.py \
+    tests/quant/execution/test_integer_backends.py tests/quant/execution/test_cuda.py \
+    tests/quant/execution/test_float8_kernels.py tests/quant/execution/test_scaled_mm.py tests/test_gpu.py 2>&1 | tee "$folder/tests.txt"
 tests=${PIPESTATUS[0]}
 timeout 320 "$python" benchmarks/gpu.py --seconds 290 --out "$folder"
 measured=$?

@@ -39,6 +39,7 @@ def calls(
     smooth = Chain([Smooth(torch.rand(width, device=device) + 0.5)])
     yield "ours W8A8, smoothed", lambda: _ours(linear, x, OURS["W8A8"], backend, smooth)
     yield "ours FP8", lambda: _ours(linear, x, FP8, FP8_BACKEND, Chain())
+    yield "ours FP8, smoothed", lambda: _ours(linear, x, FP8, FP8_BACKEND, smooth)
     if compiled is not None:
         yield "ours FP8, compiled", lambda: _ours(linear, x, FP8, FP8_BACKEND, Chain(), compiled)
         yield "torchao int8, compiled", lambda: _torchao(linear, x, "int8", compiled)

@@ -14,11 +14,14 @@ from viditq.files import read_json
 def test_a_run_with_attention_in_8_bits(
     run: Callable[..., Any], finished_run: Path, shared_cache: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    metrics = run(tmp_path / "run", shared_cache, "quant.attention=int8_qk_fp8_pv")
+    how = ("quant.attention=int8_qk_fp8_pv", "quant.attention_granularity=block")
+    metrics = run(tmp_path / "run", shared_cache, *how)
     plain = read_json(finished_run / "metrics.json")["metrics"]
     assert metrics["metrics"]["psnr"] != plain["psnr"]
-    assert read_json(tmp_path / "run" / "run.json")["quant"]["attention"] == "int8_qk_fp8_pv"
-    assert "attention" not in read_json(finished_run / "run.json")["quant"], "younger than folders of runs"
+    told = read_json(tmp_path / "run" / "run.json")["quant"]
+    assert (told["attention"], told["attention_granularity"]) == ("int8_qk_fp8_pv", "block")
+    younger = {"attention", "attention_granularity"}
+    assert not younger & read_json(finished_run / "run.json")["quant"].keys(), "younger than folders of runs"
     assert not (tmp_path / "run" / "speed.json").exists()
 
 
@@ -26,6 +29,7 @@ def test_a_run_with_attention_in_8_bits(
     ("overrides", "words"),
     [
         (["quant.attention=sage"], "quant.attention='sage': choose null or one of int8_qk, int8_qk_fp8_pv"),
+        (["quant.attention_granularity=warp"], "quant.attention_granularity=warp goes with an attention that is"),
         (["quant.attention=int8_qk", "model.attention=native"], "model.attention=native with quant.attention=int8_qk"),
         (["quant.attention=int8_qk", "model.compile=true"], "model.compile=True with quant.attention=int8_qk"),
     ],

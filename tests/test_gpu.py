@@ -42,3 +42,17 @@ def test_samples_leave_a_gpu_as_they_are() -> None:
             torch.zeros_like(sample[0], device="cuda")
     pairs = [pair for i, sample in made.items() for pair in zip(seen[i], sample, strict=True)]
     assert all(torch.equal(found, wanted) and not found.is_cuda for found, wanted in pairs)
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_scales_on_a_gpu_are_those_of_a_cpu() -> None:
+    """Divided truly; by the reciprocal, as torch divides by a number there, some of them would be an ulp off."""
+    from viditq.quant import QuantSpec
+    from viditq.quant.methods.quantizer import range_grid
+
+    high = torch.rand(4096, 1) + 1e-3
+    specs = [QuantSpec(8), QuantSpec(8, True), QuantSpec(4), *(QuantSpec(8, True, number=n) for n in ("e4m3", "e5m2"))]
+    for spec in specs:
+        there = range_grid(-0.5 * high.cuda(), high.cuda(), spec)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(there, range_grid(-0.5 * high, high, spec), strict=True))

@@ -140,6 +140,8 @@ def build(cfg: DictConfig, checked: Checked | None = None) -> Experiment:
         tracked["quant"].pop("attention", None)
     else:
         _check_emulated(adapter, quant.attention)
+    if quant.attention_granularity == "token":
+        tracked["quant"].pop("attention_granularity", None)
     if tracked["noise_floor"]["latents"] == NoiseFloorConfig.latents:
         tracked["noise_floor"].pop("latents")  # runs from before there was any are as they were
     if not tracked["data"].get("images"):

@@ -124,7 +124,7 @@ class Job(CacheEntries):
         budget = e.memory_budget if e.offload == DISK else None
         pipeline = load_artifact(folder or self.artifact, backend=e.backend, complete=False, memory_budget=budget)
         if e.quant.attention is not None:
-            emulate_attention(e.adapter.denoiser_of(pipeline), e.quant.attention)
+            emulate_attention(e.adapter.denoiser_of(pipeline), e.quant.attention, e.quant.attention_granularity)
         return pipeline
 
     # Work that others may be doing too -------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from viditq.models.stdit import STDiT
 from viditq.quant import QuantSpec, Recipe, get_backend, linear_names, quantize_denoiser
 from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.backends.fake import FakeBackend
+from viditq.quant.execution.backends.scaled_mm import backend as scaled_mm
+from viditq.quant.execution.backends.triton import float8
 from viditq.quant.execution.linear import quant_linears
 
 BLOCKS = ("attn", "ff", "mlp.", "proj_mlp", "proj_out", "temporal")
@@ -45,6 +47,20 @@ TRITON = pytest.param(
         ),
     ],
 )
+SCALED_MM = pytest.param(
+    "scaled_mm",
+    marks=pytest.mark.skipif(
+        why_unavailable(get_backend("scaled_mm")) is not None,
+        reason=f"no FP8 products here: {why_unavailable(get_backend('scaled_mm'))}",
+    ),
+)
+FORMATS = {  # of weights and activations
+    "scaled_mm": (
+        QuantSpec(8, True, "channel", number="e4m3"),
+        QuantSpec(8, True, "token", dynamic=True, number="e4m3"),
+    )
+}
+INTEGERS = QuantSpec(8, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -57,8 +73,7 @@ def fusing(monkeypatch: pytest.MonkeyPatch) -> None:
 def quantized(denoiser: nn.Module, backend: str = "fake") -> nn.Module:
     """8 bits in all Linears of blocks."""
     names = [name for name in linear_names(denoiser) if "block" in name and any(part in name for part in BLOCKS)]
-    spec = QuantSpec(8, granularity="channel")
-    plan = Recipe(spec, QuantSpec(8, granularity="token", dynamic=True)).resolve(names)
+    plan = Recipe(*FORMATS.get(backend, INTEGERS)).resolve(names)
     quantize_denoiser(denoiser.eval(), plan, None, backend, 1000.0)
     return denoiser
 
@@ -69,7 +84,7 @@ def sample(pipeline: Any, arguments: dict[str, Any]) -> Tensor:
     return (out.images if hasattr(out, "images") else out.frames).float()
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE])
+@pytest.mark.parametrize("backend", ["fake", NATIVE, SCALED_MM])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None, caplog: Any) -> None:
     torch.manual_seed(0)
@@ -87,7 +102,7 @@ def test_a_fused_pipeline_samples_the_same(name: str, backend: str, fusing: None
     assert disagreement(fused, plain, []) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE, TRITON])
+@pytest.mark.parametrize("backend", ["fake", NATIVE, SCALED_MM, TRITON])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_stdit(masked: bool, dtype: torch.dtype, backend: str, fusing: None) -> None:
@@ -112,6 +127,48 @@ def test_stdit(masked: bool, dtype: torch.dtype, backend: str, fusing: None) -> 
     assert disagreement(fused, plain, []) < TOLERANCE[dtype]
 
 
+def tiny_stdit() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = STDiT(
+        sample_size=4, num_frames=3, num_layers=1, num_attention_heads=2, attention_head_dim=32, caption_channels=16
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 3, 4, 4),
+        "encoder_hidden_states": torch.randn(2, 7, 16),
+        "timestep": torch.tensor([500.0, 500.0]),
+    }
+    return model, inputs
+
+
+@pytest.mark.parametrize("backend", [SCALED_MM])
+def test_a_fused_block_is_one_graph(backend: str) -> None:
+    model, inputs = tiny_stdit()
+    quantized(model, backend)
+    fuse_blocks(model)
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        graphs: list[Any] = []
+        model.blocks[0].compile(backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+        assert torch.equal(model(**inputs).sample, expected)
+    assert len(graphs) == 1 and model.blocks[0].fusion.off is None
+
+
+@pytest.mark.slow  # a few seconds more: what a GPU runs, by the interpreter, a block at a time
+@pytest.mark.skipif(why_unavailable(get_backend("triton")) is not None, reason="no interpreted Triton kernels here")
+def test_blocks_in_fp8_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    float8.load()
+    monkeypatch.setattr(scaled_mm, "ONE_PASS", ("cpu",))
+    model, inputs = tiny_stdit()
+    quantized(model, "scaled_mm")
+    plain = model(**inputs).sample
+    fuse_blocks(model)
+    fused = model(**inputs).sample
+    assert model.blocks[0].fusion.checked and model.blocks[0].fusion.off is None
+    assert disagreement(fused, plain, []) < TOLERANCE[torch.float32]
+    monkeypatch.setattr(scaled_mm, "ONE_PASS", ())
+    assert disagreement(model(**inputs).sample, fused, []) < TOLERANCE[torch.float32]
+
+
 def pixart(backend: str = "fake") -> nn.Module:
     torch.manual_seed(0)
     return quantized(images.pixart_alpha().transformer, backend)
@@ -124,7 +181,7 @@ def run(denoiser: nn.Module) -> Tensor:
         return denoiser(x, encoder_hidden_states=text, timestep=torch.tensor([500.0, 500.0])).sample
 
 
-@pytest.mark.parametrize("backend", ["fake", NATIVE, TRITON])
+@pytest.mark.parametrize("backend", ["fake", NATIVE, SCALED_MM, TRITON])
 def test_fused_blocks_are_copied_saved_and_named_as_before(backend: str, fusing: None) -> None:
     denoiser = pixart(backend)
     before, names = run(denoiser), list(denoiser.state_dict())

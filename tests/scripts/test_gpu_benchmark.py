@@ -25,7 +25,7 @@ def check(folder: Path, geometries: int) -> None:
     results = json.loads((folder / "gpu.json").read_text())
     assert len({row["geometry"] for row in results["steps"]}) == geometries
     measured = [row for rows in (results["linears"], results["steps"]) for row in rows if "ms" in row]
-    assert len(measured) >= 15 + 8 * geometries
+    assert len(measured) >= 16 + 8 * geometries
     assert all(row["relative_error"] < 0.1 for row in measured)
     left_out = {row["left_out"] for rows in (results["linears"], results["steps"]) for row in rows if "left_out" in row}
     assert all(reason.startswith("not installed (") for reason in left_out), left_out
@@ -65,6 +65,6 @@ def test_the_script_is_sound_and_its_files_exist() -> None:
     script = BENCHMARKS / "gpu.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
     named = re.findall(r"\b(?:tests|benchmarks)/[\w/]+\.py", script.read_text())
-    assert len(named) == 5 and all((BENCHMARKS.parent / name).is_file() for name in named)
+    assert len(named) == 7 and all((BENCHMARKS.parent / name).is_file() for name in named)
     seconds = sum(int(n) for n in re.findall(r"timeout (\d+)", script.read_text()))
     assert seconds < 8 * 60

@@ -23,6 +23,7 @@ class QuantSetting:
     text_encoder: format of the weights of the text encoders' Linears, None = they stay in float.
     float_dtype: dtype of the quantized denoiser's float arithmetic, None = the model's own.
     attention: one of `execution.attention.KINDS`, emulated where the quantized denoiser runs; None = the model's own.
+    attention_granularity: one of `execution.attention.GRANULARITIES`, which tokens share a scale there.
     Raises UserError for everything that can be seen without a model.
     """
 
@@ -42,6 +43,7 @@ class QuantSetting:
         correction: str | None,
         text_encoder: QuantSpec | None,
         attention: str | None = None,
+        attention_granularity: str = "token",
     ) -> None:
         for side, spec in {"weight": weight, "activation": activation}.items():
             if isinstance(spec, Mapping):  # bits= on top of a side that the setting leaves in float
@@ -57,7 +59,7 @@ class QuantSetting:
             )
         if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
             raise UserError(f"quant.float_dtype={float_dtype!r}: choose null or one of {', '.join(FLOAT_DTYPES)}.")
-        check_attention(attention)
+        check_attention(attention, attention_granularity)
         if correction is not None and correction not in CORRECTIONS:
             raise UserError(f"quant.correction={correction!r}: choose null or one of {', '.join(CORRECTIONS)}.")
         if correction is not None and weight is None and activation is None:
@@ -73,6 +75,7 @@ class QuantSetting:
         how = (ranges, activation_ranges, low_rank)
         self.recipe = Recipe(weight, activation, smoothing, rounding, segments, rules, *how)
         self.policy, self.float_dtype, self.correction, self.attention = policy, float_dtype, correction, attention
+        self.attention_granularity = attention_granularity
         self.text_encoder = None if text_encoder is None else text_encoder.check_weight()
 
     def plan(self, linear_names: Sequence[str], keep_float: Sequence[str]) -> QuantPlan:

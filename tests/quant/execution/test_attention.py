@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.quant.execution import attention as module
-from viditq.quant.execution.attention import KINDS, attention, check_attention, emulate_attention
+from viditq.quant.execution.attention import (
+    GRANULARITIES,
+    KINDS,
+    Shares,
+    attention,
+    check_attention,
+    emulate_attention,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +42,7 @@ def test_it_is_near_torch_s(fp8_pv: bool) -> None:
     error = difference(attention(q, k, v, fp8_pv=fp8_pv), expected)
     assert 1e-4 < error < (0.05 if fp8_pv else 0.02)
     # without the mean taken off, int8 keeps little of such keys
-    plain = F.scaled_dot_product_attention(*(module._rounded(part) for part in (q, k)), v)
+    plain = F.scaled_dot_product_attention(*(module._rounded(part, Shares(1)) for part in (q, k)), v)
     assert difference(plain, expected) > 3 * difference(attention(q, k, v), expected)
 
 
@@ -54,6 +61,43 @@ def test_products_are_those_of_codes() -> None:
     narrow = (p * 448).float().to(torch.float8_e4m3fn).double() / 448
     expected = narrow @ ((v / step).to(torch.float8_e4m3fn).double() * step) / p.sum(-1, keepdim=True)
     torch.testing.assert_close(attention(q, k, v, fp8_pv=True).double(), expected, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("name", "span", "keys"), [("thread", 32, 64), ("thread_sm90", 16, 128)])
+def test_a_thread_s_tokens_are_those_that_its_instructions_hold(name: str, span: int, keys: int) -> None:
+    """Of 8 threads each the queries 8 apart, of 4 threads each the pairs of keys 8 apart."""
+    tokens = torch.arange(2 * keys)
+    of_queries, of_keys = (shares.group(tokens) for shares in GRANULARITIES[name])
+    rows = [tokens[block + lane : block + span : 8] for block in range(0, 2 * keys, span) for lane in range(8)]
+    assert [of_queries[row].unique().tolist() for row in rows] == [[i] for i in range(len(rows))]
+    pairs = [
+        torch.cat([tokens[block + 2 * lane + i : block + keys : 8] for i in (0, 1)])
+        for block in range(0, 2 * keys, keys)
+        for lane in range(4)
+    ]
+    assert [of_keys[pair].unique().tolist() for pair in pairs] == [[i] for i in range(len(pairs))]
+
+
+@pytest.mark.parametrize("name", GRANULARITIES)
+def test_tokens_that_share_a_scale_are_on_one_grid(name: str) -> None:
+    """The last group may be a part of one; heads and samples are apart."""
+    x = torch.randn(2, 3, 150, 16) * torch.logspace(-2, 2, 150)[:, None]
+    for shares in GRANULARITIES[name]:
+        out, groups = module._rounded(x, shares), shares.group(torch.arange(150))
+        expected = torch.empty_like(x)
+        for group in groups.unique():
+            mine = x[:, :, groups == group]
+            step = mine.abs().amax((2, 3), keepdim=True) / 127
+            expected[:, :, groups == group] = (mine / step).round() * step
+        assert torch.equal(out, expected)
+
+
+def test_the_more_tokens_share_a_scale_the_further_from_torch_s() -> None:
+    q, k, v = inputs(1, 2, 256, 32, keys=256)
+    q, k = (part * torch.rand(256, 1).add(0.1).pow(2) for part in (q, k))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    errors = [difference(attention(q, k, v, granularity=name), expected) for name in GRANULARITIES]
+    assert errors[0] < errors[1] < errors[3] < errors[4] and errors[0] < errors[2] < errors[4]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +151,8 @@ def test_only_the_denoiser_that_was_told_computes_so() -> None:
     assert torch.equal(told(q, k, v), attention(q, k, v))
     assert torch.equal(other(q, k, v), F.scaled_dot_product_attention(q, k, v))
     parts = nn.ModuleDict({"high": Attends(), "low": Attends()})
-    emulate_attention(parts, "int8_qk_fp8_pv")
-    assert torch.equal(parts["low"](q, k, v), attention(q, k, v, fp8_pv=True))
+    emulate_attention(parts, "int8_qk_fp8_pv", "block")
+    assert torch.equal(parts["low"](q, k, v), attention(q, k, v, fp8_pv=True, granularity="block"))
 
 
 def test_where_it_would_change_nothing_it_is_refused() -> None:
@@ -118,3 +162,7 @@ def test_where_it_would_change_nothing_it_is_refused() -> None:
         denoiser(*inputs(1, 1, 4, 8))
     with pytest.raises(UserError, match=r"quant\.attention='int4_qk': choose null or one of int8_qk, int8_qk_fp8_pv"):
         check_attention("int4_qk")
+    with pytest.raises(UserError, match="choose one of token, thread, thread_sm90, warp, block"):
+        check_attention("int8_qk", "head")
+    with pytest.raises(UserError, match="attention_granularity=warp goes with an attention that is emulated"):
+        check_attention(None, "warp")

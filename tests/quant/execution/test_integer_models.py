@@ -1,4 +1,4 @@
-"""A whole denoiser and its artifact on the integer backends."""
+"""A whole denoiser and its artifact on the backends of integers and FP8."""
 
 import pytest
 import torch
@@ -33,6 +33,17 @@ RECIPES = {
     ),
 }
 
+TENSOR, CHANNEL = (QuantSpec(8, True, granularity, number="e4m3") for granularity in ("tensor", "channel"))
+IN_FP8 = {
+    "timestep_aware": Recipe(
+        CHANNEL,
+        QuantSpec(8, True, "token", dynamic=True, number="e4m3"),
+        SmoothSpec([0.3, 0.5], True),
+        segments=(0, 0.5, 1),
+    ),
+    "static": Recipe(TENSOR, TENSOR, segments=(0, 0.5, 1)),
+}
+
 
 @pytest.fixture(params=["native", "portable", pytest.param("triton", marks=pytest.mark.slow)])
 def backend(request) -> str:
@@ -52,9 +63,21 @@ def outputs(denoiser) -> torch.Tensor:
 def test_an_artifact_gives_the_same_outputs_and_is_saved_as_it_was(
     make_denoiser, calibrated, tmp_path, backend, name, dtype
 ):
+    check(make_denoiser, calibrated, tmp_path, backend, RECIPES[name], dtype)
+
+
+@pytest.mark.parametrize("name", IN_FP8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_artifact_in_fp8_does_too(make_denoiser, calibrated, tmp_path, name, dtype):
+    if (reason := why_unavailable(get_backend("scaled_mm"))) is not None:
+        pytest.skip(reason)
+    check(make_denoiser, calibrated, tmp_path, "scaled_mm", IN_FP8[name], dtype)
+
+
+def check(make_denoiser, calibrated, tmp_path, backend, recipe, dtype):
     torch.manual_seed(0)
     denoiser = make_denoiser(dtype)
-    plan = RECIPES[name].resolve(linear_names(denoiser))
+    plan = recipe.resolve(linear_names(denoiser))
     quantize_denoiser(denoiser, plan, calibrated(denoiser, [1, 2], [980, 640, 300, 10]))
     save_denoiser(tmp_path / "fake", denoiser, plan, {})
     loaded, *_ = load_denoiser(tmp_path / "fake", lambda: make_denoiser(dtype), backend)
@@ -67,7 +90,7 @@ def test_an_artifact_gives_the_same_outputs_and_is_saved_as_it_was(
     assert files[0] == files[1]
     held = [[variant.held for variant in layer.variants] for layer in quant_linears(loaded).values()]
     assert all(each is not None for layer in held for each in layer)
-    if name == "static":
+    if not recipe.activation.dynamic and not recipe.smoothing:
         assert all(len({id(each) for each in layer}) == 1 for layer in held), "segments share their weight"
 
 

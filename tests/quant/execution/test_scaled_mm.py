@@ -15,7 +15,7 @@ from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.backends.cuda import choice as trials
 from viditq.quant.execution.backends.cuda.choice import Candidate, choose, disagreement
 from viditq.quant.execution.backends.scaled_mm import backend as module
-from viditq.quant.execution.backends.scaled_mm.product import CANDIDATES, LAST, Float8Product, Float8Weight
+from viditq.quant.execution.backends.scaled_mm.product import LAST, OF_TORCH, Float8Product, Float8Weight
 from viditq.quant.methods.quantizer import fake_quantize_activation, narrow_activation
 
 REASON = why_unavailable(ScaledMmBackend())
@@ -142,7 +142,7 @@ def test_each_way_that_may_take_a_product_is_right(specs: Any, left_out: set[str
     product = product_of(*specs, dtype=dtype)
     assert product.bias is not None
     product = product._replace(bias=product.bias.to(dtype))
-    choice = choose(product, CANDIDATES, LAST, lambda call, device: 1.0)
+    choice = choose(product, OF_TORCH, LAST, lambda call, device: 1.0)
     assert {name.removeprefix("torch._scaled_mm").strip(", ") for name in choice.refused} == left_out
     assert len(choice.seconds) == 3 - len(left_out) and disagreement(LAST.run(product), product) <= 1
 
@@ -158,7 +158,7 @@ def test_a_product_that_loses_digits_is_refused_and_emulated() -> None:
 
     product = product_of()
     assert disagreement(in_half(product), product) <= 1
-    rough = Candidate("rough", lambda p: CANDIDATES[1].run(p) * (1 + 2.0**-12))
+    rough = Candidate("rough", lambda p: OF_TORCH[1].run(p) * (1 + 2.0**-12))
     choice = choose(product, [Candidate("in half", in_half), rough], LAST, lambda call, device: 1.0)
     assert choice.taken is LAST and choice.refused.keys() == {"in half", "rough"}
     assert all("disagrees with fake" in reason for reason in choice.refused.values())

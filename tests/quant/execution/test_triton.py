@@ -199,7 +199,7 @@ def test_kernels_that_are_wrong_on_this_device_are_refused_at_load(monkeypatch: 
 def test_a_model_on_the_cpu_is_told_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "interpreted", lambda: False)
     with pytest.raises(UserError, match=r"pipeline.to\('cuda'\)"):
-        ops._on(torch.zeros(1))
+        ops.launched_on(torch.zeros(1))
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -222,3 +222,16 @@ def test_they_compile_for_gpus_to_int8_matrix_instructions() -> None:
             instruction in line and ("s8.s8" in line or "_i8" in line) for line in mine if "few rows" not in line
         ), mine
         assert all("s8.s8" in line or "_i8" in line for line in mine if "quantizer" not in line), mine
+    expected = {
+        "FP8 on cuda 89: e4m3fn": "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32",
+        "FP8 on cuda 90: e4m3fn": "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3",
+        "FP8 on cuda 90: e5m2": "wgmma.mma_async.sync.aligned.m64n128k32.f32.e5m2.e4m3",
+        "FP8 on hip gfx942: e4m3fn": "v_mfma_f32_32x32x8_f16",
+    }
+    found = {line.rpartition(": ")[0].partition(";")[0]: line for line in lines if line.startswith("FP8")}
+    for target, instruction in expected.items():
+        (line,) = (line for name, line in found.items() if name.startswith(target))
+        assert instruction in line and ("div.rn.f32" in line.partition("quantizer")[2] or "hip" in target), line
+    assert len(found) == len(expected)
+    spilled = [line.partition(": ")[2] for line in lines if line.startswith("bytes spilled")]
+    assert spilled == 3 * ["0; quantizer: 0"], spilled

@@ -6,6 +6,7 @@ from viditq.quant.numerics.affine import (
     code_range,
     compute_qparams,
     dequantize,
+    divisor,
     fake_quantize,
     fake_quantize_own_range,
     quantize,
@@ -93,3 +94,13 @@ def test_the_full_range_of_a_symmetric_grid(bits):
     assert codes[0, 0] == -(2 ** (bits - 1)) and codes[1, 1] == 2 ** (bits - 1) - 1 and not codes[2].any()
     expected = dequantize(codes, scale, zero_point)
     assert torch.equal(fake_quantize_own_range(x, lo, hi, bits, True, full_range=True), expected)
+
+
+def test_on_a_gpu_ranges_are_divided_by_tensors():
+    """By a number torch multiplies by its reciprocal there, which gives other scales."""
+    x = torch.rand(4096, generator=torch.Generator().manual_seed(0))
+    for number in (127.5, 127, 448.0):
+        assert (x / number != x * (1 / torch.tensor(float(number)))).float().mean() > 0.01
+        there = divisor(number, torch.device("meta"))
+        assert isinstance(there, torch.Tensor) and there.device.type == "meta" and there.dtype == torch.float32
+        assert divisor(number, x.device) == number

@@ -29,11 +29,17 @@ def compute_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of ranges [lo, hi], in their shape and type. full_range: of a symmetric grid."""
     if symmetric:
-        scale = usable_scale(torch.maximum(-lo, hi).div_((2**bits - 1) / 2 if full_range else 2 ** (bits - 1) - 1))
+        steps = (2**bits - 1) / 2 if full_range else 2 ** (bits - 1) - 1
+        scale = usable_scale(torch.maximum(-lo, hi).div_(divisor(steps, lo.device)))
         return scale, torch.zeros_like(scale)
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    scale = usable_scale(hi.mul_(0.5).sub_(lo, alpha=0.5).div_((2**bits - 1) / 2))
+    scale = usable_scale(hi.mul_(0.5).sub_(lo, alpha=0.5).div_(divisor((2**bits - 1) / 2, lo.device)))
     return scale, lo.neg_().div_(scale).round_()
+
+
+def divisor(number: float, device: torch.device) -> Tensor | float:
+    """`number` to divide by: where it is no tensor there, torch multiplies by 1 / number on CUDA, an ulp away."""
+    return number if device.type == "cpu" else torch.full((), float(number), device=device)
 
 
 def usable_scale(scale: Tensor) -> Tensor:

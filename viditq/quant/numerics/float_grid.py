@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from viditq.quant.numerics.affine import usable_scale
+from viditq.quant.numerics.affine import divisor, usable_scale
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def values_of(codes: Tensor, number: str) -> Tensor:
 
 def float_scale(amax: Tensor, number: str) -> Tensor:
     """By which tensors of this largest magnitude are divided."""
-    return usable_scale(amax.float() / NUMBERS[number].largest)
+    return usable_scale(amax.float() / divisor(NUMBERS[number].largest, amax.device))
 
 
 def power_scale(amax: Tensor, number: str) -> Tensor:
@@ -86,9 +86,11 @@ def power_scale(amax: Tensor, number: str) -> Tensor:
 
 def two_level_scale(amax: Tensor, tensor_amax: Tensor, number: str) -> tuple[Tensor, Tensor]:
     """(e4m3 scale of each block times the scale of all of the tensor, the latter)."""
-    largest = NUMBERS[number].largest
-    tensor_scale = usable_scale(tensor_amax.float() / (largest * NUMBERS["e4m3"].largest))
-    block_scale = rounded((amax.float() / largest / tensor_scale).clamp(min=SMALLEST_BLOCK_SCALE), "e4m3")
+    largest, device = NUMBERS[number].largest, amax.device
+    tensor_scale = usable_scale(tensor_amax.float() / divisor(largest * NUMBERS["e4m3"].largest, device))
+    block_scale = rounded(
+        (amax.float() / divisor(largest, device) / tensor_scale).clamp(min=SMALLEST_BLOCK_SCALE), "e4m3"
+    )
     return block_scale * tensor_scale, tensor_scale
 
 

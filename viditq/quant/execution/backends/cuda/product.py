@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from viditq.quant.execution.backends.cuda.behind import allowed, finished
 from viditq.quant.execution.backends.signed import SignedWeight
 from viditq.quant.execution.backends.triton.ops import Quantized
-from viditq.quant.execution.surroundings import ACTIVATIONS, After
 
 RELATIVE = 2.0**-20  # of the sum of |x w|: what rounding of scales and of sums over segments may cost
 PROBED_ROWS, PROBED_OUTS = 64, 256
-STEEPEST = 1.13  # slope of a GELU, which enlarges an error that much
 
 
 class Product(NamedTuple):
@@ -63,8 +62,7 @@ class Product(NamedTuple):
 
     def finished(self, y_MO: Tensor) -> Tensor:
         """What stands behind the product, on its result with scales and bias."""
-        y_MO = y_MO if self.addend is None else y_MO + self.addend
-        return After(ACTIVATIONS[self.activation], self.gate, self.residual).apply(y_MO).to(self.dtype)
+        return finished(self, y_MO)
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """The output in float64, and how far a right one may lie from it."""
@@ -73,11 +71,7 @@ class Product(NamedTuple):
         if self.bias is not None:
             y, size = y + self.bias.double(), size + self.bias.double().abs()
         out = self._replace(dtype=torch.float64).finished(y)
-        gate = 1.0 if self.gate is None else _spread(self.gate, len(y)).double().abs()
-        beside = 0.0 if self.residual is None else self.residual.double().abs()
-        unit = torch.finfo(self.dtype).eps  # a library rounds the product, what an activation makes of it, and the end
-        bound = STEEPEST * gate * (RELATIVE * size + unit * y.abs()) + 2 * unit * (out.abs() + beside)
-        return out, bound + torch.finfo(torch.float32).smallest_normal
+        return out, allowed(self, y, out, RELATIVE * size)
 
     def corner(self) -> Product:
         """The same of a few outputs of a few rows, which share a line of the gate."""
@@ -136,7 +130,3 @@ def decoded_rows(x: Quantized, size: int) -> Tensor:
     repeat = len(x.codes) // x.scale.shape[1]
     scale, zero = (part.double().repeat_interleave(repeat, 1).T[..., None] for part in (x.scale, x.zero))
     return (x.codes[..., :size].double() - zero) * scale
-
-
-def _spread(gate: Tensor, rows: int) -> Tensor:
-    return gate.repeat_interleave(rows // len(gate), 0)

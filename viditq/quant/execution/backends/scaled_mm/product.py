@@ -6,6 +6,7 @@ Legend: M rows, O out_features, C in_features, P and Q are O and C padded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from viditq.quant.description.quant_spec import QuantSpec
+from viditq.quant.execution.backends.cuda.behind import allowed, finished
 from viditq.quant.execution.backends.cuda.choice import Candidate
+from viditq.quant.execution.backends.triton import float8
+from viditq.quant.execution.backends.triton.tiles import Tile, float8_tiles_for
 from viditq.quant.numerics.float_grid import NUMBERS
 
 MULTIPLE = 16  # of in-features and outputs, on CUDA devices
@@ -52,13 +56,20 @@ class Float8Weight(NamedTuple):
 
 
 class Float8Product(NamedTuple):
-    """(codes scale) weight^T + bias as [M, O] in `dtype`; codes torch's FP8 [M, Q], scale float32 [M, 1] or [1, 1]."""
+    """residual + gate * activation((codes scale) weight^T + bias + addend) as [M, O] in `dtype`.
+
+    codes: torch's FP8 [M, Q]. scale: float32 [M, 1] or [1, 1]. The rest as in `ops.arguments`.
+    """
 
     codes: Tensor
     scale: Tensor
     weight: Float8Weight
     bias: Tensor | None
     dtype: torch.dtype
+    addend: Tensor | None = None
+    activation: int = 0
+    gate: Tensor | None = None
+    residual: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -72,27 +83,47 @@ class Float8Product(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Of its weight, such as "We4m3"."""
-        return f"W{KIND_OF[self.weight.data.dtype]}"
+        """Of its weight, such as "We4m3", and whether more than a bias stands behind it."""
+        return f"W{KIND_OF[self.weight.data.dtype]}{' and more behind it' if self.has_more else ''}"
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What decides how fast it is computed."""
         return (*self.shape, self.codes.dtype, self.weight.data.dtype, self.has_one_scale, self.bias is None,
-                self.dtype, str(self.device))  # fmt: skip
+                self.has_more, self.dtype, str(self.device))  # fmt: skip
+
+    @property
+    def has_more(self) -> bool:
+        """Whether more than a bias stands behind it."""
+        parts = (self.addend, self.gate, self.residual)
+        return self.activation > 0 or any(part is not None for part in parts)
 
     @property
     def has_one_scale(self) -> bool:
         """On each side."""
         return self.scale.numel() == self.weight.scale.numel() == 1
 
+    def finished(self, y_MO: Tensor) -> Tensor:
+        """What stands behind the product, on its result with scales and bias."""
+        return finished(self, y_MO)
+
     def corner(self) -> Float8Product:
-        """The same of a few outputs of a few rows."""
-        rows, (data, scale, outs, width) = PROBED_ROWS, self.weight
-        outs = min(outs, PROBED_OUTS)
-        weight = Float8Weight(data[: outs + -outs % MULTIPLE], scale[:outs], outs, width)
-        return Float8Product(
-            self.codes[:rows], self.scale[:rows], weight, None if self.bias is None else self.bias[:outs], self.dtype
+        """The same of a few outputs of a few rows, which share a line of the gate."""
+        data, scale, outs, width = self.weight
+        rows, outs = PROBED_ROWS if self.gate is None else len(self.codes) // len(self.gate), min(outs, PROBED_OUTS)
+        rows = min(rows, PROBED_ROWS)
+
+        def cut(part: Tensor | None, count: int = rows) -> Tensor | None:
+            return None if part is None else part[:count, :outs]
+
+        return self._replace(
+            codes=self.codes[:rows],
+            scale=self.scale[:rows],
+            weight=Float8Weight(data[: outs + -outs % MULTIPLE], scale[:outs], outs, width),
+            bias=None if self.bias is None else self.bias[:outs],
+            addend=cut(self.addend),
+            gate=cut(self.gate, 1),
+            residual=cut(self.residual),
         )
 
     def extreme(self) -> Float8Product:
@@ -112,9 +143,8 @@ class Float8Product(NamedTuple):
         y, size = rows @ weight.T, rows.abs() @ weight.abs().T
         if self.bias is not None:
             y, size = y + self.bias.double(), size + self.bias.double().abs()
-        unit = torch.finfo(self.dtype).eps  # a library rounds the product, and the end
-        bound = RELATIVE.get(self.device.type, TENSOR_CORES) * size + 2 * unit * y.abs()
-        return y, bound + torch.finfo(self.dtype).smallest_normal
+        out = self._replace(dtype=torch.float64).finished(y)
+        return out, allowed(self, y, out, RELATIVE.get(self.device.type, TENSOR_CORES) * size)
 
 
 def _largest(like: Tensor) -> tuple[Tensor, float]:
@@ -136,27 +166,36 @@ def _multiplied(product: Float8Product, scale: Tensor, weight_scale: Tensor, dty
 
 def _by_tensor(product: Float8Product) -> Tensor:
     scales = product.scale.view(()), product.weight.scale.view(())
-    return _multiplied(product, *scales, product.dtype).to(product.dtype)
+    return product.finished(_multiplied(product, *scales, product.dtype))
 
 
 def _by_row(product: Float8Product) -> Tensor:
     rows, weight = len(product.codes), product.weight
     padding = len(weight.data) - weight.outs
     outs_scale = F.pad(weight.scale.expand(weight.outs, 1), (0, 0, 0, padding), value=1.0).view(1, -1)
-    return _multiplied(product, product.scale.expand(rows, 1).contiguous(), outs_scale, product.dtype).to(product.dtype)
+    scale = product.scale.expand(rows, 1).contiguous()
+    return product.finished(_multiplied(product, scale, outs_scale, product.dtype))
 
 
 def _scaled_after(product: Float8Product) -> Tensor:
     one = torch.ones((), device=product.device)
     y = _multiplied(product._replace(bias=None), one, one, torch.float32)
     y = y * (product.scale * product.weight.scale.view(1, -1))
-    return (y if product.bias is None else y + product.bias).to(product.dtype)
+    return product.finished(y if product.bias is None else y + product.bias)
+
+
+def _by_triton(tile: Tile, product: Float8Product) -> Tensor:
+    codes, scale, weight, bias, dtype, addend, activation, gate, residual = product
+    return float8.multiply(
+        codes, scale, weight.data, weight.scale, weight.outs, bias, dtype, addend=addend, activation=activation,
+        gate=gate, residual=residual, tile=tile,
+    )  # fmt: skip
 
 
 def _in_float(product: Float8Product) -> Tensor:
     rows = product.codes[:, : product.weight.width].float() * product.scale
     weight = product.weight.data[: product.weight.outs, : product.weight.width].float() * product.weight.scale
-    return F.linear(rows, weight, None if product.bias is None else product.bias.float()).to(product.dtype)
+    return product.finished(F.linear(rows, weight, None if product.bias is None else product.bias.float()))
 
 
 def _unless_scales_differ(product: Float8Product) -> str | None:
@@ -167,7 +206,20 @@ def _unless_one_scale_serves(product: Float8Product) -> str | None:
     return "a scale a tensor serves" if product.has_one_scale else None
 
 
-CANDIDATES = (
+def _unless_installed(product: Float8Product) -> str | None:
+    return None if float8.installed() else "it is not installed"
+
+
+def candidates_for(product: Float8Product) -> list[Candidate]:
+    """All there are on its device, the ones that may not take it included: they say why."""
+    tiles = float8_tiles_for(len(product.codes)) if product.device.type == "cuda" else ()
+    ours = (
+        Candidate(f"triton {tile.rows}x{tile.outs}", partial(_by_triton, tile), _unless_installed) for tile in tiles
+    )
+    return [*OF_TORCH, *ours]
+
+
+OF_TORCH = (
     Candidate("torch._scaled_mm by tensor", _by_tensor, _unless_scales_differ),
     Candidate("torch._scaled_mm by row", _by_row, _unless_one_scale_serves),
     Candidate("torch._scaled_mm, scales after it", _scaled_after, _unless_one_scale_serves),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,15 +12,14 @@ from torch import Tensor
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends.base import Unavailable
-from viditq.quant.execution.backends.integer import IntegerBackend, scale_width
-from viditq.quant.execution.backends.one_input import goes_into_the_quantizer, share_codes, smoothing
+from viditq.quant.execution.backends.fusing import FusingBackend, ranged
+from viditq.quant.execution.backends.integer import scale_width
 from viditq.quant.execution.backends.signed import SignedWeight, bytes_per_segment, signed_weight
 from viditq.quant.execution.backends.triton import ops
 from viditq.quant.execution.backends.triton.tiles import padded_width
-from viditq.quant.execution.surroundings import ACTIVATIONS, NOTHING_AFTER, NOTHING_BEFORE, After, Before
+from viditq.quant.execution.surroundings import ACTIVATIONS, NOTHING_AFTER, After, Before
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight, quantize_activation
-from viditq.quant.numerics import affine, granularity
 
 INTERPRETER = "TRITON_INTERPRET"  # triton's own variable: kernels run on a CPU, in numpy
 NO_DEVICE = "there is no CUDA device"
@@ -30,11 +28,10 @@ CAPABILITY = (8, 0)  # of CUDA devices; triton multiplies no int8 on older ones
 
 
 @BACKENDS.register("triton")
-class TritonBackend(IntegerBackend):
+class TritonBackend(FusingBackend):
     """Two operators a Linear: one quantizes, one multiplies and does what stands behind the product."""
 
     name = "triton"
-    fuses: ClassVar[bool] = True
 
     def check_available(self) -> None:
         reason = why_not()
@@ -56,52 +53,17 @@ class TritonBackend(IntegerBackend):
             raise Unavailable(self.name, "its kernels disagree with fake on this device")
         return signed_weight(quantized, weight.bits, segment_size, padded_width(segment_size), packed=weight.bits <= 4)
 
-    def multiply(
-        self, variant: Variant, x: Tensor, bias: Tensor | None, div: Tensor | None, addend: Tensor | None
-    ) -> Tensor:
-        return self._product(variant, self._quantized(variant, x, NOTHING_BEFORE, div), x, bias, addend=addend)
-
-    @torch.no_grad()
-    def products(
-        self,
-        variants: Sequence[Variant],
-        x: Tensor,
-        biases: Sequence[Tensor | None],
-        before: Before = NOTHING_BEFORE,
-        after: After = NOTHING_AFTER,
-    ) -> list[Tensor]:
-        shared = None
-        if len(variants) > 1 and share_codes(variants, _same_cut):
-            shared = self._quantized(variants[0], x, before, smoothing(variants[0]))
-        outs = []
-        for variant, bias in zip(variants, biases, strict=True):
-            if variant.held is None:  # a segment in float
-                outs.append(after.apply(self.linear(variant, before.apply(x), bias)))
-            elif goes_into_the_quantizer(variant):
-                quantized = shared or self._quantized(variant, x, before, smoothing(variant))
-                outs.append(self._product(variant, quantized, x, bias, after))
-            else:
-                y, addend = self.chained(variant, x if before.is_nothing else before.apply(x.float()))
-                quantized = self._quantized(variant, y, NOTHING_BEFORE, None)
-                outs.append(self._product(variant, quantized, x, bias, after, addend))
-        return outs
-
-    def _quantized(self, variant: Variant, x: Tensor, before: Before, div: Tensor | None) -> ops.Quantized:
-        spec, weight, grid = variant.scheme.activation, _weight(variant), variant.input_qparams
+    def quantized(self, variant: Variant, x: Tensor, before: Before, div: Tensor | None) -> ops.Quantized:
+        spec, weight = variant.scheme.activation, _weight(variant)
         assert spec is not None
-        if spec.granularity == "tensor" and spec.dynamic and x.numel():  # all rows of a sample share a range
-            x = before.apply(x.float())
-            x, before, div = x if div is None else x / div, NOTHING_BEFORE, None
-            grid = affine.compute_qparams(
-                *granularity.activation_range(x, spec.granularity, None), spec.bits, spec.symmetric
-            )
+        x, before, div, grid = ranged(variant, x, before, div)
         ranges = 1 if spec.group_size is None else weight.in_features // spec.group_size
         return ops.quantize(
             x, weight.size, padded_width(weight.size), ranges, spec.bits, spec.symmetric, eps=before.eps,
             mul=before.mul, add=before.add, div=div, grid=grid,
         )  # fmt: skip
 
-    def _product(
+    def product(
         self,
         variant: Variant,
         quantized: ops.Quantized,
@@ -115,6 +77,10 @@ class TritonBackend(IntegerBackend):
             activation=ACTIVATIONS.index(after.activation), gate=after.gate, residual=after.residual,
         )  # fmt: skip
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def same_cut(variant: Variant, first: Variant) -> bool:
+        return _weight(variant).size == _weight(first).size
 
     def load(self) -> None:
         """Defines the operators."""
@@ -182,7 +148,3 @@ def _dotted(version: tuple[int, int]) -> str:
 
 def _weight(variant: Variant) -> SignedWeight:
     return cast(SignedWeight, variant.held)
-
-
-def _same_cut(variant: Variant, first: Variant) -> bool:
-    return _weight(variant).size == _weight(first).size

@@ -20,6 +20,26 @@ def interpreted() -> bool:
 
 
 @triton.jit
+def prepared(
+    x, div, mul, add, row, column, inside, width, x_stride, rows_a_line, eps,
+    NORM: tl.constexpr, HAS_MUL: tl.constexpr, HAS_ADD: tl.constexpr, HAS_DIV: tl.constexpr,
+):  # fmt: skip
+    """(layernorm(x) * mul + add) / div of one row in float32, at `column`; 0 where it is not `inside`."""
+    t = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        t = tl.where(inside, t - tl.sum(t) / width, 0.0)
+        t = t / tl.sqrt(tl.sum(t * t) / width + eps)
+    line = row // rows_a_line * width
+    if HAS_MUL:
+        t = t * tl.load(mul + line + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ADD:
+        t = t + tl.load(add + line + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DIV:
+        t = tl.div_rn(t, tl.load(div + column, mask=inside, other=1.0).to(tl.float32))
+    return t
+
+
+@triton.jit
 def quantize_rows(
     x,  # [M, C], any float
     codes,  # int8 [S, M, h]
@@ -62,17 +82,9 @@ def quantize_rows(
     segments, width = num_ranges * parts, num_ranges * parts * size
     inside = (r < num_ranges) & (p < parts) & (j < size)
     column = (r * parts + p) * size + j
-    t = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        t = tl.where(inside, t - tl.sum(t) / width, 0.0)
-        t = t / tl.sqrt(tl.sum(t * t) / width + eps)
-    line = row // rows_a_line * width
-    if HAS_MUL:
-        t = t * tl.load(mul + line + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_ADD:
-        t = t + tl.load(add + line + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_DIV:
-        t = tl.div_rn(t, tl.load(div + column, mask=inside, other=1.0).to(tl.float32))
+    t = prepared(
+        x, div, mul, add, row, column, inside, width, x_stride, rows_a_line, eps, NORM, HAS_MUL, HAS_ADD, HAS_DIV
+    )
     ranges = tl.arange(0, BLOCK_R)
     if GIVEN:
         at = row // rows_a_sample * num_ranges + ranges
@@ -114,7 +126,7 @@ def quantize_rows(
 
 
 @triton.jit
-def _activated(y, ACTIVATION: tl.constexpr):
+def activated(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == 1:  # gelu_tanh: (1 + tanh u) / 2 = sigmoid(2 u)
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
     if ACTIVATION == 2:
@@ -122,6 +134,43 @@ def _activated(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == 3:
         y = y * tl.sigmoid(y)
     return y
+
+
+@triton.jit
+def tile_of(num_rows, num_outs, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, GROUP: tl.constexpr):
+    """Rows and outputs of this program's tile."""
+    pid = tl.program_id(0)
+    across = tl.cdiv(num_outs, BLOCK_O)
+    first = pid // (GROUP * across) * GROUP  # GROUP tiles below each other share a column's weights in the cache
+    rows_here = tl.minimum(tl.cdiv(num_rows, BLOCK_M) - first, GROUP)
+    tile_m = first + pid % (GROUP * across) % rows_here
+    tile_o = pid % (GROUP * across) // rows_here
+    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    return m, o
+
+
+@triton.jit
+def finish(
+    total, m, o, bias, addend, gate, residual, out, num_rows, num_outs, rows_a_line,
+    HAS_BIAS: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Stores residual + gate * activation(total + bias + addend), rounded at the end alone."""
+    in_rows, in_outs = m < num_rows, o < num_outs
+    if HAS_BIAS:
+        total += tl.load(bias + o, mask=in_outs, other=0.0).to(tl.float32)[None, :]
+    inside = in_rows[:, None] & in_outs[None, :]
+    at = m[:, None] * num_outs + o[None, :]
+    if HAS_ADDEND:
+        total += tl.load(addend + at, mask=inside, other=0.0).to(tl.float32)
+    total = activated(total, ACTIVATION)
+    if HAS_GATE:
+        line = m[:, None] // rows_a_line
+        total *= tl.load(gate + line * num_outs + o[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,14 +233,7 @@ def multiply(
     GROUP: tl.constexpr,
 ):
     """residual + gate * activation(dequantized(codes weight^T) + bias + addend), one tile [BLOCK_M, BLOCK_O] of it."""
-    pid = tl.program_id(0)
-    across = tl.cdiv(num_outs, BLOCK_O)
-    first = pid // (GROUP * across) * GROUP  # GROUP tiles below each other share a column's weights in the cache
-    rows_here = tl.minimum(tl.cdiv(num_rows, BLOCK_M) - first, GROUP)
-    tile_m = first + pid % (GROUP * across) % rows_here
-    tile_o = pid % (GROUP * across) // rows_here
-    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    m, o = tile_of(num_rows, num_outs, BLOCK_M, BLOCK_O, GROUP)
     in_rows, in_outs = m < num_rows, o < num_outs
     k = tl.arange(0, BLOCK_K)
     bytes_a_row = padded // 2 if PACKED else padded
@@ -220,16 +262,7 @@ def multiply(
             acc, 0, m, o, in_rows, in_outs, scale, zero, rowsum, weight_scale, weight_zero, colsum, num_outs, size,
             SEGMENTS, RANGES, HAS_ZERO, HAS_WEIGHT_ZERO,
         )  # fmt: skip
-    if HAS_BIAS:
-        total += tl.load(bias + o, mask=in_outs, other=0.0).to(tl.float32)[None, :]
-    inside = in_rows[:, None] & in_outs[None, :]
-    at = m[:, None] * num_outs + o[None, :]
-    if HAS_ADDEND:
-        total += tl.load(addend + at, mask=inside, other=0.0).to(tl.float32)
-    total = _activated(total, ACTIVATION)
-    if HAS_GATE:
-        line = m[:, None] // rows_a_line
-        total *= tl.load(gate + line * num_outs + o[None, :], mask=inside, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    finish(
+        total, m, o, bias, addend, gate, residual, out, num_rows, num_outs, rows_a_line,
+        HAS_BIAS, HAS_ADDEND, HAS_GATE, HAS_RESIDUAL, ACTIVATION,
+    )  # fmt: skip

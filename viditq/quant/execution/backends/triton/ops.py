@@ -88,8 +88,8 @@ def quantize(
     if mul is not None and add is not None and len(mul) != len(add):
         mul, add = torch.broadcast_tensors(mul, add)
     parts = torch.ops.viditq.triton_quantize(
-        x, x.shape[-1] // size, padded, ranges, bits, symmetric, -1.0 if eps is None else eps, _whole(mul), _whole(add),
-        _whole(div), _whole(scale), _whole(zero_point),
+        x, x.shape[-1] // size, padded, ranges, bits, symmetric, -1.0 if eps is None else eps, whole(mul), whole(add),
+        whole(div), whole(scale), whole(zero_point),
     )  # fmt: skip
     codes, steps, zero, rowsum = parts
     return Quantized(codes, steps, zero, rowsum, symmetric)
@@ -111,8 +111,8 @@ def arguments(
     Only the end is rounded to it. weight: a SignedWeight. addend, residual: [..., O], M rows. gate: [lines, O].
     activation: index of `surroundings.ACTIVATIONS`.
     """
-    around = _rows(addend), activation, _whole(gate), _rows(residual)
-    return (*x, *weight[:4], weight.size, _whole(bias), *around, dtype)
+    around = as_rows(addend), activation, whole(gate), as_rows(residual)
+    return (*x, *weight[:4], weight.size, whole(bias), *around, dtype)
 
 
 def multiply(*args: Any, tile: Tile | None = None, **kwargs: Any) -> Tensor:
@@ -120,11 +120,13 @@ def multiply(*args: Any, tile: Tile | None = None, **kwargs: Any) -> Tensor:
     return torch.ops.viditq.triton_multiply(*arguments(*args, **kwargs), list(tile or ()))
 
 
-def _whole(tensor: Tensor | None) -> Tensor | None:
+def whole(tensor: Tensor | None) -> Tensor | None:
+    """Its elements one after another."""
     return None if tensor is None else tensor.contiguous()
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
+def as_rows(tensor: Tensor | None) -> Tensor | None:
+    """[..., O] -> [M, O], one after another."""
     return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
@@ -165,7 +167,7 @@ def _quantize(
     lines = next((len(one) for one in (mul, add) if one is not None), 1)
     samples = 1 if scale is None else scale.numel() // ranges
     most, each = ROW_WARPS
-    with _on(x):
+    with launched_on(x):
         load().quantize_rows[(num_rows,)](
             rows_MC, *out, div, mul, add, scale, zero_point, rows_MC.stride(0), num_rows // lines,
             num_rows // samples, num_rows, ranges, segments // ranges, width // segments, padded, max(eps, 0.0),
@@ -189,7 +191,7 @@ def _multiply(
         return out
     cut, inner, packed = Tile(*tile) if tile else tile_for(num_rows), inner_block(padded), weight.dtype == torch.uint8
     tiles = -(-num_rows // cut.rows) * -(-num_outs // cut.outs)
-    with _on(codes):
+    with launched_on(codes):
         load().multiply[(tiles,)](
             codes, scale, zero, rowsum, weight, weight_scale, weight_zero, colsum, bias, addend, gate, residual, out,
             num_rows, num_outs, size, padded, num_rows // (1 if gate is None else len(gate)),
@@ -203,7 +205,7 @@ def _multiply(
     return out
 
 
-def _on(tensor: Tensor) -> Any:
+def launched_on(tensor: Tensor) -> Any:
     """Its device as the current one, where triton launches; raises UserError for a CPU without the interpreter."""
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)

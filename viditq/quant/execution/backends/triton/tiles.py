@@ -18,8 +18,12 @@ class Tile(NamedTuple):
 
 
 FEW, SOME = Tile(16, 64, 4, 4), Tile(64, 128, 4, 3)
-MANY = (Tile(128, 128, 8, 3), Tile(128, 256, 8, 3), Tile(64, 256, 4, 3), Tile(256, 128, 8, 3), Tile(128, 64, 4, 4))
+MANY = (Tile(128, 128, 8, 3), Tile(128, 256, 8, 3), Tile(64, 256, 8, 3), Tile(256, 128, 8, 3), Tile(128, 64, 4, 4))
 """The first where nothing was measured; the others are what a trial times (the larger ones take an sm_90's memory)."""
+
+FLOAT8_SOME = Tile(64, 128, 8, 4)
+FLOAT8_MANY = (MANY[0], FLOAT8_SOME, Tile(128, 64, 8, 4))
+"""Of FP8, whose two accumulators fit no larger ones: ptxas spills none of these on sm_89 and sm_90."""
 
 
 def tile_for(num_rows: int) -> Tile:
@@ -33,6 +37,13 @@ def tiles_for(num_rows: int) -> tuple[Tile, ...]:
     """Those worth a trial, `tile_for` first."""
     first = tile_for(num_rows)
     return MANY if first == MANY[0] else (first,)
+
+
+def float8_tiles_for(num_rows: int) -> tuple[Tile, ...]:
+    """The same of FP8; the first where nothing is measured."""
+    if num_rows <= FEW.rows:
+        return (FEW,)
+    return (FLOAT8_SOME,) if num_rows <= SOME.rows * 4 else FLOAT8_MANY
 
 
 def padded_width(size: int) -> int:
