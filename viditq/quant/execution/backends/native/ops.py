@@ -147,4 +147,6 @@ def _grid(spec: QuantSpec, weight: PackedWeight) -> tuple[int, bool, int, bool]:
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):  # calls of torch that change nothing cost
+        return tensor
+    return tensor.to(dtype).contiguous()
