@@ -28,4 +28,4 @@ def attend(processor: Any, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask:
 
 def heads(x_BNC: Tensor, num_heads: int) -> Tensor:
     """[B, N, H D] -> [B, N, H, D], a view."""
-    return x_BNC.unflatten(-1, (num_heads, -1))
+    return x_BNC.view(*x_BNC.shape[:-1], num_heads, -1)

@@ -76,8 +76,10 @@ class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
     ) -> Tensor:
         assert timestep is not None
         x_BNC = hidden_states
-        vectors_B6C = self.scale_shift_table[None].float() + timestep.reshape(len(x_BNC), 6, -1).float()
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors_B6C.unbind(1)
+        # each of the six contiguous, as the products read them
+        vectors_6BC = timestep.reshape(len(x_BNC), 6, -1).transpose(0, 1).float().contiguous()
+        vectors_6BC = self.scale_shift_table[:, None].float() + vectors_6BC
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors_6BC.unbind(0)
         before = Before(self.norm1.eps, 1 + scale, shift)
         x_BNC = _attention(self.attn1, x_BNC, None, attention_mask, before, gate)
         if self.attn2 is not None:
