@@ -128,7 +128,8 @@ inline void quantize_segments(const float* row, int64_t m, int64_t M, int64_t K,
       range_of(row + s * g, range, lo, hi);
       grid = grid_of_range(lo, hi, activations.format);
     }
-    reader.quantized.sums[m * S + s] = quantize_row(row + s * g, g, grid, activations.format.levels(), codes);
+    const auto quantize = reader.shared.empty() ? quantize_own_row : quantize_row;
+    reader.quantized.sums[m * S + s] = quantize(row + s * g, g, grid, activations.format.levels(), codes);
     reader.quantized.grids[m * S + s] = grid;
     std::fill(codes + g, codes + reader.h, 0);
   }
