@@ -31,26 +31,24 @@ inline float sum_of(__m512 x) {
 }
 
 struct Norm {
-  float mean = 0, inverse = 1;
+  __m512 mean, inverse;
 };
 
 // Copies the row to `row` on the way.
 template <typename T>
 Norm norm_of(const T* from, int64_t K, float eps, float* row) {
   __m512 sum = _mm512_setzero_ps(), square = sum;
-  for (int64_t k = 0; k < K; k += kLanes) {
-    const __mmask16 lanes = lanes_of(K - k);
+  each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
     const __m512 x = load(from + k, lanes);
     store(row + k, lanes, x);
     sum = _mm512_add_ps(sum, x);
-  }
-  const float mean = sum_of(sum) / K;
-  for (int64_t k = 0; k < K; k += kLanes) {
-    const __mmask16 lanes = lanes_of(K - k);
-    const __m512 distance = _mm512_maskz_sub_ps(lanes, load(row + k, lanes), _mm512_set1_ps(mean));
+  });
+  const __m512 mean = _mm512_set1_ps(sum_of(sum) / K);
+  each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+    const __m512 distance = _mm512_maskz_sub_ps(lanes, load(row + k, lanes), mean);
     square = _mm512_fmadd_ps(distance, distance, square);
-  }
-  return {mean, 1.0f / std::sqrt(sum_of(square) / K + eps)};
+  });
+  return {mean, _mm512_set1_ps(1.0f / std::sqrt(sum_of(square) / K + eps))};
 }
 
 // The row m of x behind norm and modulation, float [K].
@@ -59,27 +57,29 @@ void transform_row(const T* from, const Prologue& prologue, int64_t m, float* ro
   const int64_t K = prologue.K, offset = m / prologue.rows_per_mul * K;
   const float* mul = prologue.mul ? prologue.mul + offset : nullptr;
   const float* add = prologue.add ? prologue.add + offset : nullptr;
-  const Norm norm = prologue.layernorm ? norm_of(from, K, prologue.eps, row) : Norm{};
-  for (int64_t k = 0; k < K; k += kLanes) {
-    const __mmask16 lanes = lanes_of(K - k);
-    __m512 x;
-    if (prologue.layernorm)
-      x = (load(row + k, lanes) - _mm512_set1_ps(norm.mean)) * _mm512_set1_ps(norm.inverse);
-    else
-      x = load(from + k, lanes);
+  const auto modulate = [&](int64_t k, __mmask16 lanes, __m512 x) __attribute__((always_inline)) {
     if (mul) x = rounded(x * load(mul + k, lanes));
     if (add) x = x + load(add + k, lanes);
     store(row + k, lanes, x);
+  };
+  if (prologue.layernorm) {
+    const Norm norm = norm_of(from, K, prologue.eps, row);
+    each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+      modulate(k, lanes, (load(row + k, lanes) - norm.mean) * norm.inverse);
+    });
+  } else {
+    each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+      modulate(k, lanes, load(from + k, lanes));
+    });
   }
 }
 
 // row / div, in `buffer`, which may be the row; the row itself where there is no div.
 inline const float* smoothed(const float* row, const float* div, int64_t K, float* buffer) {
   if (!div) return row;
-  for (int64_t k = 0; k < K; k += kLanes) {
-    const __mmask16 lanes = lanes_of(K - k);
+  each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
     store(buffer + k, lanes, _mm512_div_ps(load(row + k, lanes), load(div + k, lanes)));
-  }
+  });
   return buffer;
 }
 

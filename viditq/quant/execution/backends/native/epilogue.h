@@ -1,6 +1,8 @@
 // What happens to outputs after the product: bias, activation function, gate, residual, storing, in float32.
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace viditq {
@@ -41,6 +43,9 @@ inline __m512 activated(__m512 y, int64_t activation) {
   return y * _mm512_mask_mov_ps(1.0f - half, negative, half);
 }
 
+// After the bias: nothing, GELU, gate and residual, or whatever there is.
+enum class Ending { kPlain, kGelu, kGated, kAny };
+
 // T: of addend, residual and output, all [M, N].
 template <typename T>
 struct Epilogue {
@@ -55,16 +60,39 @@ struct Epilogue {
 
   const float* gate_of(int64_t m) const { return gate ? gate + m / rows_per_gate * N : nullptr; }
 
+  // What is done, so that the usual ways are compiled without asking at every vector.
+  Ending ending() const {
+    if (addend || activation > kGeluTanh) return Ending::kAny;
+    if (activation == kGeluTanh) return gate || residual ? Ending::kAny : Ending::kGelu;
+    return !gate && !residual ? Ending::kPlain : gate && residual ? Ending::kGated : Ending::kAny;
+  }
+
   // From y to the outputs n .. n + 16 of row m, whose line of gates is `gates`.
-  void finish(__m512 y, int64_t m, int64_t n, __mmask16 lanes, const float* gates) const {
+  template <Ending ending>
+  __attribute__((always_inline)) void finish(__m512 y, int64_t m, int64_t n, __mmask16 lanes, const float* gates) const {
+    constexpr bool any = ending == Ending::kAny, gated = ending == Ending::kGated;
     const int64_t at = m * N + n;
     if (bias) y = y + load(bias + n, lanes);
-    if (addend) y = y + load(addend + at, lanes);
-    if (activation != kNone) y = rounded(activated(y, activation));
-    if (gates) y = rounded(y * load(gates + n, lanes));
-    if (residual) y = y + load(residual + at, lanes);
+    if constexpr (any)
+      if (addend) y = y + load(addend + at, lanes);
+    if constexpr (ending == Ending::kGelu) y = activated(y, kGeluTanh);
+    if constexpr (any)
+      if (activation != kNone) y = rounded(activated(y, activation));
+    if constexpr (any || gated)
+      if (gated || gates) y = rounded(y * load(gates + n, lanes));
+    if constexpr (any || gated)
+      if (gated || residual) y = y + load(residual + at, lanes);
     store(out + at, lanes, y);
   }
 };
+
+// Calls use(integral constant of the ending).
+template <typename F>
+void with_ending(Ending ending, F&& use) {
+  if (ending == Ending::kPlain) return use(std::integral_constant<Ending, Ending::kPlain>{});
+  if (ending == Ending::kGelu) return use(std::integral_constant<Ending, Ending::kGelu>{});
+  if (ending == Ending::kGated) return use(std::integral_constant<Ending, Ending::kGated>{});
+  use(std::integral_constant<Ending, Ending::kAny>{});
+}
 
 }  // namespace viditq

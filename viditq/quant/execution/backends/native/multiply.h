@@ -73,19 +73,20 @@ struct Rows {
   int64_t first, count;
 };
 
-// The outputs of `rows` in a panel of a weight without segments.
-template <typename T>
+// The outputs of `rows` in a panel of a weight without segments. whole: all 64 are there.
+template <Ending ending, bool whole, typename T>
 void finish_panel(const int32_t* acc, const Columns& columns, const Rows& rows, int32_t size, int64_t n,
                   const Epilogue<T>& epilogue) {
   for (int64_t i = 0; i < rows.count; ++i, acc += kPanel) {
     const Grid grid = rows.grids[i];
     const int32_t rest = rows.sums[i] - size * grid.zero_point;
     const float* gates = epilogue.gate_of(rows.first + i);
+#pragma GCC unroll 4
     for (int64_t j = 0; j < 4; ++j) {
-      const __mmask16 lanes = lanes_of(epilogue.N - n - 16 * j);
-      if (!lanes) break;
+      const __mmask16 lanes = whole ? kAll : lanes_of(epilogue.N - n - 16 * j);
+      if (!whole && !lanes) break;
       const __m512 y = rounded(columns.exact(j, acc, grid.zero_point, rest) * (columns.scale[j] * grid.scale));
-      epilogue.finish(y, rows.first + i, n + 16 * j, lanes, gates);
+      epilogue.template finish<ending>(y, rows.first + i, n + 16 * j, lanes, gates);
     }
   }
 }
@@ -111,7 +112,7 @@ void finish_sums(const float* y, const Rows& rows, int64_t n, const Epilogue<T>&
     const float* gates = epilogue.gate_of(rows.first + i);
     for (int64_t j = 0; j < 4; ++j)
       if (const __mmask16 lanes = lanes_of(epilogue.N - n - 16 * j))
-        epilogue.finish(_mm512_load_ps(y + 16 * j), rows.first + i, n + 16 * j, lanes, gates);
+        epilogue.template finish<Ending::kAny>(_mm512_load_ps(y + 16 * j), rows.first + i, n + 16 * j, lanes, gates);
   }
 }
 
@@ -153,6 +154,7 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue<T>& epilo
   const int64_t panels = std::min(fitting, threads > 1 ? wanted : fitting);
   const int64_t chunks = (weight.P + panels - 1) / panels;
   const int32_t size = static_cast<int32_t>(K / S);
+  const Ending ending = epilogue.ending();
   at::parallel_for(0, chunks * blocks, 1, [&](int64_t begin, int64_t end) {
     const Scratch<int32_t> acc(Product::kMost * kPanel);
     const Scratch<float> y(S > 1 ? Product::kMost * kPanel : 0);
@@ -172,7 +174,12 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue<T>& epilo
           if (S == 1) {
             product(rows.count, rows.codes, chunk.codes + panel * h * kPanel, acc.get());
             const Columns columns(chunk.colsum + panel * kPanel, weight, p * kPanel);
-            finish_panel(acc.get(), columns, rows, size, p * kPanel, epilogue);
+            with_ending(ending, [&](auto kind) {
+              if (p * kPanel + kPanel <= weight.N)
+                finish_panel<kind, true>(acc.get(), columns, rows, size, p * kPanel, epilogue);
+              else
+                finish_panel<Ending::kAny, false>(acc.get(), columns, rows, size, p * kPanel, epilogue);
+            });
             continue;
           }
           std::fill_n(y.get(), rows.count * kPanel, 0.0f);

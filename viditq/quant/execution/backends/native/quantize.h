@@ -43,13 +43,12 @@ inline Grid grid_of_range(float lo, float hi, const Format& format) {
 inline void range_of(const float* row, int64_t count, float& lo, float& hi) {
   __m512 least = _mm512_set1_ps(std::numeric_limits<float>::infinity()), most = _mm512_sub_ps(_mm512_setzero_ps(), least);
   unsigned unordered = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const __mmask16 lanes = lanes_of(count - i);
+  each_vector(count, [&](int64_t i, __mmask16 lanes) __attribute__((always_inline)) {
     const __m512 x = load(row + i, lanes);
     unordered |= _mm512_mask_cmp_ps_mask(lanes, x, x, _CMP_UNORD_Q);
     least = _mm512_mask_min_ps(least, lanes, x, least);  // of a NaN and a number the second
     most = _mm512_mask_max_ps(most, lanes, x, most);
-  }
+  });
   lo = unordered ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_min_ps(least);
   hi = unordered ? lo : _mm512_reduce_max_ps(most);
 }
@@ -80,8 +79,7 @@ inline int32_t quantize_row(const float* row, int64_t count, Grid& grid, float l
   const __m512 zero_point = _mm512_set1_ps(static_cast<float>(grid.zero_point)), top = _mm512_set1_ps(levels);
   __m512i sum = _mm512_setzero_si512();
   unsigned unordered = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const __mmask16 lanes = lanes_of(count - i);
+  each_vector(count, [&](int64_t i, __mmask16 lanes) __attribute__((always_inline)) {
     const __m512 x = load(row + i, lanes);
     unordered |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const __m512 value = _mm512_max_ps(_mm512_add_ps(steps(x), zero_point), _mm512_setzero_ps());  // of a NaN: 0
@@ -91,7 +89,7 @@ inline int32_t quantize_row(const float* row, int64_t count, Grid& grid, float l
       _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));
     else
       _mm512_mask_cvtepi32_storeu_epi8(codes + i, lanes, code);
-  }
+  });
   if (unordered || !std::isfinite(grid.scale)) grid.scale = std::numeric_limits<float>::quiet_NaN();
   return _mm512_reduce_add_epi32(sum);
 }

@@ -57,6 +57,14 @@ inline void store(c10::Half* to, __mmask16 lanes, __m512 x) {
   store_halves(to, lanes, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// Calls use(i, lanes) for all of a row, sixteen at a time; whole vectors are compiled without masks.
+template <typename F>
+__attribute__((always_inline)) inline void each_vector(int64_t count, F&& use) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) use(i, kAll);
+  if (i < count) use(i, lanes_of(count - i));
+}
+
 // x itself, rounded: a compiler would fuse a product with the sum that follows, and emulation rounds between the two.
 inline __m512 rounded(__m512 x) {
   asm("" : "+v"(x));
