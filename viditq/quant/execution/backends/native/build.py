@@ -35,7 +35,7 @@ def _load() -> None:
     except kernels.CannotBuild as reason:
         raise Unavailable("native", str(reason)) from reason
     if not _how():
-        raise Unavailable("native", "the product of u8 and s8 is not exact on this CPU")
+        raise Unavailable("native", "u8 times s8 is not summed exactly on this CPU")
 
 
 def _how() -> str:
