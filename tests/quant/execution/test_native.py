@@ -327,6 +327,23 @@ def test_products_of_one_input_equal_each_alone(backend, kind):
         assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
+def test_scales_of_groups_that_float16_holds_are_kept_in_it(backend):
+    """As files of other programs have them: fewer bytes, the same bits, and float32 again where they are asked for."""
+    spec, x = QuantSpec(4, False, "group", 64), torch.randn(40, 128)
+    codes, scale, zero_point = quantize_weight(torch.randn(128, 128), spec)[:3]
+    rounded = scale.half().float()
+    narrow, wide = pack_weight(codes, rounded, zero_point, 4), pack_weight(codes, scale, zero_point, 4)
+    assert narrow.scale.dtype == torch.float16 and wide.scale.dtype == torch.float32
+    assert sum(part.nbytes for part in narrow[:3]) == 128 * 2 * (32 + 2 + 1)
+    back, counts = narrow.grid(spec)
+    assert back.dtype == torch.float32 and torch.equal(back, rounded) and torch.equal(counts, zero_point)
+    same = narrow._replace(scale=narrow.scale.float())
+    assert torch.equal(ops.linear(x, narrow, None, TOKEN), ops.linear(x, same, None, TOKEN))
+    both = joined([narrow, wide])
+    alone = [ops.linear(x, one, None, TOKEN) for one in (narrow, wide)]
+    assert both.scale.dtype == torch.float32 and torch.equal(ops.linear(x, both, None, TOKEN), torch.cat(alone, -1))
+
+
 def test_weights_of_other_widths_or_sizes_do_not_join(backend):
     def packed(size, bits, group):
         spec = QuantSpec(bits, False, "group", group)

@@ -63,12 +63,14 @@ Weight weight_of(const at::Tensor& packed, const at::Tensor& scale, const std::o
                  int64_t N, int64_t K, int64_t ranges) {
   const bool nibbles = packed.scalar_type() == at::kByte;
   TORCH_CHECK(packed.dim() == 5 && packed.is_contiguous(), "viditq::linear: this is no packed weight");
+  const bool half = scale.scalar_type() == at::kHalf;
   const int64_t P = packed.size(0), S = packed.size(1), h = packed.size(2) * (nibbles ? 8 : 4);
   TORCH_CHECK(K % S == 0 && K / S <= h && N <= P * kPanel && S % ranges == 0, "viditq::linear: x of width ", K,
               " does not fit the packed weight ", packed.sizes());
   return {static_cast<const uint8_t*>(packed.const_data_ptr()),
           nibbles,
-          data_of<float>(scale, "scale", S * P * kPanel),
+          half ? nullptr : data_of<float>(scale, "scale", S * P * kPanel),
+          half ? data_of<c10::Half>(scale, "scale", S * P * kPanel) : nullptr,
           data_of<int8_t>(zero_point, "zero_point", S * P * kPanel),
           N, P, S, h};
 }

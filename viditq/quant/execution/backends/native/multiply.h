@@ -16,7 +16,8 @@ constexpr int64_t kRows = 96, kPanelsPerChunk = 8, kChunkBytes = 512 * 1024;
 struct Weight {
   const uint8_t* data;
   bool nibbles;
-  const float* scale;        // [P, S, 64], as the next
+  const float* scale;        // [P, S, 64], as the next; null: in `half_scale`
+  const c10::Half* half_scale;
   const int8_t* zero_point;  // null: all 0
   int64_t N, P, S, h;
   int64_t panel_bytes() const { return S * h * kPanel; }  // as int8
@@ -49,7 +50,8 @@ struct Columns {
   Columns(const int32_t* sums, const Weight& weight, int64_t offset) : zero_points(weight.zero_point) {
     for (int64_t j = 0; j < 4; ++j) {
       colsum[j] = _mm512_loadu_si512(sums + 16 * j);
-      scale[j] = _mm512_loadu_ps(weight.scale + offset + 16 * j);
+      const int64_t at = offset + 16 * j;
+      scale[j] = weight.scale ? load(weight.scale + at, kAll) : load(weight.half_scale + at, kAll);
       if (!zero_points) continue;
       const auto* counts = reinterpret_cast<const __m128i*>(weight.zero_point + offset + 16 * j);
       zero_point[j] = _mm512_cvtepi8_epi32(_mm_loadu_si128(counts));
