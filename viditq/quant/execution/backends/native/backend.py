@@ -81,7 +81,7 @@ class NativeBackend(IntegerBackend):
             return [self._product(variants[0], x, biases[0], before, after)]
         if share_codes(variants, _joins):
             known, bias, sizes = _joined(variants, biases)
-            together = ops.run(known, _readable(x), bias, before, after, None, variants[0].dtype)
+            together = ops.run(known, _readable(x), bias, before, after, None, after.dtype or variants[0].dtype)
             return list(torch.split_with_sizes(together, sizes, -1))
         if after.is_nothing and _share_rows(variants):
             return ops.linears(
@@ -94,7 +94,7 @@ class NativeBackend(IntegerBackend):
                 layernorm_eps=before.eps,
                 mul=before.mul,
                 add=before.add,
-                out_dtype=variants[0].dtype,
+                out_dtype=after.dtype or variants[0].dtype,
             )
         if not before.is_nothing and all(v.held is not None for v in variants):
             x, before = _transformed(x, before), NOTHING_BEFORE
@@ -107,7 +107,10 @@ class NativeBackend(IntegerBackend):
         if not whole:
             y, addend = self.chained(variant, x if before.is_nothing else _transformed(x, before))
             x, before = y, NOTHING_BEFORE
-        return ops.run(known, _readable(x), bias, before, after, addend, variant.dtype)
+        dtype = after.dtype or variant.dtype
+        # what a branch adds stays as it was computed
+        in_between = dtype if addend is None else variant.dtype
+        return ops.run(known, _readable(x), bias, before, after, addend, in_between).to(dtype)
 
 
 def _share_rows(variants: Sequence[Variant]) -> bool:
