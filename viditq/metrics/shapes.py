@@ -6,6 +6,7 @@ numbers are only comparable with each other. Legend: B clips, F frames, C = 3, D
 
 import json
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors.torch import load_file
@@ -50,9 +51,15 @@ class ShapesJudge(nn.Module):
         return {k: head(x[:, split:] if k == "motion" else x[:, :split]) for k, head in self.heads.items()}
 
 
+_loaded: WeakValueDictionary[Path, ShapesJudge] = WeakValueDictionary()  # frozen, so that metrics may share it
+
+
 def load_judge(folder: str) -> ShapesJudge:
-    """Load a judge (config.json + model.safetensors), in evaluation mode and float32."""
+    """Load a judge (config.json + model.safetensors), for evaluation, float32; one for all who name its folder."""
     path: Path = resolve(folder)
+    if path in _loaded:
+        return _loaded[path]
     judge = ShapesJudge(**json.loads((path / "config.json").read_text()))
     judge.load_state_dict({k: v.float() for k, v in load_file(path / "model.safetensors").items()})
-    return judge.eval().requires_grad_(False)
+    _loaded[path] = judge.eval().requires_grad_(False)
+    return judge
