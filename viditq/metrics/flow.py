@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 from math import ceil
 from typing import Any
-from weakref import WeakValueDictionary
 
 import cv2
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from viditq.errors import UserError
+from viditq.metrics.once import one_for_all
 from viditq.metrics.weights import fill, read_weights
 
 Flow = Callable[[Tensor], Tensor]
@@ -136,27 +136,20 @@ def _load_raft(method: str, weights: str | None) -> RaftFlow:
     return RaftFlow(network)
 
 
-_loaded: WeakValueDictionary[tuple[str, str | None], nn.Module] = WeakValueDictionary()
 OPENCV: dict[str, Callable[[], OpenCVFlow]] = {
     "farneback": lambda: OpenCVFlow(_farneback, min_side=32),
     "dis": lambda: OpenCVFlow(_dis, min_side=64),
 }
 
 
+@one_for_all
 def load_flow(method: str, weights: str | None = None) -> nn.Module:
-    """The estimator called `method`: farneback, dis, raft_small or raft_large; one for all who ask for the same.
+    """The estimator called `method`: farneback, dis, raft_small or raft_large.
 
     Farneback is the more accurate one on small frames and hardly sees noise, DIS on frames of 128 px and more.
     `weights`: the file of RAFT, torchvision's .pth or .safetensors. Raises UserError for an unknown method, a
     missing or unsuitable file, or RAFT without torchvision.
     """
-    found = _loaded.get((method, weights))
-    if found is None:
-        found = _loaded[method, weights] = _new_flow(method, weights)
-    return found
-
-
-def _new_flow(method: str, weights: str | None) -> nn.Module:
     if method in RAFT_FILES:
         return _load_raft(method, weights)
     if method not in OPENCV:

@@ -6,13 +6,13 @@ numbers are only comparable with each other. Legend: B clips, F frames, C = 3, D
 
 import json
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from viditq.assets import resolve
+from viditq.metrics.once import one_for_all
 
 
 def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
@@ -51,15 +51,10 @@ class ShapesJudge(nn.Module):
         return {k: head(x[:, split:] if k == "motion" else x[:, :split]) for k, head in self.heads.items()}
 
 
-_loaded: WeakValueDictionary[Path, ShapesJudge] = WeakValueDictionary()  # frozen, so that metrics may share it
-
-
+@one_for_all
 def load_judge(folder: str) -> ShapesJudge:
-    """Load a judge (config.json + model.safetensors), for evaluation, float32; one for all who name its folder."""
+    """Load a judge (config.json + model.safetensors), in evaluation mode and float32."""
     path: Path = resolve(folder)
-    if path in _loaded:
-        return _loaded[path]
     judge = ShapesJudge(**json.loads((path / "config.json").read_text()))
     judge.load_state_dict({k: v.float() for k, v in load_file(path / "model.safetensors").items()})
-    _loaded[path] = judge.eval().requires_grad_(False)
-    return judge
+    return judge.eval().requires_grad_(False)
