@@ -31,7 +31,7 @@ from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estima
 from viditq.errors import AlreadyReported, GateFailed, UserError, extra_command
 from viditq.files import read_json
 from viditq.finished import find_finished
-from viditq.memory import set_aside
+from viditq.memory import importing, set_aside
 from viditq.out_of_memory import is_about_memory, memory_message
 from viditq.run_dir import CHOICE, RunDir
 from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs
@@ -130,8 +130,9 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
             return tell_finished(finished, alone.stages, RunDir(folder, {}), alone.gate)
         if first_process():
             print(LOADING, flush=True)
-        checked = check(cfg, alone)
-        from viditq.runner import run  # takes many seconds, which neither a bad value nor a finished run waits for
+        with importing():
+            checked = check(cfg, alone)
+            from viditq.runner import run  # takes many seconds, which neither a bad value nor a finished run waits for
 
         set_aside()
         return run(cfg, folder, checked=checked)

@@ -4,7 +4,8 @@ import atexit
 import ctypes
 import gc
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
 def give_back() -> None:
@@ -12,6 +13,21 @@ def give_back() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around the import of large libraries, whose objects stay: `gc` would look through them again and again.
+
+    A fifth of the seconds that torch, diffusers and Lightning take, for 15 MB of garbage that is collected later.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def set_aside() -> None:

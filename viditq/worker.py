@@ -16,11 +16,13 @@ PR_SET_PDEATHSIG = 1
 
 def run(cfg: "DictConfig", folder: Path) -> None:
     """The stages of a run whose folder the launching process holds."""
-    from viditq.engine.processes import joined
-    from viditq.experiment import build
-    from viditq.memory import set_aside
-    from viditq.run_dir import RunDir
-    from viditq.runner import quiet_libraries, run_stages
+    from viditq.memory import importing, set_aside
+
+    with importing():
+        from viditq.engine.processes import joined
+        from viditq.experiment import build
+        from viditq.run_dir import RunDir
+        from viditq.runner import quiet_libraries, run_stages
 
     set_aside()
     quiet_libraries()

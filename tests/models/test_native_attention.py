@@ -59,6 +59,17 @@ def kernel() -> None:
 
 
 @needs_kernel
+def test_float32_of_bfloat16_is_what_float32_gives() -> None:
+    """So that q, k and v may be written in half the bytes where nothing else reads them."""
+    for shape in SHAPES_BLKHD:
+        half = inputs(*shape)
+        out = op.attention(*half, out_dtype=torch.float32)
+        assert out.dtype == torch.float32 and torch.equal(out, op.attention(*(x.float() for x in half)))
+    with pytest.raises(RuntimeError, match="viditq::attention: Half of BFloat16"):
+        op.attention(*half, out_dtype=torch.float16)
+
+
+@needs_kernel
 @pytest.mark.parametrize("shape", SHAPES_BLKHD, ids=str)
 def test_is_as_exact_as_torchs_in_bf16(shape: tuple[int, ...]) -> None:
     q, k, v = inputs(*shape)

@@ -12,7 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from viditq.fusion.attend import attend, heads
+from viditq.fusion.attend import attend, heads, read_as
 from viditq.fusion.block import FusedBlock, all_fusible
 from viditq.quant.execution.linear import products
 from viditq.quant.execution.surroundings import After, Before
@@ -76,8 +76,10 @@ class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
     ) -> Tensor:
         assert timestep is not None
         x_BNC = hidden_states
-        vectors_B6C = self.scale_shift_table[None].float() + timestep.reshape(len(x_BNC), 6, -1).float()
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors_B6C.unbind(1)
+        # each of the six contiguous, as the products read them
+        vectors_6BC = timestep.reshape(len(x_BNC), 6, -1).transpose(0, 1).float().contiguous()
+        vectors_6BC = self.scale_shift_table[:, None].float() + vectors_6BC
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors_6BC.unbind(0)
         before = Before(self.norm1.eps, 1 + scale, shift)
         x_BNC = _attention(self.attn1, x_BNC, None, attention_mask, before, gate)
         if self.attn2 is not None:
@@ -109,16 +111,17 @@ def _attention(
     gate: Tensor | None,
 ) -> Tensor:
     """x + gate * attention(before(x)), to the text where there is one."""
+    narrow = After(dtype=read_as(attention.processor, x_BNC.dtype))
     if text_BLC is None:
-        q, k, v = products([attention.to_q, attention.to_k, attention.to_v], x_BNC, before)
+        q, k, v = products([attention.to_q, attention.to_k, attention.to_v], x_BNC, before, narrow)
     else:
-        (q,) = products([attention.to_q], x_BNC, before)
-        k, v = products([attention.to_k, attention.to_v], text_BLC)
+        (q,) = products([attention.to_q], x_BNC, before, narrow)
+        k, v = products([attention.to_k, attention.to_v], text_BLC, after=narrow)
     if mask is not None:
         length, batch = k.shape[1], len(x_BNC)
         mask = attention.prepare_attention_mask(mask, length, batch).view(batch, attention.heads, -1, length)
     q, k, v = (heads(part, attention.heads) for part in (q, k, v))
-    out_BNC = attend(attention.processor, q, k, v, mask)
+    out_BNC = attend(attention.processor, q, k, v, mask, x_BNC.dtype)
     return products([attention.to_out[0]], out_BNC, after=After(gate=gate, residual=x_BNC))[0]
 
 

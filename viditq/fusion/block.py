@@ -81,12 +81,16 @@ class FusedBlock:
     def _is_watched(self) -> bool:
         """Observers and offloading hang hooks on modules, which a fused block does not call."""
         assert isinstance(self, nn.Module)
-        return any(
-            "_hf_hook" in module.__dict__
-            or not all(map(is_visit, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
-            for module in self.modules()
-            if module is not self
-        )
+        found = list(self._modules.values())
+        while found:  # at every call, so without the generators of `modules`
+            module = found.pop()
+            if module is None:
+                continue
+            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            if "_hf_hook" in module.__dict__ or (hooks and not all(map(is_visit, hooks))):
+                return True
+            found += module._modules.values()
+        return False
 
 
 def _first(out: Any) -> Tensor:

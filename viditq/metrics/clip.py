@@ -8,7 +8,10 @@ from torch import Tensor
 from viditq.errors import UserError
 from viditq.metrics.batch import EvalBatch, to_unit
 from viditq.metrics.clip_encoder import ClipEncoder
+from viditq.metrics.once import once
 from viditq.metrics.streaming import PerSampleMetric
+
+SIDES = ("samples", "references")
 
 
 def text_alignment(frames_BFD: Tensor, texts_BD: Tensor) -> Tensor:
@@ -24,6 +27,12 @@ def temporal_consistency(frames_BFD: Tensor) -> Tensor:
 def embed(clip: ClipEncoder, clips_BFCHW: Tensor) -> Tensor:
     """Unit embeddings of all frames, [B, F, D]."""
     return clip.images(to_unit(clips_BFCHW).flatten(0, 1)).unflatten(0, clips_BFCHW.shape[:2])
+
+
+def embed_side(clip: ClipEncoder, batch: EvalBatch, side: str) -> Tensor:
+    """`embed` of samples or references, once for all metrics with this CLIP."""
+    key = ("clip", side, clip.model, clip.preprocess)
+    return once(batch, key, lambda: embed(clip, getattr(batch, side)))
 
 
 class ClipSim(PerSampleMetric):
@@ -42,8 +51,8 @@ class ClipSim(PerSampleMetric):
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Two values per pair, [B] each."""
         texts = self.clip.texts(batch.prompts)
-        clips = zip(self.columns, (batch.samples, batch.references), strict=True)
-        return {column: text_alignment(embed(self.clip, c), texts) for column, c in clips}
+        sides = zip(self.columns, SIDES, strict=True)
+        return {column: text_alignment(embed_side(self.clip, batch, side), texts) for column, side in sides}
 
 
 class ClipTemp(PerSampleMetric):
@@ -65,5 +74,5 @@ class ClipTemp(PerSampleMetric):
                 f"{self.name} compares adjacent frames and got images. Use metric=image, or more frames "
                 "(model.num_frames)."
             )
-        clips = zip(self.columns, (batch.samples, batch.references), strict=True)
-        return {column: temporal_consistency(embed(self.clip, c)) for column, c in clips}
+        sides = zip(self.columns, SIDES, strict=True)
+        return {column: temporal_consistency(embed_side(self.clip, batch, side)) for column, side in sides}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.metrics.batch import EvalBatch
-from viditq.metrics.clip import embed
+from viditq.metrics.clip import SIDES, embed_side
 from viditq.metrics.clip_encoder import ClipEncoder
 from viditq.metrics.streaming import PerSampleMetric
 from viditq.metrics.weights import fill, read_weights
@@ -35,8 +35,9 @@ class ClipFrameMetric(PerSampleMetric):
 
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Two values per pair, [B] each."""
-        clips = zip(self.columns, (batch.samples, batch.references), strict=True)
-        return {c: self.score(embed(self.clip, x), batch.prompts).double().mean(1) for c, x in clips}
+        sides = zip(self.columns, SIDES, strict=True)
+        frames = {column: embed_side(self.clip, batch, side) for column, side in sides}
+        return {column: self.score(x_BFD, batch.prompts).double().mean(1) for column, x_BFD in frames.items()}
 
 
 class ClipPreference(ClipFrameMetric):

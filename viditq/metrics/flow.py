@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from viditq.errors import UserError
+from viditq.metrics.once import one_for_all
 from viditq.metrics.weights import fill, read_weights
 
 Flow = Callable[[Tensor], Tensor]
@@ -141,6 +142,7 @@ OPENCV: dict[str, Callable[[], OpenCVFlow]] = {
 }
 
 
+@one_for_all
 def load_flow(method: str, weights: str | None = None) -> nn.Module:
     """The estimator called `method`: farneback, dis, raft_small or raft_large.
 

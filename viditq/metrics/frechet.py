@@ -4,6 +4,7 @@ Axes: B clips, F frames, C channels, H height, W width, N clips of all batches, 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.metrics.batch import EvalBatch, to_unit
 from viditq.metrics.jackknife import group_jackknife
+from viditq.metrics.once import once
 from viditq.metrics.streaming import StreamingMetric
 
 SETS = ("reference", "data")
@@ -87,7 +89,10 @@ class FeatureDistance(StreamingMetric):
             raise UserError(f"{self.name} compares with real clips, and this model has none. Leave the metric out.")
         self.append("index", batch.index)
         for side in self.sides:
-            self.append(side, self.features.features(to_unit(getattr(batch, side))).flatten())
+            self.append(side, once(batch, ("features", side, self.features), partial(self._features, batch, side)))
+
+    def _features(self, batch: EvalBatch, side: str) -> Tensor:
+        return self.features.features(to_unit(getattr(batch, side))).flatten()
 
     def compute(self) -> dict[str, Tensor]:
         """Distance from the samples to the set that `against` names."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from viditq.errors import UserError
 from viditq.metrics.frames import sample_frames
+from viditq.metrics.once import one_for_all
 from viditq.metrics.weights import read_torchscript
 
 FILE = "i3d_torchscript.pt"
@@ -37,6 +38,7 @@ class I3dFeatures(nn.Module):
         return torch.cat(found).float()
 
 
+@one_for_all
 def load_i3d(weights: str | None, frames: int = 16) -> I3dFeatures:
     """I3D from `weights`, which runs as code: load files that you trust. UserError if it is missing or another file."""
     return I3dFeatures(read_torchscript(weights, FILE, WANTED_BY, OFFLINE, ORIGIN, tuple(OPTIONS)), frames)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from viditq.errors import UserError
+from viditq.metrics.once import one_for_all
 from viditq.metrics.weights import fill, read_weights
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -191,6 +192,7 @@ class InceptionFeatures(nn.Module):
         return x.mean((2, 3))
 
 
+@one_for_all
 def load_inception(weights: str | None, resize: str = "tensorflow") -> InceptionFeatures:
     """Inception from `weights`; UserError for an unknown `resize` or a file that is missing or another network's.
 

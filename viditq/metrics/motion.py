@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from viditq.errors import UserError
 from viditq.metrics.batch import EvalBatch, to_unit
 from viditq.metrics.flow import backward_flow
+from viditq.metrics.once import once
 from viditq.metrics.streaming import PerSampleMetric
 
+SIDES = ("samples", "references")
 STEPS = 255  # 8-bit steps from black to white
 
 
@@ -74,6 +76,11 @@ def warping_error(clips_BFCHW: Tensor, forward_BF2HW: Tensor, backward_BF2HW: Te
     return error.view(steps).mean(1), hidden.view(steps).mean(1)
 
 
+def flow_of(flow: nn.Module, batch: EvalBatch, side: str) -> Tensor:
+    """The flow of samples or references, [B, F - 1, 2, H, W], once for all metrics with this estimator."""
+    return once(batch, ("flow", side, flow), lambda: flow(to_unit(getattr(batch, side))))
+
+
 class MotionMetric(PerSampleMetric):
     """A per-sample metric of video; images raise UserError."""
 
@@ -97,7 +104,7 @@ class FlowScore(MotionMetric):
 
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """One value per pair, [B]."""
-        flows = [self.flow(to_unit(clips)) for clips in (batch.samples, batch.references)]
+        flows = [flow_of(self.flow, batch, side) for side in SIDES]
         return {"per_sample": end_point_distance(*flows)}
 
 
@@ -115,8 +122,8 @@ class MotionMagnitude(MotionMetric):
 
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Two values per pair, [B] each."""
-        clips = zip(self.columns, (batch.samples, batch.references), strict=True)
-        return {column: flow_length(self.flow(to_unit(c))) for column, c in clips}
+        sides = zip(self.columns, SIDES, strict=True)
+        return {column: flow_length(flow_of(self.flow, batch, side)) for column, side in sides}
 
 
 class TemporalFlicker(MotionMetric):
@@ -151,10 +158,10 @@ class WarpingError(MotionMetric):
 
     def scores(self, batch: EvalBatch) -> dict[str, Tensor]:
         """Error and hidden share of each sample and reference, [B] each."""
-        sample, hidden = self._score(to_unit(batch.samples))
-        reference, reference_hidden = self._score(to_unit(batch.references))
+        (sample, hidden), (reference, reference_hidden) = (self._score(batch, side) for side in SIDES)
         errors = dict(zip(self.columns, (sample, reference), strict=True))
         return errors | {"hidden": hidden, "reference_hidden": reference_hidden}
 
-    def _score(self, clips_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
-        return warping_error(clips_BFCHW, self.flow(clips_BFCHW), backward_flow(self.flow, clips_BFCHW))
+    def _score(self, batch: EvalBatch, side: str) -> tuple[Tensor, Tensor]:
+        clips_BFCHW = to_unit(getattr(batch, side))
+        return warping_error(clips_BFCHW, flow_of(self.flow, batch, side), backward_flow(self.flow, clips_BFCHW))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from viditq.assets import resolve
+from viditq.metrics.once import one_for_all
 
 
 def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
@@ -50,6 +51,7 @@ class ShapesJudge(nn.Module):
         return {k: head(x[:, split:] if k == "motion" else x[:, :split]) for k, head in self.heads.items()}
 
 
+@one_for_all
 def load_judge(folder: str) -> ShapesJudge:
     """Load a judge (config.json + model.safetensors), in evaluation mode and float32."""
     path: Path = resolve(folder)

@@ -12,6 +12,7 @@ from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMA
 from viditq.errors import UserError
 from viditq.metrics.clip_encoder import Preprocess, located, read_preprocess
 from viditq.metrics.frames import sample_frames
+from viditq.metrics.once import one_for_all
 from viditq.metrics.pretrained import from_pretrained, not_loaded
 
 WANTED_BY = "FVD with VideoMAE features"
@@ -38,6 +39,7 @@ class VideoMaeFeatures(nn.Module):
         return self.norm(tokens_BLD.mean(1))
 
 
+@one_for_all
 def load_videomae(model: str) -> VideoMaeFeatures:
     """VideoMAE from a folder or a hub id, pretrained or with a classifier; raises UserError if it cannot be read."""
     source = located(model)

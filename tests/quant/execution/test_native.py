@@ -21,7 +21,7 @@ from viditq.quant import LayerScheme, QuantLinear, QuantSpec, StepContext
 from viditq.quant.execution.backends import NativeBackend, Unavailable, check_supported, get_backend
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import joined, pack_weight
-from viditq.quant.execution.surroundings import Before
+from viditq.quant.execution.surroundings import After, Before
 from viditq.quant.methods.quantizer import fake_quantize_activation, quantize_weight
 
 TOKEN, CHANNEL = QuantSpec(8, False, "token", None, True), QuantSpec(8, False, "channel")
@@ -325,6 +325,39 @@ def test_products_of_one_input_equal_each_alone(backend, kind):
         called = [event.name for event in profiler.events() if event.name.startswith("viditq::")]
         assert called.count("viditq::linears" if kind == "smooth" else "viditq::transform") == 1
         assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+def test_scales_of_groups_that_float16_holds_are_kept_in_it(backend):
+    """As files of other programs have them: fewer bytes, the same bits, and float32 again where they are asked for."""
+    spec, x = QuantSpec(4, False, "group", 64), torch.randn(40, 128)
+    codes, scale, zero_point = quantize_weight(torch.randn(128, 128), spec)[:3]
+    rounded = scale.half().float()
+    narrow, wide = pack_weight(codes, rounded, zero_point, 4), pack_weight(codes, scale, zero_point, 4)
+    assert narrow.scale.dtype == torch.float16 and wide.scale.dtype == torch.float32
+    assert sum(part.nbytes for part in narrow[:3]) == 128 * 2 * (32 + 2 + 1)
+    back, counts = narrow.grid(spec)
+    assert back.dtype == torch.float32 and torch.equal(back, rounded) and torch.equal(counts, zero_point)
+    same = narrow._replace(scale=narrow.scale.float())
+    assert torch.equal(ops.linear(x, narrow, None, TOKEN), ops.linear(x, same, None, TOKEN))
+    both = joined([narrow, wide])
+    alone = [ops.linear(x, one, None, TOKEN) for one in (narrow, wide)]
+    assert both.scale.dtype == torch.float32 and torch.equal(ops.linear(x, both, None, TOKEN), torch.cat(alone, -1))
+
+
+@pytest.mark.parametrize("low_rank", [None, 4])
+def test_products_in_another_dtype_are_the_layers_own_rounded(backend, low_rank):
+    """As attention reads q, k and v: joined, each with its smoothing, with a low-rank branch."""
+    x, after = torch.randn(2, 20, 96), After(dtype=torch.bfloat16)
+    for kind in ("none", "smooth", "both"):
+        chain = dict(chains(96))[kind]
+        variants = [variant_of(CHANNEL, TOKEN, x, torch.randn(64, 96), chain, low_rank) for _ in range(2)]
+        for variant in variants:
+            backend.prepare(variant)
+        for some in (variants, variants[:1]):
+            biases = [torch.randn(64), None][: len(some)]
+            plain = backend.products(some, x, biases)
+            narrow = backend.products(some, x, biases, after=after)
+            assert all(torch.equal(one, other.bfloat16()) for one, other in zip(narrow, plain, strict=True))
 
 
 def test_weights_of_other_widths_or_sizes_do_not_join(backend):

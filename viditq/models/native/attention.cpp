@@ -89,8 +89,8 @@ Mask mask_of(const at::Tensor& mask_BHKQ, int64_t b, int64_t h) {
 }
 
 // One head's queries from `query` to `stop`, in blocks; keys and values are packed in the scratch.
-template <typename Product, typename T>
-void attend_range(const Sizes& n, const Mask& mask, const Rows<const T>& Q, const Rows<T>& O, int64_t query,
+template <typename Product, typename T, typename U>
+void attend_range(const Sizes& n, const Mask& mask, const Rows<const T>& Q, const Rows<U>& O, int64_t query,
                   int64_t stop, const Scratch& scratch) {
   constexpr int64_t block = Product::kVectors * kLanes;
   for (; query < stop; query += block) {
@@ -105,7 +105,7 @@ void attend_range(const Sizes& n, const Mask& mask, const Rows<const T>& Q, cons
   }
 }
 
-template <typename Product, typename T>
+template <typename Product, typename T, typename U>
 void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, float scale,
                const at::Tensor& out) {
   Sizes n{q.size(0), q.size(2), q.size(1), k.size(1), q.size(3), k.size(2)};
@@ -127,8 +127,8 @@ void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, co
       pack_values(V.data, V.stride, n.Lk, n.D, n.padded_D, scratch.V);
       const int64_t query = item % parts * part;
       const auto Q = rows_of(q.const_data_ptr<T>(), q, b, h);
-      const auto O = rows_of(out.mutable_data_ptr<T>(), out, b, h);
-      attend_range<Product, T>(n, mask_of(mask, b, h), Q, O, query, std::min(n.Lq, query + part), scratch);
+      const auto O = rows_of(out.mutable_data_ptr<U>(), out, b, h);
+      attend_range<Product, T, U>(n, mask_of(mask, b, h), Q, O, query, std::min(n.Lq, query + part), scratch);
     }
     Product::leave();
   });
@@ -157,20 +157,25 @@ void check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
 }
 
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                         const std::optional<at::Tensor>& mask, double scale, bool amx) {
+                         const std::optional<at::Tensor>& mask, double scale, bool amx,
+                         std::optional<at::ScalarType> out_dtype) {
   check(q, k, v, mask);
+  const at::ScalarType type = q.scalar_type(), out_type = out_dtype.value_or(type);
+  const bool widens = type == at::kBFloat16 && out_type == at::kFloat;
+  TORCH_CHECK(out_type == type || widens, "viditq::attention: ", out_type, " of ", type);
   const auto rows = [](const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); };
   const at::Tensor Q = rows(q), K = rows(k), V = rows(v), m = mask ? additive(*mask) : at::Tensor();
-  const at::Tensor out = at::empty(q.sizes(), q.options());
+  const at::Tensor out = at::empty(q.sizes(), q.options().dtype(out_type));
   if (out.numel() == 0) return out;
-  const auto run = [&]<typename T>(T) {
-    const auto kernel = amx && Amx::available() ? attention<Amx, T> : attention<Avx512, T>;
+  const auto run = [&]<typename T, typename U>(T, U) {
+    const auto kernel = amx && Amx::available() ? attention<Amx, T, U> : attention<Avx512, T, U>;
     kernel(Q, K, V, m, static_cast<float>(scale), out);
   };
-  switch (q.scalar_type()) {
-    case at::kBFloat16: run(at::BFloat16()); break;
-    case at::kHalf: run(at::Half()); break;
-    case at::kFloat: run(0.f); break;
+  if (widens) return run(at::BFloat16(), 0.f), out;
+  switch (type) {
+    case at::kBFloat16: run(at::BFloat16(), at::BFloat16()); break;
+    case at::kHalf: run(at::Half(), at::Half()); break;
+    case at::kFloat: run(0.f, 0.f); break;
     default: TORCH_CHECK(false, "viditq::attention: bfloat16, float16 or float32, not ", q.scalar_type());
   }
   return out;
@@ -180,7 +185,8 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
 }  // namespace viditq
 
 TORCH_LIBRARY_FRAGMENT(viditq, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool amx=True) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool amx=True, "
+        "ScalarType? out_dtype=None) -> Tensor");
   m.def("attention_amx() -> bool", &viditq::Amx::available);
 }
 TORCH_LIBRARY_IMPL(viditq, CPU, m) { m.impl("attention", &viditq::attention_cpu); }

@@ -51,24 +51,36 @@ def load() -> None:
 
 
 def _fake(
-    q_BLHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor | None, scale: float, amx: bool = True
+    q_BLHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    amx: bool = True,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return q_BLHD.new_empty(q_BLHD.shape)
+    return q_BLHD.new_empty(q_BLHD.shape, dtype=out_dtype or q_BLHD.dtype)
 
 
 def attention(
-    q_BLHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor | None = None, scale: float | None = None
+    q_BLHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """softmax(q k^T scale + mask) v, in bf16 with sums in float; call `load` before.
 
     q, k, v: views of any strides in bfloat16, float16 or float32; D in HEAD_DIMS. mask: bool (True = look) or added to
-    the scores, broadcastable to [B, H, L, K]. scale: None = D^-1/2. Returns [B, L, H, D] in q's dtype; zero for a query
-    that may look at no key, as torch's. Gradients are torch's. Raises UserError for another device, dtype or head dim.
+    the scores, broadcastable to [B, H, L, K]. scale: None = D^-1/2. out_dtype: None = q's; float32 of bfloat16 is what
+    float32 of the same numbers gives. Returns [B, L, H, D]; zero for a query that may look at no key, as torch's.
+    Gradients are torch's. Raises UserError for another device, dtype or head dim.
 
     Flash attention: Dao et al., arXiv 2205.14135, algorithm 1.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BLHD, k_BKGD, v_BKGD)):
-        return _with_gradients(q_BLHD, k_BKGD, v_BKGD, mask, scale)
+        return _with_gradients(q_BLHD, k_BKGD, v_BKGD, mask, scale).to(out_dtype or q_BLHD.dtype)
     head_dim = q_BLHD.shape[-1]
     if q_BLHD.device.type not in ("cpu", "meta") or q_BLHD.dtype not in DTYPES:
         raise UserError(
@@ -79,7 +91,7 @@ def attention(
     while mask is not None and mask.ndim < 4:
         mask = mask.unsqueeze(0)
     scale = head_dim**-0.5 if scale is None else scale
-    return torch.ops.viditq.attention(q_BLHD, k_BKGD, v_BKGD, mask, scale)
+    return torch.ops.viditq.attention(q_BLHD, k_BKGD, v_BKGD, mask, scale, True, out_dtype)
 
 
 def check_head_dim(head_dim: int, layer: str) -> None:

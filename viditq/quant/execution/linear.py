@@ -40,6 +40,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.name, self.in_features, self.out_features = name, variants[0].in_features, out_features
         self.variants = nn.ModuleList(variants)
+        self.in_order = tuple(variants)
+        """The same without the cost of looking a module up, which a small Linear would notice."""
         self.segment_to_variant = segment_to_variant
         self.register_parameter("bias", bias)
         self.context = context
@@ -71,20 +73,20 @@ class QuantLinear(nn.Module):
         index = self.current_index()
         if self.residency is not None:
             self.residency.use([(self, index)])
-        return self.backends[index].linear(cast(Variant, self.variants[index]), x, self.bias)
+        return self.backends[index].linear(self.in_order[index], x, self.bias)
 
     def current_variant(self) -> Variant:
         """Raises UserError when the answer depends on a segment and there is none."""
-        return cast(Variant, self.variants[self.current_index()])
+        return self.in_order[self.current_index()]
 
     def current_index(self) -> int:
         """Of the variant that the current segment takes; raises as `current_variant`."""
-        if len(self.variants) == 1:
+        if len(self.in_order) == 1:
             return 0
         segment = self.context.segment
         if segment is None:
             raise UserError(
-                f"{self.name} holds {len(self.variants)} variants but the noise level is unknown: "
+                f"{self.name} holds {len(self.in_order)} variants but the noise level is unknown: "
                 "call it through its denoiser, which reads the timestep"
             )
         return self.segment_to_variant[segment]
@@ -125,13 +127,13 @@ def products(
     linears: Sequence[QuantLinear], x: Tensor, before: Before = NOTHING_BEFORE, after: After = NOTHING_AFTER
 ) -> list[Tensor]:
     """The outputs of Linears that read one input, with what stands before and after each; see `Backend.products`."""
-    indices = [linear.current_index() for linear in linears]
-    backends = [linear.backends[index] for linear, index in zip(linears, indices, strict=True)]
+    calls = [(linear, linear.current_index()) for linear in linears]
     if linears[0].residency is not None:
-        linears[0].residency.use([*zip(linears, indices, strict=True)])
-    variants = [cast(Variant, linear.variants[index]) for linear, index in zip(linears, indices, strict=True)]
+        linears[0].residency.use(calls)
+    backends = [linear.backends[index] for linear, index in calls]
+    variants = [linear.in_order[index] for linear, index in calls]
     biases = [linear.bias for linear in linears]
-    if all(backend is backends[0] for backend in backends):
+    if len(calls) == 1 or all(backend is backends[0] for backend in backends):
         return backends[0].products(variants, x, biases, before, after)
     one_by_one = zip(backends, variants, biases, strict=True)
     return [backend.products([variant], x, [bias], before, after)[0] for backend, variant, bias in one_by_one]

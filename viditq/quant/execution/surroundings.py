@@ -45,25 +45,31 @@ class Before(NamedTuple):
 
 
 class After(NamedTuple):
-    """residual + gate * activation(y); any part may lack. gate: float32 [R, O]. residual: [..., O]."""
+    """residual + gate * activation(y); any part may lack. gate: float32 [R, O]. residual: [..., O].
+
+    dtype: of the output, for whoever reads it in that one alone; None = the layer's.
+    """
 
     activation: str = "none"
     gate: Tensor | None = None
     residual: Tensor | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def is_nothing(self) -> bool:
+        """But for the dtype."""
         return self.activation == "none" and self.gate is None and self.residual is None
 
     def apply(self, y: Tensor) -> Tensor:
-        """In plain torch, in the dtype of `y`."""
+        """In plain torch, computed in the dtype of `y`."""
         if self.activation == "silu":
             y = F.silu(y)
         elif self.activation != "none":
             y = F.gelu(y, approximate="tanh" if self.activation == "gelu_tanh" else "none")
         if self.gate is not None:
             y = (y.float() * _by_line(self.gate, y)).to(y.dtype)
-        return y if self.residual is None else self.residual + y
+        y = y if self.residual is None else self.residual + y
+        return y if self.dtype is None else y.to(self.dtype)
 
 
 NOTHING_BEFORE, NOTHING_AFTER = Before(), After()

@@ -21,30 +21,65 @@ struct Prologue {
   bool empty() const { return !layernorm && !mul && !add; }
 };
 
-inline void transform_row(const Prologue& prologue, int64_t m, float* __restrict row) {
-  const int64_t K = prologue.K;
+// The lanes one after another, as a plain loop would add them up.
+inline float sum_of(__m512 x) {
+  alignas(64) float lanes[kLanes];
+  _mm512_store_ps(lanes, x);
+  float sum = 0;
+  for (const float lane : lanes) sum += lane;
+  return sum;
+}
+
+struct Norm {
+  __m512 mean, inverse;
+};
+
+// Copies the row to `row` on the way.
+template <typename T>
+Norm norm_of(const T* from, int64_t K, float eps, float* row) {
+  __m512 sum = _mm512_setzero_ps(), square = sum;
+  each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+    const __m512 x = load(from + k, lanes);
+    store(row + k, lanes, x);
+    sum = _mm512_add_ps(sum, x);
+  });
+  const __m512 mean = _mm512_set1_ps(sum_of(sum) / K);
+  each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+    const __m512 distance = _mm512_maskz_sub_ps(lanes, load(row + k, lanes), mean);
+    square = _mm512_fmadd_ps(distance, distance, square);
+  });
+  return {mean, _mm512_set1_ps(1.0f / std::sqrt(sum_of(square) / K + eps))};
+}
+
+// The row m of x behind norm and modulation, float [K].
+template <typename T>
+void transform_row(const T* from, const Prologue& prologue, int64_t m, float* row) {
+  const int64_t K = prologue.K, offset = m / prologue.rows_per_mul * K;
+  const float* mul = prologue.mul ? prologue.mul + offset : nullptr;
+  const float* add = prologue.add ? prologue.add + offset : nullptr;
+  const auto modulate = [&](int64_t k, __mmask16 lanes, __m512 x) __attribute__((always_inline)) {
+    if (mul) x = rounded(x * load(mul + k, lanes));
+    if (add) x = x + load(add + k, lanes);
+    store(row + k, lanes, x);
+  };
   if (prologue.layernorm) {
-    float sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < K; ++k) sum += row[k];
-    const float mean = sum / K;
-#pragma omp simd reduction(+ : square)
-    for (int64_t k = 0; k < K; ++k) square += (row[k] - mean) * (row[k] - mean);
-    const float inverse = 1.0f / std::sqrt(square / K + prologue.eps);
-    for (int64_t k = 0; k < K; ++k) row[k] = (row[k] - mean) * inverse;
+    const Norm norm = norm_of(from, K, prologue.eps, row);
+    each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+      modulate(k, lanes, (load(row + k, lanes) - norm.mean) * norm.inverse);
+    });
+  } else {
+    each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+      modulate(k, lanes, load(from + k, lanes));
+    });
   }
-  const int64_t offset = m / prologue.rows_per_mul * K;
-  if (const float* mul = prologue.mul)
-    for (int64_t k = 0; k < K; ++k) row[k] *= mul[offset + k];
-  if (const float* add = prologue.add)
-    for (int64_t k = 0; k < K; ++k) row[k] += add[offset + k];
 }
 
 // row / div, in `buffer`, which may be the row; the row itself where there is no div.
 inline const float* smoothed(const float* row, const float* div, int64_t K, float* buffer) {
   if (!div) return row;
-#pragma omp simd
-  for (int64_t k = 0; k < K; ++k) buffer[k] = row[k] / div[k];
+  each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+    store(buffer + k, lanes, _mm512_div_ps(load(row + k, lanes), load(div + k, lanes)));
+  });
   return buffer;
 }
 
@@ -54,8 +89,7 @@ const float* row_of(const T* x, const Prologue& prologue, int64_t m, float* buff
   const T* from = x + m * prologue.K;
   if constexpr (std::is_same_v<T, float>)
     if (prologue.empty()) return from;
-  load_row(from, buffer, prologue.K);
-  transform_row(prologue, m, buffer);
+  transform_row(from, prologue, m, buffer);
   return buffer;
 }
 
@@ -94,7 +128,8 @@ inline void quantize_segments(const float* row, int64_t m, int64_t M, int64_t K,
       range_of(row + s * g, range, lo, hi);
       grid = grid_of_range(lo, hi, activations.format);
     }
-    reader.quantized.sums[m * S + s] = quantize_row(row + s * g, g, grid, activations.format.levels(), codes);
+    const auto quantize = reader.shared.empty() ? quantize_own_row : quantize_row;
+    reader.quantized.sums[m * S + s] = quantize(row + s * g, g, grid, activations.format.levels(), codes);
     reader.quantized.grids[m * S + s] = grid;
     std::fill(codes + g, codes + reader.h, 0);
   }
@@ -104,8 +139,8 @@ inline void quantize_segments(const float* row, int64_t m, int64_t M, int64_t K,
 template <typename T, typename F>
 void for_rows(const T* x, int64_t M, const Prologue& prologue, F&& use) {
   at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> transformed(prologue.K), buffer(prologue.K);
-    for (int64_t m = begin; m < end; ++m) use(m, row_of(x, prologue, m, transformed.data()), buffer.data());
+    const Scratch<float> transformed(prologue.K), buffer(prologue.K);
+    for (int64_t m = begin; m < end; ++m) use(m, row_of(x, prologue, m, transformed.get()), buffer.get());
   });
 }
 

@@ -1,5 +1,5 @@
 // The product of `linear.cpp` with AMX tiles, from the same layouts. Used where the CPU has AMX, the kernel grants it and
-// a trial product is right; elsewhere, and for segments that are no multiple of 64, brgemm multiplies.
+// a trial product is right; elsewhere, and for segments that are no multiple of 64, VNNI multiplies.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,7 @@ inline bool granted() {
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// Of the calling thread: eight tiles of 16 rows of 64 bytes. `release` gives them back; brgemm keeps a configuration
-// of its own, so between the two there must be no brgemm.
+// Of the calling thread: eight tiles of 16 rows of 64 bytes. `release` gives them back.
 __attribute__((target("amx-tile"))) inline void configure() {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};

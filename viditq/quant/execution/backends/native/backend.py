@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -57,9 +57,10 @@ class NativeBackend(IntegerBackend):
     def multiply(
         self, variant: Variant, x: Tensor, bias: Tensor | None, div: Tensor | None, addend: Tensor | None
     ) -> Tensor:
-        return self._run(variant, x, variant.held, bias, div=div, addend=addend)
+        spec, dtype = cast(QuantSpec, variant.scheme.activation), variant.dtype
+        known = ops.fixed(_weight(variant), spec, variant.input_qparams, div)
+        return ops.run(known, _readable(x), bias, NOTHING_BEFORE, NOTHING_AFTER, addend, dtype)
 
-    @torch.no_grad()
     def products(
         self,
         variants: Sequence[Variant],
@@ -68,11 +69,21 @@ class NativeBackend(IntegerBackend):
         before: Before = NOTHING_BEFORE,
         after: After = NOTHING_AFTER,
     ) -> list[Tensor]:
-        if len(variants) > 1 and share_codes(variants, _joins):
-            weight, bias = _joined(variants, biases)
-            together = self._run(variants[0], x, weight, bias, before, after, div=smoothing(variants[0]))
-            return list(together.split([_weight(v).out_features for v in variants], -1))
-        if len(variants) > 1 and after.is_nothing and _share_rows(variants):
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._products(variants, x, biases, before, after)
+        return self._products(variants, x, biases, before, after)
+
+    def _products(
+        self, variants: Sequence[Variant], x: Tensor, biases: Sequence[Tensor | None], before: Before, after: After
+    ) -> list[Tensor]:
+        if len(variants) == 1:
+            return [self._product(variants[0], x, biases[0], before, after)]
+        if share_codes(variants, _joins):
+            known, bias, sizes = _joined(variants, biases)
+            together = ops.run(known, _readable(x), bias, before, after, None, after.dtype or variants[0].dtype)
+            return list(torch.split_with_sizes(together, sizes, -1))
+        if after.is_nothing and _share_rows(variants):
             return ops.linears(
                 _readable(x),
                 [_weight(v) for v in variants],
@@ -83,47 +94,23 @@ class NativeBackend(IntegerBackend):
                 layernorm_eps=before.eps,
                 mul=before.mul,
                 add=before.add,
-                out_dtype=variants[0].dtype,
+                out_dtype=after.dtype or variants[0].dtype,
             )
-        if len(variants) > 1 and not before.is_nothing and all(v.held is not None for v in variants):
+        if not before.is_nothing and all(v.held is not None for v in variants):
             x, before = _transformed(x, before), NOTHING_BEFORE
         return [self._product(v, x, bias, before, after) for v, bias in zip(variants, biases, strict=True)]
 
     def _product(self, variant: Variant, x: Tensor, bias: Tensor | None, before: Before, after: After) -> Tensor:
         if variant.held is None:  # a segment in float
             return after.apply(self.linear(variant, before.apply(x), bias))
-        if goes_into_the_quantizer(variant):
-            return self._run(variant, x, variant.held, bias, before, after, div=smoothing(variant))
-        y, addend = self.chained(variant, x if before.is_nothing else _transformed(x, before))
-        return self._run(variant, y, variant.held, bias, after=after, addend=addend)
-
-    def _run(
-        self,
-        variant: Variant,
-        x: Tensor,
-        weight: Any,
-        bias: Tensor | None,
-        before: Before = NOTHING_BEFORE,
-        after: After = NOTHING_AFTER,
-        **rest: Tensor | None,
-    ) -> Tensor:
-        spec = variant.scheme.activation
-        assert spec is not None and isinstance(weight, PackedWeight)
-        return ops.linear(
-            _readable(x),
-            weight,
-            bias,
-            spec,
-            variant.input_qparams,
-            layernorm_eps=before.eps,
-            mul=before.mul,
-            add=before.add,
-            activation=after.activation,  # type: ignore[arg-type]
-            gate=after.gate,
-            residual=after.residual,
-            out_dtype=variant.dtype,
-            **rest,
-        )
+        (known, whole), addend = _alone(variant), None
+        if not whole:
+            y, addend = self.chained(variant, x if before.is_nothing else _transformed(x, before))
+            x, before = y, NOTHING_BEFORE
+        dtype = after.dtype or variant.dtype
+        # what a branch adds stays as it was computed
+        in_between = dtype if addend is None else variant.dtype
+        return ops.run(known, _readable(x), bias, before, after, addend, in_between).to(dtype)
 
 
 def _share_rows(variants: Sequence[Variant]) -> bool:
@@ -155,21 +142,37 @@ def _joins(variant: Variant, first: Variant) -> bool:
     return _weight(variant).joins(_weight(first))
 
 
-def _joined(variants: Sequence[Variant], biases: Sequence[Tensor | None]) -> tuple[PackedWeight, Tensor | None]:
-    """One weight of all of them, of which each one's is a part from then on, and their biases one after another."""
+def _alone(variant: Variant) -> tuple[ops.Fixed, bool]:
+    """What no call of it changes, and whether its chain goes into the quantizer."""
+    known: tuple[ops.Fixed, bool] | None = variant.derived.get("alone")
+    weight = _weight(variant)
+    if known is not None and known[0].weight[0] is weight.data:
+        return known
+    whole = goes_into_the_quantizer(variant)
+    spec, div = cast(QuantSpec, variant.scheme.activation), smoothing(variant) if whole else None
+    made = ops.fixed(weight, spec, variant.input_qparams, div), whole
+    if not torch.compiler.is_compiling():
+        variant.derived["alone"] = made
+    return made
+
+
+def _joined(variants: Sequence[Variant], biases: Sequence[Tensor | None]) -> tuple[ops.Fixed, Tensor | None, list[int]]:
+    """One weight of all of them, of which each one's is a part from then on, their biases one after another, sizes."""
     first = variants[0]
     known = first.derived.get("joined")
     if known is not None and same_variants(known[0], variants):
-        return known[1], known[2]
+        return known[1]
     weight = joined([_weight(v) for v in variants])
     rows = 0
     for v in variants:
         mine = slice(rows, rows + len(_weight(v).data))
         counts = None if weight.zero_point is None else weight.zero_point[mine]
         v.hand_over(_weight(v)._replace(data=weight.data[mine], scale=weight.scale[mine], zero_point=counts))
+        v.derived.pop("alone", None)
         rows = mine.stop
     sizes = [_weight(v).out_features for v in variants]
     parts = [torch.zeros(n) if b is None else b.detach().float() for b, n in zip(biases, sizes, strict=True)]
     bias = None if all(b is None for b in biases) else torch.cat(parts)
-    first.derived["joined"] = (list(variants), weight, bias)
-    return weight, bias
+    together = ops.fixed(weight, cast(QuantSpec, first.scheme.activation), first.input_qparams, smoothing(first))
+    first.derived["joined"] = (list(variants), (together, bias, sizes))
+    return together, bias, sizes

@@ -9,7 +9,7 @@ import torch
 from viditq import kernels
 from viditq.quant.execution.backends.base import Unavailable
 
-SOURCES = ("linear.cpp", "activations.h", "amx.h", "epilogue.h", "multiply.h", "product.h", "quantize.h")
+SOURCES = ("linear.cpp", "activations.h", "amx.h", "epilogue.h", "multiply.h", "product.h", "quantize.h", "vectors.h")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
 
 _state: Unavailable | bool = False
@@ -35,7 +35,7 @@ def _load() -> None:
     except kernels.CannotBuild as reason:
         raise Unavailable("native", str(reason)) from reason
     if not _how():
-        raise Unavailable("native", "torch's brgemm does not multiply u8 by s8 exactly on this CPU")
+        raise Unavailable("native", "u8 times s8 is not summed exactly on this CPU")
 
 
 def _how() -> str:

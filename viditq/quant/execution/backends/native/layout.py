@@ -27,8 +27,8 @@ PIECE_CODES = 2**21  # that are packed at once
 class PackedWeight(NamedTuple):
     """One weight, or several with one input, as `ops.linear` takes it.
 
-    data: int8 [P, S, h/4, 64, 4], or uint8 [P, S, h/8, 64, 4] for up to 4 bits; scale float32 and zero_point int8 (in
-    counts of s8; None = all 0), each [P, S, 64].
+    data: int8 [P, S, h/4, 64, 4], or uint8 [P, S, h/8, 64, 4] for up to 4 bits; scale float32, or float16 where that
+    holds all of several segments exactly, and zero_point int8 (in counts of s8; None = all 0), each [P, S, 64].
     """
 
     data: Tensor
@@ -54,7 +54,7 @@ class PackedWeight(NamedTuple):
             for part in (self.scale, self.zero_point)
         )
         assert scale_OS is not None
-        return stored_grid(scale_OS, counts_OS, 128 if self.bits == 8 else 0, spec, self.in_features)
+        return stored_grid(scale_OS.float(), counts_OS, 128 if self.bits == 8 else 0, spec, self.in_features)
 
     def joins(self, other: PackedWeight) -> bool:
         """Whether `joined` takes both: equal widths in whole panels."""
@@ -110,7 +110,7 @@ def _pack_rows(
     counts = per_segment(zero - shift).to(torch.int8)
     return PackedWeight(
         data.contiguous(),
-        per_segment(scale.float()),
+        _narrow(per_segment(scale.float())),
         counts if counts.any() else None,
         out_features,
         in_features,
@@ -118,8 +118,14 @@ def _pack_rows(
     )
 
 
+def _narrow(scale_PSn: Tensor) -> Tensor:
+    """In float16 where that loses nothing: scales of groups are a tenth of a weight of 4 bits, others not worth it."""
+    half = scale_PSn.half()
+    return half if scale_PSn.shape[1] > 1 and torch.equal(half.float(), scale_PSn) else scale_PSn
+
+
 def joined(weights: Sequence[PackedWeight]) -> PackedWeight:
-    """One weight whose outputs are those of all, in turn; each `joins` the others."""
+    """One weight whose outputs are those of all, in turn; each `joins` the others. One scale in float32: all are."""
     zero_points = None
     if any(w.zero_point is not None for w in weights):
         nothing = [torch.zeros_like(w.scale, dtype=torch.int8) for w in weights]

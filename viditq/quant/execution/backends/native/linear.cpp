@@ -20,7 +20,7 @@
 namespace viditq {
 namespace {
 
-// AMX tiles instead of brgemm: set by `prepare`.
+// AMX tiles instead of VNNI: set by `prepare`.
 bool use_amx = false;
 
 // Data of a contiguous tensor, of `count` elements where that is given; null where there is none.
@@ -63,12 +63,14 @@ Weight weight_of(const at::Tensor& packed, const at::Tensor& scale, const std::o
                  int64_t N, int64_t K, int64_t ranges) {
   const bool nibbles = packed.scalar_type() == at::kByte;
   TORCH_CHECK(packed.dim() == 5 && packed.is_contiguous(), "viditq::linear: this is no packed weight");
+  const bool half = scale.scalar_type() == at::kHalf;
   const int64_t P = packed.size(0), S = packed.size(1), h = packed.size(2) * (nibbles ? 8 : 4);
   TORCH_CHECK(K % S == 0 && K / S <= h && N <= P * kPanel && S % ranges == 0, "viditq::linear: x of width ", K,
               " does not fit the packed weight ", packed.sizes());
   return {static_cast<const uint8_t*>(packed.const_data_ptr()),
           nibbles,
-          data_of<float>(scale, "scale", S * P * kPanel),
+          half ? nullptr : data_of<float>(scale, "scale", S * P * kPanel),
+          half ? data_of<c10::Half>(scale, "scale", S * P * kPanel) : nullptr,
           data_of<int8_t>(zero_point, "zero_point", S * P * kPanel),
           N, P, S, h};
 }
@@ -118,16 +120,17 @@ at::Tensor linear(const at::Tensor& x_in, const at::Tensor& packed, const at::Te
   const int64_t M = out.numel() / std::max<int64_t>(N, 1);
   if (out.numel() == 0) return out;
   const Weight weight = weight_of(packed, scale, zero_point, N, K, act_groups);
-  const Epilogue epilogue{data_of<float>(bias, "bias", N), activation, data_of<float>(gate, "gate"),
-                          rows_per(gate, M, N)};
+  const float* lines = data_of<float>(gate, "gate");
+  const int64_t per_line = rows_per(gate, M, N);
   std::vector<Reader> readers;
   readers.push_back(reader_of(x, M, weight, act_groups, input_scale, input_zero_point, div));
   quantize_all(x, M, prologue_of(K, M, layernorm_eps, mul, add), {act_bits, act_symmetric}, act_groups, act_per_tensor,
                readers);
   with_type(out_type, [&](auto type) {
     using T = decltype(type);
-    multiply<T>(readers[0].quantized, weight, epilogue, M, K, use_amx, data_of<T>(addend, "addend", M * N),
-                data_of<T>(residual, "residual", M * N), out.data_ptr<T>());
+    const Epilogue<T> epilogue{data_of<float>(bias, "bias", N), data_of<T>(addend, "addend", M * N), activation, lines,
+                               per_line, data_of<T>(residual, "residual", M * N), out.data_ptr<T>(), N};
+    multiply(readers[0].quantized, weight, epilogue, M, K, use_amx);
   });
   return out;
 }
@@ -161,10 +164,11 @@ std::vector<at::Tensor> linears(const at::Tensor& x_in, at::TensorList packed, a
                readers);
   for (size_t i = 0; i < count; ++i) {
     const std::optional<at::Tensor> bias = biases.get(i);
-    const Epilogue epilogue{data_of<float>(bias, "bias", out_features[i]), kNone, nullptr, 1};
+    const float* added = data_of<float>(bias, "bias", out_features[i]);
     with_type(out_type, [&](auto type) {
       using T = decltype(type);
-      multiply<T>(readers[i].quantized, weights[i], epilogue, M, K, use_amx, nullptr, nullptr, outs[i].data_ptr<T>());
+      const Epilogue<T> epilogue{added, nullptr, kNone, nullptr, 1, nullptr, outs[i].data_ptr<T>(), out_features[i]};
+      multiply(readers[i].quantized, weights[i], epilogue, M, K, use_amx);
     });
   }
   return outs;
@@ -183,8 +187,7 @@ at::Tensor transform(const at::Tensor& x_in, double layernorm_eps, const std::op
     const auto* from = x.const_data_ptr<decltype(type)>();
     at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
-        load_row(from + m * K, to + m * K, K);
-        transform_row(prologue, m, to + m * K);
+        transform_row(from + m * K, prologue, m, to + m * K);
         smoothed(to + m * K, scale, K, to + m * K);
       }
     });
@@ -192,10 +195,10 @@ at::Tensor transform(const at::Tensor& x_in, double layernorm_eps, const std::op
   return out;
 }
 
-// How products are computed from now on, "amx" (if allowed and right here) or "brgemm"; "" = not exactly in any way.
+// How products are computed from now on, "amx" (if allowed and right here) or "vnni"; "" = not exactly in any way.
 std::string prepare(bool allow_amx) {
   use_amx = allow_amx && amx::granted() && is_exact(true);
-  return use_amx ? "amx" : is_exact(false) ? "brgemm" : "";
+  return use_amx ? "amx" : is_exact(false) ? "vnni" : "";
 }
 
 }  // namespace

@@ -4,8 +4,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <type_traits>
-#include <vector>
 
 #include "activations.h"
 #include "epilogue.h"
@@ -13,12 +11,13 @@
 
 namespace viditq {
 
-constexpr int64_t kRows = 128, kPanelsPerChunk = 8, kChunkBytes = 512 * 1024;
+constexpr int64_t kRows = 96, kPanelsPerChunk = 8, kChunkBytes = 512 * 1024;
 
 struct Weight {
   const uint8_t* data;
   bool nibbles;
-  const float* scale;        // [P, S, 64], as the next
+  const float* scale;        // [P, S, 64], as the next; null: in `half_scale`
+  const c10::Half* half_scale;
   const int8_t* zero_point;  // null: all 0
   int64_t N, P, S, h;
   int64_t panel_bytes() const { return S * h * kPanel; }  // as int8
@@ -42,101 +41,158 @@ inline void sum_columns(const int8_t* panel, int64_t h, int32_t* colsum) {
   for (int64_t j = 0; j < 4; ++j) _mm512_storeu_si512(colsum + 16 * j, sums[j]);
 }
 
-// y = sx sw (acc - zx colsum - zw rest) for one row of the only segment.
-inline void dequantize_row(const int32_t* __restrict acc, const int32_t* __restrict colsum, const Weight& weight,
-                           int64_t n, int64_t count, Grid grid, int32_t rest, float* __restrict y) {
-  const float* __restrict scale = weight.scale + n;
-  const auto exact = [&](int64_t i) { return acc[i] - grid.zero_point * colsum[i]; };
-  if (const int8_t* __restrict zero_point = weight.zero_point ? weight.zero_point + n : nullptr)
-    for (int64_t i = 0; i < count; ++i) y[i] = (exact(i) - zero_point[i] * rest) * (grid.scale * scale[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) y[i] = exact(i) * (grid.scale * scale[i]);
-}
+// What the rows of a panel and segment are scaled by, in registers.
+struct Columns {
+  __m512i colsum[4], zero_point[4];
+  __m512 scale[4];
+  bool zero_points;
 
-using Ints = int32_t __attribute__((vector_size(64), aligned(4)));
-using Floats = float __attribute__((vector_size(64), aligned(4)));
-
-// y += sx sw (acc - zx colsum - zw rest) for `rows` rows of a panel and segment, whose scales stay in registers.
-inline void accumulate_panel(const int32_t* acc, const int32_t* columns, const Weight& weight, int64_t offset,
-                             int64_t rows, const Grid* grids, const int32_t* sums, int64_t step, int32_t size,
-                             float* y) {
-  Ints colsum[4], zero_point[4] = {};
-  Floats scale[4];
-  for (int64_t j = 0; j < 4; ++j) {
-    colsum[j] = *reinterpret_cast<const Ints*>(columns + 16 * j);
-    scale[j] = *reinterpret_cast<const Floats*>(weight.scale + offset + 16 * j);
-    if (weight.zero_point)
-      for (int64_t i = 0; i < 16; ++i) zero_point[j][i] = weight.zero_point[offset + 16 * j + i];
+  Columns(const int32_t* sums, const Weight& weight, int64_t offset) : zero_points(weight.zero_point) {
+    for (int64_t j = 0; j < 4; ++j) {
+      colsum[j] = _mm512_loadu_si512(sums + 16 * j);
+      const int64_t at = offset + 16 * j;
+      scale[j] = weight.scale ? load(weight.scale + at, kAll) : load(weight.half_scale + at, kAll);
+      if (!zero_points) continue;
+      const auto* counts = reinterpret_cast<const __m128i*>(weight.zero_point + offset + 16 * j);
+      zero_point[j] = _mm512_cvtepi8_epi32(_mm_loadu_si128(counts));
+    }
   }
-  for (int64_t i = 0; i < rows; ++i, acc += kPanel, y += kPanel, grids += step, sums += step) {
-    const int32_t zx = grids->zero_point, rest = *sums - size * zx;
+  // acc - zx colsum - zw rest
+  __m512 exact(int64_t j, const int32_t* acc, int32_t zx, int32_t rest) const {
+    __m512i sum = _mm512_loadu_si512(acc + 16 * j);
+    sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(colsum[j], _mm512_set1_epi32(zx)));
+    if (zero_points) sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero_point[j], _mm512_set1_epi32(rest)));
+    return _mm512_cvtepi32_ps(sum);
+  }
+};
+
+// Rows of codes that are multiplied together, and where their grids and sums lie: those of row i and segment s at
+// i * S + s.
+struct Rows {
+  const uint8_t* codes;
+  const Grid* grids;
+  const int32_t* sums;
+  int64_t first, count;
+};
+
+// The outputs of `rows` in a panel of a weight without segments. whole: all 64 are there.
+template <Ending ending, bool whole, typename T>
+void finish_panel(const int32_t* acc, const Columns& columns, const Rows& rows, int32_t size, int64_t n,
+                  const Epilogue<T>& epilogue) {
+  for (int64_t i = 0; i < rows.count; ++i, acc += kPanel) {
+    const Grid grid = rows.grids[i];
+    const int32_t rest = rows.sums[i] - size * grid.zero_point;
+    const float* gates = epilogue.gate_of(rows.first + i);
 #pragma GCC unroll 4
     for (int64_t j = 0; j < 4; ++j) {
-      const Ints exact = reinterpret_cast<const Ints*>(acc)[j] - colsum[j] * zx - zero_point[j] * rest;
-      reinterpret_cast<Floats*>(y)[j] += __builtin_convertvector(exact, Floats) * (scale[j] * grids->scale);
+      const __mmask16 lanes = whole ? kAll : lanes_of(epilogue.N - n - 16 * j);
+      if (!whole && !lanes) break;
+      const __m512 y = rounded(columns.exact(j, acc, grid.zero_point, rest) * (columns.scale[j] * grid.scale));
+      epilogue.template finish<ending>(y, rows.first + i, n + 16 * j, lanes, gates);
     }
   }
 }
 
+// y += sx sw (acc - zx colsum - zw rest) for the rows of a panel and segment.
+inline void accumulate_panel(const int32_t* acc, const Columns& columns, const Rows& rows, int64_t S, int32_t size,
+                             float* y) {
+  for (int64_t i = 0; i < rows.count; ++i, acc += kPanel, y += kPanel) {
+    const Grid grid = rows.grids[i * S];
+    const int32_t rest = rows.sums[i * S] - size * grid.zero_point;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+      const __m512 scale = columns.scale[j] * grid.scale, before = _mm512_load_ps(y + 16 * j);
+      const __m512 sum = columns.exact(j, acc, grid.zero_point, rest);
+      _mm512_store_ps(y + 16 * j, _mm512_fmadd_ps(sum, scale, before));
+    }
+  }
+}
+
+template <typename T>
+void finish_sums(const float* y, const Rows& rows, int64_t n, const Epilogue<T>& epilogue) {
+  for (int64_t i = 0; i < rows.count; ++i, y += kPanel) {
+    const float* gates = epilogue.gate_of(rows.first + i);
+    for (int64_t j = 0; j < 4; ++j)
+      if (const __mmask16 lanes = lanes_of(epilogue.N - n - 16 * j))
+        epilogue.template finish<Ending::kAny>(_mm512_load_ps(y + 16 * j), rows.first + i, n + 16 * j, lanes, gates);
+  }
+}
+
+// The weights of some panels as int8, and the sums of their columns [panels, S, 64].
+class Chunk {
+ public:
+  Chunk(const Weight& weight, int64_t panels)
+      : weight_(weight), unpacked_(weight.nibbles ? panels * weight.panel_bytes() : 0),
+        colsum_(panels * weight.S * kPanel) {}
+
+  void hold(int64_t first, int64_t end) {
+    const int64_t bytes = weight_.panel_bytes() / (weight_.nibbles ? 2 : 1);
+    codes = reinterpret_cast<const int8_t*>(weight_.data + first * bytes);
+    if (weight_.nibbles) {
+      unpack_nibbles(weight_.data + first * bytes, (end - first) * bytes, unpacked_.get());
+      codes = unpacked_.get();
+    }
+    colsum = colsum_.get();
+    for (int64_t i = 0; i < (end - first) * weight_.S; ++i)
+      sum_columns(codes + i * weight_.h * kPanel, weight_.h, colsum_.get() + i * kPanel);
+  }
+  const int8_t* codes = nullptr;
+  const int32_t* colsum = nullptr;
+
+ private:
+  const Weight& weight_;
+  Scratch<int8_t> unpacked_;
+  Scratch<int32_t> colsum_;
+};
+
 // Blocks of kRows rows by a chunk of panels; a chunk of weights stays in the second-level cache (and unpacked).
 template <typename T>
-void multiply(const Quantized& x, const Weight& weight, const Epilogue& epilogue, int64_t M, int64_t K, bool use_amx,
-              const T* addend, const T* residual, T* out) {
-  const int64_t S = weight.S, h = weight.h, N = weight.N, threads = at::get_num_threads();
+void multiply(const Quantized& x, const Weight& weight, const Epilogue<T>& epilogue, int64_t M, int64_t K,
+              bool use_amx) {
+  const int64_t S = weight.S, h = weight.h, threads = at::get_num_threads();
   const int64_t fitting = std::clamp<int64_t>(kChunkBytes / weight.panel_bytes(), 1, kPanelsPerChunk);
   const int64_t blocks = (M + kRows - 1) / kRows;
   const int64_t wanted = std::max<int64_t>(1, weight.P * blocks / (2 * threads));
   const int64_t panels = std::min(fitting, threads > 1 ? wanted : fitting);
-  const int64_t chunks = (weight.P + panels - 1) / panels, width = panels * kPanel;
-  // rows of a power of two would share few lines of the first-level cache
-  const int64_t ldc = S > 1 ? kPanel : width + 16;
+  const int64_t chunks = (weight.P + panels - 1) / panels;
+  const int32_t size = static_cast<int32_t>(K / S);
+  const Ending ending = epilogue.ending();
   at::parallel_for(0, chunks * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> acc(kRows * ldc);
-    std::vector<float> y(S > 1 ? kRows * kPanel : width), buffer(width);
-    std::vector<int8_t> unpacked(weight.nibbles ? panels * weight.panel_bytes() : 0);
-    std::vector<int32_t> colsum(width * S);  // of the chunk, [panels, S, 64]
+    const Scratch<int32_t> acc(Product::kMost * kPanel);
+    const Scratch<float> y(S > 1 ? Product::kMost * kPanel : 0);
     const Product product(h, use_amx);
+    Chunk chunk(weight, panels);
     int64_t held = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task / blocks, m0 = task % blocks * kRows, rows = std::min(kRows, M - m0);
-      const int64_t p0 = chunk * panels, p1 = std::min(p0 + panels, weight.P), n0 = p0 * kPanel;
-      const int8_t* b = reinterpret_cast<const int8_t*>(weight.data) + p0 * weight.panel_bytes();
-      if (weight.nibbles) {
-        const int64_t bytes = weight.panel_bytes() / 2;
-        if (held != chunk) unpack_nibbles(weight.data + p0 * bytes, (p1 - p0) * bytes, unpacked.data());
-        b = unpacked.data();
-      }
-      if (held != chunk)
-        for (int64_t i = 0; i < (p1 - p0) * S; ++i) sum_columns(b + i * h * kPanel, h, colsum.data() + i * kPanel);
-      held = chunk;
-      const uint8_t* a = x.codes + m0 * h;
-      const Grid* grids = x.grids.data() + m0 * S;
-      const int32_t* sums = x.sums.data() + m0 * S;
-      const int32_t size = static_cast<int32_t>(K / S);
-      if (S == 1) {
-        const int64_t count = std::min(p1 * kPanel, N) - n0;
-        for (int64_t p = p0; p < p1; ++p, b += h * kPanel)
-          product(rows, ldc, a, b, acc.data() + (p - p0) * kPanel);
-        for (int64_t i = 0; i < rows; ++i) {
-          float* row = y.data();
-          if constexpr (std::is_same_v<T, float>) row = out + (m0 + i) * N + n0;
-          const int32_t rest = sums[i] - size * grids[i].zero_point;
-          dequantize_row(acc.data() + i * ldc, colsum.data(), weight, n0, count, grids[i], rest, row);
-          finish_row(row, buffer.data(), epilogue, m0 + i, n0, count, N, addend, residual, out);
-        }
-        continue;
-      }
+      const int64_t p0 = task / blocks * panels, p1 = std::min(p0 + panels, weight.P);
+      if (held != p0) chunk.hold(p0, p1);
+      held = p0;
+      const int64_t first = task % blocks * kRows, last = std::min(first + kRows, M);
       for (int64_t p = p0; p < p1; ++p) {
-        const int64_t n = p * kPanel, count = std::min(kPanel, N - n);
-        std::fill_n(y.data(), rows * kPanel, 0.0f);
-        for (int64_t s = 0; s < S; ++s, b += h * kPanel) {
-          product(rows, ldc, a + s * M * h, b, acc.data());
-          const int64_t offset = ((p - p0) * S + s) * kPanel;
-          accumulate_panel(acc.data(), colsum.data() + offset, weight, n0 * S + offset, rows, grids + s, sums + s, S,
-                           size, y.data());
+        for (int64_t m = first; m < last; m += product.block()) {
+          const Rows rows{x.codes + m * h, x.grids.data() + m * S, x.sums.data() + m * S, m,
+                          std::min(product.block(), last - m)};
+          const int64_t panel = (p - p0) * S;
+          if (S == 1) {
+            product(rows.count, rows.codes, chunk.codes + panel * h * kPanel, acc.get());
+            const Columns columns(chunk.colsum + panel * kPanel, weight, p * kPanel);
+            with_ending(ending, [&](auto kind) {
+              if (p * kPanel + kPanel <= weight.N)
+                finish_panel<kind, true>(acc.get(), columns, rows, size, p * kPanel, epilogue);
+              else
+                finish_panel<Ending::kAny, false>(acc.get(), columns, rows, size, p * kPanel, epilogue);
+            });
+            continue;
+          }
+          std::fill_n(y.get(), rows.count * kPanel, 0.0f);
+          for (int64_t s = 0; s < S; ++s) {
+            product(rows.count, rows.codes + s * M * h, chunk.codes + (panel + s) * h * kPanel, acc.get());
+            const Columns columns(chunk.colsum + (panel + s) * kPanel, weight, (p * S + s) * kPanel);
+            const Rows of_segment{nullptr, rows.grids + s, rows.sums + s, m, rows.count};
+            accumulate_panel(acc.get(), columns, of_segment, S, size, y.get());
+          }
+          finish_sums(y.get(), rows, p * kPanel, epilogue);
         }
-        for (int64_t i = 0; i < rows; ++i)
-          finish_row(y.data() + i * kPanel, buffer.data(), epilogue, m0 + i, n, count, N, addend, residual, out);
       }
     }
   });

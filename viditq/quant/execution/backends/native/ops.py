@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from torch import Tensor
 from viditq.quant.description.scheme import QuantSpec
 from viditq.quant.execution.backends.native import build
 from viditq.quant.execution.backends.native.layout import PackedWeight
+from viditq.quant.execution.surroundings import ACTIVATIONS, After, Before
 
 Activation = Literal["none", "gelu_tanh", "gelu", "silu"]
-ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
 _registered = False
 
 
@@ -35,6 +35,25 @@ def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def _fake_linears(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], out_features), dtype=rest[-1]) for out_features in rest[3]]
+
+
+class Fixed(NamedTuple):
+    """What calls of one Linear have in common, in the order in which the operator takes it: weight to grid."""
+
+    weight: tuple[Tensor, Tensor, Tensor | None]
+    out_features: int
+    grid: tuple[Any, ...]
+    """Bits, symmetric, ranges of a row, one range for all rows of a sample; scale and zero point if static."""
+    div: Tensor | None
+
+
+def fixed(
+    weight: PackedWeight, spec: QuantSpec, static: tuple[Tensor, Tensor] | None = None, div: Tensor | None = None
+) -> Fixed:
+    """Arguments as of `linear`."""
+    scale, zero_point = static or (None, None)
+    grid = (*_grid(spec, weight), _as(scale), _as(zero_point))
+    return Fixed((weight.data, weight.scale, weight.zero_point), weight.out_features, grid, _as(div))
 
 
 def linear(
@@ -68,26 +87,34 @@ def linear(
     Those are best contiguous, and float32 but addend and residual, which are in out_dtype: they are copied otherwise.
     There is no gradient. Raises RuntimeError for shapes that do not fit.
     """
-    scale, zero_point = static or (None, None)
-    dtype = out_dtype or x.dtype
-    return torch.ops.viditq.linear(
+    before, after = Before(layernorm_eps, mul, add), After(activation, gate, residual)
+    return run(fixed(weight, spec, static, div), x, bias, before, after, addend, out_dtype or x.dtype)
+
+
+def run(
+    linear: Fixed,
+    x: Tensor,
+    bias: Tensor | None,
+    before: Before,
+    after: After,
+    addend: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`linear`, of which much is known already."""
+    return torch.ops.viditq.linear.default(
         x,
-        weight.data,
-        weight.scale,
-        weight.zero_point,
+        *linear.weight,
         _as(bias),
-        weight.out_features,
-        *_grid(spec, weight),
-        _as(scale),
-        _as(zero_point),
-        -1.0 if layernorm_eps is None else layernorm_eps,
-        _as(mul),
-        _as(add),
-        _as(div),
+        linear.out_features,
+        *linear.grid,
+        -1.0 if before.eps is None else before.eps,
+        _as(before.mul),
+        _as(before.add),
+        linear.div,
         _as(addend, dtype),
-        ACTIVATIONS.index(activation),
-        _as(gate),
-        _as(residual, dtype),
+        ACTIVATIONS.index(after.activation),
+        _as(after.gate),
+        _as(after.residual, dtype),
         dtype,
     )
 
@@ -147,4 +174,6 @@ def _grid(spec: QuantSpec, weight: PackedWeight) -> tuple[int, bool, int, bool]:
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):  # calls of torch that change nothing cost
+        return tensor
+    return tensor.to(dtype).contiguous()

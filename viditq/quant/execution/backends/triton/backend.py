@@ -73,7 +73,7 @@ class TritonBackend(FusingBackend):
         addend: Tensor | None = None,
     ) -> Tensor:
         out = self.multiplied(
-            quantized, _weight(variant), bias, variant.dtype, addend=addend,
+            quantized, _weight(variant), bias, after.dtype or variant.dtype, addend=addend,
             activation=ACTIVATIONS.index(after.activation), gate=after.gate, residual=after.residual,
         )  # fmt: skip
         return out.view(*x.shape[:-1], out.shape[-1])
