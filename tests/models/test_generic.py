@@ -46,6 +46,8 @@ KNOWN: dict[Callable[[], Any], tuple[list[str], dict[str, int], Any, str | None]
     unlisted.chroma: ([], {"joint_attention": 22, "mlp": 12, "float": 7}, 1.0, None),
     unlisted.ovis_image: ([], {"joint_attention": 22, "mlp": 12, "float": 12}, 1.0, None),
     unlisted.skyreels_v2: ([CLIP], {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 6}, 1000.0, None),
+    unlisted.prx: ([], {"self_attention": 6, "mlp": 6, "float": 8}, 1.0, None),
+    unlisted.ernie_image: ([], {"self_attention": 8, "mlp": 6, "float": 6}, 1000.0, None),
     images.aura_flow: ([], {"joint_attention": 12, "mlp": 9, "float": 9}, 1.0, None),
     guessed.hunyuan_dit: ([], {"self_attention": 16, "cross_attention": 16, "mlp": 8, "float": 17}, 1000.0, None),
     guessed.bria: ([], {"joint_attention": 22, "mlp": 12, "float": 12}, 1000.0, None),
@@ -82,6 +84,7 @@ KNOWN: dict[Callable[[], Any], tuple[list[str], dict[str, int], Any, str | None]
 QUICK = (
     *(videos.sana_video, guided.krea2, guided.flux2_klein, guided.hunyuan_video15, unlisted.lumina2, unlisted.mochi),
     *(guessed.hunyuan_dit, guessed.nucleus_moe, guessed_videos.anyflow, guessed_videos.motif_video),
+    unlisted.ernie_image,
 )
 
 

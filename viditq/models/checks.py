@@ -36,6 +36,17 @@ WITHOUT_ENCODING = {
     "JoyImageEditPlusPipeline": ("words and pictures are encoded together", "JoyImageEditPipeline, of one picture"),
     "Kandinsky6SRPipeline": ("it enlarges what another model made", "model=kandinsky6"),
 }
+# Pipeline whose own call fails, or cannot be told what every run tells it -> why, and what to take in its place
+UNUSABLE = {
+    "EasyAnimateControlPipeline": (
+        "its own call fails: it gives encode_prompt an argument (text_encoder_index) that this does not take",
+        "EasyAnimateInpaintPipeline, or another release of diffusers",
+    ),
+    "HeliosPyramidPipeline": (
+        "it counts steps for each size of its pyramid, and takes no number of steps",
+        "HeliosPipeline",
+    ),
+}
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 GUESSED = ("pipeline", "modality", "encode_outputs", "denoisers", "timestep_scale")
 
@@ -148,6 +159,9 @@ def no_encoding(pipeline: str) -> str:
 
 def check_arguments(model: Any, pipeline: Any) -> None:
     """Raises UserError for settings that the class `pipeline` would pass over (it may take **kwargs) or refuse."""
+    if pipeline.__name__ in UNUSABLE:
+        why, instead = UNUSABLE[pipeline.__name__]
+        raise UserError(f"{pipeline.__name__} cannot be run: {why}. Take {instead}.")
     needed = ("from_pretrained", "__call__", *["encode_prompt"] * (model.conditioning == "text"))
     if lacking := [name for name in needed if not hasattr(pipeline, name)]:
         if lacking == ["encode_prompt"]:

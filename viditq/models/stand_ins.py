@@ -81,6 +81,22 @@ def stand_in_encoders(pipeline: Any, shown: list[Tensor]) -> None:
         return _Encoded(out.latent if hasattr(out, "latent") else out.latent_dist.mode())
 
     vae.encode = encoded
+    if hasattr(vae, "_encode"):
+        _stand_in_moments(vae, shown)
+
+
+def _stand_in_moments(vae: Any, shown: list[Tensor]) -> None:
+    """The same of what AnyFlow asks for: mean and spread side by side."""
+    encode = vae._encode
+
+    def encoded(x: Tensor) -> Tensor:
+        if x.is_meta:  # by `vae.encode` itself
+            out: Tensor = encode(x)
+            return out
+        shown.append(x)
+        return torch.zeros(encode(x.to("meta", vae.dtype)).shape)
+
+    vae._encode = encoded
 
 
 def stand_in_sketch(pipeline: Any) -> None:
@@ -113,6 +129,10 @@ class _Encoded:
     def __init__(self, latent: Tensor) -> None:
         self.latent = torch.zeros(latent.shape)
         self.latent_dist = self
+
+    def __getitem__(self, place: int) -> _Encoded:
+        """As of the tuple that some take it for."""
+        return self
 
     def mode(self) -> Tensor:
         """The likeliest latents."""

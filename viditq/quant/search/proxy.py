@@ -21,6 +21,7 @@ from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import fit_variant
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.diagnosis.arguments import Call, kept, unshared
 from viditq.quant.diagnosis.diagnosis import predicted
 from viditq.quant.execution.backends import get_backend
 from viditq.quant.execution.variant import Variant
@@ -29,7 +30,6 @@ from viditq.quant.search.costs import anchors_of, completed
 from viditq.quant.search.sensitivity import Swapper
 
 TINY = torch.finfo(torch.float64).tiny
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class OneStep:
@@ -53,8 +53,7 @@ class OneStep:
 
         def keep(prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert context.segment is not None and context.noise_level is not None
-            copies = {key: copied(value) for key, value in kwargs.items()}
-            call = context.noise_level, (tuple(map(copied, args)), copies)
+            call = context.noise_level, kept(args, kwargs)
             calls.setdefault((prefix, context.segment), []).append(call)
 
         handles = [
@@ -85,14 +84,9 @@ class OneStep:
 
     @torch.no_grad()
     def _output(self, step: tuple[str, int]) -> Tensor:
-        args, kwargs = self._calls[step]
+        args, kwargs = unshared(*self._calls[step])
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         return predicted(self._parts[step[0]](*args, **kwargs), inputs).double()
-
-
-def copied(value: Any) -> Any:
-    """A tensor as it is now; anything else itself."""
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 class OnRows:

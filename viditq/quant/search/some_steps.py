@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from viditq.quant.calibration.context import denoisers_of
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.diagnosis.arguments import Call, kept, unshared
 from viditq.quant.diagnosis.diagnosis import predicted
-from viditq.quant.search.proxy import Call, copied
 from viditq.quant.search.sensitivity import Swapper
 
 TINY = torch.finfo(torch.float64).tiny
@@ -53,8 +53,7 @@ class SomeSteps:
 
         def keep(prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert context.segment is not None and context.noise_level is not None
-            call = tuple(map(copied, args)), {key: copied(value) for key, value in kwargs.items()}
-            calls.setdefault((prefix, context.segment), []).append((context.noise_level, call))
+            calls.setdefault((prefix, context.segment), []).append((context.noise_level, kept(args, kwargs)))
 
         hooks = [
             part.register_forward_pre_hook(partial(keep, prefix), with_kwargs=True)
@@ -103,6 +102,6 @@ class SomeSteps:
 
     @torch.no_grad()
     def _output(self, prefix: str, call: Call) -> Tensor:
-        args, kwargs = call
+        args, kwargs = unshared(*call)
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         return predicted(self._parts[prefix](*args, **kwargs), inputs).double()
