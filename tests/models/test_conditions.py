@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.utils import load_image
 from hydra.utils import instantiate
+from PIL import Image
 from zoo import conditioned, conditioned_more, guessed, guessed_videos, images, sketched, videos_2026
 from zoo.pictures import draw_noise
 
@@ -17,6 +18,7 @@ from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.loading import load_quantized
 from viditq.models.adapter import ModelAdapter
+from viditq.models.conditions import check_conditions
 from viditq.models.generate import _as_tensor, _call, noise_generator, with_settings
 from viditq.models.schedulers import make_scheduler
 from viditq.models.step_noise import seeded_steps
@@ -115,18 +117,17 @@ MORE: dict[str, tuple[Callable[[], Any], list[str], dict[str, int], dict[str, in
         {"joint_attention": 22, "mlp": 12, "float": 12},
         {"image": None},
     ),
-    "glm_image": (sketched.glm_image, [], {"self_attention": 8, "mlp": 4, "float": 13}, {"image": None}),
     "wan_animate": (
         videos_2026.wan_animate,
         [CLIP, "+model.call.mode=replace"],
-        {"self_attention": 8, "cross_attention": 16, "mlp": 4, "float": 9},
+        {"self_attention": 8, "cross_attention": 12, "mlp": 4, "float": 13},
         {"image": None, "pose_video": 5, "face_video": 5, "background_video": 5, "mask_video": 5},
     ),
     "skyreels_v2_forcing": (conditioned_more.skyreels_v2_forcing, [CLIP], FORCED, {}),
     "skyreels_v2_forcing_i2v": (conditioned_more.skyreels_v2_forcing_i2v, [CLIP], FORCED, {"image": None}),
     "skyreels_v2_forcing_v2v": (
         conditioned_more.skyreels_v2_forcing_v2v,
-        ["model.num_frames=9"],
+        ["model.num_frames=9", "+model.call.overlap_history=5"],
         FORCED,
         {"video": 5},
     ),
@@ -145,8 +146,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drawn(folder: Path, given: dict[str, int | None]) -> dict[str, Path]:
     """A picture of noise, or a folder of so many frames, for each argument; in order the same for the same sizes."""
-    sizes = [(f"{name}/{i:02d}" if count else name, 48, 48) for name, count in given.items() for i in range(count or 1)]
+    sizes = [(f"{name}/{i:02d}" if count else name, 64, 64) for name, count in given.items() for i in range(count or 1)]
     draw_noise(folder, sizes)
+    for mask in (folder / f"{name}.png" for name, *_ in sizes if "mask" in name):
+        half = Image.new("L", (64, 64))
+        half.paste(255, (32, 0, 64, 64))
+        half.save(mask)
     return {name: folder / name if count else folder / f"{name}.png" for name, count in given.items()}
 
 
@@ -157,7 +162,7 @@ def as_the_pipeline_takes_it(build: Callable[[], Any], name: str, path: Path) ->
         pixels = torch.stack([torch.from_numpy(np.array(frame)).float() for frame in frames])
         pixels = pixels[..., None] if "mask" in name else pixels / 255
         return pixels.movedim(-1, 1 if build is guessed_videos.anyflow_far else 0)[None]
-    return frames if path.is_dir() or "video" in name or build is sketched.glm_image else frames[0]
+    return frames if path.is_dir() or "video" in name else frames[0]
 
 
 @pytest.mark.parametrize("case", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES | MORE])
@@ -237,6 +242,23 @@ def test_prompts_without_or_with_too_many_pictures(
     cfg = configure(*SHRUNK, "data.num_prompts=2", "quant=w4a8", f"model.path='{folder_of(build)}'", *given)
     with pytest.raises(UserError, match=message):
         run(cfg, tmp_path / "run")
+
+
+def test_pipelines_whose_own_call_fails_are_refused_by_name(configure: Any, folder_of: Any, pictures: Path) -> None:
+    """EasyAnimate's control and Helios' pyramid at once, GLM-Image as soon as a picture is given."""
+    for build, why in {
+        conditioned_more.easyanimate_control: r"EasyAnimateControlPipeline cannot be run: .*text_encoder_index.*Take",
+        conditioned_more.helios_pyramid: r"HeliosPyramidPipeline cannot be run: it counts steps .*Take HeliosPipeline",
+    }.items():
+        with pytest.raises(Exception, match=why):
+            instantiate(configure(*SHRUNK, f"model.path='{folder_of(build)}'").model, _convert_="all")
+    path = f"model.path='{folder_of(sketched.glm_image)}'"
+    with pytest.raises(Exception, match=r"conditions has 'image'; GlmImagePipeline: with a picture its own call fails"):
+        instantiate(configure(*SHRUNK, path, "+model.conditions=[image]").model, _convert_="all")
+    adapter: ModelAdapter = instantiate(configure(*SHRUNK, path).model, _convert_="all")
+    assert adapter.replays and adapter.conditions == []
+    with pytest.raises(UserError, match=r"takes these pictures: none .*with a picture its own call fails"):
+        check_conditions(adapter, [Prompt(TEXT, {"image": pictures / "0.png"})])
 
 
 def test_conditions_that_the_call_does_not_take(configure: Any, folder_of: Any) -> None:

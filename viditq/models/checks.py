@@ -47,6 +47,10 @@ UNUSABLE = {
         "HeliosPipeline",
     ),
 }
+# Pipeline that samples from text, whose own call fails with a picture -> why
+BROKEN_PICTURES = {
+    "GlmImagePipeline": "with a picture its own call fails: diffusers 0.42 takes what transformers 5 returns for others"
+}
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 GUESSED = ("pipeline", "modality", "encode_outputs", "denoisers", "timestep_scale")
 
@@ -135,6 +139,11 @@ def needed_arguments(pipeline: Any, given: Collection[str]) -> list[str]:
 
 
 def conditions_of_call(pipeline: Any) -> list[str]:
+    """The arguments of a pipeline's call that take pictures, as far as their names tell, where it works with them."""
+    return [] if pipeline.__name__ in BROKEN_PICTURES else pictures_of_call(pipeline)
+
+
+def pictures_of_call(pipeline: Any) -> list[str]:
     """The arguments of a pipeline's call that take pictures, as far as their names tell."""
     names = [*inspect.signature(pipeline.__call__).parameters]
     return [name for name in names if re.fullmatch(f"{TAKES_IMAGE}|{TAKES_MORE}", name)]
@@ -178,6 +187,10 @@ def check_arguments(model: Any, pipeline: Any) -> None:
                     f"model.{node}.{key}: {pipeline.__name__}.{function} {why}. Leave it out; those to set are {names}."
                 )
     for name in model.conditions or ():
+        if pipeline.__name__ in BROKEN_PICTURES:
+            raise UserError(
+                f"model.conditions has {name!r}; {pipeline.__name__}: {BROKEN_PICTURES[pipeline.__name__]}."
+            )
         if name not in of_call or name in OURS:
             taken = ", ".join(conditions_of_call(pipeline)) or "none"
             raise UserError(f"model.conditions has {name!r}; {pipeline.__name__} takes these pictures: {taken}.")

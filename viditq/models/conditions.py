@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.models.checks import TAKES_IMAGE, given_to_call, needed_arguments
-from viditq.models.particular import LISTS, TENSORS
+from viditq.models.checks import BROKEN_PICTURES, TAKES_IMAGE, given_to_call, needed_arguments
+from viditq.models.particular import TENSORS
 from viditq.models.registry import find_class
 from viditq.prompt import Prompt, conditions_of
 
@@ -56,8 +56,7 @@ def _as_taken(pipeline: str, name: str, pixels: Tensor) -> Any:
     frames = [frame.convert("L") for frame in frames] if "mask" in name else frames
     if axes := TENSORS.get(pipeline, {}).get(name):
         return _as_tensor(frames, axes)
-    is_list = pixels.ndim == 4 or "video" in name or name in LISTS.get(pipeline, ())
-    return frames if is_list else frames[0]
+    return frames if pixels.ndim == 4 or "video" in name else frames[0]
 
 
 def _as_tensor(frames: list[Image.Image], axes: str) -> Tensor:
@@ -109,7 +108,8 @@ def check_conditions(adapter: Any, prompts: list[str]) -> None:
             )
         if odd := [name for name in given if name not in adapter.conditions]:
             takes = ", ".join(adapter.conditions) or "none"
+            why = f"; {broken}" if (broken := BROKEN_PICTURES.get(adapter.pipeline)) else ""
             raise UserError(
                 f"The prompt {prompt[:60]!r} comes with {odd[0]}; {adapter.pipeline} takes these pictures: {takes} "
-                "(data.conditions of data=image_prompts names them)."
+                f"(data.conditions of data=image_prompts names them{why})."
             )

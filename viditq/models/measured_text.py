@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from viditq.models.conditions import encoded_with_text
+from viditq.models.checks import pictures_of_call
 from viditq.models.guess import gives_prompt_again
 from viditq.models.made_up_text import Returned
 from viditq.models.registry import find_class
@@ -17,19 +17,20 @@ def measured_outputs(adapter: Any) -> list[str | None]:
     """`encode_outputs`: what was measured, before what was read from source; that alone where nothing can be measured.
 
     A value that does not come back (another's negative, when guidance is off by default) is not thereby known to be
-    taken by nothing. Where the prompt is given again, nothing is; so too where it is encoded with pictures, and the
-    call fails without it (LongCat-Image-Edit asks for its length).
+    taken by nothing. Where the prompt is given again, nothing is; so too where the call takes pictures and fails
+    without the prompt (LongCat-Image-Edit asks for its length, GLM-Image draws a sketch of it).
     """
     cls = find_class(adapter.pipeline)
     if gives_prompt_again(cls):
         return list(adapter.encode_outputs)
     names = _names(list(adapter.encode_outputs), returned_text(adapter))
-    if not any(names) or not encoded_with_text(cls):
+    if not any(names) or not pictures_of_call(cls):
         return names
     tried = copy.copy(adapter)
     object.__setattr__(tried, "encode_outputs", names)
-    given, prompted = (samples_from(tried, make_scheduler(tried), given) for given in (True, False))
-    return [None] * len(names) if prompted and not given else names
+    if samples_from(tried, make_scheduler(tried), given=True):
+        return names
+    return [None] * len(names) if samples_from(tried, make_scheduler(tried), given=False) else names
 
 
 def _names(read: list[str | None], found: list[Returned] | None) -> list[str | None]:

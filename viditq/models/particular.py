@@ -1,7 +1,5 @@
 """What single pipelines of diffusers want otherwise than all others, by the names of their classes."""
 
-LISTS = {"GlmImagePipeline": ("image",)}
-"""Arguments that take a list of pictures, even of one, though their names do not say so."""
 TENSORS = {
     "AnyFlowPipeline": {"video": "BFCHW"},
     "AnyFlowFARPipeline": {"video": "BFCHW"},

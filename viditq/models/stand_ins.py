@@ -89,12 +89,11 @@ def _stand_in_moments(vae: Any, shown: list[Tensor]) -> None:
     """The same of what AnyFlow asks for: mean and spread side by side."""
     encode = vae._encode
 
-    def encoded(x: Tensor) -> Tensor:
-        if x.is_meta:  # by `vae.encode` itself
-            out: Tensor = encode(x)
-            return out
-        shown.append(x)
-        return torch.zeros(encode(x.to("meta", vae.dtype)).shape)
+    def encoded(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not x.is_meta:  # else by `vae.encode` itself
+            shown.append(x)
+        out: Tensor = encode(x.to("meta", vae.dtype), *args, **kwargs)
+        return out if x.is_meta else torch.zeros(out.shape)
 
     vae._encode = encoded
 
@@ -127,7 +126,7 @@ class _Encoded:
     """What autoencoders return, whichever of them."""
 
     def __init__(self, latent: Tensor) -> None:
-        self.latent = torch.zeros(latent.shape)
+        self.latent = self.mean = torch.zeros(latent.shape)
         self.latent_dist = self
 
     def __getitem__(self, place: int) -> _Encoded:

@@ -71,7 +71,8 @@ def returned_text(adapter: Any) -> list[Returned] | None:
     except Exception:  # whether it can be assembled is another question (`try_out`)
         return None
     for name in adapter.text_parts:
-        setattr(pipeline, name, SimpleNamespace(dtype=adapter.torch_dtype, device=CPU))  # all that they are asked for
+        stub = SimpleNamespace(dtype=adapter.torch_dtype, device=CPU)  # all that they are asked for
+        object.__setattr__(pipeline, name, stub)  # the pipeline's own way looks for its library
     return handed_on(pipeline, adapter.encode)
 
 
@@ -98,7 +99,7 @@ def confirmed_text(adapter: Any, scheduler: Any) -> list[int]:
 
 def samples_from(adapter: Any, scheduler: Any, given: bool) -> bool:
     """Whether the call samples from a prompt, or, given, from what `encode_prompt` returns, by `encode_outputs`."""
-    recorder = Recorder(adapter, scheduler, given=given)
+    recorder = Recorder(adapter, scheduler, text_only=True, given=given, honest=given)
     try:
         with torch.no_grad():
             _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)

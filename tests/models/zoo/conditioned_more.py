@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 from transformers import LlavaProcessor, Qwen2VLImageProcessorPil, SiglipImageProcessorPil
 
-from zoo import families, guessed, guessed_videos, processors, text, unlisted, vaes
+from zoo import families, guessed, guessed_videos, processors, text, unlisted
 from zoo.saving import stirred
 
 SQUARE = {"height": 16, "width": 16}
@@ -54,8 +54,7 @@ def longcat_image_edit() -> Any:
         chat_template=text.CHAT,
         image_token=processors.PICTURE,
     )
-    parts = {**parts, "tokenizer": tokenizer, "text_processor": processor, "vae": vaes.image_vae(**unlisted.FLUX_VAE)}
-    return diffusers.LongCatImageEditPipeline(**parts)
+    return diffusers.LongCatImageEditPipeline(**{**parts, "tokenizer": tokenizer, "text_processor": processor})
 
 
 def skyreels_v2_forcing(cls: Any = None) -> Any:
