@@ -318,12 +318,12 @@ class Remembering(nn.Module):
         super().__init__()
         self.fc, self.older, self.out = (nn.Linear(8, 8) for _ in range(3))
 
-    def forward(self, x: Tensor, timestep: Tensor, older: Tensor, cache: dict[int, list[Tensor]]) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, older: Tensor, cache: dict[int, list[Tensor]], predict: bool) -> Any:
         mine = self.fc(x)
         seen = torch.cat([*cache[0], self.older(older), mine], 1)
         cache[0].append(mine)
         cache[1][0].add_(mine.mean())
-        return self.out(x + torch.softmax(mine @ seen.mT, -1) @ seen + cache[1][0])
+        return (self.out(x + torch.softmax(mine @ seen.mT, -1) @ seen + cache[1][0]) if predict else None, cache)
 
 
 def remember(denoiser: nn.Module) -> list[Tensor]:
@@ -331,9 +331,10 @@ def remember(denoiser: nn.Module) -> list[Tensor]:
     x, outputs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), []
     with torch.no_grad():
         for i, step in enumerate(STEPS):
-            older = x[:, : 2 * (i > 1)]
-            outputs.append(denoiser(x, timestep=torch.full((2,), step), older=older, cache=cache))
+            told = {"timestep": torch.full((2,), step), "older": x[:, : 2 * (i > 1)], "cache": cache}
+            outputs.append(denoiser(x, **told, predict=True)[0])
             x = x - 0.1 * outputs[-1]
+            denoiser(x, **told, predict=False)
     return outputs
 
 

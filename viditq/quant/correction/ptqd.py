@@ -26,7 +26,7 @@ from viditq.quant.calibration.noise_level import bucket_edges, interval_of
 from viditq.quant.calibration.observers import NUM_BUCKETS
 from viditq.quant.correction.guidance import branches, mixing_weights, watch_steps
 from viditq.quant.diagnosis.arguments import LastCall
-from viditq.quant.diagnosis.diagnosis import predicted
+from viditq.quant.diagnosis.diagnosis import predicted, predicts_nothing
 
 NAME = "output_correction"  # of the module below its denoiser
 SUMS = ("count", "exact", "error", "exact_squared", "error_squared", "product")
@@ -63,6 +63,8 @@ class Correction(nn.Module):
 
     def _correct(self, context: StepContext, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         assert context.noise_level is not None
+        if predicts_nothing(output):
+            return output
         self.latest = interval_of(bucket_edges(len(self.slope)), context.noise_level)
         return _replaced(output, partial(self.correct, self.latest))
 
@@ -200,6 +202,8 @@ class CorrectionFit:
     ) -> None:
         assert self._context.noise_level is not None
         args, kwargs = self._last.take(module)
+        if predicts_nothing(output):
+            return
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         exact, quantized = predicted(output, inputs), predicted(other(*args, **kwargs), inputs)
         axis = channel_axis_of(module, exact)

@@ -109,6 +109,8 @@ class Diagnosis:
         assert self._context.noise_level is not None
         bucket = interval_of(self._edges, self._context.noise_level)
         args, kwargs = self._last.take(module)
+        if predicts_nothing(output):
+            return
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         quantized, exact = (predicted(out, inputs) for out in (other(*args, **kwargs), output))
         self.sums.add_error(-1, bucket, quantized, exact)
@@ -156,6 +158,11 @@ class Diagnosis:
             "maximum": _finite(sums.maximum[row]),
             "amax": _finite(torch.maximum(-sums.minimum[row], sums.maximum[row])),
         }
+
+
+def predicts_nothing(output: Any) -> bool:
+    """Whether a call only wrote into a cache of keys and values (AnyFlow-FAR, after each chunk)."""
+    return isinstance(output, tuple) and output[0] is None
 
 
 def predicted(output: Any, inputs: Sequence[Tensor]) -> Tensor:

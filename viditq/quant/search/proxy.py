@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +19,13 @@ from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import fit_variant
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
-from viditq.quant.diagnosis.arguments import Call, kept, unshared
+from viditq.quant.diagnosis.arguments import Call, unshared
 from viditq.quant.diagnosis.diagnosis import predicted
 from viditq.quant.execution.backends import get_backend
 from viditq.quant.execution.variant import Variant
 from viditq.quant.search.candidates import Candidate, Group, candidate_plan
 from viditq.quant.search.costs import anchors_of, completed
+from viditq.quant.search.recorded import recorded
 from viditq.quant.search.sensitivity import Swapper
 
 TINY = torch.finfo(torch.float64).tiny
@@ -48,23 +47,8 @@ class OneStep:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keeps the inputs of every step that the denoiser makes."""
-        context = self._swapper.context
-        calls: dict[tuple[str, int], list[tuple[float, Call]]] = {}
-
-        def keep(prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert context.segment is not None and context.noise_level is not None
-            call = context.noise_level, kept(args, kwargs)
-            calls.setdefault((prefix, context.segment), []).append(call)
-
-        handles = [
-            part.register_forward_pre_hook(partial(keep, prefix), with_kwargs=True)
-            for prefix, part in self._parts.items()
-        ]
-        try:
+        with recorded(self._parts, self._swapper.context) as calls:
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         for step, of_step in calls.items():  # prompts of several lengths are sampled one group after the other
             self._calls[step] = sorted(of_step, key=lambda call: -call[0])[len(of_step) // 2][1]
         self._exact = {step: self._output(step) for step in self._calls}
