@@ -85,6 +85,12 @@ MORE: dict[str, tuple[Callable[[], Any], list[str], dict[str, int], dict[str, in
         {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 8},
         {"video": 5},
     ),
+    "anyflow": (
+        guessed_videos.anyflow,
+        ["model.num_frames=9"],
+        {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 8},
+        {"video": 5},
+    ),
     "helios": (guessed_videos.helios, ["model.num_frames=33"], HELIOS, {"image": None}),
     "helios+clip": (guessed_videos.helios, ["model.num_frames=33"], HELIOS, {"video": 33}),
     "motif_video_i2v": (
@@ -158,10 +164,11 @@ def drawn(folder: Path, given: dict[str, int | None]) -> dict[str, Path]:
 def as_the_pipeline_takes_it(build: Callable[[], Any], name: str, path: Path) -> Any:
     """What a user of the pipeline itself would give it."""
     frames = [load_image(str(file)).convert("L" if "mask" in name else "RGB") for file in frames_of(path)]
-    if build in (conditioned_more.easyanimate_inpaint, guessed_videos.anyflow_far):
+    anyflow = build in (guessed_videos.anyflow, guessed_videos.anyflow_far)
+    if anyflow or build is conditioned_more.easyanimate_inpaint:
         pixels = torch.stack([torch.from_numpy(np.array(frame)).float() for frame in frames])
         pixels = pixels[..., None] if "mask" in name else pixels / 255
-        return pixels.movedim(-1, 1 if build is guessed_videos.anyflow_far else 0)[None]
+        return pixels.movedim(-1, 1 if anyflow else 0)[None]
     return frames if path.is_dir() or "video" in name else frames[0]
 
 
