@@ -22,7 +22,9 @@ SCHEDULES = ("timesteps", "sigmas")
 OURS = ("generator", "output_type", "return_dict", "prompt")
 """What every call is given here."""
 TAKES_IMAGE = r"(cond_|control_|conditioning_|reference_|mask_|input_|pose_|face_)?(image|images|video)"
-TAKES_MORE = r"last_image|(mask|background|inpaint)_(image|video)|mask"  # beside one of these
+TAKES_MORE = r"last_image|(mask|background|inpaint)_(image|video)|mask|controls"  # beside one of these
+CLIPS = r"video|controls"
+"""In the names of arguments that take a list of frames, or of one."""
 # Class names of pipelines that have such an argument with a default, and fail without it all the same
 FROM_IMAGE = (
     r"Img2Img|Image2Image|ImageToVideo|Image2Video|(?<!T)I2V|VideoToVideo|VideoToWorld|Inpaint|Edit|Pix2Pix|Control|Adapter"

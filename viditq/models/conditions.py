@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.models.checks import BROKEN_PICTURES, TAKES_IMAGE, given_to_call, needed_arguments
+from viditq.models.checks import BROKEN_PICTURES, CLIPS, TAKES_IMAGE, given_to_call, needed_arguments
 from viditq.models.particular import TENSORS
 from viditq.models.registry import find_class
 from viditq.prompt import Prompt, conditions_of
@@ -56,7 +56,7 @@ def _as_taken(pipeline: str, name: str, pixels: Tensor) -> Any:
     frames = [frame.convert("L") for frame in frames] if "mask" in name else frames
     if axes := TENSORS.get(pipeline, {}).get(name):
         return _as_tensor(frames, axes)
-    return frames if pixels.ndim == 4 or "video" in name else frames[0]
+    return frames if pixels.ndim == 4 or re.search(CLIPS, name) else frames[0]
 
 
 def _as_tensor(frames: list[Image.Image], axes: str) -> Tensor:
@@ -83,7 +83,7 @@ def made_up(adapter: Any, every: bool = False) -> dict[str, Any]:
     needed = needed_arguments(pipeline, given_to_call(adapter) - {*adapter.conditions})
     names = adapter.conditions if every else needed
     grey = torch.full((adapter.height or 64, adapter.width or 64, 3), 127, dtype=torch.uint8)
-    lengths = {name: _made_up_length(adapter, pipeline, name) for name in names if "video" in name}
+    lengths = {name: _made_up_length(adapter, pipeline, name) for name in names if re.search(CLIPS, name)}
     clips = {name: grey.expand(lengths[name], -1, -1, -1) if name in lengths else grey for name in names}
     return {name: _as_taken(adapter.pipeline, name, value) for name, value in clips.items()}
 

@@ -26,7 +26,7 @@ class Checker:
 def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on pipelines of Cosmos find a checker."""
     monkeypatch.setattr("diffusers.utils.import_utils.is_cosmos_guardrail_available", lambda: True)
-    for module in ("2_5_predict", "2_text2image", "2_video2world", "_text2world", "_video2world"):
+    for module in ("2_5_predict", "2_5_transfer", "2_text2image", "2_video2world", "_text2world", "_video2world"):
         monkeypatch.setattr(f"diffusers.pipelines.cosmos.pipeline_cosmos{module}.CosmosSafetyChecker", Checker)
 
 
@@ -103,3 +103,21 @@ def cosmos1(cls: Any = None, in_channels: int = 16) -> Any:
 
 def cosmos1_video2world() -> Any:
     return cosmos1(diffusers.CosmosVideoToWorldPipeline, in_channels=17)
+
+
+def cosmos25_transfer() -> Any:
+    """Led by a clip of edges, or depths, that a network of its own reads."""
+    parts = cosmos25().components
+    config = {k: v for k, v in parts["transformer"].config.items() if not k.startswith("_")}
+    transformer: Any = diffusers.CosmosTransformer3DModel(**{**config, "controlnet_block_every_n": 1})
+    shared = ("num_attention_heads", "attention_head_dim", "mlp_ratio", "text_embed_dim", "adaln_lora_dim", "max_size")
+    shared += ("use_crossattn_projection", "crossattn_proj_in_channels", "encoder_hidden_states_channels")
+    control: Any = diffusers.CosmosControlNetModel(
+        n_controlnet_blocks=2,
+        in_channels=18,
+        latent_channels=18,
+        model_channels=24,
+        **{name: config[name] for name in shared},
+    )
+    parts = {**parts, "transformer": stirred(transformer), "controlnet": stirred(control), "safety_checker": Checker()}
+    return diffusers.Cosmos2_5_TransferPipeline(**parts)
