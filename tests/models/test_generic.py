@@ -85,7 +85,6 @@ KNOWN: dict[Callable[[], Any], tuple[list[str], dict[str, int], Any, str | None]
 QUICK = (
     *(videos.sana_video, guided.krea2, guided.flux2_klein, guided.hunyuan_video15, unlisted.lumina2, unlisted.mochi),
     *(guessed.hunyuan_dit, guessed.nucleus_moe, guessed_videos.anyflow, guessed_videos.motif_video),
-    unlisted.ernie_image,
 )
 
 
