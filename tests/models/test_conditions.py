@@ -93,6 +93,18 @@ MORE: dict[str, tuple[Callable[[], Any], list[str], dict[str, int], dict[str, in
     ),
     "helios": (guessed_videos.helios, ["model.num_frames=33"], HELIOS, {"image": None}),
     "helios+clip": (guessed_videos.helios, ["model.num_frames=33"], HELIOS, {"video": 33}),
+    "helios_pyramid": (
+        conditioned_more.helios_pyramid,
+        ["model.num_frames=33", "model.num_steps=7", "model.height=64", "model.width=64"],
+        HELIOS,
+        {"image": None},
+    ),
+    "helios_distilled": (
+        conditioned_more.helios_distilled,
+        ["model.num_frames=33", "model.num_steps=6", "model.height=64", "model.width=64", "model.guidance_scale=1"],
+        HELIOS,
+        {},
+    ),
     "motif_video_i2v": (
         conditioned_more.motif_video_i2v,
         [CLIP],
@@ -252,10 +264,9 @@ def test_prompts_without_or_with_too_many_pictures(
 
 
 def test_pipelines_whose_own_call_fails_are_refused_by_name(configure: Any, folder_of: Any, pictures: Path) -> None:
-    """EasyAnimate's control and Helios' pyramid at once, GLM-Image as soon as a picture is given."""
+    """EasyAnimate's control at once, GLM-Image as soon as a picture is given."""
     for build, why in {
         conditioned_more.easyanimate_control: r"EasyAnimateControlPipeline cannot be run: .*text_encoder_index.*Take",
-        conditioned_more.helios_pyramid: r"HeliosPyramidPipeline cannot be run: it counts steps .*Take HeliosPipeline",
     }.items():
         with pytest.raises(Exception, match=why):
             instantiate(configure(*SHRUNK, f"model.path='{folder_of(build)}'").model, _convert_="all")

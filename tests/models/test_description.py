@@ -20,10 +20,12 @@ from zoo.saving import save
 from viditq.errors import UserError
 from viditq.models import roles, schedule
 from viditq.models.adapter import ModelAdapter
+from viditq.models.checks import check_arguments
 from viditq.models.generate import generate
 from viditq.models.guess import guess_settings
 from viditq.models.labels import class_label
 from viditq.models.native import op
+from viditq.models.particular import steps_setting
 from viditq.models.settings import call_settings
 from viditq.models.text import encode_prompt
 
@@ -272,6 +274,24 @@ def test_attention_over_an_image_or_another_stream_is_cross_attention() -> None:
     experts = roles.guess([f"blocks.4.img_mlp.{name}" for name in ("gate", "shared_expert.net.2")])
     assert [*experts.values()] == ["float", "mlp"]  # what chooses experts is no feed-forward
     assert [*roles.guess(["blocks.0.ff.gate", "blocks.0.ff.up"]).values()] == ["mlp", "mlp"]
+
+
+def test_steps_that_are_counted_by_stage() -> None:
+    """Helios' pyramid: as many at each size, the first ones more, unless the call names them."""
+    name, pyramid = "pyramid_num_inference_steps_list", "HeliosPyramidPipeline"
+    assert steps_setting(pyramid, 8, {}) == {name: [3, 3, 2]}
+    assert steps_setting(pyramid, 8, {name: [2, 2, 4]}) == {name: [2, 2, 4]}
+    assert steps_setting("HeliosPipeline", 8, {}) == {"num_inference_steps": 8}
+    model: Any = SimpleNamespace(
+        **{"pipeline": pyramid, "guidance_argument": "guidance_scale", "guidance_scale": 2.0, "num_steps": 8},
+        **{"height": None, "width": None, "num_frames": 33, "modality": "video", "conditioning": "text"},
+        **{"call": {name: [2, 2, 4]}, "encode": {}, "conditions": []},
+    )
+    check_arguments(model, diffusers.HeliosPyramidPipeline)
+    for steps, given, message in ((8, [2, 2, 2], "name 3 numbers, which add up"), (2, None, "3 stages of a step")):
+        model.num_steps, model.call = steps, {name: given} if given else {}
+        with pytest.raises(UserError, match=message):
+            check_arguments(model, diffusers.HeliosPyramidPipeline)
 
 
 def test_gates_of_feed_forwards_are_no_modulation() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from viditq.errors import UserError
+from viditq.models.particular import STAGES
 
 DTYPES = ("float32", "float16", "bfloat16")
 CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
@@ -43,10 +44,6 @@ UNUSABLE = {
     "EasyAnimateControlPipeline": (
         "its own call fails: it gives encode_prompt an argument (text_encoder_index) that this does not take",
         "EasyAnimateInpaintPipeline, or another release of diffusers",
-    ),
-    "HeliosPyramidPipeline": (
-        "it counts steps for each size of its pyramid, and takes no number of steps",
-        "HeliosPipeline",
     ),
 }
 # Pipeline that samples from text, whose own call fails with a picture -> why
@@ -202,7 +199,8 @@ def check_arguments(model: Any, pipeline: Any) -> None:
 
 def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
     """What has a field of its own goes through that field alone."""
-    fields = {"num_inference_steps": "num_steps", model.guidance_argument: "guidance_scale"}
+    by_stage, stages = STAGES.get(model.pipeline, ("num_inference_steps", 1))
+    fields = {by_stage: "num_steps", model.guidance_argument: "guidance_scale"}
     for argument, field in fields.items():
         if argument not in of_call and getattr(model, field) is not None:
             raise UserError(
@@ -218,6 +216,14 @@ def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
                 f"model.call.{argument}={model.call[argument]} and model.{field}={mine} are the same setting. Give "
                 f"model.{field} alone."
             )
+    listed = model.call.get(by_stage) if model.pipeline in STAGES else None
+    if listed is not None and (len(listed) != stages or sum(listed) != model.num_steps):
+        raise UserError(
+            f"model.call.{by_stage}={list(listed)} and model.num_steps={model.num_steps}: name {stages} numbers, which "
+            "add up to the steps."
+        )
+    if model.pipeline in STAGES and model.num_steps < stages:
+        raise UserError(f"model.num_steps={model.num_steps}: {model.pipeline} has {stages} stages of a step at least.")
     for argument in SCHEDULES:
         given = model.call.get(argument)
         if isinstance(given, Sequence) and len(given) != model.num_steps:

@@ -1,5 +1,8 @@
 """What single pipelines of diffusers want otherwise than all others, by the names of their classes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 TENSORS = {
     "AnyFlowPipeline": {"video": "BFCHW"},
     "AnyFlowFARPipeline": {"video": "BFCHW"},
@@ -14,3 +17,18 @@ there when it is made.
 """
 TEXTS = {"BriaFiboEditPipeline": '{"edit_instruction": "a"}'}
 """A prompt that the call does not refuse, for those that do not take any."""
+STAGES = {"HeliosPyramidPipeline": ("pyramid_num_inference_steps_list", 3)}
+"""Argument that names the steps of each stage, in place of a number of them, and how many stages there are."""
+
+
+def steps_setting(pipeline: str, num_steps: int, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument of a pipeline's call that says how many steps it takes; call: what it is given besides.
+
+    Stages that `call` names, as many steps as these, stay; else all have as many, the first ones more.
+    """
+    if pipeline not in STAGES:
+        return {"num_inference_steps": num_steps}
+    name, count = STAGES[pipeline]
+    if sum(call.get(name) or ()) == num_steps:
+        return {name: list(call[name])}
+    return {name: [num_steps // count + (i < num_steps % count) for i in range(count)]}

@@ -15,6 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from viditq.models.made_up_text import NUM_TOKENS, embeddings, marks_in
+from viditq.models.particular import STAGES
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
 TIMESTEPS = ("timestep", "t", "timesteps", "time")
@@ -67,6 +68,7 @@ class Recorder:
         self.steps: list[Step] = []
         self.ranges: list[tuple[float, float]] = []
         self.count = 0
+        self.of_stage, self.stages = 0, STAGES.get(adapter.pipeline, ("", 1))[1]
         self.width = NUM_TOKENS
         self.returned = 1  # values of a step: SCM's also gives what it predicts to be clean
 
@@ -133,7 +135,10 @@ class Recorder:
                 self.returned = len(stepped) if plainly else 1
             else:
                 stepped = (sample,) * self.returned if plainly else _Stepped(sample)
-            if self.count == len(self.scheduler.timesteps):
+            self.of_stage += 1
+            if self.of_stage == len(self.scheduler.timesteps):
+                self.of_stage, self.stages = 0, self.stages - 1
+            if not self.stages:
                 raise AllSteps
             return stepped
 

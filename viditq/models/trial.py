@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.models import conditions
 from viditq.models.made_up_text import Returned, embeddings, handed_on
-from viditq.models.particular import TEXTS
+from viditq.models.particular import TEXTS, steps_setting
 from viditq.models.recorder import AllSteps, Recorder, Step
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
@@ -46,7 +46,7 @@ def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[
     """
     try:
         with torch.no_grad():
-            steps = _steps(adapter, scheduler, {"num_inference_steps": num_steps or adapter.num_steps})
+            steps = _steps(adapter, scheduler, _told(adapter, num_steps))
         if not steps:
             raise ValueError("it calls no denoiser before a step of its scheduler")
         return _in_order(steps)
@@ -60,7 +60,7 @@ def encoded_texts(adapter: Any, scheduler: Any) -> list[dict[str, Any]]:
     """What one call of the pipeline, given a prompt, tells `encode_prompt`, call by call, until it denoises."""
     recorder = Recorder(adapter, scheduler, text_only=True)
     with suppress(Exception), torch.no_grad():  # whether it samples so is another question (`try_out`)
-        _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
+        _run(adapter, scheduler, _told(adapter), recorder)
     return recorder.texts
 
 
@@ -83,7 +83,7 @@ def text_arguments(adapter: Any, scheduler: Any, given: bool = False) -> dict[st
     """
     recorder = Recorder(adapter, scheduler, marked=True, given=given)
     with suppress(Exception), torch.no_grad():  # as in `encoded_texts`
-        _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
+        _run(adapter, scheduler, _told(adapter), recorder)
     return {name: sorted(found) for name, found in recorder.carried.items() if found}
 
 
@@ -102,7 +102,7 @@ def samples_from(adapter: Any, scheduler: Any, given: bool) -> bool:
     recorder = Recorder(adapter, scheduler, text_only=True, given=given, honest=given)
     try:
         with torch.no_grad():
-            _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
+            _run(adapter, scheduler, _told(adapter), recorder)
     except Exception:  # whatever a pipeline's own code raises says that it does not
         return False
     return True
@@ -128,16 +128,23 @@ def shown_pictures(adapter: Any, scheduler: Any, prompts: Sequence[str]) -> list
     return found
 
 
+def _told(adapter: Any, num_steps: int | None = None) -> dict[str, Any]:
+    return steps_setting(adapter.pipeline, num_steps or adapter.num_steps, adapter.call)
+
+
 def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]:
     spare = copy.deepcopy(scheduler)
     try:
         recorder = _record(adapter, scheduler, settings)
     except UserError:
         raise
-    except Exception:  # settings may ask for more pictures than the call as such (Wan Animate's mode=replace)
+    except Exception as error:  # settings may ask for more pictures than the call as such (Wan Animate's mode=replace)
         if not adapter.conditions:
             raise
-        recorder = _record(adapter, spare, settings, every=True)
+        try:
+            recorder = _record(adapter, spare, settings, every=True)
+        except Exception:
+            raise error from None
     lows, highs = ([pair[i] for pair in recorder.ranges] for i in range(2))
     varying = max(lows, highs, key=lambda values: max(values, default=0.0) - min(values, default=0.0))
     return [replace(step, told=told) for step, told in zip(recorder.steps, varying, strict=True)]

@@ -74,6 +74,15 @@ def skyreels_v2_forcing_v2v() -> Any:
 
 
 def helios_pyramid() -> Any:
-    """Each chunk at three sizes, from the smallest."""
+    """Each chunk at three sizes, from the smallest.
+
+    The scheduler's own gamma, 1/3, makes the noise between them degenerate: its factors are found or not by rounding.
+    """
     parts = guessed_videos.helios().components
-    return diffusers.HeliosPyramidPipeline(**{**parts, "scheduler": diffusers.HeliosScheduler()})
+    return diffusers.HeliosPyramidPipeline(**{**parts, "scheduler": diffusers.HeliosScheduler(gamma=0.3)})
+
+
+def helios_distilled() -> Any:
+    """Its scheduler goes back to noise at each step."""
+    parts = {**guessed_videos.helios().components, "scheduler": diffusers.HeliosDMDScheduler(gamma=0.3)}
+    return diffusers.HeliosPyramidPipeline(**parts, is_distilled=True)
