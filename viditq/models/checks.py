@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.models.particular import STAGES
+from viditq.models.particular import BROKEN_PICTURES, STAGES, UNUSABLE
 
 DTYPES = ("float32", "float16", "bfloat16")
 CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
@@ -38,17 +38,6 @@ WITHOUT_ENCODING = {
     "OmniGenPipeline": (READS_WORDS, "model=lumina2, or model=qwen_image_edit for edits"),
     "JoyImageEditPlusPipeline": ("words and pictures are encoded together", "JoyImageEditPipeline, of one picture"),
     "Kandinsky6SRPipeline": ("it enlarges what another model made", "model=kandinsky6"),
-}
-# Pipeline whose own call fails, or cannot be told what every run tells it -> why, and what to take in its place
-UNUSABLE = {
-    "EasyAnimateControlPipeline": (
-        "its own call fails: it gives encode_prompt an argument (text_encoder_index) that this does not take",
-        "EasyAnimateInpaintPipeline, or another release of diffusers",
-    ),
-}
-# Pipeline that samples from text, whose own call fails with a picture -> why
-BROKEN_PICTURES = {
-    "GlmImagePipeline": "with a picture its own call fails: diffusers 0.42 takes what transformers 5 returns for others"
 }
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 GUESSED = ("pipeline", "modality", "encode_outputs", "denoisers", "timestep_scale")
@@ -199,8 +188,11 @@ def check_arguments(model: Any, pipeline: Any) -> None:
 
 def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
     """What has a field of its own goes through that field alone."""
-    by_stage, stages = STAGES.get(model.pipeline, ("num_inference_steps", 1))
-    fields = {by_stage: "num_steps", model.guidance_argument: "guidance_scale"}
+    steps = "num_inference_steps"
+    if model.pipeline in STAGES:
+        _check_stages(model)
+        steps = STAGES[model.pipeline][0]
+    fields = {steps: "num_steps", model.guidance_argument: "guidance_scale"}
     for argument, field in fields.items():
         if argument not in of_call and getattr(model, field) is not None:
             raise UserError(
@@ -210,20 +202,12 @@ def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
     fields |= {"height": "height", "width": "width"}
     fields |= dict.fromkeys(FRAMES, "num_frames") if model.modality == "video" else {}
     for argument, field in fields.items():
-        mine = getattr(model, field)
-        if mine is not None and model.call.get(argument, mine) != mine:
+        mine, of_stages = getattr(model, field), field == "num_steps" and model.pipeline in STAGES
+        if mine is not None and model.call.get(argument, mine) != mine and not of_stages:
             raise UserError(
                 f"model.call.{argument}={model.call[argument]} and model.{field}={mine} are the same setting. Give "
                 f"model.{field} alone."
             )
-    listed = model.call.get(by_stage) if model.pipeline in STAGES else None
-    if listed is not None and (len(listed) != stages or sum(listed) != model.num_steps):
-        raise UserError(
-            f"model.call.{by_stage}={list(listed)} and model.num_steps={model.num_steps}: name {stages} numbers, which "
-            "add up to the steps."
-        )
-    if model.pipeline in STAGES and model.num_steps < stages:
-        raise UserError(f"model.num_steps={model.num_steps}: {model.pipeline} has {stages} stages of a step at least.")
     for argument in SCHEDULES:
         given = model.call.get(argument)
         if isinstance(given, Sequence) and len(given) != model.num_steps:
@@ -231,6 +215,19 @@ def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
                 f"model.call.{argument} has {len(given)} steps and model.num_steps is {model.num_steps}. Give as many, "
                 f"or model.call.{argument}=null."
             )
+
+
+def _check_stages(model: Any) -> None:
+    """Steps that are counted by stage add up to model.num_steps."""
+    argument, stages = STAGES[model.pipeline]
+    listed = model.call.get(argument)
+    if listed is not None and (len(listed) != stages or sum(listed) != model.num_steps):
+        raise UserError(
+            f"model.call.{argument}={list(listed)} and model.num_steps={model.num_steps}: name {stages} numbers, which "
+            "add up to the steps."
+        )
+    if model.num_steps < stages:
+        raise UserError(f"model.num_steps={model.num_steps}: {model.pipeline} has {stages} stages of a step at least.")
 
 
 def _check_modality(model: Any, pipeline: Any) -> None:

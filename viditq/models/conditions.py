@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.models.checks import BROKEN_PICTURES, CLIPS, TAKES_IMAGE, given_to_call, needed_arguments
-from viditq.models.particular import TENSORS
+from viditq.models.checks import CLIPS, TAKES_IMAGE, given_to_call, needed_arguments
+from viditq.models.particular import BROKEN_PICTURES, TENSORS
 from viditq.models.registry import find_class
 from viditq.prompt import Prompt, conditions_of
 

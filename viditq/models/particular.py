@@ -3,6 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+UNUSABLE = {
+    "EasyAnimateControlPipeline": (
+        "its own call fails: it gives encode_prompt an argument (text_encoder_index) that this does not take",
+        "EasyAnimateInpaintPipeline, or another release of diffusers",
+    ),
+}
+"""Pipeline whose own call fails -> why, and what to take in its place."""
+BROKEN_PICTURES = {
+    "GlmImagePipeline": "with a picture its own call fails: diffusers 0.42 takes what transformers 5 returns for others"
+}
+"""Pipeline that samples from text, whose own call fails with a picture -> why."""
 TENSORS = {
     "AnyFlowPipeline": {"video": "BFCHW"},
     "AnyFlowFARPipeline": {"video": "BFCHW"},
