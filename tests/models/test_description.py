@@ -20,10 +20,12 @@ from zoo.saving import save
 from viditq.errors import UserError
 from viditq.models import roles, schedule
 from viditq.models.adapter import ModelAdapter
+from viditq.models.checks import check_arguments
 from viditq.models.generate import generate
 from viditq.models.guess import guess_settings
 from viditq.models.labels import class_label
 from viditq.models.native import op
+from viditq.models.particular import steps_setting
 from viditq.models.settings import call_settings
 from viditq.models.text import encode_prompt
 
@@ -221,8 +223,21 @@ def test_embeddings_are_known_by_their_names_in_the_call(pipeline: str, names: l
     assert guess_settings({"_class_name": pipeline, "transformer": ["diffusers", "X"]})["encode_outputs"] == names
 
 
-def test_what_is_given_is_not_guessed() -> None:
-    index = {"_class_name": "ErnieImagePipeline", "backbone": ["diffusers", "X"]}
+class Unreadable:
+    """What its `encode_prompt` returns has no names."""
+
+    def encode_prompt(self, prompt: str) -> Any:
+        return tuple([prompt])
+
+    def __call__(self, prompt_embeds: Any = None) -> Any:
+        return tuple(self.encode_prompt(""))
+
+
+def test_what_is_given_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ernie = guess_settings({"_class_name": "ErnieImagePipeline", "transformer": ["diffusers", "X"]})
+    assert ernie["encode_outputs"] == [None]  # a list of tensors, one a prompt, which is kept and given back
+    monkeypatch.setattr("viditq.models.guess.find_class", lambda name: Unreadable)
+    index = {"_class_name": "Unreadable", "backbone": ["diffusers", "X"]}
     with pytest.raises(UserError, match=r"name its denoisers: model\.denoisers"):
         guess_settings(index)
     with pytest.raises(UserError, match=r"encode_prompt returns is not understood; name it: model\.encode_outputs"):
@@ -230,7 +245,7 @@ def test_what_is_given_is_not_guessed() -> None:
     given = {"denoisers": ["backbone"], "encode_outputs": ["prompt_embeds"], "pipeline": None}
     found = guess_settings(index, given)
     assert (found["denoisers"], found["encode_outputs"]) == (["backbone"], ["prompt_embeds"])
-    assert found["pipeline"] == "ErnieImagePipeline"
+    assert found["pipeline"] == "Unreadable"
 
 
 def test_a_clip_whose_length_is_called_frames_is_a_video() -> None:
@@ -263,6 +278,37 @@ def test_attention_over_an_image_or_another_stream_is_cross_attention() -> None:
     experts = roles.guess([f"blocks.4.img_mlp.{name}" for name in ("gate", "shared_expert.net.2")])
     assert [*experts.values()] == ["float", "mlp"]  # what chooses experts is no feed-forward
     assert [*roles.guess(["blocks.0.ff.gate", "blocks.0.ff.up"]).values()] == ["mlp", "mlp"]
+
+
+def test_steps_that_are_counted_by_stage() -> None:
+    """Helios' pyramid: as many at each size, the first ones more, unless the call names them."""
+    name, pyramid = "pyramid_num_inference_steps_list", "HeliosPyramidPipeline"
+    assert steps_setting(pyramid, 8, {}) == {name: [3, 3, 2]}
+    assert steps_setting(pyramid, 8, {name: [2, 2, 4]}) == {name: [2, 2, 4]}
+    assert steps_setting("HeliosPipeline", 8, {}) == {"num_inference_steps": 8}
+    model: Any = SimpleNamespace(
+        **{"pipeline": pyramid, "guidance_argument": "guidance_scale", "guidance_scale": 2.0, "num_steps": 8},
+        **{"height": None, "width": None, "num_frames": 33, "modality": "video", "conditioning": "text"},
+        **{"call": {name: [2, 2, 4]}, "encode": {}, "conditions": []},
+    )
+    check_arguments(model, diffusers.HeliosPyramidPipeline)
+    for steps, given, message in ((8, [2, 2, 2], "name 3 numbers, which add up"), (2, None, "3 stages of a step")):
+        model.num_steps, model.call = steps, {name: given} if given else {}
+        with pytest.raises(UserError, match=message):
+            check_arguments(model, diffusers.HeliosPyramidPipeline)
+
+
+def test_gates_of_feed_forwards_are_no_modulation() -> None:
+    """PRX has the three parts in the block itself; SANA-WM's gate stands alone, and so do those of AdaLN."""
+    found = roles.guess([f"blocks.1.{part}_proj" for part in ("gate", "up", "down")])
+    assert [*found.values()] == ["mlp"] * 3
+    assert [*roles.guess(["layers.0.gate_up_proj", "layers.0.down_proj"]).values()] == ["mlp"] * 2
+    refined = roles.guess([f"text_blocks.0.{part}_proj" for part in ("gate", "up", "down")])
+    assert {*refined.values()} == {"text_refiner"}
+    alone = ["blocks.1.attn.gate_proj", "blocks.1.gate_proj", "blocks.0.up_proj", "blocks.0.down_proj", "gate_proj"]
+    alone += [f"blocks.0.adaln.{part}_proj" for part in ("gate", "up", "down")]
+    alone += [f"{part}_proj" for part in ("up", "down")]  # outside of blocks
+    assert {*roles.guess(alone).values()} == {"float"}
 
 
 @pytest.mark.parametrize(

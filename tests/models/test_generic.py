@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from zoo import guessed, guessed_videos, guided, images, unlisted, videos
+from zoo import guessed, guessed_videos, guided, images, sketched, unlisted, videos
 from zoo.saving import save
 
 from viditq.errors import UserError
@@ -46,6 +46,9 @@ KNOWN: dict[Callable[[], Any], tuple[list[str], dict[str, int], Any, str | None]
     unlisted.chroma: ([], {"joint_attention": 22, "mlp": 12, "float": 7}, 1.0, None),
     unlisted.ovis_image: ([], {"joint_attention": 22, "mlp": 12, "float": 12}, 1.0, None),
     unlisted.skyreels_v2: ([CLIP], {"self_attention": 8, "cross_attention": 8, "mlp": 4, "float": 6}, 1000.0, None),
+    unlisted.prx: ([], {"self_attention": 6, "mlp": 6, "float": 8}, 1.0, None),
+    unlisted.ernie_image: ([], {"self_attention": 8, "mlp": 6, "float": 6}, 1000.0, None),
+    sketched.glm_image: ([], {"self_attention": 8, "mlp": 4, "float": 13}, 1000.0, None),
     images.aura_flow: ([], {"joint_attention": 12, "mlp": 9, "float": 9}, 1.0, None),
     guessed.hunyuan_dit: ([], {"self_attention": 16, "cross_attention": 16, "mlp": 8, "float": 17}, 1000.0, None),
     guessed.bria: ([], {"joint_attention": 22, "mlp": 12, "float": 12}, 1000.0, None),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from zoo import families, guided, images, unlisted, videos
+from zoo import families, guided, images, unlisted, videos, videos_2026
 
 from viditq.errors import UserError
 from viditq.models import batch_axis, measured_text
@@ -16,6 +16,7 @@ from viditq.models.guess import guess_settings
 from viditq.models.made_up_text import Returned, embeddings, handed_on, marks_in
 from viditq.models.measured_text import measured_outputs
 from viditq.models.schedulers import make_scheduler
+from viditq.models.text import encode_prompt
 from viditq.models.trial import confirmed_text, returned_text
 
 
@@ -140,6 +141,26 @@ def test_the_batch_is_the_one_axis_of_one(monkeypatch: pytest.MonkeyPatch) -> No
         assert group_by_shape(adapter, [one | {"other": torch.zeros(untold)} for one in embeds]) == [[0], [1]]
     adapter.list_embeds = True
     assert group_by_shape(adapter, [one | {"other": torch.zeros(1, 1, 2)} for one in embeds]) == [[0, 1]]
+
+
+def test_lengths_in_a_row_are_joined_as_the_pipeline_joins_them(configure: Any, folder_of: Any) -> None:
+    """Kandinsky 5: two clips made together are those made one by one, by a denoiser that sees both at once."""
+    size = ("model.height=32", "model.width=32", "model.num_frames=5", "model.num_steps=2", "model.dtype=float32")
+    path = f"model.path='{folder_of(videos_2026.kandinsky5)}'"
+    adapter = instantiate(configure("model=kandinsky5", "name=x", path, *size).model, _convert_="all")
+    texts, text_part, pipeline = ["a small red circle", "a large blue square"], adapter.load_text_part(), adapter.load()
+    embeds = [encode_prompt(adapter, text_part, text) for text in texts]
+    theirs = dict(zip(adapter.encode_outputs, text_part.encode_prompt(texts, **adapter.encode), strict=True))
+    ours = _stack(adapter, embeds)
+    assert ours["prompt_cu_seqlens"].tolist() == theirs["prompt_cu_seqlens"].tolist() and len(theirs) == 3
+    sizes = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    both = generate(adapter, pipeline, embeds, [3, 4], 0).float()
+    alone = [generate(adapter, pipeline, [one], [i], 0).float() for one, i in zip(embeds, (3, 4), strict=True)]
+    assert sizes == [2] * 4 + [1] * 8  # two steps, with guidance
+    assert (both - torch.cat(alone)).abs().max() <= 1 and (both[0] - both[1]).abs().max() > 1
 
 
 def test_a_batch_that_becomes_fewer_samples_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

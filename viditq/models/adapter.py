@@ -21,6 +21,7 @@ from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
 from viditq.models.measured_text import measured_outputs
 from viditq.models.negative_prompt import own_negative_prompt
+from viditq.models.particular import LOOKING
 from viditq.models.pipelines import load_pipeline
 from viditq.models.registry import find_class
 from viditq.models.schedulers import check_scheduler
@@ -223,7 +224,9 @@ class ModelAdapter:
 
     def load(self, denoiser: nn.Module | None = None) -> Any:
         """The pipeline without its text part, in evaluation mode; `denoiser` replaces the stored one."""
-        return load_pipeline(self, dict.fromkeys(self.text_parts) | self._as_parts(denoiser))
+        looking = LOOKING.get(self.pipeline, ())
+        absent = [name for name in self.text_parts if name not in looking]
+        return load_pipeline(self, dict.fromkeys(absent) | self._as_parts(denoiser))
 
     def load_complete(self, denoiser: nn.Module | None = None, encoders: Mapping[str, nn.Module] | None = None) -> Any:
         """The whole pipeline, ready for `pipeline(prompt)`; `denoiser` and `encoders` replace the stored ones."""

@@ -1,22 +1,44 @@
-"""Along which axis of an embedding prompts lie, so that several can be sampled together."""
+"""How embeddings of several prompts are joined, so that these can be sampled together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from viditq.models.trial import returned_text
 
+CUMULATIVE = "cu_seqlens"
+"""In the names of the lengths of all texts of a batch, added up: int [number of prompts + 1], beginning with 0."""
 _measured: dict[tuple[Any, ...], dict[str, int]] = {}
+
+
+def can_be_joined(adapter: Any, name: str, value: Tensor) -> bool:
+    """Whether `joined` knows how to lay other prompts' values beside this one, of one prompt."""
+    return _is_cumulative(name, value) or batch_axis(adapter, name, value) is not None
+
+
+def joined(adapter: Any, name: str, values: Sequence[Tensor]) -> Tensor:
+    """One argument of the call for all these prompts, of values for one prompt each."""
+    if _is_cumulative(name, values[0]):
+        return torch.cat([values[0][:1], torch.cat([value.diff() for value in values]).cumsum(0).to(values[0].dtype)])
+    axis = batch_axis(adapter, name, values[0])
+    assert axis is not None, "can_be_joined comes first"
+    return torch.cat([*values], axis)
+
+
+def _is_cumulative(name: str, value: Tensor) -> bool:
+    """Whether these are lengths in a row, of one prompt (Kandinsky 5)."""
+    return CUMULATIVE in name and value.shape == (2,) and int(value[0]) == 0
 
 
 def batch_axis(adapter: Any, name: str, value: Tensor) -> int | None:
     """The axis along which prompts lie in the call's argument `name`; None where it cannot be told.
 
     value: of one prompt, encoded alone: its one axis of 1, wherever that is (HiDream's Llama has its layers before it).
-    Where several are 1 (a single token) `encode_prompt` is measured; where none is (Kandinsky 5's lengths in a row)
-    nobody knows.
+    Where several are 1 (a single token) `encode_prompt` is measured; where none is nobody knows.
     """
     ones = [axis for axis, size in enumerate(value.shape) if size == 1]
     if adapter.list_embeds:

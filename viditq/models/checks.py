@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from viditq.errors import UserError
+from viditq.models.particular import BROKEN_PICTURES, STAGES, UNUSABLE
 
 DTYPES = ("float32", "float16", "bfloat16")
 CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
@@ -22,7 +23,9 @@ SCHEDULES = ("timesteps", "sigmas")
 OURS = ("generator", "output_type", "return_dict", "prompt")
 """What every call is given here."""
 TAKES_IMAGE = r"(cond_|control_|conditioning_|reference_|mask_|input_|pose_|face_)?(image|images|video)"
-TAKES_MORE = r"last_image|(mask|background|inpaint)_(image|video)|mask"  # beside one of these
+TAKES_MORE = r"last_image|(mask|background|inpaint)_(image|video)|mask|controls"  # beside one of these
+CLIPS = r"video|controls"
+"""In the names of arguments that take a list of frames, or of one."""
 # Class names of pipelines that have such an argument with a default, and fail without it all the same
 FROM_IMAGE = (
     r"Img2Img|Image2Image|ImageToVideo|Image2Video|(?<!T)I2V|VideoToVideo|VideoToWorld|Inpaint|Edit|Pix2Pix|Control|Adapter"
@@ -126,6 +129,11 @@ def needed_arguments(pipeline: Any, given: Collection[str]) -> list[str]:
 
 
 def conditions_of_call(pipeline: Any) -> list[str]:
+    """The arguments of a pipeline's call that take pictures, as far as their names tell, where it works with them."""
+    return [] if pipeline.__name__ in BROKEN_PICTURES else pictures_of_call(pipeline)
+
+
+def pictures_of_call(pipeline: Any) -> list[str]:
     """The arguments of a pipeline's call that take pictures, as far as their names tell."""
     names = [*inspect.signature(pipeline.__call__).parameters]
     return [name for name in names if re.fullmatch(f"{TAKES_IMAGE}|{TAKES_MORE}", name)]
@@ -150,6 +158,9 @@ def no_encoding(pipeline: str) -> str:
 
 def check_arguments(model: Any, pipeline: Any) -> None:
     """Raises UserError for settings that the class `pipeline` would pass over (it may take **kwargs) or refuse."""
+    if pipeline.__name__ in UNUSABLE:
+        why, instead = UNUSABLE[pipeline.__name__]
+        raise UserError(f"{pipeline.__name__} cannot be run: {why}. Take {instead}.")
     needed = ("from_pretrained", "__call__", *["encode_prompt"] * (model.conditioning == "text"))
     if lacking := [name for name in needed if not hasattr(pipeline, name)]:
         if lacking == ["encode_prompt"]:
@@ -166,6 +177,10 @@ def check_arguments(model: Any, pipeline: Any) -> None:
                     f"model.{node}.{key}: {pipeline.__name__}.{function} {why}. Leave it out; those to set are {names}."
                 )
     for name in model.conditions or ():
+        if pipeline.__name__ in BROKEN_PICTURES:
+            raise UserError(
+                f"model.conditions has {name!r}; {pipeline.__name__}: {BROKEN_PICTURES[pipeline.__name__]}."
+            )
         if name not in of_call or name in OURS:
             taken = ", ".join(conditions_of_call(pipeline)) or "none"
             raise UserError(f"model.conditions has {name!r}; {pipeline.__name__} takes these pictures: {taken}.")
@@ -175,7 +190,11 @@ def check_arguments(model: Any, pipeline: Any) -> None:
 
 def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
     """What has a field of its own goes through that field alone."""
-    fields = {"num_inference_steps": "num_steps", model.guidance_argument: "guidance_scale"}
+    steps = "num_inference_steps"
+    if model.pipeline in STAGES:
+        _check_stages(model)
+        steps = STAGES[model.pipeline][0]
+    fields = {steps: "num_steps", model.guidance_argument: "guidance_scale"}
     for argument, field in fields.items():
         if argument not in of_call and getattr(model, field) is not None:
             raise UserError(
@@ -185,8 +204,8 @@ def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
     fields |= {"height": "height", "width": "width"}
     fields |= dict.fromkeys(FRAMES, "num_frames") if model.modality == "video" else {}
     for argument, field in fields.items():
-        mine = getattr(model, field)
-        if mine is not None and model.call.get(argument, mine) != mine:
+        mine, of_stages = getattr(model, field), field == "num_steps" and model.pipeline in STAGES
+        if mine is not None and model.call.get(argument, mine) != mine and not of_stages:
             raise UserError(
                 f"model.call.{argument}={model.call[argument]} and model.{field}={mine} are the same setting. Give "
                 f"model.{field} alone."
@@ -198,6 +217,19 @@ def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:
                 f"model.call.{argument} has {len(given)} steps and model.num_steps is {model.num_steps}. Give as many, "
                 f"or model.call.{argument}=null."
             )
+
+
+def _check_stages(model: Any) -> None:
+    """Steps that are counted by stage add up to model.num_steps."""
+    argument, stages = STAGES[model.pipeline]
+    listed = model.call.get(argument)
+    if listed is not None and (len(listed) != stages or sum(listed) != model.num_steps):
+        raise UserError(
+            f"model.call.{argument}={list(listed)} and model.num_steps={model.num_steps}: name {stages} numbers, which "
+            "add up to the steps."
+        )
+    if model.num_steps < stages:
+        raise UserError(f"model.num_steps={model.num_steps}: {model.pipeline} has {stages} stages of a step at least.")
 
 
 def _check_modality(model: Any, pipeline: Any) -> None:

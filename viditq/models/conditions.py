@@ -3,7 +3,7 @@
 The pipeline's own call turns them into latents (and, where it has an image encoder, embeddings) at every sample, as it
 has no call of its own for that. What `encode_prompt` makes of them is kept with the text.
 
-Legend: F frames, H, W pixels, C = 3.
+Legend: F frames, H, W pixels, C = 3 (of a mask 1).
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.models.checks import TAKES_IMAGE, given_to_call, needed_arguments
+from viditq.models.checks import CLIPS, TAKES_IMAGE, given_to_call, needed_arguments
+from viditq.models.particular import BROKEN_PICTURES, TENSORS
 from viditq.models.registry import find_class
 from viditq.prompt import Prompt, conditions_of
 
@@ -43,16 +45,24 @@ def without(embeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in embeds.items() if not name.startswith(MARK)}
 
 
-def given(embeds: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Argument of the call -> its picture, or list of frames; of a batch of one."""
+def given(adapter: Any, embeds: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Argument of the call -> its picture, or list of frames, or tensor, as it takes them; of a batch of one."""
     found = {name.removeprefix(MARK): value for name, value in embeds.items() if name.startswith(MARK)}
-    return {name: _as_pictures(name, value[0].cpu()) for name, value in found.items()}
+    return {name: _as_taken(adapter.pipeline, name, value[0].cpu()) for name, value in found.items()}
 
 
-def _as_pictures(name: str, pixels: Tensor) -> Any:
+def _as_taken(pipeline: str, name: str, pixels: Tensor) -> Any:
     frames = [Image.fromarray(frame.numpy()) for frame in (pixels if pixels.ndim == 4 else pixels[None])]
     frames = [frame.convert("L") for frame in frames] if "mask" in name else frames
-    return frames if pixels.ndim == 4 else frames[0]
+    if axes := TENSORS.get(pipeline, {}).get(name):
+        return _as_tensor(frames, axes)
+    return frames if pixels.ndim == 4 or re.search(CLIPS, name) else frames[0]
+
+
+def _as_tensor(frames: list[Image.Image], axes: str) -> Tensor:
+    values_FHWC = torch.stack([torch.from_numpy(np.array(frame)).float() for frame in frames])
+    values_FHWC = values_FHWC[..., None] if values_FHWC.ndim == 3 else values_FHWC / 255
+    return values_FHWC[None].permute([*map("BFHWC".index, axes)])
 
 
 def encoders_of(pipeline: Any) -> list[str]:
@@ -67,16 +77,23 @@ def encoded_with_text(pipeline: Any) -> bool:
     )
 
 
-def made_up(adapter: Any) -> dict[str, Any]:
-    """Grey pictures for what the pipeline does not sample without."""
+def made_up(adapter: Any, every: bool = False) -> dict[str, Any]:
+    """Grey pictures for what the pipeline does not sample without; every: for all that it takes."""
     pipeline = find_class(adapter.pipeline)
     needed = needed_arguments(pipeline, given_to_call(adapter) - {*adapter.conditions})
-    grey = Image.new("RGB", (adapter.width or 64, adapter.height or 64), (127, 127, 127))
-    return {name: [grey] * 5 if "video" in name else _masked(name, grey) for name in needed}
+    names = adapter.conditions if every else needed
+    grey = torch.full((adapter.height or 64, adapter.width or 64, 3), 127, dtype=torch.uint8)
+    lengths = {name: _made_up_length(adapter, pipeline, name) for name in names if re.search(CLIPS, name)}
+    clips = {name: grey.expand(lengths[name], -1, -1, -1) if name in lengths else grey for name in names}
+    return {name: _as_taken(adapter.pipeline, name, value) for name, value in clips.items()}
 
 
-def _masked(name: str, picture: Image.Image) -> Image.Image:
-    return picture.convert("L") if "mask" in name else picture
+def _made_up_length(adapter: Any, pipeline: Any, name: str) -> int:
+    """Frames: as many as the sample's where the two are laid side by side as tensors."""
+    if name not in TENSORS.get(adapter.pipeline, {}):
+        return 5
+    default = inspect.signature(pipeline.__call__).parameters["num_frames"].default
+    return int(adapter.num_frames or default)
 
 
 def check_conditions(adapter: Any, prompts: list[str]) -> None:
@@ -91,7 +108,8 @@ def check_conditions(adapter: Any, prompts: list[str]) -> None:
             )
         if odd := [name for name in given if name not in adapter.conditions]:
             takes = ", ".join(adapter.conditions) or "none"
+            why = f"; {broken}" if (broken := BROKEN_PICTURES.get(adapter.pipeline)) else ""
             raise UserError(
                 f"The prompt {prompt[:60]!r} comes with {odd[0]}; {adapter.pipeline} takes these pictures: {takes} "
-                "(data.conditions of data=image_prompts names them)."
+                f"(data.conditions of data=image_prompts names them{why})."
             )

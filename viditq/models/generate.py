@@ -18,7 +18,7 @@ from viditq.errors import UserError
 from viditq.hooks import add_hook
 from viditq.models import conditions, replay
 from viditq.models.adapter import ModelAdapter
-from viditq.models.batch_axis import batch_axis
+from viditq.models.batch_axis import can_be_joined, joined
 from viditq.models.nudge import nudged
 from viditq.models.settings import call_settings, text_settings
 from viditq.models.sound import waveforms
@@ -34,24 +34,23 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
 
 
 def _stack(adapter: ModelAdapter, embeds: list[PromptEmbeds]) -> PromptEmbeds:
-    """Concatenate along the batch; all prompts must have equally long embeddings, of axes that are known."""
+    """Join the prompts of a batch, of equally long embeddings."""
     if len(embeds) == 1:
         return embeds[0]
     shapes = [{k: tuple(v.shape) for k, v in e.items()} for e in embeds]
-    axes = {k: axis for k, v in embeds[0].items() if (axis := batch_axis(adapter, k, v)) is not None}
-    assert all(s == shapes[0] for s in shapes) and axes.keys() == shapes[0].keys(), "group_by_shape comes first"
-    return {k: torch.cat([e[k] for e in embeds], axis) for k, axis in axes.items()}
+    assert all(s == shapes[0] for s in shapes), "group_by_shape comes first"
+    return {k: joined(adapter, k, [e[k] for e in embeds]) for k in embeds[0]}
 
 
 def group_by_shape(adapter: ModelAdapter, embeds: list[PromptEmbeds]) -> list[list[int]]:
     """Positions of the prompts that can share a batch: of one length, without pictures or a call that encodes them.
 
-    A prompt is alone where the axis along which others would lie beside it cannot be told (`batch_axis`).
+    A prompt is alone where it cannot be told how others would lie beside it (`can_be_joined`).
     """
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for position, one in enumerate(embeds):
         apart = conditions.are_among(one) or replay.are_among(one)  # of several pictures few pipelines make a batch
-        apart = apart or (len(embeds) > 1 and any(batch_axis(adapter, k, v) is None for k, v in one.items()))
+        apart = apart or (len(embeds) > 1 and not all(can_be_joined(adapter, k, v) for k, v in one.items()))
         alone = (position,) if apart else ()
         groups.setdefault((alone, *(tuple(v.shape) for v in one.values())), []).append(position)
     return list(groups.values())
@@ -191,7 +190,7 @@ def _made(
 @contextmanager
 def _prompted(adapter: ModelAdapter, pipeline: Any, stacked: PromptEmbeds) -> Iterator[dict[str, Any]]:
     """The prompts and the model's settings, as the call takes them."""
-    pictures = conditions.given(stacked)
+    pictures = conditions.given(adapter, stacked)
     if adapter.replays:
         with replay.given_back(pipeline, stacked) as prompt:
             yield prompt | pictures | text_settings(adapter, pipeline)

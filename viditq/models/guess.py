@@ -119,8 +119,12 @@ def _assigned_names(cls: type) -> list[list[str]]:
 
 
 def returned_names(cls: type) -> list[list[str]]:
-    """What the values that `encode_prompt` returns are called in it, for each of its return statements."""
-    return [_names(node.value) for node in _nodes(cls, "encode_prompt", ast.Return)]
+    """What the values that `encode_prompt` returns are called in it, for each of its return statements.
+
+    One name alone is one value: ERNIE-Image's list of a tensor for each prompt.
+    """
+    found = [node.value for node in _nodes(cls, "encode_prompt", ast.Return)]
+    return [[value.id] if isinstance(value, ast.Name) else _names(value) for value in found]
 
 
 def _nodes(cls: type, method: str, kind: type) -> list[Any]:

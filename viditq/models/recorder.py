@@ -15,6 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from viditq.models.made_up_text import NUM_TOKENS, embeddings, marks_in
+from viditq.models.particular import STAGES
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
 TIMESTEPS = ("timestep", "t", "timesteps", "time")
@@ -43,12 +44,20 @@ class Recorder:
     are told that they are clean, which is the same at every step. encoded: what the VAE is shown.
     text_only: the call ends where it begins to denoise. marked: embeddings are known again where denoisers get them;
     carried: argument of a denoiser -> which of what `encode_prompt` returns it is told. given: those that are known
-    again are given to the call, in place of a text, and what `encode_prompt` returns beside them is not.
+    again are given to the call, in place of a text, and what `encode_prompt` returns beside them is not. honest: its
+    first call is its own, which may ask for the text all the same.
     """
 
     def __init__(
-        self, adapter: Any, scheduler: Any, text_only: bool = False, marked: bool = False, given: bool = False
+        self,
+        adapter: Any,
+        scheduler: Any,
+        text_only: bool = False,
+        marked: bool = False,
+        given: bool = False,
+        honest: bool = False,
     ) -> None:
+        self.honest = honest
         self.adapter, self.scheduler, self.text_only, self.marked = adapter, scheduler, text_only, marked
         self.given = given
         self.carried: dict[str, set[int]] = {}
@@ -59,6 +68,7 @@ class Recorder:
         self.steps: list[Step] = []
         self.ranges: list[tuple[float, float]] = []
         self.count = 0
+        self.of_stage, self.stages = 0, STAGES.get(adapter.pipeline, ("", 1))[1]
         self.width = NUM_TOKENS
         self.returned = 1  # values of a step: SCM's also gives what it predicts to be clean
 
@@ -69,6 +79,8 @@ class Recorder:
         @functools.wraps(plain)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             self.texts.append(signature.bind(*args, **kwargs).arguments)
+            if self.honest and len(self.texts) == 1:
+                return plain(*args, **kwargs)
             made = embeddings(self.adapter, marked=self.marked and not self.given, width=self.width)
             return made if len(made) > 1 else made[0]
 
@@ -123,7 +135,10 @@ class Recorder:
                 self.returned = len(stepped) if plainly else 1
             else:
                 stepped = (sample,) * self.returned if plainly else _Stepped(sample)
-            if self.count == len(self.scheduler.timesteps):
+            self.of_stage += 1
+            if self.of_stage == len(self.scheduler.timesteps):
+                self.of_stage, self.stages = 0, self.stages - 1
+            if not self.stages:
                 raise AllSteps
             return stepped
 

@@ -53,7 +53,7 @@ def record(adapter: Any, pipeline: Any, prompt: str) -> dict[str, Tensor]:
     if pictures:
         stand_in_encoders(pipeline, [])
     try:
-        pipeline(prompt=str(prompt), **conditions.given(pictures), **text_settings(adapter, pipeline))
+        pipeline(prompt=str(prompt), **conditions.given(adapter, pictures), **text_settings(adapter, pipeline))
     except _Encoded:
         tensors: list[Tensor] = []
         text = json.dumps({"prompt": str(prompt), "returned": _packed(returned, tensors)}).encode()

@@ -15,6 +15,8 @@ USUAL = (
 """Roles that conf/model and `guess` give; a model's own configuration may name others."""
 IN_EMBEDDER = re.compile(r"emb|ada_?ln|modulation|_mod\.|norm|time|guidance|gate|beta_|^proj_|router")
 OF_SOUND = re.compile(r"(^|\.)(audio_(?!to_video)|video_to_audio|av_)")
+GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+"""What the Linears of a feed-forward with a gate are called side by side; a gate without the others modulates."""
 OF_FEED_FORWARD = re.compile(r"(^|[._])(ff|ffn|mlp|feed_forward)([._]|$)|proj_mlp|ff_context")
 
 
@@ -71,7 +73,20 @@ def guess(names: Sequence[str]) -> dict[str, str]:
     alone = "spatial_attention" if any("temporal" in name for name in names) else "self_attention"
     experts = {name.split(".shared_expert")[0] for name in names if ".shared_expert" in name}
     routers = {f"{mlp}.gate" for mlp in experts}  # it says which expert takes a token, and is no feed-forward
-    return {name: FLOAT if name in routers else _guess(*_split(name), joint, alone) for name in names}
+    gated = _gated(names)
+    return {
+        name: FLOAT if name in routers else _guess(*_split(name), joint, alone, is_mlp=name in gated) for name in names
+    }
+
+
+def _gated(names: Sequence[str]) -> set[str]:
+    """The Linears of feed-forwards that are known by their parts alone (PRX has them in the block itself)."""
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        inside, _, own = name.rpartition(".")
+        parts.setdefault(inside, set()).add(own)
+    whole = {inside: kind for inside, own in parts.items() for kind in GATED if kind <= own}
+    return {f"{inside}.{own}" for inside, kind in whole.items() if not IN_EMBEDDER.search(inside) for own in kind}
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -80,10 +95,10 @@ def _split(name: str) -> tuple[str, str]:
     return (blocks, rest) if number else ("", name)
 
 
-def _guess(blocks: str, rest: str, joint: set[str], alone: str) -> str:
+def _guess(blocks: str, rest: str, joint: set[str], alone: str, is_mlp: bool) -> str:
     if not blocks:
         return FLOAT
-    kind = _kind(rest, single_stream="single" in blocks)
+    kind = "mlp" if is_mlp else _kind(rest, single_stream="single" in blocks)
     if kind == FLOAT:
         return FLOAT
     if OF_SOUND.search(f"{blocks}.0.{rest}"):

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from viditq.models.checks import FRAMES
+from viditq.models.particular import steps_setting
 
 
 def call_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
@@ -13,10 +14,9 @@ def call_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
 
 def _own_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
     """Those that the model has fields for: steps, guidance, sizes."""
-    given: dict[str, Any] = {
-        "num_inference_steps": adapter.num_steps,
-        adapter.guidance_argument: adapter.guidance_scale,
-    }
+    name = getattr(pipeline, "__name__", type(pipeline).__name__)  # of a class, or of one of its objects
+    given = steps_setting(name, adapter.num_steps, adapter.call)
+    given |= {adapter.guidance_argument: adapter.guidance_scale}
     given |= {"height": adapter.height, "width": adapter.width}
     if adapter.modality == "video":
         given |= dict.fromkeys(FRAMES, adapter.num_frames)

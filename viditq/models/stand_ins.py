@@ -81,6 +81,21 @@ def stand_in_encoders(pipeline: Any, shown: list[Tensor]) -> None:
         return _Encoded(out.latent if hasattr(out, "latent") else out.latent_dist.mode())
 
     vae.encode = encoded
+    if hasattr(vae, "_encode"):
+        _stand_in_moments(vae, shown)
+
+
+def _stand_in_moments(vae: Any, shown: list[Tensor]) -> None:
+    """The same of what AnyFlow asks for: mean and spread side by side."""
+    encode = vae._encode
+
+    def encoded(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not x.is_meta:  # else by `vae.encode` itself
+            shown.append(x)
+        out: Tensor = encode(x.to("meta", vae.dtype), *args, **kwargs)
+        return out if x.is_meta else torch.zeros(out.shape)
+
+    vae._encode = encoded
 
 
 def stand_in_sketch(pipeline: Any) -> None:
@@ -111,8 +126,12 @@ class _Encoded:
     """What autoencoders return, whichever of them."""
 
     def __init__(self, latent: Tensor) -> None:
-        self.latent = torch.zeros(latent.shape)
+        self.latent = self.mean = torch.zeros(latent.shape)
         self.latent_dist = self
+
+    def __getitem__(self, place: int) -> _Encoded:
+        """As of the tuple that some take it for."""
+        return self
 
     def mode(self) -> Tensor:
         """The likeliest latents."""

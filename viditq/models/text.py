@@ -111,7 +111,9 @@ def record_encoding(adapter: ModelAdapter, pipeline: Any, prompt: str) -> Prompt
     try:
         with suppress(_Encoded):
             pipeline(
-                prompt=str(prompt), **conditions.given(conditions.stored(prompt)), **text_settings(adapter, pipeline)
+                prompt=str(prompt),
+                **conditions.given(adapter, conditions.stored(prompt)),
+                **text_settings(adapter, pipeline),
             )
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{adapter.pipeline} cannot encode {prompt[:60]!r} with its pictures: {error}") from error

@@ -5,6 +5,7 @@ Everything but the scheduler and the pipeline's own code is a stand-in, so that 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.models import conditions
 from viditq.models.made_up_text import Returned, embeddings, handed_on
+from viditq.models.particular import TEXTS, steps_setting
 from viditq.models.recorder import AllSteps, Recorder, Step
 from viditq.models.registry import find_class
 from viditq.models.settings import call_settings
@@ -44,7 +46,7 @@ def try_out(adapter: Any, scheduler: Any, num_steps: int | None = None) -> list[
     """
     try:
         with torch.no_grad():
-            steps = _steps(adapter, scheduler, {"num_inference_steps": num_steps or adapter.num_steps})
+            steps = _steps(adapter, scheduler, _told(adapter, num_steps))
         if not steps:
             raise ValueError("it calls no denoiser before a step of its scheduler")
         return _in_order(steps)
@@ -58,7 +60,7 @@ def encoded_texts(adapter: Any, scheduler: Any) -> list[dict[str, Any]]:
     """What one call of the pipeline, given a prompt, tells `encode_prompt`, call by call, until it denoises."""
     recorder = Recorder(adapter, scheduler, text_only=True)
     with suppress(Exception), torch.no_grad():  # whether it samples so is another question (`try_out`)
-        _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
+        _run(adapter, scheduler, _told(adapter), recorder)
     return recorder.texts
 
 
@@ -69,7 +71,8 @@ def returned_text(adapter: Any) -> list[Returned] | None:
     except Exception:  # whether it can be assembled is another question (`try_out`)
         return None
     for name in adapter.text_parts:
-        setattr(pipeline, name, SimpleNamespace(dtype=adapter.torch_dtype, device=CPU))  # all that they are asked for
+        stub = SimpleNamespace(dtype=adapter.torch_dtype, device=CPU)  # all that they are asked for
+        object.__setattr__(pipeline, name, stub)  # the pipeline's own way looks for its library
     return handed_on(pipeline, adapter.encode)
 
 
@@ -80,7 +83,7 @@ def text_arguments(adapter: Any, scheduler: Any, given: bool = False) -> dict[st
     """
     recorder = Recorder(adapter, scheduler, marked=True, given=given)
     with suppress(Exception), torch.no_grad():  # as in `encoded_texts`
-        _run(adapter, scheduler, {"num_inference_steps": adapter.num_steps}, recorder)
+        _run(adapter, scheduler, _told(adapter), recorder)
     return {name: sorted(found) for name, found in recorder.carried.items() if found}
 
 
@@ -92,6 +95,17 @@ def confirmed_text(adapter: Any, scheduler: Any) -> list[int]:
     encoded, given = (text_arguments(adapter, scheduler, given=given) for given in (False, True))
     reached = {place for places in encoded.values() for place in places}
     return [i for i in sorted(reached) if all((i in v) == (i in given.get(k, ())) for k, v in encoded.items())]
+
+
+def samples_from(adapter: Any, scheduler: Any, given: bool) -> bool:
+    """Whether the call samples from a prompt, or, given, from what `encode_prompt` returns, by `encode_outputs`."""
+    recorder = Recorder(adapter, scheduler, text_only=True, given=given, honest=given)
+    try:
+        with torch.no_grad():
+            _run(adapter, scheduler, _told(adapter), recorder)
+    except Exception:  # whatever a pipeline's own code raises says that it does not
+        return False
+    return True
 
 
 def shown_pictures(adapter: Any, scheduler: Any, prompts: Sequence[str]) -> list[Tensor | None]:
@@ -106,7 +120,7 @@ def shown_pictures(adapter: Any, scheduler: Any, prompts: Sequence[str]) -> list
         recorder.encoded.clear()
         try:
             with torch.no_grad():
-                _call(adapter, pipeline, conditions.given(conditions.stored(prompt)), {})
+                _call(adapter, pipeline, conditions.given(adapter, conditions.stored(prompt)), {})
         except Exception as error:  # as in `try_out`
             raise TrialError(f"{type(error).__name__}: {error}") from error
         first = recorder.encoded[0] if recorder.encoded else None
@@ -114,16 +128,36 @@ def shown_pictures(adapter: Any, scheduler: Any, prompts: Sequence[str]) -> list
     return found
 
 
+def _told(adapter: Any, num_steps: int | None = None) -> dict[str, Any]:
+    return steps_setting(adapter.pipeline, num_steps or adapter.num_steps, adapter.call)
+
+
 def _steps(adapter: Any, scheduler: Any, settings: dict[str, Any]) -> list[Step]:
-    recorder = Recorder(adapter, scheduler)
-    _run(adapter, scheduler, settings, recorder)
+    spare = copy.deepcopy(scheduler)
+    try:
+        recorder = _record(adapter, scheduler, settings)
+    except UserError:
+        raise
+    except Exception as error:  # settings may ask for more pictures than the call as such (Wan Animate's mode=replace)
+        if not adapter.conditions:
+            raise
+        try:
+            recorder = _record(adapter, spare, settings, every=True)
+        except Exception:
+            raise error from None
     lows, highs = ([pair[i] for pair in recorder.ranges] for i in range(2))
     varying = max(lows, highs, key=lambda values: max(values, default=0.0) - min(values, default=0.0))
     return [replace(step, told=told) for step, told in zip(recorder.steps, varying, strict=True)]
 
 
-def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: Recorder) -> None:
-    pictures = {} if adapter.conditioning == "class" else conditions.made_up(adapter)
+def _record(adapter: Any, scheduler: Any, settings: dict[str, Any], every: bool = False) -> Recorder:
+    recorder = Recorder(adapter, scheduler)
+    _run(adapter, scheduler, settings, recorder, every)
+    return recorder
+
+
+def _run(adapter: Any, scheduler: Any, settings: dict[str, Any], recorder: Recorder, every: bool = False) -> None:
+    pictures = {} if adapter.conditioning == "class" else conditions.made_up(adapter, every)
     pipeline = _recorded(adapter, scheduler, recorder)
     made = embeddings(adapter, marked=True, width=recorder.width) if recorder.given else ()
     embeds = {name: value for name, value in zip(adapter.encode_outputs, made, strict=False) if name is not None}
@@ -153,7 +187,8 @@ def _call(
     settings: dict[str, Any],
     embeds: dict[str, Any] | None = None,
 ) -> None:
-    prompt: dict[str, Any] = {"class_labels": [0]} if adapter.conditioning == "class" else {"prompt": "a"}
+    text = TEXTS.get(adapter.pipeline, "a")
+    prompt: dict[str, Any] = {"class_labels": [0]} if adapter.conditioning == "class" else {"prompt": text}
     prompt = embeds or prompt
     # a scheduler that lists a timestep more than it steps does not end the call: nothing is there to decode with
     settings = {**call_settings(adapter, pipeline), **settings, "output_type": "latent"}

@@ -12,7 +12,7 @@ MARKS = ("<|vision_start|>", PICTURE, "<|vision_end|>", "<|video_pad|>", "[IMG]"
 PATCH = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 28 * 28, "max_pixels": 56 * 56}
 
 
-def _knowing(tokenizer: Any, encoder: Any) -> Any:
+def knowing(tokenizer: Any, encoder: Any) -> Any:
     """The tokenizer, with the marks of pictures as tokens that the text encoder knows."""
     tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
     encoder.resize_token_embeddings(len(tokenizer))
@@ -25,7 +25,7 @@ def _qwen(name: str, tokenizer: Any, encoder: Any) -> Any:
     """A processor of this class."""
     return getattr(transformers, name)(
         image_processor=transformers.Qwen2VLImageProcessor(**PATCH),
-        tokenizer=_knowing(tokenizer, encoder),
+        tokenizer=knowing(tokenizer, encoder),
         video_processor=getattr(transformers, f"{name[:5]}VLVideoProcessor")(),
         chat_template=tokenizer.chat_template,
     )
@@ -33,7 +33,7 @@ def _qwen(name: str, tokenizer: Any, encoder: Any) -> Any:
 
 def flux2_dev() -> Any:
     parts = families.flux2_dev().components
-    tokenizer = _knowing(parts["tokenizer"], parts["text_encoder"])
+    tokenizer = knowing(parts["tokenizer"], parts["text_encoder"])
     processor = transformers.PixtralProcessor(
         image_processor=transformers.PixtralImageProcessor(patch_size=16),
         tokenizer=tokenizer,

@@ -181,3 +181,14 @@ def qwen21_vae() -> nn.Module:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     ).eval()
+
+
+def cosmos_vae() -> nn.Module:
+    """Of Cosmos 1: 8 times fewer frames, 8 times smaller."""
+    return diffusers.AutoencoderKLCosmos(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(4,),
+        resolution=32,
+        num_layers=1,
+    ).eval()

@@ -309,3 +309,47 @@ def test_a_plan_without_layers(denoiser):
     plan = QuantPlan((0, 1), {}, {})
     result = as_json(diagnose(denoiser, copy.deepcopy(denoiser), plan, [1]))
     assert result["layers"] == {} and [result["denoiser"]["relative_error"][k] for k in REACHED] == [0] * 4
+
+
+class Remembering(nn.Module):
+    """Attends, after a stream that has no tokens at first, to what it has written down (keys of earlier frames)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.older, self.out = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, timestep: Tensor, older: Tensor, cache: dict[int, list[Tensor]], predict: bool) -> Any:
+        mine = self.fc(x)
+        seen = torch.cat([*cache[0], self.older(older), mine], 1)
+        cache[0].append(mine)
+        cache[1][0].add_(mine.mean())
+        return (self.out(x + torch.softmax(mine @ seen.mT, -1) @ seen + cache[1][0]) if predict else None, cache)
+
+
+def remember(denoiser: nn.Module) -> list[Tensor]:
+    cache: dict[int, list[Tensor]] = {0: [], 1: [torch.zeros(1)]}
+    x, outputs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), []
+    with torch.no_grad():
+        for i, step in enumerate(STEPS):
+            told = {"timestep": torch.full((2,), step), "older": x[:, : 2 * (i > 1)], "cache": cache}
+            outputs.append(denoiser(x, **told, predict=True)[0])
+            x = x - 0.1 * outputs[-1]
+            denoiser(x, **told, predict=False)
+    return outputs
+
+
+def test_a_stream_without_tokens_and_a_cache_that_is_written_into() -> None:
+    """The quantized denoiser reads what the float one read, and writes into a cache of its own."""
+    torch.manual_seed(0)
+    denoiser = Remembering()
+    plan = Recipe(W4, A8).resolve(linear_names(denoiser))
+    diagnosis = Diagnosis(denoiser, quantized_copy(denoiser, plan), plan)
+    expected = remember(denoiser)
+    with diagnosis:
+        for mine, plain in zip(remember(denoiser), expected, strict=True):
+            assert torch.equal(mine, plain)
+    diagnosis.add_prompts(2)
+    layers = as_json(diagnosis)["layers"]
+    assert all(0.01 < layer["total"] < 0.3 for layer in layers.values())
+    assert [i for i, e in enumerate(layers["older"]["relative_error"]) if e is not None] == REACHED[:2]
+    assert layers["older"]["amax"][19] is None and layers["older"]["amax"][0] > 0

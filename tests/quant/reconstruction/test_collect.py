@@ -12,6 +12,7 @@ from toy_blocks import BLOCKS, NUM_BUCKETS, NUM_FRAMES, NUM_TOKENS, WIDTH, colle
 from viditq.errors import UserError
 from viditq.quant import BlockInputs, BlockStore
 from viditq.quant.calibration.noise_level import interval_of
+from viditq.quant.reconstruction.batches import _tokens
 from viditq.quant.reconstruction.calls import Call, Stored, joined
 from viditq.quant.reconstruction.collect import finish, joined_states
 from viditq.quant.reconstruction.selection import LEVELS, Item
@@ -70,6 +71,17 @@ def test_rows_of_several_inputs_make_one_call() -> None:
 def test_what_differs_without_a_batch_axis_is_kept_apart() -> None:
     one, other = (Call("block", [torch.randn(2, 3, 4), torch.full((), t)], {}, 2).share(0) for t in (1.0, 2.0))
     assert not Stored.of(one.tensors, one.meta).goes_with(Stored.of(other.tensors, other.meta))
+
+
+def test_a_stream_without_tokens() -> None:
+    """What a block is given of a text that has none, before or after the hidden states."""
+    hidden, none = torch.randn(4, 3, 2), torch.zeros(4, 0, 2)
+    for args in ([none, hidden], [hidden, none]):
+        back, _ = round_trip(args, {}, 2)
+        for old, new in zip(args, back, strict=True):
+            torch.testing.assert_close(new, old, rtol=2**-10, atol=0)
+        share = Call("block", args, {}, 2).share(0)
+        assert _tokens(Stored.of(share.tensors, share.meta)) == 3
 
 
 @pytest.mark.parametrize(

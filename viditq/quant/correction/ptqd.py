@@ -25,7 +25,8 @@ from viditq.quant.calibration.context import Attachment, StepContext, TimestepSc
 from viditq.quant.calibration.noise_level import bucket_edges, interval_of
 from viditq.quant.calibration.observers import NUM_BUCKETS
 from viditq.quant.correction.guidance import branches, mixing_weights, watch_steps
-from viditq.quant.diagnosis.diagnosis import predicted
+from viditq.quant.diagnosis.arguments import LastCall
+from viditq.quant.diagnosis.diagnosis import predicted, predicts_nothing
 
 NAME = "output_correction"  # of the module below its denoiser
 SUMS = ("count", "exact", "error", "exact_squared", "error_squared", "product")
@@ -62,6 +63,8 @@ class Correction(nn.Module):
 
     def _correct(self, context: StepContext, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         assert context.noise_level is not None
+        if predicts_nothing(output):
+            return output
         self.latest = interval_of(bucket_edges(len(self.slope)), context.noise_level)
         return _replaced(output, partial(self.correct, self.latest))
 
@@ -162,6 +165,7 @@ class CorrectionFit:
         self._context, self._edges = StepContext((0, 1), timestep_scale), bucket_edges(num_buckets)
         self._context.check(float_denoiser)
         self._sums: dict[str, Tensor] = {}
+        self._last = LastCall()
         self._outputs: list[_Outputs] = []  # since the scheduler's last step
 
     def state(self) -> dict[str, Tensor]:
@@ -178,6 +182,7 @@ class CorrectionFit:
             part.register_forward_hook(partial(self._compare, prefix, quantized[prefix]), with_kwargs=True)
             for prefix, part in denoisers_of(self._denoiser).items()
         ]
+        handles += [self._last.watch(part) for part in denoisers_of(self._denoiser).values()]
         self._attachment = Attachment([*handles, *self._context.attach(self._denoiser).handles])
         self._outputs.clear()
         if self._scheduler is not None:
@@ -196,6 +201,9 @@ class CorrectionFit:
         self, prefix: str, other: nn.Module, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
         assert self._context.noise_level is not None
+        args, kwargs = self._last.take(module)
+        if predicts_nothing(output):
+            return
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         exact, quantized = predicted(output, inputs), predicted(other(*args, **kwargs), inputs)
         axis = channel_axis_of(module, exact)

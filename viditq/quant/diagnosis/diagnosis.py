@@ -18,6 +18,7 @@ from viditq.quant.calibration.observers import NUM_BUCKETS
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import FLOAT_BITS
+from viditq.quant.diagnosis.arguments import LastCall
 from viditq.quant.diagnosis.error_sums import ErrorSums
 from viditq.quant.execution.linear import QuantLinear, quant_linears
 from viditq.quant.execution.model_linears import linear_names
@@ -49,6 +50,7 @@ class Diagnosis:
         self._context = StepContext((0, 1), timestep_scale)
         self._edges = bucket_edges(num_buckets)
         self._attachments: list[Attachment] = []
+        self._last = LastCall()
         self.sums = ErrorSums(list(plan.layers), num_buckets)
 
     def add_prompts(self, count: int) -> None:
@@ -73,6 +75,7 @@ class Diagnosis:
             part.register_forward_hook(partial(self._measure_output, quantized[prefix]), with_kwargs=True)
             for prefix, part in denoisers_of(self._denoiser).items()
         ]
+        handles += [self._last.watch(part) for part in denoisers_of(self._denoiser).values()]
         for row, (name, linear) in enumerate(self._linears.items()):
             handles.append(linear.register_forward_hook(self._layer_hook(row, name)))
         # The float denoiser also moves the quantized one's context: its layers are called outside their own denoiser.
@@ -105,6 +108,9 @@ class Diagnosis:
     ) -> None:
         assert self._context.noise_level is not None
         bucket = interval_of(self._edges, self._context.noise_level)
+        args, kwargs = self._last.take(module)
+        if predicts_nothing(output):
+            return
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         quantized, exact = (predicted(out, inputs) for out in (other(*args, **kwargs), output))
         self.sums.add_error(-1, bucket, quantized, exact)
@@ -152,6 +158,11 @@ class Diagnosis:
             "maximum": _finite(sums.maximum[row]),
             "amax": _finite(torch.maximum(-sums.minimum[row], sums.maximum[row])),
         }
+
+
+def predicts_nothing(output: Any) -> bool:
+    """Whether a call only wrote into a cache of keys and values (AnyFlow-FAR, after each chunk)."""
+    return isinstance(output, tuple) and output[0] is None
 
 
 def predicted(output: Any, inputs: Sequence[Tensor]) -> Tensor:

@@ -48,7 +48,9 @@ class ErrorSums:
         self.squared_norm[row, bucket] += exact.square().sum(dtype=torch.float64)
 
     def add_range(self, row: int, bucket: int, x: Tensor) -> None:
-        """Adds the extremes of a layer's input."""
+        """Adds the extremes of a layer's input; of a stream without tokens there are none."""
+        if not x.numel():
+            return
         lo, hi = x.aminmax()
         self.minimum[row, bucket] = torch.minimum(self.minimum[row, bucket], lo)
         self.maximum[row, bucket] = torch.maximum(self.maximum[row, bucket], hi)

@@ -81,7 +81,7 @@ class Call:
         """Tensor `i` as it is stored, and of each element whether float16 can hold it (else it becomes bfloat16)."""
         if i not in self._halves:
             tensor = self.tensors[i].detach()
-            if tensor.dtype in (torch.float32, torch.float64):
+            if tensor.dtype in (torch.float32, torch.float64) and tensor.numel():  # a stream may have no tokens
                 half, flat = tensor.half(), tensor.reshape(self.num_elements, -1)
                 # not isfinite of half: 8 times slower on a CPU; a NaN does not fit
                 fits = ((flat.amax(1) < LARGEST_HALF) & (flat.amin(1) > -LARGEST_HALF)).tolist()

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +19,16 @@ from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.convert import fit_variant
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.scheme import LayerScheme
+from viditq.quant.diagnosis.arguments import Call, unshared
 from viditq.quant.diagnosis.diagnosis import predicted
 from viditq.quant.execution.backends import get_backend
 from viditq.quant.execution.variant import Variant
 from viditq.quant.search.candidates import Candidate, Group, candidate_plan
 from viditq.quant.search.costs import anchors_of, completed
+from viditq.quant.search.recorded import recorded
 from viditq.quant.search.sensitivity import Swapper
 
 TINY = torch.finfo(torch.float64).tiny
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class OneStep:
@@ -48,24 +47,8 @@ class OneStep:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keeps the inputs of every step that the denoiser makes."""
-        context = self._swapper.context
-        calls: dict[tuple[str, int], list[tuple[float, Call]]] = {}
-
-        def keep(prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert context.segment is not None and context.noise_level is not None
-            copies = {key: copied(value) for key, value in kwargs.items()}
-            call = context.noise_level, (tuple(map(copied, args)), copies)
-            calls.setdefault((prefix, context.segment), []).append(call)
-
-        handles = [
-            part.register_forward_pre_hook(partial(keep, prefix), with_kwargs=True)
-            for prefix, part in self._parts.items()
-        ]
-        try:
+        with recorded(self._parts, self._swapper.context) as calls:
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         for step, of_step in calls.items():  # prompts of several lengths are sampled one group after the other
             self._calls[step] = sorted(of_step, key=lambda call: -call[0])[len(of_step) // 2][1]
         self._exact = {step: self._output(step) for step in self._calls}
@@ -85,14 +68,9 @@ class OneStep:
 
     @torch.no_grad()
     def _output(self, step: tuple[str, int]) -> Tensor:
-        args, kwargs = self._calls[step]
+        args, kwargs = unshared(*self._calls[step])
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         return predicted(self._parts[step[0]](*args, **kwargs), inputs).double()
-
-
-def copied(value: Any) -> Any:
-    """A tensor as it is now; anything else itself."""
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 class OnRows:

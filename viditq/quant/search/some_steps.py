@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from viditq.quant.calibration.context import denoisers_of
 from viditq.quant.description.plan import QuantPlan
+from viditq.quant.diagnosis.arguments import Call, unshared
 from viditq.quant.diagnosis.diagnosis import predicted
-from viditq.quant.search.proxy import Call, copied
+from viditq.quant.search.recorded import recorded
 from viditq.quant.search.sensitivity import Swapper
 
 TINY = torch.finfo(torch.float64).tiny
@@ -49,22 +50,8 @@ class SomeSteps:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keeps the inputs of every step while it lasts, and then of those that are taken."""
-        context, calls = self._swapper.context, dict[tuple[str, int], list[tuple[float, Call]]]()
-
-        def keep(prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert context.segment is not None and context.noise_level is not None
-            call = tuple(map(copied, args)), {key: copied(value) for key, value in kwargs.items()}
-            calls.setdefault((prefix, context.segment), []).append((context.noise_level, call))
-
-        hooks = [
-            part.register_forward_pre_hook(partial(keep, prefix), with_kwargs=True)
-            for prefix, part in self._parts.items()
-        ]
-        try:
+        with recorded(self._parts, self._swapper.context) as calls:
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
         for (prefix, segment), made in calls.items():
             ordered = [call for _, call in sorted(made, key=lambda one: -one[0])]
             segments = len({of for name, of in calls if name == prefix})
@@ -103,6 +90,6 @@ class SomeSteps:
 
     @torch.no_grad()
     def _output(self, prefix: str, call: Call) -> Tensor:
-        args, kwargs = call
+        args, kwargs = unshared(*call)
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         return predicted(self._parts[prefix](*args, **kwargs), inputs).double()
