@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from diffusers.utils import load_image
 from hydra.utils import instantiate
-from zoo import conditioned, cosmos, distilled, guided, sound, unlisted, videos
+from zoo import conditioned, cosmos, distilled, guided, sound, unlisted, videos, worded
 from zoo import videos_2026 as zoo
 from zoo.pictures import draw_noise
 
@@ -46,6 +46,7 @@ HUNYUAN = {"joint_attention": 8, "mlp": 4, "text_refiner": 6, "float": 17}
 LTX2 = {"self_attention": 8, "cross_attention": 16, "mlp": 4, "float": 54}
 KANDINSKY = {"self_attention": 8, "cross_attention": 8, "mlp": 4, "text_refiner": 6, "float": 10}
 KANDINSKY6 = {"self_attention": 8, "cross_attention": 16, "mlp": 4, "text_refiner": 6, "float": 58}
+COSMOS3 = {"joint_attention": 16, "mlp": 12, "float": 7}
 SANA = {"self_attention": 8, "cross_attention": 8, "float": 6}
 MODELS = {
     "wan2.1_i2v_480p": Case(conditioned.wan_i2v, WAN_IMAGE, ("image",)),
@@ -78,6 +79,9 @@ MODELS = {
     "cosmos2.5": Case(cosmos.cosmos25, {**WAN, "float": 19}),
     "cosmos2.5+image": Case(cosmos.cosmos25, {**WAN, "float": 19}, ("image",)),
     "cosmos2.5+video": Case(cosmos.cosmos25, {**WAN, "float": 19}, ("video",), frames=9),
+    "cosmos3": Case(worded.cosmos3, COSMOS3),
+    "cosmos3+image": Case(worded.cosmos3, COSMOS3, ("image",)),
+    "cosmos3+video": Case(worded.cosmos3, COSMOS3, ("video",), frames=9),
     "kandinsky6": Case(sound.kandinsky6, KANDINSKY6, ("image",)),
     "kandinsky6/distilled": Case(sound.kandinsky6_distilled, KANDINSKY6),
     "mochi": Case(unlisted.mochi, {"joint_attention": 15, "mlp": 6, "float": 12}, frames=7),
@@ -133,7 +137,7 @@ def test_whole_run(
 ) -> None:
     """And the float sample is that of the pipeline's own call; what is guessed of roles and measured is as said."""
     case = MODELS[model]
-    if model.startswith("cosmos"):
+    if model.startswith("cosmos2"):
         pytest.importorskip("torchvision", reason="the denoiser of Cosmos resizes with it")
         cosmos.guarded(monkeypatch)
     paths = [

@@ -61,7 +61,7 @@ def hollow_pipeline(adapter: ModelAdapter) -> Any:
     parts: dict[str, Any] = {}
     for part in (name for name, value in adapter.index().items() if isinstance(value, list)):
         cls = models_of(adapter.index()).get(part)
-        if part.startswith(TEXT):
+        if part in adapter.text_parts:
             parts[part] = None
         elif cls is not None:
             parts[part] = hollowed(on_meta_part(adapter, part, cls))

@@ -78,6 +78,11 @@ def _key(meta: Mapping[str, Any], target: str) -> dict[str, Any]:
 
 
 def _refuse(target: str, meta: Mapping[str, Any], adapter: ModelAdapter) -> None:
+    if adapter.is_modular:
+        raise UserError(
+            f"--to {target}: {adapter.pipeline} is made of blocks, and diffusers loads its folder in another way. Load "
+            "the artifact by viditq.load_quantized."
+        )
     if meta.get("text_encoders"):
         raise UserError(
             f"--to {target}: {meta['text_encoders'][0]} is quantized (quant/text_encoder), and transformers, which "

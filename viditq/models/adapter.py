@@ -15,10 +15,11 @@ from torch import nn
 from viditq.files import read_json
 from viditq.models import contents, parts, roles
 from viditq.models.attention import check_attention, check_dispatches
-from viditq.models.checks import check_arguments, check_call, check_values, given_to_call
+from viditq.models.checks import check_arguments, check_call, check_values, given_to_call, reads_words
 from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
 from viditq.models.measured_text import measured_outputs
+from viditq.models.modular import Driver, read_index
 from viditq.models.negative_prompt import own_negative_prompt
 from viditq.models.pipelines import load_pipeline
 from viditq.models.registry import find_class
@@ -180,7 +181,7 @@ class ModelAdapter:
 
     def index(self) -> dict[str, Any]:
         """The content of model_index.json: parts are lists [library, class], settings that are lists tuples."""
-        values: dict[str, Any] = read_json(self.folder / "model_index.json", COPY_AGAIN)
+        values = read_index(self.folder)
         return {
             name: value if parts.is_entry(value) or not isinstance(value, list) else tuple(value)
             for name, value in values.items()
@@ -193,8 +194,8 @@ class ModelAdapter:
 
     @property
     def text_parts(self) -> list[str]:
-        """The parts that only encode prompts: tokenizers and text encoders."""
-        return [name for name in self.components if name.startswith(parts.TEXT)]
+        """The parts that only encode prompts: tokenizers and text encoders; none where the denoiser reads words."""
+        return [] if self.reads_words else [name for name in self.components if name.startswith(parts.TEXT)]
 
     # Pipelines --------------------------------------------------------------------------------------------------------
 
@@ -215,6 +216,16 @@ class ModelAdapter:
     def load_complete(self, denoiser: nn.Module | None = None, encoders: Mapping[str, nn.Module] | None = None) -> Any:
         """The whole pipeline, ready for `pipeline(prompt)`; `denoiser` and `encoders` replace the stored ones."""
         return load_pipeline(self, self._as_parts(denoiser) | {**(encoders or {})})
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether the pipeline encodes no prompts, its denoiser being told words."""
+        return self.conditioning == "text" and reads_words(find_class(self.pipeline))
+
+    @property
+    def is_modular(self) -> bool:
+        """Whether diffusers has blocks alone of the pipeline."""
+        return issubclass(find_class(self.pipeline), Driver)
 
     @property
     def replays(self) -> bool:

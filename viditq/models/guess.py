@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.models.checks import conditions_of_call, makes_clips, no_encoding
+from viditq.models.checks import conditions_of_call, makes_clips, no_encoding, reads_words
 from viditq.models.parts import NAMES
 from viditq.models.registry import find_class
 
@@ -28,12 +28,16 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
     cls = find_class(name)
     if cls is None:
         raise UserError(f"The pipeline class {name} of model_index.json is none of diffusers; set model.pipeline.")
-    if not hasattr(cls, "encode_prompt"):
+    of_call = inspect.signature(cls.__call__).parameters
+    if reads_words(cls):
+        of_text, outputs = {}, []
+    elif hasattr(cls, "encode_prompt"):
+        of_text = {**inspect.signature(cls.encode_prompt).parameters}
+        outputs = given.get("encode_outputs") or _encode_outputs(cls, set(of_call))
+    else:
         raise UserError(no_encoding(name))
-    of_call, of_text = (inspect.signature(f).parameters for f in (cls.__call__, cls.encode_prompt))
     denoisers = given.get("denoisers") or _denoisers(index)
-    outputs = given.get("encode_outputs") or _encode_outputs(cls, set(of_call))
-    asked = dict(of_text) if any(outputs) else {}  # else it is the call that knows what to encode with
+    asked = of_text if any(outputs) else {}  # else it is the call that knows what to encode with
     encode = {k: REQUIRED.get(k) for k, p in asked.items() if k not in ("self", "prompt") and _required(p)}
     if "do_classifier_free_guidance" in asked and _is_unguided(of_call, given):
         encode["do_classifier_free_guidance"] = False  # AnyFlow samples a negative prompt that is there all the same

@@ -44,7 +44,10 @@ def compute_on_cpu(pipeline: Any) -> Any:
     """The pipeline, computing there, whatever the first of its parts lies on: nothing is computed on stand-ins."""
     cls = type(pipeline)
     on_cpu = property(lambda _: CPU)
-    pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": on_cpu, "device": on_cpu})
+    devices: dict[str, Any] = {"_execution_device": on_cpu, "device": on_cpu}
+    if hasattr(cls, "_get_execution_device"):  # Cosmos 3 looks for itself, at its denoiser
+        devices["_get_execution_device"] = lambda _: CPU
+    pipeline.__class__ = type(cls.__name__, (cls,), devices)
     return pipeline
 
 

@@ -22,7 +22,7 @@ def check_encodes(adapter: ModelAdapter, prompts: list[str]) -> None:
     index = adapter.index()
     tokenizer = "processor" if "processor" in index and "tokenizer" not in index else "tokenizer"
     absent = [part for part in (tokenizer, "text_encoder") if index.get(part, [None])[0] is None]
-    if adapter.conditioning == "text" and absent:
+    if adapter.conditioning == "text" and absent and not adapter.reads_words:
         raise UserError(
             f"The pipeline in {adapter.folder} holds no {' and no '.join(absent)}, and {len(prompts)} prompts have no "
             f"embeddings, first {prompts[0][:60]!r}. Add tokenizer and text_encoder to the folder, or give data.embeds."
