@@ -129,7 +129,7 @@ QUICK = ("flux_fill", "ideogram4", "sana_sprint")
 def models(*quick: str) -> list[Any]:
     """All of them, slow those that are not `quick`."""
     real = pytest.mark.skipif(not is_torchvision_available(), reason="real processors need torchvision")
-    marks = {name: [pytest.mark.slow] * (name not in quick) + [real] * ("+" in name) for name in FAMILIES}
+    marks = {name: [pytest.mark.slow] * (name not in quick) + [real] * ("+processor" in name) for name in FAMILIES}
     return [pytest.param(name, marks=marks[name]) for name in FAMILIES]
 
 

@@ -1,5 +1,6 @@
 """Pipelines without text encoders, whose denoisers read the words themselves; each builder returns one to be saved."""
 
+import importlib
 from typing import Any
 
 import diffusers
@@ -65,7 +66,10 @@ class Transforms:
 def without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on OmniGen finds what it needs of torchvision for text."""
     monkeypatch.setattr("diffusers.utils.import_utils.is_torchvision_available", lambda: True)
-    monkeypatch.setattr("diffusers.pipelines.omnigen.processor_omnigen.transforms", Transforms(), raising=False)
+    processor = importlib.import_module("diffusers.pipelines.omnigen.processor_omnigen")
+    monkeypatch.setattr(processor, "transforms", Transforms(), raising=False)
+    name = "OmniGenMultiModalProcessor"  # which the pipeline does not import without torchvision
+    monkeypatch.setattr(f"diffusers.pipelines.omnigen.pipeline_omnigen.{name}", getattr(processor, name), raising=False)
 
 
 def omnigen() -> Any:
