@@ -168,7 +168,7 @@ def check_arguments(model: Any, pipeline: Any) -> None:
             if key not in known or key in OURS:
                 why = "is given it by every run" if key in known else "has no such argument"
                 names = ", ".join(name for name in known if name not in OURS) or "none"
-                if node == "encode" and not encodes:
+                if node == "encode" and model.conditioning == "text" and not encodes:
                     raise UserError(f"model.encode.{key}: {pipeline.__name__} encodes nothing. Give model.call alone.")
                 raise UserError(
                     f"model.{node}.{key}: {pipeline.__name__}.{function} {why}. Leave it out; those to set are {names}."

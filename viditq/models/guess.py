@@ -28,15 +28,13 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
     cls = find_class(name)
     if cls is None:
         raise UserError(f"The pipeline class {name} of model_index.json is none of diffusers; set model.pipeline.")
-    of_call = inspect.signature(cls.__call__).parameters
-    if reads_words(cls):
-        of_text, outputs = {}, []
-    elif hasattr(cls, "encode_prompt"):
-        of_text = {**inspect.signature(cls.encode_prompt).parameters}
-        outputs = given.get("encode_outputs") or _encode_outputs(cls, set(of_call))
-    else:
+    encodes = hasattr(cls, "encode_prompt")
+    if not encodes and not reads_words(cls):
         raise UserError(no_encoding(name))
+    of_call = inspect.signature(cls.__call__).parameters
+    of_text = {**inspect.signature(cls.encode_prompt).parameters} if encodes else {}
     denoisers = given.get("denoisers") or _denoisers(index)
+    outputs = given.get("encode_outputs") or (_encode_outputs(cls, set(of_call)) if encodes else [])
     asked = of_text if any(outputs) else {}  # else it is the call that knows what to encode with
     encode = {k: REQUIRED.get(k) for k, p in asked.items() if k not in ("self", "prompt") and _required(p)}
     if "do_classifier_free_guidance" in asked and _is_unguided(of_call, given):

@@ -102,8 +102,9 @@ def driver(name: str) -> type[Driver] | None:
 
 @cache
 def _driver(name: str) -> type[Driver] | None:
-    modular = getattr(diffusers, name, None)
-    if not (inspect.isclass(modular) and issubclass(modular, ModularPipeline) and modular.default_blocks_name):
+    modular: Any = getattr(diffusers, name, None)
+    known = inspect.isclass(modular) and issubclass(modular, ModularPipeline)
+    if not known or modular.default_blocks_name is None:
         return None
     blocks = _blocks_of(modular)
     if not blocks.keys() >= {ENCODES, DECODES}:
