@@ -119,6 +119,7 @@ PROCESSED = {
     "longcat_image": processors.longcat_image,
     "bria_fibo2": processors.bria_fibo2,
     "kandinsky5_image": processors.kandinsky5_image,
+    "flux3": processors.flux3,
     "qwen_image_edit": processors.qwen_image_edit,
     "qwen_image_2.1": processors.qwen_image21,
 }
@@ -146,7 +147,7 @@ def shrink(
     """(model, *overrides) -> the configuration, shrunk."""
 
     def shrink(model: str, *overrides: str) -> Any:
-        if model.startswith("flux3"):
+        if model.startswith("flux3") and "+processor" not in model:
             modular.with_processor(monkeypatch)
         if model == "omnigen" and not is_torchvision_available():
             worded.without_torchvision(monkeypatch)
