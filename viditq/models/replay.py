@@ -53,7 +53,9 @@ def record(adapter: Any, pipeline: Any, prompt: str) -> dict[str, Tensor]:
         denoiser.forward = ends
     pictures = conditions.stored(prompt)
     stand_in_sketch(pipeline)
-    if pictures or encode is None:  # Cosmos 3 shows its VAE a grey clip where there is no picture
+    if encode is None:  # all that it does with words it has done before
+        pipeline.prepare_latents = ends
+    if pictures:
         stand_in_encoders(pipeline, [])
     try:
         pipeline(prompt=str(prompt), **conditions.given(pictures), **text_settings(adapter, pipeline))
@@ -65,7 +67,9 @@ def record(adapter: Any, pipeline: Any, prompt: str) -> dict[str, Tensor]:
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{adapter.pipeline} cannot encode {prompt[:60]!r}: {error}") from error
     finally:
-        if encode is not None:
+        if encode is None:
+            del pipeline.prepare_latents
+        else:
             del pipeline.encode_prompt
         for denoiser in denoisers:
             del denoiser.forward
