@@ -267,6 +267,7 @@ def test_attention_over_an_image_or_another_stream_is_cross_attention() -> None:
         ({"_class_name": "SoraPipeline"}, r"SoraPipeline of model_index\.json is none of diffusers"),
         ({"_class_name": "DiTPipeline"}, r"DiTPipeline has no encode_prompt: .* as conf/model/dit_xl2_256\.yaml is"),
         ({"_class_name": "Cosmos3OmniPipeline", "vae": ["diffusers", "X"]}, r"name its denoisers: model\.denoisers"),
+        ({"_class_name": "MiniMaxH3ModularPipeline"}, r"noise levels of frames and of sound .* take model=ltx2"),
         ({"_class_name": "JoyImageEditPlusPipeline"}, r"encoded together.* take JoyImageEditPipeline"),
         ({"_class_name": "FluxPipeline", "vae": ["diffusers", "X"]}, r"name its denoisers: model\.denoisers"),
     ],

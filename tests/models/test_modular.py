@@ -119,6 +119,7 @@ def test_a_scheduler_that_is_stored_goes_before_the_blocks_own(
 
 def test_what_is_no_modular_pipeline_has_no_driver() -> None:
     assert driver("FluxPipeline") is None and driver("NoModularPipeline") is None
+    assert driver("MiniMaxH3ModularPipeline") is None and driver("WanAnimate2ModularPipeline") is None  # clips
     assert driver("Flux3ModularPipeline") is driver("Flux3ModularPipeline")
 
 

@@ -83,6 +83,7 @@ MODELS = {
     "cosmos3": Case(worded.cosmos3, COSMOS3),
     "cosmos3+image": Case(worded.cosmos3, COSMOS3, ("image",)),
     "cosmos3+video": Case(worded.cosmos3, COSMOS3, ("video",), frames=9),
+    "cosmos3/edge": Case(worded.cosmos3_edge, {**COSMOS3, "mlp": 8}, ("image",)),
     "kandinsky6": Case(sound.kandinsky6, KANDINSKY6, ("image",)),
     "kandinsky6/distilled": Case(sound.kandinsky6_distilled, KANDINSKY6),
     "mochi": Case(unlisted.mochi, {"joint_attention": 15, "mlp": 6, "float": 12}, frames=7),

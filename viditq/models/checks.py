@@ -31,6 +31,11 @@ FROM_IMAGE = (
 # Pipeline that encodes words in a way of its own -> why it is refused, and what to take in its place
 WITHOUT_ENCODING = {
     "JoyImageEditPlusPipeline": ("words and pictures are encoded together", "JoyImageEditPipeline, of one picture"),
+    "MiniMaxH3ModularPipeline": (
+        "its denoiser is told the noise levels of frames and of sound in one list",
+        "model=ltx2, or model=kandinsky6",
+    ),
+    "WanAnimate2ModularPipeline": ("it makes a clip segment by segment, each from the last", "model=wan2.2_animate"),
     "Kandinsky6SRPipeline": ("it enlarges what another model made", "model=kandinsky6"),
 }
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

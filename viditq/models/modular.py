@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,14 @@ def _call(self: Driver, *args: Any, **kwargs: Any) -> Any:
             told["negative_prompt"] = ""
         encoded = self.encode_prompt(**told)
         given |= dict(zip(self.returned, encoded if isinstance(encoded, tuple) else (encoded,), strict=True))
-    known = {one.name for one in pipeline.blocks.inputs}
+    known = _names(pipeline.blocks.inputs)
     out = pipeline(**{k: v for k, v in given.items() if k in known}, output="latents" if latent else "images")
     self.maybe_free_model_hooks()
     return ImagePipelineOutput(images=out) if as_class else (out,)
 
 
 def driver(name: str) -> type[Driver] | None:
-    """A class that drives the modular pipeline of that name; None where diffusers has none, or one of other blocks."""
+    """A class that drives the modular pipeline of that name; None where diffusers has none that makes pictures."""
     return _driver(name) if name.endswith("ModularPipeline") else None
 
 
@@ -107,12 +107,12 @@ def _driver(name: str) -> type[Driver] | None:
     if not known or modular.default_blocks_name is None:
         return None
     blocks = _blocks_of(modular)
-    if not blocks.keys() >= {ENCODES, DECODES}:
+    if not blocks.keys() >= {ENCODES, DECODES} or "images" not in _names(blocks[DECODES].intermediate_outputs):
         return None
     whole = SequentialPipelineBlocks.from_blocks_dict(blocks)
     specs = {one.name: one for one in whole.expected_components}
     parts = {n: s for n, s in specs.items() if s.default_creation_method == "from_pretrained" or n == "scheduler"}
-    returned = tuple(one.name for one in blocks[ENCODES].intermediate_outputs)
+    returned = tuple(_names(blocks[ENCODES].intermediate_outputs))
     of_text, of_call = ({one.name: one.default for one in row.inputs if one.name} for row in (blocks[ENCODES], whole))
     of_call |= dict.fromkeys(returned) | {"return_dict": True}
     of_call |= {"guidance_scale": None} if "guider" in specs else {}
@@ -156,6 +156,10 @@ def _blocks_of(modular: Any) -> dict[str, Any]:
     """Name -> block, of a modular pipeline's usual ones, without that which writes prompts anew."""
     blocks = getattr(diffusers, modular.default_blocks_name)()
     return {name: block for name, block in blocks.sub_blocks.items() if not name.startswith(REWRITES)}
+
+
+def _names(given: Sequence[Any]) -> list[str]:
+    return [one.name for one in given if one.name]
 
 
 def _all_blocks(block: Any) -> Iterator[Any]:

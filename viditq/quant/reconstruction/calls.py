@@ -45,9 +45,7 @@ class Call:
         structure = [self._taken_apart(part, None) for part in (list(args), dict(kwargs))]
         leading = next((len(t) for t in self.tensors if t.ndim > 2), None)
         if leading is None and num_elements == 1 and any(t.ndim == 2 for t in self.tensors):
-            leading = (
-                1  # a sequence [N, C] without a batch axis (Cosmos 3's): one row, of which each tensor is the whole
-            )
+            leading = 1  # sequences [N, C] without a batch axis (Cosmos 3's) are one row, each tensor as a whole
         if leading is None or leading % num_elements:
             raise UserError(
                 f"block {block} was called with {leading or 'no'} hidden states for a batch of {num_elements}; inputs "
