@@ -41,13 +41,17 @@ def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> N
 
 
 def _check_length(adapter: ModelAdapter, pipeline: Any, prompt: str, limit: int) -> None:
-    part = getattr(pipeline, adapter.prompt_tokenizer)
-    count = len(getattr(part, "tokenizer", part)(str(prompt))["input_ids"])  # a processor's first argument is a picture
+    count = num_tokens(getattr(pipeline, adapter.prompt_tokenizer), prompt)
     if count > limit:
         raise UserError(
             f"The prompt {prompt[:60]!r}... has {count} tokens, {adapter.name} takes at most "
             f"{limit} (model.max_tokens). Shorten it."
         )
+
+
+def num_tokens(tokenizer: Any, prompt: str) -> int:
+    """How many a tokenizer makes of a prompt, or that of a processor, whose own first argument is a picture."""
+    return len(getattr(tokenizer, "tokenizer", tokenizer)(str(prompt))["input_ids"])
 
 
 @torch.no_grad()
