@@ -124,7 +124,7 @@ PROCESSED = {
     "qwen_image_2.1": processors.qwen_image21,
 }
 FAMILIES |= {f"{name}+processor": FAMILIES[name]._replace(build=build) for name, build in PROCESSED.items()}
-QUICK = ("flux_fill", "ideogram4", "sana_sprint")
+QUICK = ("flux_fill", "ideogram4", "sana_sprint", "omnigen")
 
 
 def models(*quick: str) -> list[Any]:

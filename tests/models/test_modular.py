@@ -84,16 +84,6 @@ def test_samples_are_those_of_diffusers_own_pipeline(
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
-def test_guidance_changes_the_sample(make: Callable[..., ModelAdapter]) -> None:
-    samples = []
-    for scale in (1, 5):
-        adapter = make("flux3", modular.flux3, f"model.guidance_scale={scale}")
-        samples.append(
-            _call(adapter, adapter.load(), [encode_prompt(adapter, adapter.load_text_part(), TEXT)], [3], 0, "pt")
-        )
-    assert (samples[0] - samples[1]).abs().max() > 1e-4
-
-
 def test_an_index_of_blocks_reads_as_that_of_a_pipeline(folder_of: Callable[..., Path], tmp_path: Path) -> None:
     index = read_index(folder_of(modular.flux3))
     assert [*index] == ["_class_name", "text_encoder", "tokenizer", "vae", "transformer", "scheduler", MADE]

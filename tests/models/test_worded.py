@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.utils import load_image
 from hydra.utils import instantiate
 from zoo import worded
+from zoo.pictures import draw_noise
 
 from viditq.errors import UserError
 from viditq.estimate import estimate
@@ -21,8 +23,10 @@ from viditq.models import parts
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import _as_tensor, _call, generate, noise_generator, with_settings
 from viditq.models.native import processors
+from viditq.models.step_noise import seeded_steps
 from viditq.models.stored_embeds import read_embeds, write_embeds
 from viditq.models.text import encode_prompt
+from viditq.prompt import Prompt
 from viditq.quant import linear_names
 from viditq.quant.calibration.statistics import CalibrationStats
 from viditq.quant.calibration.step_rows import batch_size
@@ -32,7 +36,7 @@ from viditq.runner import run
 TEXTS = ("a small red circle", "a large blue square")
 SHRUNK = ["name=x", "model.height=32", "model.width=32", "model.num_frames=5", "model.dtype=float32"]
 RUN = [
-    *("quant=w4a8", "quant/smoothing=static", "data.num_prompts=2", "data.num_calibration_prompts=2", "batch_size=2"),
+    *("quant=w4a8", "quant/smoothing=static", "data.num_prompts=1", "data.num_calibration_prompts=2", "batch_size=1"),
     *("metric=[psnr]", "noise_floor.num_prompts=0", "diagnosis.num_prompts=1", "logger=none", "model.num_steps=2"),
     "stages=[prompts,reference,calibrate,quantize,generate,diagnose,evaluate]",
 ]
@@ -55,7 +59,8 @@ def made(cfg: Any) -> ModelAdapter:
     return adapter
 
 
-@pytest.mark.parametrize("builder", [worded.cosmos3, worded.cosmos3_edge])
+# Slow: Edge's layers, which differ in their mlps and norms; a whole run of them is in test_zoo_videos.
+@pytest.mark.parametrize("builder", [worded.cosmos3, pytest.param(worded.cosmos3_edge, marks=pytest.mark.slow)])
 def test_samples_are_those_of_the_pipelines_own_call(builder: Callable[[], Any], shrink: Make, tmp_path: Path) -> None:
     """And depend on the prompt and on no batch mate; what is kept of a prompt is its words."""
     adapter = made(shrink(builder, "model.num_steps=3"))
@@ -105,6 +110,8 @@ def test_what_is_guessed_and_measured(configure: Make, folder_of: Callable[..., 
         replace(adapter, encode={"foo": 1})
 
 
+# Slow: that autocast, which the denoiser switches off, is followed on the meta device.
+@pytest.mark.slow
 def test_its_size_is_estimated_without_weights(shrink: Make, tmp_path: Path) -> None:
     experiment = build(shrink(worded.cosmos3, *RUN))
     found = estimate(Job(experiment, RunDir(tmp_path / "run", experiment.tracked)), "meta")
@@ -137,6 +144,8 @@ def test_packages_are_asked_for_where_they_are_needed(monkeypatch: pytest.Monkey
         parts.check_pipeline("OmniGenPipeline", index)
 
 
+# Slow: inputs of blocks kept as whole sequences; no other model has such.
+@pytest.mark.slow
 def test_blocks_without_a_batch_axis_can_be_reconstructed(shrink: Make, tmp_path: Path) -> None:
     """Each kept input is a call by itself; the words' stream of the last block reaches nothing, and yet is learned."""
     few = [f"quant.rounding.{name}=2" for name in ("iterations", "layer_iterations", "tokens")]
@@ -150,6 +159,32 @@ def test_blocks_without_a_batch_axis_can_be_reconstructed(shrink: Make, tmp_path
 def test_our_attention_has_no_causal_mask() -> None:
     with pytest.raises(UserError, match=r"causal mask .* Cosmos3OmniTransformer\.layers\.0\.self_attn has one"):
         processors.check_heads(worded.cosmos3().transformer)
+
+
+def test_omnigen_with_a_picture(configure: Make, folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Three branches in a batch; the prompt says where the picture belongs, and is refused where it does not."""
+    pytest.importorskip("torchvision", reason="its processor resizes with it")
+    picture = draw_noise(tmp_path, [("0", 48, 64)]) / "0.png"
+    text = f"<img><|image_1|></img> {TEXTS[0]}"
+    (tmp_path / "table.csv").write_text(f"prompt,picture\n{text},0.png\n{text} again,0.png\n")
+    data = ["data=image_prompts", f"data.path='{tmp_path}/table.csv'", "data.conditions={input_images: picture}"]
+    sizes = [one for one in SHRUNK if "num_frames" not in one]
+    paths = [f"model.path='{folder_of(worded.omnigen)}'", f"cache_dir='{tmp_path}/cache'"]
+    cfg = configure("model=omnigen", *sizes, *paths, *RUN, *data)
+    metrics = run(cfg, tmp_path / "run")
+    assert metrics is not None and 0 < metrics["metrics"]["psnr"] < 100
+    adapter = made(cfg)
+    text_part, pipeline = adapter.load_text_part(), adapter.load()
+    embeds = [encode_prompt(adapter, text_part, one) for one in (Prompt(text, {"input_images": picture}), TEXTS[0])]
+    ours, plain = (_call(adapter, pipeline, [one], [3], 0, "pt") for one in embeds)
+    assert (ours - plain).abs().max() > 1e-3
+    whole, generator = with_settings(adapter, adapter.load_complete()), noise_generator(0, 3)
+    with seeded_steps(whole, [generator]):  # its VAE draws the picture's latents from torch's own generator
+        given = {"input_images": [load_image(str(picture))], "output_type": "pt", "return_dict": False}
+        theirs = whole(prompt=text, generator=generator, **given)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="doesn't have enough placeholders"):
+        encode_prompt(adapter, text_part, Prompt(TEXTS[0], {"input_images": picture}))
 
 
 def test_positions_are_no_batch() -> None:

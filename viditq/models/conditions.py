@@ -23,6 +23,7 @@ from viditq.models.registry import find_class
 from viditq.prompt import Prompt, conditions_of
 
 MARK = "condition:"
+LISTS = ("input_images",)  # arguments that take a list also of one picture (OmniGen)
 WITH_PICTURES = "encode_prompt_multiple_images"
 """What JoyImage-Edit encodes a prompt by, in place of `encode_prompt`, where it comes with a picture."""
 
@@ -52,7 +53,7 @@ def given(embeds: Mapping[str, Tensor]) -> dict[str, Any]:
 def _as_pictures(name: str, pixels: Tensor) -> Any:
     frames = [Image.fromarray(frame.numpy()) for frame in (pixels if pixels.ndim == 4 else pixels[None])]
     frames = [frame.convert("L") for frame in frames] if "mask" in name else frames
-    return frames if pixels.ndim == 4 else frames[0]
+    return frames if pixels.ndim == 4 or name in LISTS else frames[0]
 
 
 def encoders_of(pipeline: Any) -> list[str]:
