@@ -1,5 +1,6 @@
 """Modular pipelines: what our class makes of their blocks is what diffusers' own pipeline makes."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from viditq.errors import UserError
 from viditq.files import read_json, write_json
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import _call, noise_generator
-from viditq.models.modular import MADE, driver, read_index
+from viditq.models.modular import MADE, TALKATIVE, driver, read_index
 from viditq.models.text import encode_prompt
 
 LAYERS = "+model.encode.text_encoder_out_layers=[1,2]"
@@ -82,6 +83,17 @@ def test_samples_are_those_of_diffusers_own_pipeline(
     expected = theirs(blocks(), adapter.folder, guidance)
     assert expected.std() > 1e-3
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_what_is_guessed_and_measured(make: Callable[..., ModelAdapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the blocks' tracebacks of the calls that end where they have told enough."""
+    told: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger(TALKATIVE[0]), "filters", [lambda record: told.append(record) or True])
+    adapter = make("diffusers", modular.flux3, "model.num_steps=4")
+    assert adapter.encode_outputs == ["prompt_embeds", "negative_prompt_embeds"]
+    assert adapter.encode == {"negative_prompt": "", "text_encoder_out_layers": [1, 2]}
+    assert (adapter.timestep_scale, adapter.conditions) == (1.0, ["image"])
+    assert not told
 
 
 def test_an_index_of_blocks_reads_as_that_of_a_pipeline(folder_of: Callable[..., Path], tmp_path: Path) -> None:

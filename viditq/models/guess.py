@@ -80,8 +80,10 @@ def _encode_outputs(cls: type, of_call: set[str]) -> list[str | None]:
     """Names of what `encode_prompt` returns, as far as `__call__` takes them; None for the others.
 
     They are those that its return statements have, or, where more of them are known, those that `__call__` gives them.
-    Where it takes none of them, or has to be given the prompt again, all are None.
+    Where it takes none of them, or has to be given the prompt again, all are None. Blocks say it themselves.
     """
+    if said := getattr(cls, "returned", None):
+        return [name if name in of_call else None for name in said]
     returned, assigned = returned_names(cls), _assigned_names(cls)
     if gives_prompt_again(cls) and assigned:
         return [None] * len(assigned[0])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ MADE = "_made"
 """In an index, beside its parts: those that have no folder, and the settings that the pipeline makes them of."""
 REWRITES = "prompt_upsampler"  # begins the name of a block, and of its parts, that would write the prompt anew
 ENCODES, DECODES = "text_encoder", "decode"  # names of blocks
+TALKATIVE = ("diffusers.modular_pipelines.modular_pipeline", "diffusers.guiders.guider_utils")
 NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
@@ -65,11 +68,26 @@ class Driver(DiffusionPipeline):
         return pipeline
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Within, blocks print no traceback of what they pass on (it may only end a trial), nor that guiders are new."""
+    loggers = [logging.getLogger(name) for name in TALKATIVE]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
 def _encode(self: Driver, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """What the pipeline's text block makes of a prompt."""
     given = inspect.signature(type(self).encode_prompt).bind(self, *args, **kwargs).arguments
     given.pop("self")
-    state = self._made_of({ENCODES: _blocks_of(self.modular)[ENCODES]})(**given)
+    with _quietly():
+        state = self._made_of({ENCODES: _blocks_of(self.modular)[ENCODES]})(**given)
     return tuple(state.get(name) for name in self.returned)
 
 
@@ -81,7 +99,8 @@ def _call(self: Driver, *args: Any, **kwargs: Any) -> Any:
     guidance, as_class = given.pop("guidance_scale", None), given.pop("return_dict", True)
     latent = given.get("output_type") == "latent"
     blocks = {n: b for n, b in _blocks_of(self.modular).items() if n != ENCODES and not (latent and n == DECODES)}
-    pipeline = self._made_of(blocks, guidance)
+    with _quietly():
+        pipeline = self._made_of(blocks, guidance)
     asked = inspect.signature(self.encode_prompt).parameters
     told = {name: given.pop(name) for name in asked if name in given}
     if given.get(self.returned[0]) is None:
@@ -90,7 +109,8 @@ def _call(self: Driver, *args: Any, **kwargs: Any) -> Any:
         encoded = self.encode_prompt(**told)
         given |= dict(zip(self.returned, encoded if isinstance(encoded, tuple) else (encoded,), strict=True))
     known = _names(pipeline.blocks.inputs)
-    out = pipeline(**{k: v for k, v in given.items() if k in known}, output="latents" if latent else "images")
+    with _quietly():
+        out = pipeline(**{k: v for k, v in given.items() if k in known}, output="latents" if latent else "images")
     self.maybe_free_model_hooks()
     return ImagePipelineOutput(images=out) if as_class else (out,)
 
