@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from zoo import modular
 
 from viditq.errors import UserError
+from viditq.export import pipeline_folder
 from viditq.files import read_json, write_json
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import _call, noise_generator
@@ -123,6 +124,11 @@ def test_what_is_no_modular_pipeline_has_no_driver() -> None:
     assert driver("FluxPipeline") is None and driver("NoModularPipeline") is None
     assert driver("MiniMaxH3ModularPipeline") is None and driver("WanAnimate2ModularPipeline") is None  # clips
     assert driver("Flux3ModularPipeline") is driver("Flux3ModularPipeline")
+
+
+def test_a_folder_for_diffusers_is_refused(make: Callable[..., ModelAdapter]) -> None:
+    with pytest.raises(UserError, match=r"--to diffusers: Flux3ModularPipeline is made of blocks.*load_quantized"):
+        pipeline_folder._refuse("diffusers", {}, make("flux3", modular.flux3))
 
 
 def test_what_the_call_does_not_take_is_refused(make: Callable[..., ModelAdapter]) -> None:

@@ -19,7 +19,7 @@ from viditq.models.checks import check_arguments, check_call, check_values, give
 from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
 from viditq.models.measured_text import measured_outputs
-from viditq.models.modular import Driver, read_index
+from viditq.models.modular import read_index
 from viditq.models.negative_prompt import own_negative_prompt
 from viditq.models.pipelines import load_pipeline
 from viditq.models.registry import find_class
@@ -221,11 +221,6 @@ class ModelAdapter:
     def reads_words(self) -> bool:
         """Whether the pipeline encodes no prompts, its denoiser being told words."""
         return self.conditioning == "text" and reads_words(find_class(self.pipeline))
-
-    @property
-    def is_modular(self) -> bool:
-        """Whether diffusers has blocks alone of the pipeline."""
-        return issubclass(find_class(self.pipeline), Driver)
 
     @property
     def replays(self) -> bool:
