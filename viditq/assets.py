@@ -6,6 +6,7 @@ from pathlib import Path
 from viditq.errors import UserError
 
 SHIPPED = Path(__file__).parent / "assets"
+INDICES = ("model_index.json", "modular_model_index.json")
 
 
 def is_hub_id(path: str) -> bool:
@@ -15,8 +16,8 @@ def is_hub_id(path: str) -> bool:
 
 def check_pipeline(folder: Path) -> None:
     """Raises UserError for a folder that is not laid out as diffusers' pipelines are."""
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} holds no diffusers pipeline: model_index.json is missing there.")
+    if not any((folder / name).is_file() for name in INDICES):
+        raise UserError(f"{folder} holds no diffusers pipeline: {INDICES[0]} is missing there.")
 
 
 def resolve(path: str) -> Path:

@@ -14,7 +14,7 @@ from viditq.errors import UserError
 from viditq.models import generate as sampling
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import DtypeBoundary, generate, noise_generator
-from viditq.models.text import check_prompts, encode_prompt
+from viditq.models.text import check_prompts, encode_prompt, num_tokens
 
 PROMPTS = ["a small red circle", "a large blue square", "a small green cross moving left on a black background"]
 
@@ -155,3 +155,15 @@ def test_dtype_boundary(outer: torch.dtype) -> None:
     for other in (copy.deepcopy(denoiser), pickle.loads(pickle.dumps(denoiser))):
         assert isinstance(other, Recorder) and other.dtype == outer
         assert torch.equal(other(x, timestep=timestep, mask=mask, return_dict=False)[0], out)
+
+
+def test_tokens_of_a_processor_are_those_of_its_tokenizer() -> None:
+    class Processor:
+        """Its own first argument is a picture."""
+
+        tokenizer = staticmethod(lambda text: {"input_ids": text.split()})
+
+        def __call__(self, images: str) -> dict[str, list[str]]:
+            raise ValueError("no picture")
+
+    assert num_tokens(Processor(), "a red circle") == num_tokens(Processor.tokenizer, "a red circle") == 3

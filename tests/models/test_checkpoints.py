@@ -77,7 +77,7 @@ def test_samples_in_its_steps(option: str, adapter_of: Callable[..., ModelAdapte
     levels = levels_of(steps, adapter.timestep_scale)
     assert len(set(levels)) == adapter.num_steps
     assert levels == sorted(levels, reverse=True) and levels[0] == pytest.approx(1, abs=2e-3) and levels[-1] > 0
-    calls = 2 if option in (*NOT_DISTILLED, "kandinsky6/lite") else 1
+    calls = 2 if option in (*NOT_DISTILLED, "kandinsky6/lite", "cosmos3/super", "cosmos3/edge") else 1
     assert len(steps) == calls * adapter.num_steps
 
 

@@ -316,7 +316,8 @@ def test_gates_of_feed_forwards_are_no_modulation() -> None:
     [
         ({"_class_name": "SoraPipeline"}, r"SoraPipeline of model_index\.json is none of diffusers"),
         ({"_class_name": "DiTPipeline"}, r"DiTPipeline has no encode_prompt: .* as conf/model/dit_xl2_256\.yaml is"),
-        ({"_class_name": "Cosmos3OmniPipeline"}, r"reads the words itself.* take model=cosmos2\.5"),
+        ({"_class_name": "Cosmos3OmniPipeline", "vae": ["diffusers", "X"]}, r"name its denoisers: model\.denoisers"),
+        ({"_class_name": "MiniMaxH3ModularPipeline"}, r"noise levels of frames and of sound .* take model=ltx2"),
         ({"_class_name": "JoyImageEditPlusPipeline"}, r"encoded together.* take JoyImageEditPipeline"),
         ({"_class_name": "FluxPipeline", "vae": ["diffusers", "X"]}, r"name its denoisers: model\.denoisers"),
     ],

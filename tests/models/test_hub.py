@@ -47,6 +47,28 @@ def test_cached_model_loads_without_network(cache: Path, adapter: ModelAdapter) 
     assert replace(of_hub, revision=COMMIT).folder == cache
 
 
+def test_a_modular_pipeline_is_downloaded_part_by_part(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the model that would write prompts anew, nor files beside the parts."""
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise OSError("model_index.json is missing")
+
+    def snapshot(*_: Any, allow_patterns: list[str], **__: Any) -> str:
+        asked.append(allow_patterns)
+        return str(cache)
+
+    asked: list[list[str]] = []
+    (cache / "model_index.json").rename(cache / "modular_model_index.json")
+    (cache / "prompt_upsampler").mkdir()
+    (cache / "prompt_upsampler" / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.DiffusionPipeline, "download", refuse)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    assert hub.fetch(ID, "main", True) == cache
+    parts = [f"{path.name}/*" for path in sorted(cache.iterdir()) if path.is_dir() and path.name != "prompt_upsampler"]
+    assert asked == [hub.DESCRIPTIONS, [*hub.DESCRIPTIONS, *parts]] and "transformer/*" in parts
+
+
 def test_a_variant_that_the_repository_lacks(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, variant: str, **__: Any) -> str:
         raise ValueError(f"no such modeling files ({variant})")

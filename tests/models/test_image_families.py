@@ -9,7 +9,19 @@ import torch
 from diffusers.utils import load_image
 from hydra.utils import instantiate
 from transformers.utils import is_torchvision_available
-from zoo import conditioned, distilled, families, guessed, guided, images, processors, sketched, unlisted
+from zoo import (
+    conditioned,
+    distilled,
+    families,
+    guessed,
+    guided,
+    images,
+    modular,
+    processors,
+    sketched,
+    unlisted,
+    worded,
+)
 from zoo.pictures import draw_noise
 
 from viditq.data.samples import load_sample, sample_path
@@ -47,6 +59,7 @@ class Family(NamedTuple):
 
 
 FLUX = {"joint_attention": 22, "mlp": 12}
+FLUX3 = {"spatial_attention": 8, "joint_attention": 8, "text_refiner": 12, "mlp": 8}
 FLUX2 = {"joint_attention": 16, "mlp": 12}
 FAMILIES = {
     "flux_kontext": Family(
@@ -90,6 +103,10 @@ FAMILIES = {
     "hunyuan_dit": Family(guessed.hunyuan_dit, {"spatial_attention": 16, "cross_attention": 16, "mlp": 8, "float": 17}),
     "bria": Family(guessed.bria, {**FLUX, "float": 12}),
     "bria_fibo": Family(guessed.bria_fibo, {**FLUX, "float": 16}),
+    "omnigen": Family(worded.omnigen, {"joint_attention": 8, "mlp": 4, "float": 6}),
+    "flux3": Family(modular.flux3, {**FLUX3, "float": 25}, [LAYERS]),
+    "flux3+image": Family(modular.flux3, {**FLUX3, "float": 25}, [LAYERS], ("image",)),
+    "flux3_distilled": Family(modular.flux3_distilled, {**FLUX3, "float": 27}, [LAYERS]),
     "cogview4": Family(families.cogview4, {"joint_attention": 8, "mlp": 4, "float": 10}),
     "cogview3_plus": Family(families.cogview3, {"joint_attention": 8, "mlp": 4, "float": 10}),
     "bria_fibo2": Family(families.bria_fibo2, {"self_attention": 16, "cross_attention": 8, "mlp": 12, "float": 8}),
@@ -102,17 +119,18 @@ PROCESSED = {
     "longcat_image": processors.longcat_image,
     "bria_fibo2": processors.bria_fibo2,
     "kandinsky5_image": processors.kandinsky5_image,
+    "flux3": processors.flux3,
     "qwen_image_edit": processors.qwen_image_edit,
     "qwen_image_2.1": processors.qwen_image21,
 }
 FAMILIES |= {f"{name}+processor": FAMILIES[name]._replace(build=build) for name, build in PROCESSED.items()}
-QUICK = ("flux_fill", "ideogram4", "sana_sprint")
+QUICK = ("flux_fill", "ideogram4", "sana_sprint", "omnigen")
 
 
 def models(*quick: str) -> list[Any]:
     """All of them, slow those that are not `quick`."""
     real = pytest.mark.skipif(not is_torchvision_available(), reason="real processors need torchvision")
-    marks = {name: [pytest.mark.slow] * (name not in quick) + [real] * ("+" in name) for name in FAMILIES}
+    marks = {name: [pytest.mark.slow] * (name not in quick) + [real] * ("+processor" in name) for name in FAMILIES}
     return [pytest.param(name, marks=marks[name]) for name in FAMILIES]
 
 
@@ -123,10 +141,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shrink(configure: Callable[..., Any], folder_of: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
+def shrink(
+    configure: Callable[..., Any], folder_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
     """(model, *overrides) -> the configuration, shrunk."""
 
     def shrink(model: str, *overrides: str) -> Any:
+        if model.startswith("flux3") and "+processor" not in model:
+            modular.with_processor(monkeypatch)
+        if model == "omnigen" and not is_torchvision_available():
+            worded.without_torchvision(monkeypatch)
         folder = folder_of(FAMILIES[model].build)
         paths = (f"model.path='{folder}'", f"cache_dir='{tmp_path}/cache'")
         return configure(f"model={model.partition('+')[0]}", *SHRUNK, *paths, *overrides, *FAMILIES[model].overrides)

@@ -13,6 +13,8 @@ import test_conditions
 import test_generic
 import yaml
 
+from viditq.models.registry import find_class
+
 ROOT = Path(__file__).parents[2]
 STATES = ("own yaml", "verified", "not verified", "refused", "other kind")
 ROW = re.compile(r"^\| (\w+) \| (own yaml|verified|not verified|refused|other kind) \| (.+) \|$", re.MULTILINE)
@@ -47,7 +49,7 @@ def test_a_class_with_a_yaml_is_that_of_its_pipeline(name: str) -> None:
     while "pipeline" not in values:
         base = next(one for one in values["defaults"] if isinstance(one, str) and one != "_self_")
         values = yaml.safe_load((ROOT / "conf" / "model" / f"{base}.yaml").read_text())
-    parameters = inspect.signature(getattr(diffusers, values["pipeline"]).__init__).parameters
+    parameters = inspect.signature(find_class(values["pipeline"]).__init__).parameters
     assert name in str(parameters["transformer"].annotation)
 
 

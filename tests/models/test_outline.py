@@ -34,10 +34,11 @@ def shape_of(function: Any) -> list[tuple[str, Any, bool]]:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_outline_of_a_class_has_its_signatures(name: str) -> None:
     cls, found = getattr(diffusers, name), outline.outline_of(name)
-    if name == "DiTPipeline":  # of classes, without a text
+    if name == "DiTPipeline" or name.endswith("ModularPipeline"):  # of classes, without a text; made of blocks
         assert found is None
         return
-    for method in outline.METHODS:
+    assert hasattr(found, "encode_prompt") == hasattr(cls, "encode_prompt")
+    for method in (name for name in outline.METHODS if hasattr(cls, name)):
         assert shape_of(getattr(found, method)) == shape_of(getattr(cls, method))
     assert [*found._optional_components] == [*cls._optional_components] and found.__name__ == name
 

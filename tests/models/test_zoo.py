@@ -120,7 +120,8 @@ def test_every_model_of_the_hub_is_here() -> None:
 
     files = {file.stem: path(file) for file in (ROOT / "conf" / "model").glob("*.yaml")}
     known = {*MODELS, *test_image_families.FAMILIES, *test_zoo_videos.MODELS}
-    assert {name for name, path in files.items() if is_hub_id(path)} == {
+    given = {name for name, path in files.items() if path == "???"} - {"diffusers", "opensora_v1"}  # id not known
+    assert {name for name, path in files.items() if is_hub_id(path)} | given == {
         name for name in known if not {*"/+"} & {*name}
     }
 

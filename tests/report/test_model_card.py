@@ -95,6 +95,7 @@ def test_an_export_says_how_its_program_loads_it() -> None:
     assert "| all of this export | 5 MB |" in text and "viditq export RUN --to diffusers" in text
     assert "pipeline(207," in replace(CARD, target="diffusers", by_class=True).text()
     assert "frames[0]" in replace(CARD, target="diffusers", modality="video").text()
+    assert '"a prompt").video' in replace(CARD, modality="video", pipeline="Cosmos3OmniPipeline").text()
 
 
 def test_an_export_that_was_changed_says_so_before_the_verdict() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,24 @@ def twin_on_meta(module: nn.Module) -> nn.Module:
     """A copy on the meta device; no parameter is copied in memory, where one of a hollow module would become dense."""
     known: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, known).to("meta")
+
+
+class _Autocast(torch.autocast):
+    """torch's, which knows no device meta: there it does what it does on a CPU, nothing where it is switched off."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
+@contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """Within, models that switch autocast off on the device of their inputs (Cosmos 3, OmniGen) run on meta too."""
+    plain = torch.autocast
+    torch.autocast = _Autocast  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.autocast = plain  # type: ignore[misc]
 
 
 def as_meta(value: Any) -> Any:

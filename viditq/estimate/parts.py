@@ -23,7 +23,7 @@ from viditq.models.registry import find_class
 from viditq.models.stand_ins import beside_text, compute_on_cpu
 from viditq.models.stored_embeds import NEGATIVE
 from viditq.models.stored_weights import files_of_part
-from viditq.models.text import PromptEmbeds, encode_prompt
+from viditq.models.text import PromptEmbeds, encode_prompt, num_tokens
 from viditq.models.text_encoders import ENCODER
 from viditq.models.weight_files import COPY_AGAIN
 from viditq.quant.sizes import module_bytes, tensor_bytes
@@ -61,7 +61,7 @@ def hollow_pipeline(adapter: ModelAdapter) -> Any:
     parts: dict[str, Any] = {}
     for part in (name for name, value in adapter.index().items() if isinstance(value, list)):
         cls = models_of(adapter.index()).get(part)
-        if part.startswith(TEXT):
+        if part in adapter.text_parts:
             parts[part] = None
         elif cls is not None:
             parts[part] = hollowed(on_meta_part(adapter, part, cls))
@@ -93,7 +93,7 @@ class TextShapes:
         """Random values in place of the encoder's; masks and labels are the real ones. Prompts of equally many tokens
         have equal shapes, so that only the first of them is encoded."""
         tokenizer = getattr(self._pipeline, self.adapter.prompt_tokenizer, None)
-        length = 0 if tokenizer is None else len(tokenizer(prompt)["input_ids"])
+        length = 0 if tokenizer is None else num_tokens(tokenizer, prompt)
         if length not in self._by_length:
             generator = torch.Generator().manual_seed(0)
             embeds = encode_prompt(self.adapter, self._pipeline, prompt)

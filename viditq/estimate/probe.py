@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from viditq.errors import UserError
-from viditq.estimate.hollow import as_meta, as_zeros, twin_on_meta
+from viditq.estimate.hollow import as_meta, as_zeros, autocast_on_meta, twin_on_meta
 from viditq.estimate.live import FusedAttention, LiveBytes
 from viditq.estimate.readers import Readers
 from viditq.models.adapter import ModelAdapter
@@ -188,7 +188,7 @@ class _OnMeta:
     def _ask(self, function: Callable[..., Any], method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = as_meta(args), as_meta(kwargs)
         try:
-            with LiveBytes() as live, FusedAttention():
+            with LiveBytes() as live, FusedAttention(), autocast_on_meta():
                 out = function(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             raise UserError(

@@ -15,6 +15,8 @@ from viditq.export.copied import copy_part
 from viditq.files import is_whole, read_json, write_json
 from viditq.interop.folder import CHANGED, DESCRIPTION, VERSION
 from viditq.models.adapter import ModelAdapter
+from viditq.models.modular import Driver
+from viditq.models.registry import find_class
 from viditq.models.sampler_noise import check_shrinkable
 from viditq.models.schedulers import make_scheduler
 from viditq.quant.artifact import read_meta
@@ -78,6 +80,11 @@ def _key(meta: Mapping[str, Any], target: str) -> dict[str, Any]:
 
 
 def _refuse(target: str, meta: Mapping[str, Any], adapter: ModelAdapter) -> None:
+    if issubclass(find_class(adapter.pipeline), Driver):
+        raise UserError(
+            f"--to {target}: {adapter.pipeline} is made of blocks, and diffusers loads its folder in another way. Load "
+            "the artifact by viditq.load_quantized."
+        )
     if meta.get("text_encoders"):
         raise UserError(
             f"--to {target}: {meta['text_encoders'][0]} is quantized (quant/text_encoder), and transformers, which "

@@ -16,10 +16,11 @@ from torch import nn
 from viditq.files import read_json
 from viditq.models import contents, parts, roles
 from viditq.models.attention import check_attention, check_dispatches
-from viditq.models.checks import check_arguments, check_call, check_values, given_to_call
+from viditq.models.checks import check_arguments, check_call, check_values, given_to_call, reads_words
 from viditq.models.dtypes import DTYPES
 from viditq.models.guess import guess_settings
 from viditq.models.measured_text import measured_outputs
+from viditq.models.modular import read_index
 from viditq.models.negative_prompt import own_negative_prompt
 from viditq.models.particular import LOOKING
 from viditq.models.pipelines import load_pipeline
@@ -184,11 +185,7 @@ class ModelAdapter:
 
     def index(self) -> dict[str, Any]:
         """The content of model_index.json: parts are lists [library, class], settings that are lists tuples."""
-        values: dict[str, Any] = read_json(self.folder / "model_index.json", COPY_AGAIN)
-        return {
-            name: value if parts.is_entry(value) or not isinstance(value, list) else tuple(value)
-            for name, value in values.items()
-        }
+        return parts.told_apart(read_index(self.folder))
 
     @property
     def components(self) -> list[str]:
@@ -197,8 +194,8 @@ class ModelAdapter:
 
     @property
     def text_parts(self) -> list[str]:
-        """The parts that only encode prompts: tokenizers and text encoders."""
-        return [name for name in self.components if name.startswith(parts.TEXT)]
+        """The parts that only encode prompts: tokenizers and text encoders; none where the denoiser reads words."""
+        return [] if self.reads_words else [name for name in self.components if name.startswith(parts.TEXT)]
 
     @cached_property
     def makes_sound(self) -> bool:
@@ -233,6 +230,11 @@ class ModelAdapter:
         return load_pipeline(self, self._as_parts(denoiser) | {**(encoders or {})})
 
     @property
+    def reads_words(self) -> bool:
+        """Whether the pipeline encodes no prompts, its denoiser being told words."""
+        return self.conditioning == "text" and reads_words(find_class(self.pipeline))
+
+    @property
     def replays(self) -> bool:
         """Whether the call takes nothing of what `encode_prompt` returns, so that this is kept and given back to it."""
         return self.conditioning == "text" and not any(self.encode_outputs)
@@ -247,11 +249,8 @@ class ModelAdapter:
     @property
     def timestep_argument(self) -> str:
         """The argument of the denoisers' forward that holds the timestep."""
-        return (
-            str(self.timestep_scale.get("argument", "timestep"))
-            if isinstance(self.timestep_scale, Mapping)
-            else "timestep"
-        )
+        scale = self.timestep_scale
+        return str(scale.get("argument", "timestep")) if isinstance(scale, Mapping) else "timestep"
 
     def denoiser_of(self, pipeline: Any) -> nn.Module:
         """The denoiser of a pipeline; where it has several, an nn.ModuleDict of them: Linears are `<part>.<name>`."""

@@ -31,12 +31,14 @@ FROM_IMAGE = (
     r"Img2Img|Image2Image|ImageToVideo|Image2Video|(?<!T)I2V|VideoToVideo|VideoToWorld|Inpaint|Edit|Pix2Pix|Control|Adapter"
     r"|Fill|Upscale|SuperResolution|Layered|Refine|Depth2Img"
 )
-READS_WORDS = "its denoiser reads the words itself, in one sequence with what it makes"
-# Pipeline without `encode_prompt` -> why, and what to take in its place
+# Pipeline that encodes words in a way of its own -> why it is refused, and what to take in its place
 WITHOUT_ENCODING = {
-    "Cosmos3OmniPipeline": (READS_WORDS, "model=cosmos2.5"),
-    "OmniGenPipeline": (READS_WORDS, "model=lumina2, or model=qwen_image_edit for edits"),
     "JoyImageEditPlusPipeline": ("words and pictures are encoded together", "JoyImageEditPipeline, of one picture"),
+    "MiniMaxH3ModularPipeline": (
+        "its denoiser is told the noise levels of frames and of sound in one list",
+        "model=ltx2, or model=kandinsky6",
+    ),
+    "WanAnimate2ModularPipeline": ("it makes a clip segment by segment, each from the last", "model=wan2.2_animate"),
     "Kandinsky6SRPipeline": ("it enlarges what another model made", "model=kandinsky6"),
 }
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -141,13 +143,23 @@ def pictures_of_call(pipeline: Any) -> list[str]:
 
 def given_to_call(model: Any) -> set[str]:
     """The arguments of the pipeline's call that a run gives it, besides those that every call has."""
-    encoded = {name for name in model.encode_outputs or ["class_labels"] if name is not None}
+    names = ["class_labels"] if model.conditioning == "class" else model.encode_outputs or ()
+    encoded = {name for name in names if name is not None}
     encoded = encoded or {"prompt"}  # which a call that takes no embeddings is given again
     return encoded | {*model.call} | {*(model.conditions or ())}
 
 
+def reads_words(pipeline: Any) -> bool:
+    """Whether a pipeline (or its class) encodes no prompts: its denoiser reads words, among its tokens."""
+    if hasattr(pipeline, "encode_prompt"):
+        return False
+    parts = inspect.signature((pipeline if inspect.isclass(pipeline) else type(pipeline)).__init__).parameters
+    with_words = "prompt" in inspect.signature(pipeline.__call__).parameters
+    return with_words and not any(name.startswith("text_encoder") for name in parts)
+
+
 def no_encoding(pipeline: str) -> str:
-    """Why a pipeline without `encode_prompt` is refused, and what to do instead."""
+    """Why a pipeline that encodes words otherwise than by `encode_prompt` is refused, and what to do instead."""
     why, instead = WITHOUT_ENCODING.get(pipeline, ("", "another model of docs/models.md"))
     why = why or "prompts cannot be encoded apart from its call, as every run does"
     return (
@@ -161,18 +173,21 @@ def check_arguments(model: Any, pipeline: Any) -> None:
     if pipeline.__name__ in UNUSABLE:
         why, instead = UNUSABLE[pipeline.__name__]
         raise UserError(f"{pipeline.__name__} cannot be run: {why}. Take {instead}.")
-    needed = ("from_pretrained", "__call__", *["encode_prompt"] * (model.conditioning == "text"))
+    encodes = model.conditioning == "text" and not reads_words(pipeline)
+    needed = ("from_pretrained", "__call__", *["encode_prompt"] * encodes)
     if lacking := [name for name in needed if not hasattr(pipeline, name)]:
         if lacking == ["encode_prompt"]:
             raise UserError(no_encoding(pipeline.__name__))
         raise UserError(f"model.pipeline={model.pipeline} is no pipeline to drive: it has no {lacking[0]}.")
     of_call = _named(pipeline.__call__)
-    of_text = _named(pipeline.encode_prompt) if model.conditioning == "text" else {}
+    of_text = _named(pipeline.encode_prompt) if encodes else {}
     for node, function, known in (("encode", "encode_prompt", of_text), ("call", "__call__", of_call)):
         for key in getattr(model, node):
             if key not in known or key in OURS:
                 why = "is given it by every run" if key in known else "has no such argument"
                 names = ", ".join(name for name in known if name not in OURS) or "none"
+                if node == "encode" and model.conditioning == "text" and not encodes:
+                    raise UserError(f"model.encode.{key}: {pipeline.__name__} encodes nothing. Give model.call alone.")
                 raise UserError(
                     f"model.{node}.{key}: {pipeline.__name__}.{function} {why}. Leave it out; those to set are {names}."
                 )

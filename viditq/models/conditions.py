@@ -25,6 +25,7 @@ from viditq.models.registry import find_class
 from viditq.prompt import Prompt, conditions_of
 
 MARK = "condition:"
+LISTS = ("input_images",)  # arguments that take a list also of one picture (OmniGen)
 WITH_PICTURES = "encode_prompt_multiple_images"
 """What JoyImage-Edit encodes a prompt by, in place of `encode_prompt`, where it comes with a picture."""
 
@@ -56,7 +57,7 @@ def _as_taken(pipeline: str, name: str, pixels: Tensor) -> Any:
     frames = [frame.convert("L") for frame in frames] if "mask" in name else frames
     if axes := TENSORS.get(pipeline, {}).get(name):
         return _as_tensor(frames, axes)
-    return frames if pixels.ndim == 4 or re.search(CLIPS, name) else frames[0]
+    return frames if pixels.ndim == 4 or name in LISTS or re.search(CLIPS, name) else frames[0]
 
 
 def _as_tensor(frames: list[Image.Image], axes: str) -> Tensor:

@@ -21,6 +21,7 @@ from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.mapped import is_finite
 from viditq.models.mismatch import Mismatch
+from viditq.models.modular import MADE
 from viditq.models.parts import models_of, part_class
 from viditq.models.weight_files import (
     COPY_AGAIN,
@@ -69,8 +70,9 @@ def check_contents(adapter: Described, without: Collection[str] = (), lenient: b
     own_scheduler = adapter.call.get("sampler") is not None
     if not own_scheduler and entries.get("scheduler", [None])[0] is None:
         raise UserError(f"model_index.json of {adapter.folder} names no scheduler. {COPY_AGAIN}")
+    made = adapter.index().get(MADE, ())
     for name, (library, class_name) in entries.items():
-        if library is None or name in without or (name == "scheduler" and own_scheduler):
+        if library is None or name in without or name in made or (name == "scheduler" and own_scheduler):
             continue
         cls = part_class([library, class_name])
         if cls is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from viditq.errors import UserError
-from viditq.models.checks import conditions_of_call, makes_clips, no_encoding
+from viditq.models.checks import conditions_of_call, makes_clips, no_encoding, reads_words
 from viditq.models.parts import NAMES
 from viditq.models.registry import find_class
 
@@ -28,12 +28,14 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
     cls = find_class(name)
     if cls is None:
         raise UserError(f"The pipeline class {name} of model_index.json is none of diffusers; set model.pipeline.")
-    if not hasattr(cls, "encode_prompt"):
+    encodes = hasattr(cls, "encode_prompt")
+    if not encodes and not reads_words(cls):
         raise UserError(no_encoding(name))
-    of_call, of_text = (inspect.signature(f).parameters for f in (cls.__call__, cls.encode_prompt))
+    of_call = inspect.signature(cls.__call__).parameters
+    of_text = {**inspect.signature(cls.encode_prompt).parameters} if encodes else {}
     denoisers = given.get("denoisers") or _denoisers(index)
-    outputs = given.get("encode_outputs") or _encode_outputs(cls, set(of_call))
-    asked = dict(of_text) if any(outputs) else {}  # else it is the call that knows what to encode with
+    outputs = given.get("encode_outputs") or (_encode_outputs(cls, set(of_call)) if encodes else [])
+    asked = of_text if any(outputs) else {}  # else it is the call that knows what to encode with
     encode = {k: REQUIRED.get(k) for k, p in asked.items() if k not in ("self", "prompt") and _required(p)}
     if "do_classifier_free_guidance" in asked and _is_unguided(of_call, given):
         encode["do_classifier_free_guidance"] = False  # AnyFlow samples a negative prompt that is there all the same
@@ -78,8 +80,10 @@ def _encode_outputs(cls: type, of_call: set[str]) -> list[str | None]:
     """Names of what `encode_prompt` returns, as far as `__call__` takes them; None for the others.
 
     They are those that its return statements have, or, where more of them are known, those that `__call__` gives them.
-    Where it takes none of them, or has to be given the prompt again, all are None.
+    Where it takes none of them, or has to be given the prompt again, all are None. Blocks say it themselves.
     """
+    if said := getattr(cls, "returned", None):
+        return [name if name in of_call else None for name in said]
     returned, assigned = returned_names(cls), _assigned_names(cls)
     if gives_prompt_again(cls) and assigned:
         return [None] * len(assigned[0])

@@ -9,7 +9,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from viditq.assets import INDICES
 from viditq.errors import UserError
+from viditq.models.modular import REWRITES
 
 DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.jinja"]  # what all checks before slow work read
 NETWORK_ERRORS = (OSError, HfHubHTTPError, LocalEntryNotFoundError)
@@ -23,8 +25,21 @@ def fetch(hub_id: str, revision: str, weights: bool, variant: str | None = None)
     """
     if weights and not constants.HF_HUB_OFFLINE:  # diffusers knows which of a repository's files the pipeline needs
         with _explained(hub_id, revision):
-            return Path(DiffusionPipeline.download(hub_id, revision=revision, variant=variant))
+            try:
+                return Path(DiffusionPipeline.download(hub_id, revision=revision, variant=variant))
+            except NETWORK_ERRORS:  # also where there is no model_index.json
+                if parts := _modular_parts(_snapshot(hub_id, revision, *DESCRIPTIONS)):
+                    return _snapshot(hub_id, revision, *DESCRIPTIONS, *(f"{part}/*" for part in parts))
+                raise
     return _snapshot(hub_id, revision, *DESCRIPTIONS)
+
+
+def _modular_parts(folder: Path) -> list[str]:
+    """The folders of parts of a modular pipeline's repository; none of another's. folder: its descriptions."""
+    plain, modular = (folder / name for name in INDICES)
+    if plain.is_file() or not modular.is_file():
+        return []
+    return sorted({path.parent.name for path in folder.glob("*/*.json") if not path.parent.name.startswith(REWRITES)})
 
 
 @cache

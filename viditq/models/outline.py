@@ -18,7 +18,7 @@ from typing import Any
 
 from viditq.errors import UserError, no_linear
 from viditq.files import is_whole, stored_entries
-from viditq.models.checks import check_arguments, check_call, check_parts, given_to_call
+from viditq.models.checks import check_arguments, check_call, check_parts, given_to_call, reads_words
 from viditq.models.mismatch import WRAPPERS
 from viditq.models.roles import check_keep_float
 
@@ -102,11 +102,13 @@ def _outline(node: ast.ClassDef) -> Any:
     optional = [
         n for n in node.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_optional_components"
     ]
-    if len(methods) != len(METHODS):  # inherited, or a pipeline without a text
+    if not {method.name for method in methods} >= {*METHODS[:2]}:  # inherited
         return None
     attributes: dict[str, Any] = {"from_pretrained": None, "_optional_components": ()}
     attributes |= {ast.unparse(assigned.targets[0]): ast.literal_eval(assigned.value) for assigned in optional}
-    return type(node.name, (), attributes | {method.name: _of_signature(method.args) for method in methods})
+    found = type(node.name, (), attributes | {method.name: _of_signature(method.args) for method in methods})
+    encodes = hasattr(found, "encode_prompt") or reads_words(found)  # else it is inherited, or there is no text
+    return found if encodes else None
 
 
 def _of_signature(given: ast.arguments) -> Any:

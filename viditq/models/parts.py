@@ -20,12 +20,18 @@ from viditq.models.registry import find_class
 
 TEXT = ("text_", "tokenizer")  # begin the names of parts that only encode prompts
 NAMES = r"(unconditional_)?(transformer|unet|dit)(_\d+)?"
+RESIZE = ("Cosmos2", "CosmosT", "CosmosV", "OmniGen")  # begin the names of pipelines that do so by torchvision
 DENOISERS = ("diffusers.models.transformers", "diffusers.models.unets", "viditq.models.stdit")
 
 
 def is_entry(value: Any) -> bool:
     """Whether a value of model_index.json names a part: [library, class], both null where there is none."""
     return isinstance(value, list) and len(value) == 2 and all(one is None or isinstance(one, str) for one in value)
+
+
+def told_apart(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a model_index.json whose lists name parts alone: settings that are lists are tuples."""
+    return {name: tuple(v) if isinstance(v, list) and not is_entry(v) else v for name, v in index.items()}
 
 
 def part_class(entry: Any) -> Any:
@@ -59,20 +65,21 @@ def check_pipeline(name: str, index: Mapping[str, Any]) -> None:
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
         raise UserError(NO_PIPELINE.format(name, diffusers.__version__, index.get("_class_name")))
     check_parts(found, index)
-    _check_packages(name)
+    _check_packages(name, index)
 
 
-def _check_packages(pipeline: str) -> None:
-    """Raises UserError for a pipeline that fails without a package, late and in words of its own: Cosmos does."""
-    wanted = {
-        "cosmos_guardrail": import_utils.is_cosmos_guardrail_available(),
-        "torchvision": import_utils.is_torchvision_available(),
-    }
-    if pipeline.startswith("Cosmos") and not all(wanted.values()):
-        absent = " ".join(package for package, is_there in wanted.items() if not is_there)
+def _check_packages(pipeline: str, index: Mapping[str, Any]) -> None:
+    """Raises UserError for a pipeline that fails without a package, late and in words of its own."""
+    wanted = []
+    if pipeline.startswith("Cosmos") and index.get("enable_safety_checker", True):  # Cosmos 3's may be off
+        wanted += [] if import_utils.is_cosmos_guardrail_available() else ["cosmos_guardrail"]
+    if pipeline.startswith(RESIZE) and not import_utils.is_torchvision_available():
+        wanted.append("torchvision")
+    if wanted:
+        why = " (Its licence asks for the checker of prompts and clips, which cosmos_guardrail holds.)"
         raise UserError(
-            f"{pipeline} needs packages that are not installed here: pip install {absent}. (Its licence asks for the "
-            "checker of prompts and clips, which cosmos_guardrail holds.)"
+            f"{pipeline} needs packages that are not installed here: pip install {' '.join(wanted)}."
+            + why * ("cosmos_guardrail" in wanted)
         )
 
 

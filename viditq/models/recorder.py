@@ -18,8 +18,10 @@ from viditq.models.made_up_text import NUM_TOKENS, embeddings, marks_in
 from viditq.models.particular import STAGES
 
 NUM_REAL = 2  # steps that the scheduler computes; then the sample stays as it is, which can be large
-TIMESTEPS = ("timestep", "t", "timesteps", "time")
+TIMESTEPS = ("timestep", "t", "timesteps", "time", "vision_timesteps")
 """What denoisers call the argument that tells them the noise level."""
+PACKED = "vision_tokens"
+"""The frames among the arguments of Cosmos 3's denoiser, whose first are the words; beside them it predicts others."""
 
 
 class AllSteps(Exception):
@@ -102,6 +104,8 @@ class Recorder:
             if self.marked:
                 count = len(self.adapter.encode_outputs)
                 self.carried |= {n: self.carried.get(n, set()).union(marks_in(v, count)) for n, v in given.items()}
+            if PACKED in given:
+                return _prediction(given[PACKED], denoiser), None, None
             out = _prediction(next(iter(given.values())), denoiser)
             if given.get("return_dict") is not False:
                 return Transformer2DModelOutput(sample=out)

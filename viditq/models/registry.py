@@ -1,9 +1,13 @@
-"""Pipelines and models that diffusers lacks and this package has; every other class is diffusers' own."""
+"""Pipelines and models that diffusers lacks and this package has; every other class is diffusers' own.
+
+Of a modular pipeline it is one that drives it.
+"""
 
 from typing import Any
 
 import diffusers
 
+from viditq.models.modular import driver
 from viditq.models.opensora_pipeline import OpenSoraPipeline
 from viditq.models.outline import OWN_PIPELINES
 from viditq.models.stdit import STDiT
@@ -13,4 +17,4 @@ OWN = {**dict(zip(OWN_PIPELINES, [OpenSoraPipeline], strict=True)), "STDiT": STD
 
 def find_class(name: str) -> Any:
     """The class of that name, ours or diffusers'; None if there is none."""
-    return OWN.get(name) or getattr(diffusers, name, None)
+    return OWN.get(name) or driver(name) or getattr(diffusers, name, None)

@@ -1,7 +1,8 @@
 """Prompts of pipelines whose call takes no embeddings: what `encode_prompt` returns is kept, and given back.
 
 The pipeline's own call, given the prompt, encodes it once and ends where it begins to denoise. Each sample is made by
-the same call with the same prompt, in which `encode_prompt` returns what was kept, call by call.
+the same call with the same prompt, in which `encode_prompt` returns what was kept, call by call. Where there is none
+(`checks.reads_words`), nothing is to be kept but the words: the call turns them into tokens at every sample.
 """
 
 from __future__ import annotations
@@ -35,21 +36,25 @@ def are_among(embeds: Mapping[str, Tensor]) -> bool:
 
 def record(adapter: Any, pipeline: Any, prompt: str) -> dict[str, Tensor]:
     """All that `encode_prompt` returns while the pipeline samples this prompt; raises UserError where it fails."""
-    encode, returned = pipeline.encode_prompt, []
+    encode, returned = getattr(pipeline, "encode_prompt", None), []
     denoisers = [getattr(pipeline, name) for name in adapter.denoiser_names]
 
     def kept(*args: Any, **kwargs: Any) -> Any:
+        assert encode is not None
         returned.append(encode(*args, **kwargs))
         return returned[-1]
 
     def ends(*args: Any, **kwargs: Any) -> None:
         raise _Encoded
 
-    pipeline.encode_prompt = kept
+    if encode is not None:
+        pipeline.encode_prompt = kept
     for denoiser in denoisers:
         denoiser.forward = ends
     pictures = conditions.stored(prompt)
     stand_in_sketch(pipeline)
+    if encode is None:  # all that it does with words it has done before
+        pipeline.prepare_latents = ends
     if pictures:
         stand_in_encoders(pipeline, [])
     try:
@@ -62,7 +67,10 @@ def record(adapter: Any, pipeline: Any, prompt: str) -> dict[str, Tensor]:
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{adapter.pipeline} cannot encode {prompt[:60]!r}: {error}") from error
     finally:
-        del pipeline.encode_prompt
+        if encode is None:
+            del pipeline.prepare_latents
+        else:
+            del pipeline.encode_prompt
         for denoiser in denoisers:
             del denoiser.forward
     raise UserError(f"{adapter.pipeline} calls none of its denoisers {adapter.denoiser_names}; set model.denoisers.")
@@ -72,6 +80,9 @@ def record(adapter: Any, pipeline: Any, prompt: str) -> dict[str, Tensor]:
 def given_back(pipeline: Any, embeds: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
     """The argument of the call that is the prompt; within, `encode_prompt` returns what `record` has kept of it."""
     kept = json.loads(bytes(embeds[TEXT].flatten().tolist()))
+    if not hasattr(pipeline, "encode_prompt"):
+        yield {"prompt": kept["prompt"]}
+        return
     returned = iter(_unpacked(kept["returned"], embeds))
     pipeline.encode_prompt = lambda *args, **kwargs: next(returned)
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 
 from viditq.errors import UserError
+from viditq.models.modular import MADE
 from viditq.models.registry import find_class
 from viditq.models.samplers import make_sampler
 from viditq.models.trial import TrialError, try_out
@@ -23,9 +24,12 @@ DETERMINISTIC = {
 }
 
 
-def build_scheduler(folder: Path, stored: str, name: str | None, settings: Mapping[str, Any]) -> Any:
+def build_scheduler(
+    folder: Path, stored: str, name: str | None, settings: Mapping[str, Any], made: Mapping[str, Any] | None = None
+) -> Any:
     """The scheduler in `folder`/scheduler, of class `stored`, or of class `name` with its settings and `settings`.
 
+    made: its settings, where there is no such folder.
     Raises UserError for a class or a setting that does not exist, and for one that cannot sample this model.
     """
     found = getattr(diffusers, name or stored, None)
@@ -35,7 +39,9 @@ def build_scheduler(folder: Path, stored: str, name: str | None, settings: Mappi
     known = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
     if unknown := sorted(set(settings) - set(known)):
         raise UserError(f"{SETTING}.{unknown[0]}: {cls.__name__} has no such setting. It has {', '.join(known)}.")
-    config = getattr(diffusers, stored).load_config(folder, subfolder="scheduler", local_files_only=True)
+    config = made
+    if config is None:
+        config = getattr(diffusers, stored).load_config(folder, subfolder="scheduler", local_files_only=True)
     try:
         return cls.from_config({**config, **settings})
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -52,7 +58,7 @@ def check_samples(adapter: Any, stored: str) -> None:
         try_out(adapter, scheduler)
     except TrialError as error:
         try:
-            try_out(adapter, build_scheduler(adapter.folder, stored, None, {}))
+            try_out(adapter, build_scheduler(adapter.folder, stored, None, {}, _made(adapter)))
         except TrialError:
             return
         raise UserError(
@@ -113,4 +119,10 @@ def make_scheduler(adapter: Any) -> Any:
     entry = adapter.index().get("scheduler")
     if not isinstance(entry, list) or entry[1] is None:
         raise UserError(f"The pipeline in {adapter.folder} has no scheduler.")
-    return build_scheduler(adapter.folder, entry[1], adapter.scheduler, adapter.scheduler_settings)
+    return build_scheduler(adapter.folder, entry[1], adapter.scheduler, adapter.scheduler_settings, _made(adapter))
+
+
+def _made(adapter: Any) -> Mapping[str, Any] | None:
+    """Settings of a scheduler that a modular pipeline makes itself."""
+    found: Mapping[str, Any] | None = adapter.index().get(MADE, {}).get("scheduler")
+    return found

@@ -27,7 +27,8 @@ def _own_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
 def text_settings(adapter: Any, pipeline: Any) -> dict[str, Any]:
     """Arguments of the call of a pipeline (or of its class) that is given a text, but for the text."""
     of_call = inspect.signature(pipeline.__call__).parameters
-    of_text = inspect.signature(pipeline.encode_prompt).parameters if adapter.conditioning == "text" else {}
+    encodes = adapter.conditioning == "text" and hasattr(pipeline, "encode_prompt")
+    of_text = inspect.signature(pipeline.encode_prompt).parameters if encodes else {}
     settings = {k: v for k, v in adapter.call.items() if k not in of_text}
     settings |= _own_settings(adapter, pipeline)  # also what both are told, as FIBO is its guidance
     settings |= {k: v for k, v in adapter.encode.items() if k in of_call}

@@ -44,7 +44,10 @@ def compute_on_cpu(pipeline: Any) -> Any:
     """The pipeline, computing there, whatever the first of its parts lies on: nothing is computed on stand-ins."""
     cls = type(pipeline)
     on_cpu = property(lambda _: CPU)
-    pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": on_cpu, "device": on_cpu})
+    devices: dict[str, Any] = {"_execution_device": on_cpu, "device": on_cpu}
+    if hasattr(cls, "_get_execution_device"):  # Cosmos 3 looks for itself, at its denoiser
+        devices["_get_execution_device"] = lambda _: CPU
+    pipeline.__class__ = type(cls.__name__, (cls,), devices)
     return pipeline
 
 
@@ -62,6 +65,9 @@ def pass_on(model: nn.Module) -> nn.Module:
     return model
 
 
+_latent_shapes: dict[tuple[Any, ...], torch.Size] = {}  # of what a VAE is shown; following a clip takes 10 seconds
+
+
 def stand_in_encoders(pipeline: Any, shown: list[Tensor]) -> None:
     """Let a pipeline of stand-ins encode pictures: to zeros, of the size that its VAE gives.
 
@@ -77,8 +83,11 @@ def stand_in_encoders(pipeline: Any, shown: list[Tensor]) -> None:
 
     def encoded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         shown.append(x)
-        out = encode(x.to("meta", vae.dtype))
-        return _Encoded(out.latent if hasattr(out, "latent") else out.latent_dist.mode())
+        known = (type(vae), str(vae.config), vae.dtype, x.shape)
+        if known not in _latent_shapes:
+            out = encode(torch.empty(x.shape, dtype=vae.dtype, device="meta"))
+            _latent_shapes[known] = (out.latent if hasattr(out, "latent") else out.latent_dist.mode()).shape
+        return _Encoded(torch.empty(_latent_shapes[known], device="meta"))
 
     vae.encode = encoded
     if hasattr(vae, "_encode"):

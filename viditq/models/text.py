@@ -22,7 +22,7 @@ def check_encodes(adapter: ModelAdapter, prompts: list[str]) -> None:
     index = adapter.index()
     tokenizer = "processor" if "processor" in index and "tokenizer" not in index else "tokenizer"
     absent = [part for part in (tokenizer, "text_encoder") if index.get(part, [None])[0] is None]
-    if adapter.conditioning == "text" and absent:
+    if adapter.conditioning == "text" and absent and not adapter.reads_words:
         raise UserError(
             f"The pipeline in {adapter.folder} holds no {' and no '.join(absent)}, and {len(prompts)} prompts have no "
             f"embeddings, first {prompts[0][:60]!r}. Add tokenizer and text_encoder to the folder, or give data.embeds."
@@ -41,13 +41,17 @@ def check_prompts(adapter: ModelAdapter, pipeline: Any, prompts: list[str]) -> N
 
 
 def _check_length(adapter: ModelAdapter, pipeline: Any, prompt: str, limit: int) -> None:
-    part = getattr(pipeline, adapter.prompt_tokenizer)
-    count = len(getattr(part, "tokenizer", part)(str(prompt))["input_ids"])  # a processor's first argument is a picture
+    count = num_tokens(getattr(pipeline, adapter.prompt_tokenizer), prompt)
     if count > limit:
         raise UserError(
             f"The prompt {prompt[:60]!r}... has {count} tokens, {adapter.name} takes at most "
             f"{limit} (model.max_tokens). Shorten it."
         )
+
+
+def num_tokens(tokenizer: Any, prompt: str) -> int:
+    """How many a tokenizer makes of a prompt, or that of a processor, whose own first argument is a picture."""
+    return len(getattr(tokenizer, "tokenizer", tokenizer)(str(prompt))["input_ids"])
 
 
 @torch.no_grad()

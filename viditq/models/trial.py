@@ -201,7 +201,7 @@ def _assembled(adapter: Any, parts: dict[str, Any]) -> Any:
     for name, value in adapter.index().items():
         if name in parts or not isinstance(value, list) or value[0] is None:
             continue
-        if value[0] == "transformers" or name.startswith("tokenizer"):
+        if (value[0] == "transformers" or name.startswith("tokenizer")) and not adapter.reads_words:
             parts[name] = None
             continue
         model = stand_in(adapter, name)

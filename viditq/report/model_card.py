@@ -22,6 +22,8 @@ from viditq.report.wording import num_bytes
 MARK = "<!-- viditq "
 TASKS = {"image": "text-to-image", "video": "text-to-video"}
 RESULTS = {"image": "images[0]", "video": "frames[0]"}
+OWN_RESULTS = {"Cosmos3OmniPipeline": "video"}
+"""Of pipelines that call it otherwise."""
 AVERAGES = {
     "average_weight_bits": "average bits of a weight",
     "average_activation_bits": "average bits of an activation",
@@ -140,7 +142,7 @@ class ModelCard:
             "dtype": f"{{{by_part}}}" if self.component_dtypes else f"torch.{self.dtype}",
             "given": given,
             "call": call,
-            "result": RESULTS[self.modality],
+            "result": OWN_RESULTS.get(self.pipeline, RESULTS[self.modality]),
         }
 
     def _again(self) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 import transformers
 
-from zoo import conditioned, families, text
+from zoo import conditioned, families, modular, text
 
 PICTURE = "<|image_pad|>"
 MARKS = ("<|vision_start|>", PICTURE, "<|vision_end|>", "<|video_pad|>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
@@ -53,6 +53,12 @@ def bria_fibo2() -> Any:
     parts = families.bria_fibo2().components
     processor = _qwen("Qwen3VLProcessor", parts["processor"], parts["text_encoder"])
     return diffusers.BriaFibo2Pipeline(**{**parts, "processor": processor})
+
+
+def flux3() -> Any:
+    pipeline = modular.flux3()
+    pipeline.update_components(tokenizer=_qwen("Qwen3VLProcessor", pipeline.tokenizer, pipeline.text_encoder))
+    return pipeline
 
 
 def kandinsky5_image() -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 
 
 def stirred(transformer: Any) -> Any:
@@ -20,7 +21,8 @@ def save(build: Callable[[], Any], folder: Path) -> None:
     """Random weights, the same every time; a class-conditional model's index names its classes, as its repository's."""
     torch.manual_seed(0)
     pipeline = build()
-    pipeline.save_pretrained(folder)
+    modular = {"overwrite_modular_index": True} if isinstance(pipeline, ModularPipeline) else {}
+    pipeline.save_pretrained(str(folder), **modular)
     if getattr(pipeline, "labels", None):
         names: dict[int, list[str]] = {}
         for name, number in pipeline.labels.items():

@@ -15,6 +15,8 @@ from torch.nn import functional
 from viditq.errors import UserError
 from viditq.models.native.op import INSTEAD, attention, check_head_dim, load
 
+CAUSAL = ("Cosmos3AttnProcessor",)
+_NO_MASK = "model.attention=native has neither a causal mask nor dropout."
 NAME = "viditq"  # in diffusers' dispatch, whose "native" is torch's
 
 
@@ -24,8 +26,10 @@ def takes_native(processor: Any) -> bool:
 
 
 def check_heads(denoiser: nn.Module) -> None:
-    """Raises UserError naming the first attention layer of `denoiser` whose head dim the kernel does not take."""
+    """Raises UserError naming the first attention layer of `denoiser` that the kernel does not take."""
     for name, module in _attention_layers(denoiser):
+        if type(module.processor).__name__ in CAUSAL:
+            raise UserError(f"{_NO_MASK} {type(denoiser).__name__}.{name} has one over the words. {INSTEAD}")
         head_dim = _head_dim(module)
         if head_dim is not None:
             check_head_dim(head_dim, f"{type(denoiser).__name__}.{name}")
@@ -134,6 +138,6 @@ def _like_torch(
 
 def _check_plain(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool, enable_gqa: bool) -> None:
     if dropout_p or is_causal:
-        raise UserError(f"model.attention=native has neither a causal mask nor dropout. {INSTEAD}")
+        raise UserError(f"{_NO_MASK} {INSTEAD}")
     if not enable_gqa and query.shape[2] != key.shape[2]:
         raise UserError(f"model.attention=native: {query.shape[2]} heads of queries, {key.shape[2]} of keys. {INSTEAD}")

@@ -87,12 +87,19 @@ def seeded_batch_size(arguments: Sequence[Any], seeds: Sequence[int]) -> int:
 
 
 def batch_size(arguments: Sequence[Any]) -> int:
-    """Length of the first batch among a denoiser's arguments: a tensor of more than one axis, or a list of tensors."""
-    for value in arguments:
+    """Length of the first batch among a denoiser's arguments: a tensor of more than one axis, or a list of tensors.
+
+    Tensors of two axes come last: they may be positions, which have no batch axis (Cosmos 3's).
+    """
+    for value in sorted(arguments, key=_is_flat):
         batch = value.ndim > 1 if isinstance(value, Tensor) else isinstance(value, list) and len(value) > 0
         if batch and (isinstance(value, Tensor) or isinstance(value[0], Tensor)):
             return len(value)
     raise UserError("the denoiser was called without a tensor that has a batch axis; it cannot be calibrated")
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim < 3
 
 
 def checked_linears(denoiser: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:

@@ -115,5 +115,8 @@ def _close(whole: Tensor, part: Tensor) -> bool:
 
 
 def _tokens(stored: Stored) -> int:
-    """Of one row of the hidden states, the first argument of three axes that has any."""
-    return next((t.shape[1] for t in stored.tensors if t.ndim > 2 and t.numel()), 1)
+    """Of one row of the hidden states, the first argument of three axes that has any; the most of sequences without a
+    batch axis.
+    """
+    sequences = [len(t) for t in stored.tensors if t.ndim == 2]
+    return next((t.shape[1] for t in stored.tensors if t.ndim > 2 and t.numel()), max(sequences, default=1))

@@ -18,7 +18,7 @@ from viditq.errors import UserError
 from viditq.mapped import NAMES
 
 ROWS, ELEMENT, SHARED = "rows", "element", "shared"
-"""How a tensor belongs to an element: its F rows, its one entry of E, or as a whole."""
+"""How a tensor belongs to an element: its F rows, its one entry of E, or as a whole (also where that is its own)."""
 LARGEST_HALF = 65520.0  # rounds to infinity in float16
 PLAIN = (bool, int, float, str, type(None))
 
@@ -44,6 +44,8 @@ class Call:
         self._nested: set[int] = set()  # places of tensors inside tuples: positions, as a rule
         structure = [self._taken_apart(part, None) for part in (list(args), dict(kwargs))]
         leading = next((len(t) for t in self.tensors if t.ndim > 2), None)
+        if leading is None and num_elements == 1 and any(t.ndim == 2 for t in self.tensors):
+            leading = 1  # sequences [N, C] without a batch axis (Cosmos 3's) are one row, each tensor as a whole
         if leading is None or leading % num_elements:
             raise UserError(
                 f"block {block} was called with {leading or 'no'} hidden states for a batch of {num_elements}; inputs "
