@@ -141,10 +141,8 @@ def complaints(module: str) -> Iterator[str]:
         if top == "viditq" and (wrong := complaint(module, imported)):
             yield wrong
         if floor < len(FLOORS) - TOP_FLOORS and top in ABOVE_ONLY:
-            yield (
-                f"{module} lies in {room} (floor {floor}) and imports {top}, which only "
-                f"{', '.join(name for names in FLOORS[-TOP_FLOORS:] for name in names if name)} may: move the line there."
-            )
+            may = ", ".join(name for names in FLOORS[-TOP_FLOORS:] for name in names if name)
+            yield f"{module} lies in {room} (floor {floor}) and imports {top}, which only {may} may: move the line there."
 
 
 def test_imports_go_down() -> None:
