@@ -1,7 +1,7 @@
 """`run.py`, or lines of Python, in a fork of a process that has only imported it, which takes many seconds.
 
-That one has run no test. Forked is not the tests' own process: whatever its thousands of tests have left there, threads'
-locks among it, would be in the run.
+It has run no test. The tests' own process is not what is forked: whatever its thousands of tests have left there,
+threads' locks among it, would be in the run.
 """
 
 import os

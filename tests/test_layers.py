@@ -142,7 +142,7 @@ def complaints(module: str) -> Iterator[str]:
             yield wrong
         if floor < len(FLOORS) - TOP_FLOORS and top in ABOVE_ONLY:
             may = ", ".join(name for names in FLOORS[-TOP_FLOORS:] for name in names if name)
-            yield f"{module} lies in {room} (floor {floor}) and imports {top}, which only {may} may: move the line there."
+            yield f"{module} lies in {room} (floor {floor}) and imports {top}, which only {may} may: move it there."
 
 
 def test_imports_go_down() -> None:
