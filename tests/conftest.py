@@ -1,5 +1,6 @@
 """Configurations, runs and copies of the shipped models that the whole-program tests share."""
 
+import gc
 import logging
 import os
 import shutil
@@ -32,6 +33,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """What the libraries make when they are imported is no garbage, and would be looked through again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.enable()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """At the end of Python triton reports what is not collected as leaked."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection() -> None:
+    """Letting go of a model collects garbage, which takes long where all that was imported is looked through."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def logged_lines_can_be_caught() -> None:
     """A run in this process prints what viditq logs itself, which keeps it from `caplog`."""
@@ -60,7 +82,7 @@ def run() -> Callable[..., dict[str, Any] | None]:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed shrunk run, only to be read; its cache, empty before, is `shared_cache`."""
     folder = tmp_path_factory.mktemp("runs") / "finished run"
-    run_shrunk(folder, folder.parent / "cache")
+    run_shrunk(folder, folder.parent / "cache", "benchmark.max_seconds=null")
     return folder
 
 

@@ -27,6 +27,7 @@ SHRUNK = [
     "++model.calibration_batch_size=1",
     "logger=none",
     "noise_floor.latents=0",  # a third of what the floors cost, which one test of test_run.py spends
+    "benchmark.max_seconds=0",  # a sixth of the run, which conftest.py's finished run spends
 ]
 
 config.register()
