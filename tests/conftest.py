@@ -20,15 +20,19 @@ from shrunk import SHRUNK, compose_config, run_shrunk
 from viditq.assets import SHIPPED
 
 LONGEST = (
-    *("test_processes.py", "test_sweep.py", "test_bad_input.py", "test_run.py", "test_configs.py", "test_zoo.py"),
-    *("test_estimate.py", "test_corrected_run.py", "test_search.py", "test_kills.py", "test_finished.py"),
-    *("test_damage.py", "test_comfyui.py", "test_leaderboard.py", "test_comfy_file.py", "test_vllm_omni.py"),
-    *("test_fit.py", "test_learn.py", "test_lora.py", "test_quantizer.py", "test_train_tiny.py", "test_loading.py"),
+    *("test_processes.py", "test_sweep.py", "test_configs.py", "test_estimate.py", "test_bad_input.py", "test_zoo.py"),
+    *("test_run.py", "test_search.py", "test_comfy_file.py", "test_fit.py", "test_corrected_run.py"),
+    *("test_finished.py", "test_kills.py", "test_best_run.py", "test_damage.py", "test_cli.py", "test_learn.py"),
+    *("test_train_tiny.py", "test_integer_backends.py", "test_native_attention.py", "test_compiled_run.py"),
+    *("test_leaderboard.py", "test_own_classes.py", "test_external_run.py", "test_trial.py", "test_quickstart.py"),
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that the processes that share the files end at about the same time."""
+    """The files that take longest (over 10 s) come first, so that the processes that share the files end together.
+
+    As long as xdist is told to leave the order (`--no-loadscope-reorder` in the Makefile).
+    """
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
