@@ -1,9 +1,10 @@
 """Configurations, runs and copies of the shipped models that the whole-program tests share."""
 
+import gc
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,43 @@ from shrunk import SHRUNK, compose_config, run_shrunk
 from viditq.assets import SHIPPED
 
 LONGEST = (
-    *("test_processes.py", "test_sweep.py", "test_bad_input.py", "test_run.py", "test_configs.py", "test_zoo.py"),
-    *("test_estimate.py", "test_corrected_run.py", "test_search.py", "test_kills.py", "test_finished.py"),
-    *("test_damage.py", "test_comfyui.py", "test_leaderboard.py", "test_comfy_file.py", "test_vllm_omni.py"),
-    *("test_fit.py", "test_learn.py", "test_lora.py", "test_quantizer.py", "test_train_tiny.py", "test_loading.py"),
+    *("test_processes.py", "test_sweep.py", "test_configs.py", "test_estimate.py", "test_bad_input.py", "test_zoo.py"),
+    *("test_run.py", "test_search.py", "test_comfy_file.py", "test_fit.py", "test_corrected_run.py"),
+    *("test_finished.py", "test_kills.py", "test_best_run.py", "test_damage.py", "test_cli.py", "test_learn.py"),
+    *("test_train_tiny.py", "test_integer_backends.py", "test_native_attention.py", "test_compiled_run.py"),
+    *("test_leaderboard.py", "test_own_classes.py", "test_external_run.py", "test_trial.py", "test_quickstart.py"),
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that the processes that share the files end at about the same time."""
+    """The files that take longest (over 10 s) come first, so that the processes that share the files end together.
+
+    As long as xdist is told to leave the order (`--no-loadscope-reorder` in the Makefile).
+    """
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """What the libraries make when they are imported is no garbage, and would be looked through again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """At the end of Python triton reports what is not collected as leaked."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection() -> None:
+    """Letting go of a model collects garbage, which takes long where all that was imported is looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +87,7 @@ def run() -> Callable[..., dict[str, Any] | None]:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed shrunk run, only to be read; its cache, empty before, is `shared_cache`."""
     folder = tmp_path_factory.mktemp("runs") / "finished run"
-    run_shrunk(folder, folder.parent / "cache")
+    run_shrunk(folder, folder.parent / "cache", "benchmark.max_seconds=null")
     return folder
 
 

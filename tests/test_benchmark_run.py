@@ -58,7 +58,7 @@ def test_speed_json(finished_run: Path) -> None:
 def emulated_run(run: Run, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of backend=fake."""
     folder = tmp_path_factory.mktemp("emulated") / "run"
-    run(folder, shared_cache, "backend=fake")
+    run(folder, shared_cache, "backend=fake", "benchmark.max_seconds=null")
     return folder
 
 
@@ -80,7 +80,7 @@ def test_it_is_measured_again_where_it_is_gone_and_the_page_follows(
     run: Run, run_copy: Path, shared_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run_copy / "speed.json").unlink()
-    run(run_copy, shared_cache, "benchmark.rounds=5")
+    run(run_copy, shared_cache, "benchmark.rounds=5", "benchmark.max_seconds=null")
     assert json.loads((run_copy / "speed.json").read_text())["rounds"] == 5
     assert "5 rounds in random order" in (run_copy / "report.html").read_text()
     out = capsys.readouterr().out

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from shrunk import SHRUNK
 
 from hydra_plugins import viditq_grid
 from viditq.config import check_overrides
@@ -38,6 +40,24 @@ METHODS = [
 PRESETS = [name for name in options("quant") if name != "base"]
 LAYERS = ["blocks.0.to_q", "blocks.0.ff"]
 SHIPPED_MODELS = ["tiny_image", "tiny_video", "tiny_i2v"]  # the hard ones are of the same classes
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*SHRUNK, "seed=3", "~metric.psnr", "+quant.rules=[{pattern: x, keep_float: true}]"],
+        ["quant/format@quant.weight=int4_group64", "name=x", "++model.path=a", "metric=[psnr]", "quant.weight.bits=8"],
+    ],
+)
+def test_what_tests_compose_is_what_hydra_composes(overrides: list[str], configure: Configure) -> None:
+    """They put values on top of files that are composed once."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        wanted = compose("config", overrides)
+    for _ in range(2):
+        found = configure(*overrides)
+        assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(wanted) and found == wanted
+        assert OmegaConf.is_struct(found) and OmegaConf.get_type(found) is OmegaConf.get_type(wanted)
+        found.name = "of one test"
 
 
 @pytest.mark.parametrize("name", options("experiment"))

@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -152,7 +152,7 @@ def test_second_run_only_prints(
 ) -> None:
     before = contents(finished_run), contents(shared_cache)
     refuse_work(monkeypatch)
-    assert run(finished_run, shared_cache) == strict_json(finished_run / "metrics.json")
+    assert run(finished_run, shared_cache, "benchmark.max_seconds=null") == strict_json(finished_run / "metrics.json")
     assert (contents(finished_run), contents(shared_cache)) == before
     out = capsys.readouterr().out
     assert out.count("already") == 11 and "PSNR" in out and str(finished_run / "comparison.png") in out
@@ -391,12 +391,12 @@ save_file({"samples": samples, "picture": picture}, out)
 
 
 def test_artifact_alone_gives_the_same_samples(finished_run: Path, tmp_path: Path) -> None:
-    """A fresh process that sees neither statistics nor cache nor run, only the artifact's folder."""
+    """A process that has seen neither statistics nor cache nor run, only the artifact's folder."""
     shutil.copytree(finished_run / "quantized", tmp_path / "alone" / "quantized")
     prompts = strict_json(finished_run / "per_prompt.json")["prompts"]
     arguments = [str(tmp_path / "alone"), json.dumps(prompts), str(tmp_path / "out.safetensors")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", USE_ARTIFACT, *arguments], check=True, cwd=tmp_path, env=environment)
+    process = Forked(tmp_path, "alone", *arguments, here=tmp_path, code=USE_ARTIFACT)
+    assert process.ended()[0] == 0, process.report()
     out = load_file(tmp_path / "out.safetensors")
     assert out["picture"].shape == (1, 3, 32, 32) and out["picture"].isfinite().all()
     for index in range(2):

@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from tests.forked import Forked
 from viditq import runner
 from viditq.errors import UserError
 from viditq.estimate import Estimate, estimate
@@ -28,7 +26,6 @@ from viditq.quant.execution.backends import FakeBackend
 from viditq.run_dir import RunDir
 from viditq.stages import FUNCTIONS
 
-ROOT = Path(__file__).parents[2]
 VIDEO = (
     "model=tiny_video",
     "metric=psnr",
@@ -253,12 +250,13 @@ def test_an_unknown_mode_is_refused(run: Callable[..., Any], tmp_path: Path) -> 
 
 
 def test_the_command_leaves_nothing_behind(tmp_path: Path, shrunk: list[str]) -> None:
-    command = [sys.executable, str(ROOT / "run.py"), *shrunk, "estimate=meta"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "Estimate of smoke on tiny_image" in done.stdout
-    assert not list(tmp_path.iterdir())
+    here = tmp_path / "here"
+    here.mkdir()
+    command = Forked(tmp_path, "said", *shrunk, "estimate=meta", here=here)
+    code, out, _ = command.ended()
+    assert code == 0, command.report()
+    assert "Estimate of smoke on tiny_image" in out
+    assert not list(here.iterdir())
 
 
 def test_a_model_whose_shapes_depend_on_values_is_told_of(

@@ -54,7 +54,11 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Slow: the second of the same names of a release.
+SECOND = ("pixart_sigma", "wan2.1_1.3b", "sd3.5_medium")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SECOND)) for n in MODELS])
 def test_there_and_back_of_every_release(name: str, tmp_path: Path) -> None:
     save(MODELS[name][0], tmp_path / "model")
     settings = [f"model.path='{tmp_path}/model'"]

@@ -1,6 +1,8 @@
 """Every file of conf/metric composes, alone and in its set, and builds a metric that labels itself."""
 
+import copy
 import inspect
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,28 +22,31 @@ SIDES = {"features", "clip", "network", "head"}
 NAMES = sorted(path.stem for path in (CONF / "metric").glob("*.yaml") if path.stem not in SETS)
 
 
-def composed(name: str) -> DictConfig:
+@cache
+def _composed(name: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(f"metric/{name}").metric
 
 
+def composed(name: str) -> DictConfig:
+    """The node `metric` with this file alone, which a test may change."""
+    return copy.deepcopy(_composed(name))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_builds(name, tiny_features, clip_folder, lpips_of, image_reward, head_of):
+def test_builds_of_parts_that_take_the_arguments_that_are_set(
+    name, tiny_features, clip_folder, lpips_of, image_reward, head_of
+):
     node = composed(name)[name]
+    for part in SIDES & set(node):
+        arguments = {key for key in node[part] if key != "_target_"}
+        assert arguments <= set(inspect.signature(get_method(node[part]._target_)).parameters)
     networks = {"lpips": lpips_of("alex"), "image_reward": image_reward, "dover": Identity()}
     parts = {"features": tiny_features, "clip": load_clip(str(clip_folder)), "head": head_of(16)}
     parts["network"] = networks.get(name)
     metric = instantiate(node, **{key: part for key, part in parts.items() if key in node})
     assert isinstance(metric, StreamingMetric) and isinstance(metric, get_class(node._target_))
     assert metric.name and isinstance(metric.unit, str) and metric.higher_is_better in (True, False, None)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if SIDES & set(composed(name)[name])])
-def test_parts_take_the_arguments_that_are_set(name):
-    node = composed(name)[name]
-    for part in SIDES & set(node):
-        arguments = {key for key in node[part] if key != "_target_"}
-        assert arguments <= set(inspect.signature(get_method(node[part]._target_)).parameters)
 
 
 WITH_FILES = {

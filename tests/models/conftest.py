@@ -1,20 +1,11 @@
 """What the tests of models share: folders of tiny random pipelines."""
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from zoo.saving import save
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection() -> Iterator[None]:
-    """Each load of a pipeline collects garbage, which takes longer than a tiny run with all the libraries' modules."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,11 @@ def test_blocks_can_be_reconstructed(model: str, shrink: Callable[..., Any], tmp
     assert all(0 < record["errors"][record["kept"]] < 0.5 for record in records)
 
 
-@pytest.mark.parametrize("model", DISTINCT)
+# Slow: the second of the same class of pipelines.
+SECOND = ("pixart_sigma", "wan2.2_5b", "flux_schnell", "cogvideox_5b", "sd3.5_medium")
+
+
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m in SECOND)) for m in DISTINCT])
 def test_cached_embeddings_and_the_pipelines_own_call_agree(
     model: str, adapter_of: Callable[..., ModelAdapter], tmp_path: Path
 ) -> None:

@@ -529,19 +529,26 @@ BAD_GRIDS = [
     ("hydra.sweeper.max_batch_size=a", "max_batch_size=a"),
     ("+hydra.sweeper.what=3", "hydra.sweeper.what"),
 ]
-BAD = [(["experiment=tune_alpha", setting], words) for setting, words in BAD_TUNINGS]
-BAD += [(["-m", "experiment=bench", setting], words) for setting, words in BAD_GRIDS]
+# Slow: second values of keys that stay; those of a tuning are refused without Hydra above.
+SELDOM = (
+    *("hydra.sweeper.n_trials=0", "hydra.sweeper.params=3", "hydra.sweeper.params.experiment=null"),
+    *("hydra.sweeper.params.experiment=[naive]", "hydra.sweeper.params.bits=w9a9", "hydra.sweeper.max_batch_size=a"),
+)
+BAD = [(["experiment=tune_alpha"], *bad) for bad in BAD_TUNINGS] + [(["-m", "experiment=bench"], *b) for b in BAD_GRIDS]
 
 
-@pytest.mark.parametrize(("arguments", "words"), BAD)
+@pytest.mark.parametrize(
+    ("what", "setting", "words"), [pytest.param(*b, marks=[pytest.mark.slow] * (b[1] in SELDOM)) for b in BAD]
+)
 def test_bad_settings_on_the_command_line(
-    arguments: list[str],
+    what: list[str],
+    setting: str,
     words: str,
     sweep_here: Sweep,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(runner, "run", lambda cfg, folder, **_: pytest.fail("a job was started"))
-    assert sweep_here(*arguments) == 2
+    assert sweep_here(*what, setting) == 2
     err = capfd.readouterr().err
     assert words in err and "Traceback" not in err

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from omegaconf import DictConfig
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from viditq.engine.logged_run import numbers
 
@@ -20,6 +19,8 @@ MEASURED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def sweep() -> dict[str, Any]:
+    from wandb.sdk.launch.sweeps.utils import load_sweep_config  # takes two seconds, which not every worker needs
+
     found = load_sweep_config(str(FILE))
     assert found is not None
     return found
@@ -27,6 +28,8 @@ def sweep() -> dict[str, Any]:
 
 def words_of(sweep: dict[str, Any], trial: dict[str, Any]) -> list[str]:
     """What the agent starts, as `Agent._command_run` makes it."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
     given = {"args": {key: {"value": value} for key, value in trial.items()}}
     filled: dict[str, Any] = create_sweep_command_args(given)
     filled |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [sweep["program"]]}

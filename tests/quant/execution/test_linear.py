@@ -35,6 +35,8 @@ ACTIVATIONS += [
     QuantSpec(6, False, "group", 16),
 ]
 
+INTERPRETED = ("cuda", "triton")
+
 
 def reference(x: torch.Tensor, scheme: LayerScheme, weight: torch.Tensor, s: torch.Tensor, bounds) -> torch.Tensor:
     """Plain, slow, float32: codes formed and turned back, group by group."""
@@ -82,21 +84,43 @@ def make(scheme: LayerScheme, dtype: torch.dtype = torch.float32, backend: str =
     return layer, linear, x, s, bounds
 
 
-@pytest.mark.parametrize("backend", BACKENDS.names())
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_format_on_every_backend(backend, weight, activation):
-    scheme = LayerScheme(weight, activation)
-    if not get_backend(backend).supports(scheme):
+def formats_of(backend: str, activation: QuantSpec | None) -> list[QuantSpec | None]:
+    """Those of weights that the backend takes beside it; the test is skipped where it takes none or cannot run here."""
+    weights = [weight for weight in WEIGHTS if get_backend(backend).supports(LayerScheme(weight, activation))]
+    if not weights:
         pytest.skip(f"{backend} does not support this format")
     if (reason := why_unavailable(get_backend(backend))) is not None:
         pytest.skip(f"{backend} cannot run here: {reason}")
+    return weights
+
+
+def assert_is_the_reference(backend: str, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
+    scheme = LayerScheme(weight, activation)
     layer, linear, x, s, bounds = make(scheme, backend=backend)
     kept = x.clone()
     y = layer(x)
     assert torch.equal(x, kept)
     want = reference(x, scheme, linear.weight, s, bounds) + linear.bias
-    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4, msg=lambda text: f"{weight}: {text}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS.names())
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_format_on_every_backend(backend, activation):
+    """Two of weights in turn where triton's interpreter stands for a GPU."""
+    weights, place = formats_of(backend, activation), ACTIVATIONS.index(activation)
+    few = [weights[(place + i * 7) % len(weights)] for i in range(2)]
+    for weight in few if backend in INTERPRETED else weights:
+        assert_is_the_reference(backend, weight, activation)
+
+
+# Slow: every pair of formats, a tenth of a second each; test_integer_backends.py has others of them.
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", INTERPRETED)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_pair_of_formats_in_triton(backend, activation):
+    for weight in formats_of(backend, activation):
+        assert_is_the_reference(backend, weight, activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
