@@ -180,9 +180,7 @@ def test_whole_run(
     reference = Path(read_json(tmp_path / "run" / "per_prompt.json")["reference"])
     ours = load_sample(sample_path(reference, 0, adapter.modality))
     assert ours.shape == (case.frames, 3, case.size, case.size) and ours.float().std() > 1
-    theirs = (
-        (_as_tensor(out[0]).float().clamp(0, 1) * 255).round().reshape(ours.shape)
-    )  # Cosmos 3 returns no batch axis
+    theirs = (_as_tensor(out[0]).float().clamp(0, 1) * 255).round().reshape(ours.shape)  # Cosmos 3's has no batch axis
     assert (ours.float() - theirs).abs().max() <= 1
     if sound is not None:
         wave = load_sound(sound_path(reference, 0))[0]

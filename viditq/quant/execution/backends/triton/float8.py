@@ -43,9 +43,7 @@ def load() -> Any:
         ("float8_quantize", QUANTIZE, _quantize, _quantized_shapes),
         ("triton_float8_multiply", MULTIPLY, _multiply, _product_shape),
     ):
-        torch.library.define(f"viditq::{name}", schema)
-        torch.library.impl(f"viditq::{name}", ("cpu", "cuda"), run)
-        torch.library.register_fake(f"viditq::{name}", shapes)
+        ops.define(name, schema, run, shapes)
     return float8_kernels
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -51,10 +51,15 @@ def load() -> Any:
         ("triton_quantize", QUANTIZE, _quantize, _quantized_shapes),
         ("triton_multiply", MULTIPLY, _multiply, product_shape),
     ):
-        torch.library.define(f"viditq::{name}", schema)
-        torch.library.impl(f"viditq::{name}", ("cpu", "cuda"), run)
-        torch.library.register_fake(f"viditq::{name}", shapes)
+        define(name, schema, run, shapes)
     return kernels
+
+
+def define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """An operator of torch that launches on the current stream, with its shapes described for torch.compile."""
+    torch.library.define(f"viditq::{name}", schema)
+    torch.library.impl(f"viditq::{name}", ("cpu", "cuda"), run)
+    torch.library.register_fake(f"viditq::{name}", shapes)
 
 
 def interpreted() -> bool:
