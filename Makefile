@@ -41,8 +41,10 @@ $(STAMP): pyproject.toml constraints.txt
 	  f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	"$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
-	"$(BIN)/python" -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
-	@echo "== bytecode, on all cores: pip would take twice as long on one"
+	@echo "== bytecode on the cores that pip leaves free: it would take twice as long on its one"
+	"$(BIN)/python" -m compileall -q -q "$(VENV)/lib" & \
+	  "$(BIN)/python" -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"; \
+	  status=$$?; wait; exit $$status
 	"$(BIN)/python" -m compileall -q -q -j 0 "$(VENV)/lib" || true # some packages hold templates, which are no Python
 	@touch "$(STAMP)"
 

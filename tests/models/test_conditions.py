@@ -151,7 +151,7 @@ MORE: dict[str, tuple[Callable[[], Any], list[str], dict[str, int], dict[str, in
     ),
 }
 QUICK = (conditioned.wan_i2v, conditioned.wan22_i2v, conditioned.flux_kontext, guessed_videos.sana_wm)
-QUICK_MORE = ("easyanimate_inpaint", "motif_video_i2v")  # a tensor; an encoder that stays
+QUICK_MORE = ("easyanimate_inpaint",)  # a tensor; slow: an encoder that stays, and further classes
 CASES = {b.__name__: (b, own, roles, dict.fromkeys(names)) for b, (own, roles, names) in KNOWN.items()}
 SLOW = {build.__name__ for build in KNOWN if build not in QUICK} | {name for name in MORE if name not in QUICK_MORE}
 

@@ -294,7 +294,7 @@ def test_denoisers(build: Callable[[], tuple[nn.Module, dict[str, Any]]], seeded
 
 
 @needs_kernel
-@pytest.mark.parametrize("build", [pixart, flux])
+@pytest.mark.parametrize("build", [flux, pytest.param(pixart, marks=pytest.mark.slow)])  # slow: a second class
 @torch.no_grad()
 def test_denoisers_compile_whole(build: Callable[[], tuple[nn.Module, dict[str, Any]]], seeded: None) -> None:
     model, given = build()

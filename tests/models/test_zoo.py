@@ -270,7 +270,11 @@ def test_timestep_of_z_image_runs_backwards(shrink: Callable[..., Any], tmp_path
 # Pipelines without a yaml ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [images.flux_dev, images.sd35, videos.wan22, videos.latte])
+# Slow: a second model of each kind; test_generic.py has what is guessed of more classes, without a run.
+@pytest.mark.parametrize(
+    "build",
+    [images.flux_dev, videos.wan22, *(pytest.param(b, marks=pytest.mark.slow) for b in (images.sd35, videos.latte))],
+)
 def test_any_pipeline_by_its_folder_alone(
     build: Callable[[], Any],
     configure: Configure,
