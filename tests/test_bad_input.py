@@ -44,6 +44,11 @@ WITHOUT_SLOW_WORK = {
     "unknown backend": (["backend=cudnn"], ["'cudnn'", "fake"]),
     "a backend of GPUs on a CPU": (["backend=cuda"], ["backend=cuda", "on cpu", "backend=auto", "trainer=gpu"]),
     "kernels of GPUs on a CPU": (["backend=triton"], ["backend=triton", "on cpu", "backend=auto", "trainer=gpu"]),
+    "attention in a list": (["quant.attention=[int8_qk]"], ["quant.attention=", "choose null or one of"]),
+    "scales of attention in a list": (
+        ["quant.attention=int8_qk", "quant.attention_granularity=[token]"],
+        ["quant.attention_granularity=", "choose one of token"],
+    ),
     "unknown attention": (["quant.attention=int4_qk"], ["'int4_qk'", "null", "int8_qk_fp8_pv"]),
     "unknown layer pattern": (
         ["quant.rules=[{pattern: '*.attn9.*', keep_float: true}]"],

@@ -110,3 +110,9 @@ def test_judge_is_a_run_that_takes_what_lies_there_as_it_is(artifact: Path, tmp_
     assert "import it first" in capsys.readouterr().err
     assert main(["judge", str(tmp_path / "nothing")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_command_that_there_is_not_is_told_with_those_near(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["wich", "outputs/tiny_video"]) == 2
+    error = capsys.readouterr().err
+    assert "no command 'wich'; close names: which" in error and "KEY=VALUE" in error and "quotes" not in error

@@ -14,10 +14,15 @@ def is_hub_id(path: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
 
 
+def index_name(folder: Path) -> str:
+    """The file that names a pipeline's parts."""
+    return next((name for name in INDICES if (folder / name).is_file()), INDICES[0])
+
+
 def check_pipeline(folder: Path) -> None:
     """Raises UserError for a folder that is not laid out as diffusers' pipelines are."""
     if not any((folder / name).is_file() for name in INDICES):
-        raise UserError(f"{folder} holds no diffusers pipeline: {INDICES[0]} is missing there.")
+        raise UserError(f"{folder} holds no diffusers pipeline: {' or '.join(INDICES)} is missing there.")
 
 
 def resolve(path: str) -> Path:

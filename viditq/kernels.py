@@ -137,6 +137,8 @@ def _build(command: list[str], folder: Path) -> None:
     """Under the lock: clears what killed builds left, compiles beside `folder` and renames."""
     for left in (folder, *folder.parent.glob(f"{folder.name}-*")):
         shutil.rmtree(left, ignore_errors=True)
+        if left.is_file():
+            left.unlink()
     logger.info("building the native kernels, once, into %s", folder)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as name:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from viditq import cli, config
 from viditq.conf_folder import CONF
+from viditq.errors import close_names
 
 config.register()
 
@@ -44,5 +45,9 @@ def main(words: list[str] | None = None) -> int:
         if isinstance(found, int):
             return found
         words = found
+    elif words and words[0].isidentifier():  # Hydra would ask for quotes
+        known = close_names(words[0], config.COMMANDS)
+        cli.print_error(f"There is no command {words[0]!r}; {known}. A run takes KEY=VALUE: viditq experiment=w4a8.")
+        return 2
     sys.argv = ["viditq", *words]
     return cli.guarded_main(run)

@@ -21,6 +21,8 @@ from viditq.data.samples import (
     save_sound,
     sound_path,
 )
+from viditq.errors import UserError
+from viditq.wav import wav_bytes
 
 WITH_SOUND = "video with sound"
 
@@ -122,3 +124,17 @@ def test_samples_of_an_earlier_version(folder: tuple[Path, str]) -> None:
     assert adopt_samples(where, 3, modality) == 2
     exchange(sample_path(where, 1, modality))
     assert missing_samples(where, 3, modality) == [1, 2]
+
+
+def test_sounds_that_are_not_alike_are_refused_by_name(tmp_path: Path) -> None:
+    sound = torch.arange(68, dtype=torch.int16).repeat(2, 1)
+    for index, (wave, rate) in enumerate(
+        [(sound, 24000), (sound, 24000), (sound[:1], 24000), (sound, 12000), (sound[:, :0], 24000)]
+    ):
+        samples.sound_path(tmp_path, index).write_bytes(wav_bytes(wave, rate))
+    paths = [samples.sound_path(tmp_path, index) for index in range(5)]
+    sounds, rate = samples.sounds_alike(paths[:2])
+    assert rate == 24000 and all(torch.equal(one, sound) for one in sounds)
+    for other, told in zip(paths[2:], ("1 channels of 68 values", "12000 a second", "2 channels of 0"), strict=True):
+        with pytest.raises(UserError, match=f"{other.name} has .*{told}|{told}.*Delete"):
+            samples.sounds_alike([*paths[:2], other])

@@ -11,7 +11,17 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader
 
 from viditq.engine import progress as module
-from viditq.engine.progress import BatchCount, Forecast, Progress, RunLeft, StageBar, about, callbacks, following
+from viditq.engine.progress import (
+    BatchCount,
+    BatchLines,
+    Forecast,
+    Progress,
+    RunLeft,
+    StageBar,
+    about,
+    callbacks,
+    following,
+)
 from viditq.engine.trainer import Trainer
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
@@ -104,4 +114,18 @@ def test_a_bar_of_ones_own_or_none() -> None:
     kinds = [
         [type(one) for one in callbacks(*given)] for given in (([], True), ([], False), ([TQDMProgressBar()], True))
     ]
-    assert kinds == [[BatchCount, StageBar], [BatchCount], [TQDMProgressBar, BatchCount]]
+    assert kinds == [[BatchCount, StageBar, BatchLines], [BatchCount], [TQDMProgressBar, BatchCount]]
+
+
+def test_in_a_file_a_line_now_and_then_says_where_a_loop_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar appears there only when its loop ends."""
+    batches, told = DataLoader(torch.zeros(3), batch_size=1), "  generate 1/1: {} of 3 batches; run: about 5 s left"
+    for every, expected in ((0.0, [told.format(n) for n in (1, 2, 3)]), (30.0, [])):
+        monkeypatch.setattr(module, "LINE_EVERY", every)
+        with following(Progress(["generate"])) as progress:
+            progress.begin(1, Forecast())
+            Trainer(**QUIET).predict(Idle(), batches)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.rstrip() for line in lines if line.startswith("  generate")] == expected

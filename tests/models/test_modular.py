@@ -104,6 +104,10 @@ def test_an_index_of_blocks_reads_as_that_of_a_pipeline(folder_of: Callable[...,
     assert index[MADE] == {"scheduler": {"shift": 6.93}}
     write_json(tmp_path / "modular_model_index.json", {"_class_name": "SoraModularPipeline"})
     assert read_index(tmp_path) == {"_class_name": "SoraModularPipeline"}
+    for values in ([1, 2], {"vae": [None, "AutoencoderKLFlux2", None]}):
+        write_json(tmp_path / "modular_model_index.json", values)
+        with pytest.raises(UserError, match=r"modular_model_index\.json is damaged"):
+            read_index(tmp_path)
 
 
 def test_a_scheduler_that_is_stored_goes_before_the_blocks_own(

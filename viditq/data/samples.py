@@ -5,6 +5,7 @@ one that was exchanged or altered is made again instead of used.
 """
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,26 @@ def save_sound(path: Path, sound_AT: Tensor, rate: int) -> None:
 def load_sound(path: Path) -> tuple[Tensor, int]:
     """Read the sound of one sample: int16 [A, T] and its rate. Raises UserError for a damaged or missing file."""
     return read_wav(path)
+
+
+def sounds_alike(paths: Sequence[Path]) -> tuple[list[Tensor], int]:
+    """The sounds in these files and their rate.
+
+    Raises UserError as `load_sound`, and for one of other channels, length or rate than the first: no pair of them is
+    to be compared, or played, as if it were alike.
+    """
+    sounds, rates = zip(*(load_sound(path) for path in paths), strict=True)
+    for path, sound, rate in zip(paths, sounds, rates, strict=True):
+        if (sound.shape, rate) != (sounds[0].shape, rates[0]):
+            raise UserError(
+                f"Sound {path} has {_told(sound, rate)}, {paths[0]} has {_told(sounds[0], rates[0])}. Delete the one "
+                "that is wrong and run the command again."
+            )
+    return [*sounds], rates[0]
+
+
+def _told(sound_AT: Tensor, rate: int) -> str:
+    return f"{len(sound_AT)} channels of {sound_AT.shape[1]} values, {rate} a second"
 
 
 def checksum_path(path: Path) -> Path:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from viditq.data.prompts import PromptData
-from viditq.data.samples import load_sample, load_sound, sample_path, sound_path
+from viditq.data.samples import load_sample, sample_path, sound_path, sounds_alike
 from viditq.metrics.batch import EvalBatch, Sound
 from viditq.metrics.streaming import summarise
 
@@ -58,9 +58,10 @@ class Pairs(Dataset[EvalBatch | None]):
         return torch.stack([load_sample(sample_path(folder, i, self.kind)) for i in indices])
 
     def _sound(self, indices: list[int]) -> Sound:
-        found = [[load_sound(sound_path(folder, i)) for i in indices] for folder in (self.samples, self.references)]
-        samples, references = (torch.stack([sound for sound, _ in sounds]) for sounds in found)
-        return Sound(samples, references, found[0][0][1])
+        folders = (self.references, self.samples)
+        sounds, rate = sounds_alike([sound_path(folder, i) for folder in folders for i in indices])
+        references, samples = torch.stack(sounds).chunk(2)
+        return Sound(samples, references, rate)
 
 
 class Evaluation(L.LightningModule):

@@ -9,11 +9,13 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
 BAR_WIDTH = 12  # of 80 characters, as there is more to say
+LINE_EVERY = 30.0  # seconds, where bars are not drawn: in a file or a pipe
 SETTLED = 0.02  # of a loop: before, its rate tells little
 
 
@@ -184,7 +186,33 @@ class BatchCount(L.Callback):
             progress.batch(index + 1, int(sum(totals)))
 
 
+class BatchLines(L.Callback):
+    """Where a bar would only appear when its stage ends: a line now and then, with what is left of the run."""
+
+    def __init__(self) -> None:
+        self._told = time.monotonic()
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._tell(trainer, trainer.num_predict_batches, batch_idx)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._tell(trainer, trainer.num_test_batches, batch_idx)
+
+    def _tell(self, trainer: L.Trainer, totals: Sequence[int | float], index: int) -> None:
+        progress, now = _PROGRESS.get(), time.monotonic()
+        if progress is None or not trainer.is_global_zero or now - self._told < LINE_EVERY:
+            return
+        self._told, left = now, progress.left()
+        rest = "" if left is None else f"; run: {about(left)} left"
+        print(f"  {progress.described}: {index + 1} of {int(sum(totals))} batches{rest}", flush=True)
+
+
 def callbacks(given: Sequence[L.Callback], bar: bool) -> list[L.Callback]:
     """Those of a trainer: the given ones and ours. bar: whether one is to be shown, where none is given."""
     shown = bar and not any(isinstance(callback, ProgressBar) for callback in given)
-    return [*given, BatchCount(), *([StageBar()] if shown else [])]
+    lines = [] if Console().is_terminal else [BatchLines()]
+    return [*given, BatchCount(), *([StageBar(), *lines] if shown else [])]

@@ -17,6 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from viditq.assets import index_name
 from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.mapped import is_finite
@@ -69,7 +70,7 @@ def check_contents(adapter: Described, without: Collection[str] = (), lenient: b
     entries = {name: entry for name, entry in adapter.index().items() if isinstance(entry, list)}
     own_scheduler = adapter.call.get("sampler") is not None
     if not own_scheduler and entries.get("scheduler", [None])[0] is None:
-        raise UserError(f"model_index.json of {adapter.folder} names no scheduler. {COPY_AGAIN}")
+        raise UserError(f"{index_name(adapter.folder)} of {adapter.folder} names no scheduler. {COPY_AGAIN}")
     made = adapter.index().get(MADE, ())
     for name, (library, class_name) in entries.items():
         if library is None or name in without or name in made or (name == "scheduler" and own_scheduler):
@@ -79,7 +80,7 @@ def check_contents(adapter: Described, without: Collection[str] = (), lenient: b
             check_part(cls, adapter.part_folder(name, weights=not lenient), adapter.variant, lenient)
         elif library in ("diffusers", "transformers"):
             raise UserError(
-                f"model_index.json of {adapter.folder} names {class_name} as {name}; the installed "
+                f"{index_name(adapter.folder)} of {adapter.folder} names {class_name} as {name}; the installed "
                 f"{library} has no such class. Install a version that has it."
             )
     if adapter.variant and not lenient:
@@ -111,7 +112,7 @@ def parts_by_variant(adapter: Described) -> tuple[list[str], list[str]]:
 def check_part(cls: Any, folder: Path, variant: str | None, lenient: bool) -> None:
     """Raises UserError unless `folder` holds what a part of class `cls` is made of, and nothing else."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing, a part that model_index.json names. {COPY_AGAIN}")
+        raise UserError(f"{folder} is missing, a part that {index_name(folder.parent)} names. {COPY_AGAIN}")
     if issubclass(cls, transformers.PreTrainedTokenizerBase):
         _check_vocabulary(cls, folder)
     elif issubclass(cls, nn.Module):

@@ -23,6 +23,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import nn
 
 from viditq.assets import INDICES
+from viditq.errors import UserError
 from viditq.files import read_json
 from viditq.models.weight_files import COPY_AGAIN, variant_of
 
@@ -197,9 +198,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     What only its blocks know of is in neither (a scheduler with their own settings): it is told under MADE.
     """
     if (folder / PLAIN).is_file() or not (folder / MODULAR).is_file():
-        plain: dict[str, Any] = read_json(folder / PLAIN, COPY_AGAIN)
-        return plain
-    values = read_json(folder / MODULAR, COPY_AGAIN)
+        return _mapping(folder / PLAIN)
+    values = _mapping(folder / MODULAR)
     cls = driver(str(values.get("_class_name")))
     parts = {name: _entry(value) for name, value in values.items() if isinstance(value, list) and len(value) == 3}
     if cls is None:
@@ -213,6 +213,16 @@ def read_index(folder: Path) -> dict[str, Any]:
         **{name: entries[name] for name in wanted if name in entries},
         MADE: settings,
     }
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    values = read_json(file, COPY_AGAIN)
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it holds {type(values).__name__}, not names and parts. {COPY_AGAIN}")
+    for name, value in values.items():
+        if file.name == MODULAR and isinstance(value, list) and len(value) == 3 and not isinstance(value[2], dict):
+            raise UserError(f"{file} is damaged: {name} is {value!r}, not [library, class, where it is]. {COPY_AGAIN}")
+    return values
 
 
 def _from_config(cls: type[Driver]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def waveforms(adapter: Any, out: Sequence[Any], count: int) -> Tensor:
     Raises UserError where it has none, or of another number of samples, or one that is not finite.
     """
     found = torch.as_tensor(out[1]) if len(out) > 1 and out[1] is not None else None
-    if found is None or found.ndim not in (2, 3) or len(found) != count:
+    if found is None or found.ndim not in (2, 3) or len(found) != count or not found.numel():
         what = "none" if found is None else f"one of shape {[*found.shape]}"
         raise UserError(
             f"{adapter.pipeline} has {' and '.join(PARTS)}, and returns no waveform for each of {count} samples but "

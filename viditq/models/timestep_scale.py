@@ -27,6 +27,9 @@ def measured_scale(adapter: Any) -> float | dict[str, Any]:
     try:
         steps = try_out(adapter, make_scheduler(adapter), max(adapter.num_steps, FEWEST))
     except TrialError as error:
+        if "height" in str(error) and "width" in str(error):
+            refused = f"{adapter.pipeline} takes no such size: {error}. Set model.height and model.width."
+            raise UserError(refused) from error
         raise UserError(f"What {adapter.pipeline} tells its denoiser cannot be measured ({error}). {REMEDY}") from error
     check_levels([step.level for step in steps], f"{adapter.pipeline}: measured on its scheduler")
     noisy, clean = (pick(steps, key=lambda step: step.level) for pick in (max, min))

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from viditq import provenance
-from viditq.data.samples import load_sample, load_sound, sample_path, sound_path
+from viditq.data.samples import load_sample, sample_path, sound_path, sounds_alike
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.job import Job
@@ -67,7 +67,7 @@ def _clips(job: Job, index: int) -> tuple[Tensor, Tensor]:
 def _sounds(job: Job, index: int) -> tuple[Tensor, Tensor, int]:
     """The float and the quantized sound of a prompt, int16 [A, T], and their rate."""
     folders = (job.reference.path, job.run_dir.samples)
-    (reference, rate), (sample, _) = (load_sound(sound_path(folder, index)) for folder in folders)
+    (reference, sample), rate = sounds_alike([sound_path(folder, index) for folder in folders])
     return reference, sample, rate
 
 

@@ -54,7 +54,7 @@ SCORES_AT_ONCE = 2**25
 
 def check_attention(kind: str | None, granularity: str = "token") -> None:
     """Raises UserError for an unknown name, and for groups of tokens where nothing is emulated."""
-    if granularity not in GRANULARITIES:
+    if not isinstance(granularity, str) or granularity not in GRANULARITIES:
         allowed = ", ".join(GRANULARITIES)
         raise UserError(f"quant.attention_granularity={granularity!r}: choose one of {allowed}.")
     if kind is None and granularity != "token":
@@ -62,7 +62,7 @@ def check_attention(kind: str | None, granularity: str = "token") -> None:
             f"quant.attention_granularity={granularity} goes with an attention that is emulated: set "
             f"quant.attention to one of {', '.join(KINDS)}, or leave this out."
         )
-    if kind is not None and kind not in KINDS:
+    if kind is not None and (not isinstance(kind, str) or kind not in KINDS):
         raise UserError(f"quant.attention={kind!r}: choose null or one of {', '.join(KINDS)}.")
 
 
