@@ -5,6 +5,7 @@ to use (which), what a run would quantize (layers), or describe a pipeline that 
 
 import argparse
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,8 +106,14 @@ def bring(args: argparse.Namespace) -> None:
     print(out)
 
 
+def loading(what: str) -> None:
+    """A first line, before torch and diffusers take seconds; not among what is printed, which may go into a file."""
+    print(f"viditq: {what} (loading takes some 10 s)", file=sys.stderr, flush=True)
+
+
 def advise(args: argparse.Namespace) -> None:
     """Print which of finished runs to use."""
+    loading(f"reading the runs of {', '.join(args.runs)}")
     from viditq.export.exact import exact_targets  # torch and diffusers take seconds
     from viditq.sweeps.which import which
 
@@ -115,6 +122,7 @@ def advise(args: argparse.Namespace) -> None:
 
 def describe(args: argparse.Namespace) -> None:
     """Print the yaml of a pipeline that has none."""
+    loading(f"trying out the pipeline of {args.model}")
     from viditq.describe import describe as text_of  # torch and diffusers take seconds
     from viditq.importing.float_model import float_model
 
@@ -132,6 +140,7 @@ def check(args: argparse.Namespace) -> None:
 
 def tell_layers(args: argparse.Namespace) -> None:
     """Print what a run would quantize."""
+    loading("looking at the model's layers, without weights")
     from viditq.layer_table import print_layers  # torch and diffusers take seconds
 
     own = [] if args.config_dir is None else [f"hydra.searchpath=['file://{_given(args.config_dir).resolve()}']"]

@@ -39,7 +39,7 @@ def write(tmp_path: Path) -> Write:
             candidates = {
                 n: {"dtype": "float32", "seconds": {"median": s}, "weights_bytes": s * 1e6} for n, s in seconds.items()
             }
-            machine = {"cpu": "c", "cores": 2, "threads": 1, "isa": [], "gpu": None, "torch": "2"}
+            machine = {"cpu": "c", "cores": 2, "threads": rest.get("threads", 1), "isa": [], "gpu": None, "torch": "2"}
             told = {"backend": backend, "batch_size": 8, "rounds": 5, "machine": machine, "candidates": candidates}
             (folder / "speed.json").write_text(json.dumps(told))
         if rest.get("exact") is not None:

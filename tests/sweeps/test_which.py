@@ -1,6 +1,7 @@
 """`viditq which` on runs written here: five rows, and intervals that decide what is called better."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def test_five_rows(write: Write, tmp_path: Path) -> None:
     half = rows["best at half the bytes of that"]
     assert half[0] == "small" and half[2] == "2.50" and half[-1].startswith("48 % of its bytes; certainly better")
     assert rows["fastest"][0] == "plain" and "of 2 of 6 runs" in rows["fastest"][-1]
+    assert "different conditions" not in rows["fastest"][-1]
+    write("two threads", 45, 2.5, ratio=2.5, threads=2)
+    rows = answers(which([str(tmp_path / "runs")], None, exact))
+    assert (
+        rows["fastest"][0] == "two threads"
+        and "different conditions (8 prompts at once, 1 thread" in rows["fastest"][-1]
+    )
+    shutil.rmtree(tmp_path / "runs" / "two threads")
+    rows = answers(which([str(tmp_path / "runs")], None, exact))
     assert rows["best exportable"][0] == "plain" and "exact for torchao, sdnq" in rows["best exportable"][-1]
     worse = rows["what not to use"][-1]
     assert worse.startswith("poor: small is better by +15") and "smaller" not in worse and "plain" not in worse

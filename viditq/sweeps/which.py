@@ -143,7 +143,8 @@ def _told(field: Field, best: Row | None, among: Sequence[Row], nobody: str, of:
     share = "" if of is None else f"{100 * best.megabytes / of.megabytes:.0f} % of its bytes; "
     if equal:
         return _cells(field, best, f"{share}not certainly better than {', '.join(equal)}")
-    others = len(among) - 1
+    if not (others := len(among) - 1):
+        return _cells(field, best, f"{share}no other run has so few bytes")
     return _cells(field, best, f"{share}certainly better than {others} other{'s' * (others != 1)} of so many bytes")
 
 
@@ -154,7 +155,10 @@ def _fastest(field: Field) -> list[str]:
     fastest = max(timed, key=lambda row: row.step.against_float if row.step else 0.0)
     assert fastest.step is not None
     slower = "; slower than float all the same" * (fastest.step.against_float < 1)
-    return _cells(field, fastest, f"of {len(timed)} of {len(field.rows)} runs whose step was measured{slower}")
+    found = list(dict.fromkeys(row.step.conditions for row in timed if row.step))
+    mixed = f"; measured under different conditions ({'; '.join(found)}), so take it with care" * (len(found) > 1)
+    why = f"by the ratio to float, of {len(timed)} of {len(field.rows)} runs whose step was measured{slower}{mixed}"
+    return _cells(field, fastest, why)
 
 
 def _exportable(field: Field, exact_targets: ExactTargets) -> list[str]:
