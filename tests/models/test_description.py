@@ -314,7 +314,7 @@ def test_gates_of_feed_forwards_are_no_modulation() -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"_class_name": "SoraPipeline"}, r"SoraPipeline of model_index\.json is none of diffusers"),
+        ({"_class_name": "SoraPipeline"}, r"SoraPipeline that the folder names is none of diffusers"),
         ({"_class_name": "DiTPipeline"}, r"DiTPipeline has no encode_prompt: .* as conf/model/dit_xl2_256\.yaml is"),
         ({"_class_name": "Cosmos3OmniPipeline", "vae": ["diffusers", "X"]}, r"name its denoisers: model\.denoisers"),
         ({"_class_name": "MiniMaxH3ModularPipeline"}, r"noise levels of frames and of sound .* take model=ltx2"),

@@ -27,7 +27,7 @@ def guess_settings(index: Mapping[str, Any], given: Mapping[str, Any] | None = N
     name = str(given.get("pipeline") or index.get("_class_name"))
     cls = find_class(name)
     if cls is None:
-        raise UserError(f"The pipeline class {name} of the folder is none of diffusers; set model.pipeline.")
+        raise UserError(f"The pipeline class {name} that the folder names is none of diffusers; set model.pipeline.")
     encodes = hasattr(cls, "encode_prompt")
     if not encodes and not reads_words(cls):
         raise UserError(no_encoding(name))
