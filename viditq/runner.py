@@ -175,8 +175,7 @@ def described(experiment: Experiment) -> str:
     by variant; where it was guessed, also what, so that it can be corrected.
     """
     model, line = experiment.adapter, counts(experiment.roles)
-    sound = of_sound(experiment.roles, model.makes_sound) if model.call.get("enable_sound", True) else ""
-    if sound:  # Cosmos 3 is asked for it
+    if sound := of_sound(experiment.roles, model.makes_sound):
         line += f"\n  {sound}"
     if isinstance(experiment.quant.policy, PlanFile):
         left = [n for n, role in experiment.roles.items() if role != FLOAT and n not in experiment.plan.layers]

@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from zoo import images, videos
 
 from viditq.fusion.block import TOLERANCE, Fusion, disagreement
 from viditq.fusion.install import fuse_blocks
+from viditq.models.native import op
+from viditq.models.native.processors import use_native
 from viditq.models.stdit import STDiT
 from viditq.quant import QuantSpec, Recipe, get_backend, linear_names, quantize_denoiser
 from viditq.quant.execution.backends.auto import why_unavailable
@@ -195,6 +198,26 @@ def test_fused_blocks_are_copied_saved_and_named_as_before(backend: str, fusing:
     for name, one in quant_linears(denoiser).items():
         mine, copied = (linear.state_dict() for linear in (one, quant_linears(again)[name]))
         assert all(torch.equal(mine[key], copied[key]) for key in mine)
+
+
+@pytest.mark.skipif(op.missing() is not None, reason=f"needs {op.missing()}")
+@pytest.mark.parametrize("backend", ["fake", NATIVE, SCALED_MM, TRITON])
+def test_with_our_attention_queries_in_float_stand_beside_keys_in_codes(backend: str, fusing: None) -> None:
+    """It reads q, k and v in one dtype, which each product writes them in, quantized or (in a segment) not."""
+    torch.manual_seed(0)
+    tiny = images.pixart_alpha().transformer
+    wider = {"attention_head_dim": 32, "cross_attention_dim": 64}  # heads that the kernel takes
+    denoiser = type(tiny).from_config({**tiny.config, **wider}).eval()
+    names = [name for name in linear_names(denoiser) if "block" in name and any(part in name for part in BLOCKS)]
+    plan = Recipe(*FORMATS.get(backend, INTEGERS), segments=(0.0, 0.4, 1.0)).resolve(names)
+    layers = {name: (of[0], None) if name.endswith("to_q") else of for name, of in plan.layers.items()}
+    quantize_denoiser(denoiser, replace(plan, layers=layers), None, backend, 1000.0)
+    use_native(denoiser)
+    plain = run(denoiser)
+    fuse_blocks(denoiser)
+    fused = run(denoiser)
+    assert all(block.fusion.checked and block.fusion.off is None for block in denoiser.transformer_blocks)
+    assert disagreement(fused, plain, []) < TOLERANCE[torch.float32]
 
 
 def test_hooks_on_linears_see_their_inputs(fusing: None) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
+from viditq.quant.calibration.context import StepContext
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends import Backend
+from viditq.quant.execution.linear import QuantLinear
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import dequantize_weight, fake_quantize_activation, static_qparams
 from viditq.quant.methods.transforms import Chain, ConvRot, Rotate, Smooth
@@ -112,3 +115,28 @@ def chains(in_features: int) -> Iterator[tuple[str, Chain]]:
     yield "both", Chain([Smooth(scale), rotate])
     if in_features % 16 == 0:
         yield "convrot", Chain([ConvRot(16 if in_features % 64 else 64)])
+
+
+def layer_of(variants: Sequence[Variant], backend: Backend, bias: Tensor, device: str = "cpu") -> QuantLinear:
+    """A Linear with a variant for each half of the noise levels, ready in the first."""
+    context = StepContext((0.0, 0.5, 1.0))
+    context.segment = 0
+    layer = QuantLinear("layer", nn.Parameter(bias), variants, [0, 1], len(bias), context, backend)
+    layer.to(device).prepare()
+    return layer
+
+
+def graphs_of_segments(layer: QuantLinear, x: Tensor) -> list[Any]:
+    """What torch.compile makes of `layer` in its two segments, whose outputs it leaves as they are: a graph each."""
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend=count, fullgraph=True)
+        for layer.context.segment in (0, 1, 0):
+            assert torch.equal(compiled(x), layer(x))
+    assert len(graphs) == 2
+    return graphs

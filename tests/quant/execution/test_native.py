@@ -11,13 +11,14 @@ from agreement import (
     assert_agrees,
     chains,
     exact_output,
+    graphs_of_segments,
+    layer_of,
     variant_of,
     weight_formats,
 )
-from torch import nn
 
 from viditq.errors import UserError
-from viditq.quant import LayerScheme, QuantLinear, QuantSpec, StepContext
+from viditq.quant import LayerScheme, QuantLinear, QuantSpec
 from viditq.quant.execution.backends import NativeBackend, Unavailable, check_supported, get_backend
 from viditq.quant.execution.backends.native import ops
 from viditq.quant.execution.backends.native.layout import joined, pack_weight
@@ -375,28 +376,12 @@ def quant_linear(spec: QuantSpec, chain=None) -> QuantLinear:
         variant_of(CHANNEL, spec, x, weight, chain),
         variant_of(QuantSpec(4, False, "channel"), spec, x, weight),
     ]
-    context = StepContext((0.0, 0.5, 1.0))
-    context.segment = 0
-    bias = nn.Parameter(torch.randn(50))
-    layer = QuantLinear("layer", bias, variants, [0, 1], 50, context, NativeBackend())
-    layer.prepare()
-    return layer
+    return layer_of(variants, NativeBackend(), torch.randn(50))
 
 
 def test_one_graph_a_segment_under_torch_compile(backend):
     layer, x = quant_linear(TOKEN, dict(chains(96))["both"]), torch.randn(2, 8, 96)
-    graphs = []
-
-    def count(module, inputs):
-        graphs.append(module)
-        return module
-
-    with torch.no_grad():
-        compiled = torch.compile(layer, backend=count, fullgraph=True)
-        for segment in (0, 1, 0):
-            layer.context.segment = segment
-            assert torch.equal(compiled(x), layer(x))
-    assert len(graphs) == 2
+    graphs = graphs_of_segments(layer, x)
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op.startswith("call")]
     assert not any("kron" in name or "cat" in name for name in called), "the rotation is built anew at every call"
 

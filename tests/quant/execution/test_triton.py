@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import DTYPES, assert_agrees, chains, exact_output, variant_of
-from torch import Tensor, nn
+from agreement import DTYPES, assert_agrees, chains, exact_output, graphs_of_segments, layer_of, variant_of
+from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.quant import QuantLinear, QuantSpec, StepContext
+from viditq.quant import QuantSpec
 from viditq.quant.execution.backends import TritonBackend, Unavailable
 from viditq.quant.execution.backends.auto import why_unavailable
 from viditq.quant.execution.backends.triton import backend as module
@@ -125,21 +125,7 @@ def test_one_graph_a_segment_under_torch_compile() -> None:
     variants = [
         variant_of(spec, TOKEN, x.cpu(), torch.randn(50, 96)) for spec in (CHANNEL, QuantSpec(4, False, "channel"))
     ]
-    context = StepContext((0.0, 0.5, 1.0))
-    layer = QuantLinear("layer", nn.Parameter(torch.randn(50)), variants, [0, 1], 50, context, TritonBackend())
-    context.segment = 0
-    layer.to(DEVICE).prepare()
-    graphs: list[Any] = []
-
-    def count(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    with torch.no_grad():
-        compiled = torch.compile(layer, backend=count, fullgraph=True)
-        for context.segment in (0, 1, 0):
-            assert torch.equal(compiled(x), layer(x))
-    assert len(graphs) == 2
+    assert graphs_of_segments(layer_of(variants, TritonBackend(), torch.randn(50), DEVICE), x)
 
 
 @runs

@@ -38,7 +38,7 @@ class FusingBackend(IntegerBackend):
         after: After = NOTHING_AFTER,
         addend: Tensor | None = None,
     ) -> Tensor:
-        """after(quantized weight^T + bias + addend) in the variant's dtype and the leading axes of `x`."""
+        """after(quantized weight^T + bias + addend) in `after.dtype`, else the variant's; leading axes as `x` has."""
 
     @staticmethod
     @abstractmethod

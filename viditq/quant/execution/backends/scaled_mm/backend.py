@@ -125,7 +125,8 @@ class ScaledMmBackend(FusingBackend):
         weight = _weight(variant)
         return torch.ops.viditq.float8_product(
             *quantized, weight.data, weight.scale, weight.outs, weight.width, bias, ops.as_rows(addend),
-            ACTIVATIONS.index(after.activation), ops.whole(after.gate), ops.as_rows(after.residual), variant.dtype,
+            ACTIVATIONS.index(after.activation), ops.whole(after.gate), ops.as_rows(after.residual),
+            after.dtype or variant.dtype,
         ).view(*x.shape[:-1], weight.outs)  # fmt: skip
 
     @staticmethod
@@ -175,7 +176,7 @@ def one_pass() -> str | None:
     """Why our kernel does not quantize on this machine's GPU, which is told; None = it does, or there is none."""
     reason = None
     if not float8.installed():
-        reason = "the package triton is not installed (pip install 'viditq[gpu]')"
+        reason = "the package triton is not installed (pip install triton)"
     elif torch.cuda.is_available() and not exact_codes("cuda"):
         reason = "our kernel disagrees with fake on this device"
     if reason is not None and torch.cuda.is_available():
