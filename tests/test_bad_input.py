@@ -166,6 +166,10 @@ WITHOUT_SLOW_WORK = {
     "low rank below 0": (["quant.low_rank=-1"], ["low_rank=-1", "rank of the branch", "null"]),
 }
 AT_COMPOSITION = {
+    "a slip in a key": (["quant.weigth.bits=4"], ["quant.weigth.bits", "close names: weight."]),
+    "a slip in a key of the root": (["batchsize=4"], ["close names: batch_size"]),
+    "a slip in a group": (["experimnt=w4a8"], ["close names: experiment."]),
+    "a slip in a choice": (["model=tiny_vido"], ["Available options", "close names: tiny_video"]),
     "experiment": (["experiment=w3a3"], ["experiment/w3a3", "w4a8_ts_smooth"]),
     "model": (["model=opensora"], ["model/opensora", "tiny_video"]),
     "metric": (["metric=[nope]"], ["metric/nope", "Known are", "psnr", "warping_error"]),

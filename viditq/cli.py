@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,7 @@ from viditq.checkpoints import known_of
 from viditq.checks import check, check_values_alone
 from viditq.conf_folder import CONF
 from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates
-from viditq.errors import AlreadyReported, GateFailed, UserError, extra_command
+from viditq.errors import AlreadyReported, GateFailed, UserError, close_names, extra_command
 from viditq.files import read_json
 from viditq.finished import find_finished
 from viditq.memory import importing, set_aside
@@ -245,11 +245,24 @@ def config_message(error: BaseException) -> str:
             return f"There is no {error.missing_cfg_file}.{known_of(str(error.missing_cfg_file).partition('/')[2])}"
         if error.options is None and (CONF / group).is_dir():
             choices += f" Known are {', '.join(sorted(file.stem for file in (CONF / group).glob('*.yaml')))}."
+        if near := _near(Path(error.missing_cfg_file or "").name, error.options or ()):
+            choices += f"\n{near}"
         return f"{choices}\n{extra}" if "'hydra/launcher/" in text else choices
     if isinstance(error, ConfigCompositionException):
         cause = f" {str(error.__cause__).splitlines()[0].rstrip('.')}." if error.__cause__ else ""
-        return f"{text.splitlines()[0].rstrip('.')}.{cause} {ALL_KEYS}"
+        parent, key = (getattr(error.__cause__, name, None) for name in ("parent_node", "key"))
+        near = ""
+        if isinstance(parent, DictConfig):  # which a key that is unknown was looked for in
+            groups = [] if parent._get_parent() else [path.name for path in CONF.iterdir() if path.is_dir()]
+            near = _near(str(key), [*map(str, parent), *groups])
+        return f"{text.splitlines()[0].rstrip('.')}.{cause}{f' {near}.' * bool(near)} {ALL_KEYS}"
     return text
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """`close names: ...` where some are; a list of all is for the message to make."""
+    found = close_names(name, known)
+    return found if found.startswith("close") else ""
 
 
 def quoting(override: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import yaml
 
@@ -28,6 +29,9 @@ def describe(adapter: ModelAdapter, name: str) -> str:
     known = adapter.linear_roles(linear_names(adapter.build_denoiser()))
     globs = patterns({adapter.bare_name(linear): role for linear, role in known.items()})
     values |= {"keep_float": globs.pop(FLOAT, []), "roles": globs, "float_roles": []}
+    folder = Path(adapter.path).expanduser()
+    if folder.is_dir():  # the yaml is read from wherever a run starts
+        values["path"] = str(folder.resolve())
     plain = {field.name: field.default for field in dataclasses.fields(adapter)}
     kept = {key: value for key, value in values.items() if key in SETTINGS or (value or None) != (plain[key] or None)}
     kept = {"_target_": f"{ModelAdapter.__module__}.{ModelAdapter.__qualname__}", **kept}

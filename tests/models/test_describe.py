@@ -49,16 +49,23 @@ SIZES = ["height=32", "width=32", "num_steps=4"]
     ids=["wan22_i2v", "krea2", "pixart"],
 )
 def test_the_yaml_drives_the_model_in_the_same_way(
-    build: Callable[[], Any], own: list[str], told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    build: Callable[[], Any],
+    own: list[str],
+    told: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     save(build, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
     words = [word for setting in [*SIZES, *own] for word in ("--set", f"model.{setting}")]
     capsys.readouterr()
-    assert main(["describe", str(tmp_path / "model"), "--name", "mine", *words]) == 0
+    assert main(["describe", "model", "--name", "mine", *words]) == 0
     text = capsys.readouterr().out
     assert all(line in text for line in told)
     values = yaml.safe_load(text)
     assert values.pop("defaults") and values.pop("_target_") == "viditq.models.adapter.ModelAdapter"
+    assert values["path"] == str(tmp_path / "model"), "as it is from anywhere"
     assert values["name"] == "mine" and "guess" not in values and {"dtype", "attention", "call"} <= values.keys()
     mine = ModelAdapter(**values)
     shrunk = {key: values.get(key) for key in ("height", "width", "num_steps", "num_frames", "path")}
