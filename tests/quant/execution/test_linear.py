@@ -191,6 +191,9 @@ def test_backends_are_refused_by_name_and_by_field():
 
     with pytest.raises(UserError, match=r"backend picky cannot run blocks.0: it does not support weight.bits=4"):
         check_supported(Picky(), "blocks.0", LayerScheme(QuantSpec(4), None))
+    Picky.unsupported_field = lambda self, scheme: "activation"
+    with pytest.raises(UserError, match=r"does not support activation=8 by token; choose"):
+        check_supported(Picky(), "blocks.0", LayerScheme(QuantSpec(4), QuantSpec(8, granularity="token", dynamic=True)))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "token"])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from viditq.errors import UserError
 from viditq.quant.description.registry import BACKENDS
+from viditq.quant.description.quant_spec import QuantSpec
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
@@ -92,7 +93,8 @@ def check_supported(backend: Backend, layer: str, scheme: LayerScheme) -> None:
         value: object = scheme
         for part in field.split("."):
             value = getattr(value, part)
+        told = f"{value.label} by {value.granularity}" if isinstance(value, QuantSpec) else repr(value)
         raise UserError(
-            f"backend {backend.name} cannot run {layer}: it does not support {field}={value!r}; "
+            f"backend {backend.name} cannot run {layer}: it does not support {field}={told}; "
             "choose another format or backend=fake"
         )
