@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from viditq.errors import UserError
-from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.quant_spec import QuantSpec
+from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.surroundings import NOTHING_AFTER, NOTHING_BEFORE, After, Before
 from viditq.quant.execution.variant import Variant
