@@ -39,7 +39,8 @@ def forecast(job: Job) -> Forecast:
         seconds["generate"] *= left["generate"] / job.num_prompts
     seconds |= {stage: 0.0 for stage, whole in done.items() if whole}
     batch = job.experiment.batch_size * job.processes.count
-    return Forecast(left, seconds, _per_prompt(job, before), batch)
+    earlier = before["reference"] / job.num_prompts if "reference" in before else None
+    return Forecast(left, seconds, _per_prompt(job) or earlier, earlier, batch)
 
 
 def _prompts(job: Job, done: Mapping[str, bool]) -> dict[str, float]:
@@ -58,13 +59,11 @@ def _missing(job: Job, folder: Path, count: int) -> int:
     return sum(not all(path.is_file() for path in files) for files in samples)
 
 
-def _per_prompt(job: Job, before: Mapping[str, float]) -> float | None:
-    """Seconds of a sample of the float model: this run's, else an earlier one's."""
+def _per_prompt(job: Job) -> float | None:
+    """Seconds of a sample of the float model, as of those that this run has or will make."""
     made = job.num_prompts - _missing(job, job.reference.path, job.num_prompts)
     took = _recorded(job.reference.path).get("reference")
-    if took and made:
-        return took / made
-    return before["reference"] / job.num_prompts if "reference" in before else None
+    return took / made if took and made else None
 
 
 NOT_SAMPLING = ("prompts", "search", "quantize", "benchmark", "evaluate", "report")

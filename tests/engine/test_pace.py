@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from viditq.engine.pace import Forecast, Loops
+from viditq.engine.pace import EARLIER, Forecast, Loops
 from viditq.engine.progress import Progress
 
 # tiny_image, 128 prompts in batches of 8, W4A8: stage -> seconds before its loops, the loops as batches and seconds,
@@ -50,13 +50,13 @@ def told(
     names = [name for name in run if not (made and name in ("reference", "noise_floor"))]
     end, progress = now + sum(took(run, name) for name in names), Progress(names)
     earlier_seconds = {n: took(earlier, n) for n in ("quantize", "generate", "benchmark", "evaluate", "report")}
-    unit = took(earlier, "reference") / 128
+    unit = before_us = took(earlier, "reference") / 128
     for number, name in enumerate(names, 1):
         done = dict.fromkeys(names[: number - 1], 0.0)
         if name == "noise_floor":
             unit = took(run, "reference") / 128  # as the run has recorded it by now
         prompts = {stage: 0.0 if stage in done else count for stage, count in PROMPTS.items()}
-        progress.begin(number, Forecast(prompts, {**earlier_seconds, **done}, unit, batch=8))
+        progress.begin(number, Forecast(prompts, {**earlier_seconds, **done}, unit, before_us, batch=8))
         yield name, batches, end - now, progress.left() or 0.0
         before, loops, after = run[name]
         now += before
@@ -92,10 +92,21 @@ def test_a_stage_that_another_run_has_done_says_nothing_of_this_one(monkeypatch:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress(["reference", "evaluate"])
-    progress.begin(1, Forecast({"reference": 100}, {"evaluate": 50.0}, per_prompt=3.0))
+    progress.begin(1, Forecast({"reference": 100}, {"evaluate": 50.0}, per_prompt=3.0, earlier=3.0))
     now[0] += 40  # it was waited for
     progress.begin(2, Forecast({"reference": 0}, {"evaluate": 50.0}, per_prompt=3.0))
     assert progress.left() == 50.0
+
+
+def test_samples_that_are_there_may_be_of_another_pace_than_earlier_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress(["reference", "evaluate"])
+    progress.begin(1, Forecast({"reference": 100}, {"evaluate": 500.0}, per_prompt=0.1, earlier=1.0, batch=50))
+    progress.begin_loop()
+    now[0] += 5.0
+    progress.batch(1, 2)
+    assert progress.left() == pytest.approx(5 + 500 * (10 + EARLIER) / (100 + EARLIER))
 
 
 def test_a_slow_first_batch_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,14 @@ class Forecast:
     """What a run still has to do.
 
     prompts: stage -> samples of the float model that its work is like. seconds: stage -> what it took in earlier runs,
-    where they tell more. per_prompt: seconds of such a sample; None = unknown. batch: prompts of a batch.
+    where they tell more. per_prompt: seconds of such a sample, None = unknown; earlier: as long as in those runs. batch:
+    prompts of a batch.
     """
 
     prompts: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     per_prompt: float | None = None
+    earlier: float | None = None
     batch: int = 1
 
     def of(self, stage: str, per_prompt: float | None = None, ratio: float = 1.0) -> float | None:
@@ -127,8 +129,8 @@ class Pace:
         """Seconds of what this run has done and what earlier ones took for the same. whole: this stage is over."""
         took, guess = time.monotonic() - self._began, self._earlier.seconds.get(self.stage)
         if self.stage in BY_BATCHES:
-            if guess is None and self.stage in OF_FLOAT and self._earlier.per_prompt:
-                guess = self._count * self._earlier.per_prompt
+            if guess is None and self.stage in OF_FLOAT and self._earlier.earlier is not None:
+                guess = self._count * self._earlier.earlier
             if not self._done:  # another run may have made all that was missing
                 guess = None
             elif not whole:
