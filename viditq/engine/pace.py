@@ -15,8 +15,8 @@ class Forecast:
     """What a run still has to do.
 
     prompts: stage -> samples of the float model that its work is like. seconds: stage -> what it took in earlier runs,
-    where they tell more. per_prompt: seconds of such a sample, None = unknown; earlier: as long as in those runs. batch:
-    prompts of a batch.
+    where they tell more. per_prompt: seconds of such a sample, None = unknown; earlier: what it was in those runs.
+    batch: prompts of a batch.
     """
 
     prompts: Mapping[str, float] = field(default_factory=dict)
