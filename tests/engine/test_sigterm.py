@@ -44,8 +44,9 @@ class Batches(PipelineModule):
     def let_go(self) -> None:
         pass
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
         self.told[0].update(batch)
+        return 0
 
 
 @pytest.fixture(params=[signal.SIG_DFL, cli.stop], ids=["alone", "with the command line's own"])
