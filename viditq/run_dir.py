@@ -293,9 +293,6 @@ def read_seconds(folder: Path) -> dict[str, float]:
 
 
 def read_conditions(folder: Path) -> dict[str, list[str]]:
-    """Stage -> what its seconds were measured on, in words; several where it was not the same all the time.
-
-    Empty where earlier versions have recorded nothing, or the file is damaged.
-    """
+    """Stage -> what its seconds were measured on, in words, several where that changed; empty where it is not known."""
     file = folder / CONDITIONS
     return read_json(file) if is_whole(file) else {}

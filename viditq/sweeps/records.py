@@ -80,9 +80,10 @@ def planned_jobs() -> list[list[str]]:
 
 def _jobs_of(hydra: DictConfig) -> list[list[str]]:
     """As Hydra's sweeper, and with it ours for grids, will deal them out; a tuning makes up its own one by one."""
-    params: Any = OmegaConf.to_container(hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
-    given = [text for text in hydra.overrides.task if "experiment" not in params or not text.startswith("experiment=")]
     with suppress(Exception):  # what is wrong is for the sweeper to say
+        params: Any = hydra.sweeper.get("params") or {}
+        swept = "experiment" in params  # the sweep itself, which the command line chooses, is none of its jobs
+        given = [text for text in hydra.overrides.task if not (swept and text.startswith("experiment="))]
         if "n_trials" in hydra.sweeper:
             return [[*given, f"trial {number}"] for number in range(hydra.sweeper.n_trials)]
         words = [f"{key}={value}" for key, value in params.items()] + given

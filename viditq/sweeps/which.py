@@ -14,6 +14,7 @@ from viditq.report.inputs import by_inputs, what_differs
 from viditq.report.leaderboard import heading, table_line
 from viditq.report.paired import Paired, paired_text
 from viditq.report.row import Row, directed, labels_of, ranking_metric
+from viditq.run_dir import CONFIG
 from viditq.sweeps.gathered import Runs, find, interval_of, read, rows, unrepeated, where, width_of
 from viditq.sweeps.records import read_jobs
 from viditq.sweeps.unfinished import is_begun, shown
@@ -87,11 +88,10 @@ def runs_in(folder: Path) -> list[Path]:
         return [folder]
     if jobs := [Path(job.folder) for job in read_jobs(folder)]:
         return jobs
-    children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
-    if found := [child for child in children if is_begun(child)]:
-        return found
-    models = [child for child in children if not child.name.startswith("_")]  # caches and records begin so
-    return [run for model in models for run in sorted(model.iterdir()) if is_begun(run)] or [folder]
+    for below in ("*", "[!_]*/*"):  # caches and records begin with _
+        if found := [file.parent for file in sorted(folder.glob(f"{below}/{CONFIG}"))]:
+            return found
+    return [folder]
 
 
 def _fields(model: str, runs: Runs, metric: str | None) -> list[Field]:
