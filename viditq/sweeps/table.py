@@ -107,7 +107,8 @@ def complaints(job: JobRecord) -> list[str]:
     if (state := state_of(job)) == "working":
         return ["running now, in a process of its own", *gates]
     if state == "running":
-        return [f"unfinished: {job.message or 'its process was stopped, or is only loading'}. The same command continues it.", *gates]
+        why = job.message or "its process was stopped, or is only loading"
+        return [f"unfinished: {why}. The same command continues it.", *gates]
     return gates
 
 
