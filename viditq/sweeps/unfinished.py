@@ -21,14 +21,13 @@ def is_begun(folder: Path) -> bool:
 
 def why_left_out(folder: Path) -> str:
     """What a line says of a folder without a finished run: what it is, and what to do about it."""
-    place = shown(folder)
     if not is_begun(folder):
-        return f"{place} holds no run (no {CONFIG})"
+        return f"{folder} holds no run (no {CONFIG})"
     if is_held(folder):
-        return f"{place} is running now, and counts when it is through"
+        return f"{folder} is running now, and counts when it is through"
     if stages := _stages_without_measuring(folder):
-        return f"{place} measured nothing: its command has {stages}, without {MEASURES}"
-    return f"{place} is unfinished and not running: stopped, or failed. Go on with: {command_of(folder)}"
+        return f"{folder} measured nothing: its command has {stages}, without {MEASURES}"
+    return f"{folder} is unfinished and not running: stopped, or failed. Go on with: {command_of(folder)}"
 
 
 def command_of(folder: Path) -> str:
