@@ -124,8 +124,10 @@ sys.exit(cli.guarded_main(main))
 """
 
 
-@pytest.mark.parametrize("where", STOPPED_IN)
-def test_ctrl_c_is_one_line_and_status_130(where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "number"), zip(STOPPED_IN, (signal.SIGINT, signal.SIGINT, signal.SIGTERM), strict=True)
+)
+def test_ctrl_c_and_sigterm_are_one_line_and_a_status(where: str, number: signal.Signals) -> None:
     body = "\n".join(f"    {line}" for line in STOPPED_IN[where].splitlines())
     process = subprocess.Popen(
         [sys.executable, "-c", LOOP.format(body=body)],
@@ -136,10 +138,11 @@ def test_ctrl_c_is_one_line_and_status_130(where: str) -> None:
         env=environment(),
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert err.strip() == "stopped by Ctrl-C. Finished work is kept: the same command goes on from there."
+    assert process.returncode == 128 + number
+    by = cli.SIGNALS[number]
+    assert err.strip() == f"stopped by {by}. Finished work is kept: the same command goes on from there."
 
 
 # Folders --------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from viditq.quant.execution.model_linears import linear_names
 from viditq.quant.setting import QuantSetting
 from viditq.run_name import run_name, shorten
 from viditq.runner import described
+from viditq.shown_config import shown_config
 
 ROOT = Path(__file__).parents[1]
 Configure = Callable[..., DictConfig]
@@ -226,7 +227,7 @@ def test_command_line_of_the_issue(configure: Configure) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["experiment", "quant/smoothing", "timestep_aware", "w4a8_ts_smooth"]),
+        (["--help"], ["quant/smoothing", "timestep_aware", "w4a8_ts_smooth", "name: w4a8\n", "video_length: 8\n"]),
         (["--cfg", "job", "experiment=w4a8_ts_smooth"], ["name: w4a8_ts_smooth", "bits: 4", "per_segment: true"]),
     ],
 )
@@ -235,6 +236,14 @@ def test_help_and_cfg(arguments: list[str], words: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
     assert all(word in done.stdout for word in words), done.stdout
+    assert "--cfg" in arguments or "${" not in done.stdout
+
+
+def test_what_help_shows_of_values_that_only_the_user_can_give(configure: Configure) -> None:
+    """They are no reason to show nothing; `$` is doubled for the template, which reads it."""
+    shown = shown_config(_root_=configure("model=flux_dev/turbo_8", "quant/policy=plan_file", "cache_dir='a$b'"))
+    assert "denoiser_path: '??? (flux_dev_turbo_8 is " in shown and "cache_dir: a$$b\n" in shown
+    assert "    path: ???\n" in shown and "max_sequence_length: 512" in shown and "hydra:" not in shown
 
 
 def test_names_that_are_too_long_stay_distinct() -> None:

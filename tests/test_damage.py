@@ -16,6 +16,7 @@ OF_RUN = [
     "metrics.json",
     "per_prompt.json",
     "seconds.json",
+    "seconds_on.json",
     "comparison.png",
     "incoherence.json",
     "incoherence.png",
@@ -24,6 +25,7 @@ OF_RUN = [
     "quantized/meta.json",
     "quantized/model.safetensors",
 ]
+TIMES = ("seconds.json", "seconds_on.json")  # of work that is not done again
 OF_CACHE = [
     "reference/*/000000.png",
     "stats/*/stats.safetensors",
@@ -55,7 +57,7 @@ def test_truncated_file_of_a_run(
     truncate(run_copy / name)
     assert numbers(run(run_copy, shared_cache) or {}) == expected(finished_run)
     assert f"{run_copy / name} is damaged and will be made again" in capsys.readouterr().out
-    assert is_whole(run_copy / name) or name == "seconds.json"
+    assert is_whole(run_copy / name) or name in TIMES
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_truncated_files_of_the_cache(
     assert numbers(metrics or {}) == expected(finished_run)
     out = capsys.readouterr().out
     assert [file for file in files if f"{file} is damaged and will be made again" in out] == files
-    assert all(is_whole(file) or file.name == "seconds.json" for file in files)
+    assert all(is_whole(file) or file.name in TIMES for file in files)
 
 
 def test_leftovers_of_killed_runs_are_removed(run: Run, run_copy: Path, own_cache: Path, tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ def test_other_stages_take_what_they_took_beside_it(make_job: Job) -> None:
     found = forecast(make_job)
     assert found.seconds["quantize"] == 7.0, "of the same name, of as many prompts"
     assert "reference" not in found.seconds and found.of("generate", 2.0) == 16
+    for age, quantize, generate, prompts in ((10, 70.0, 16.0, 99.0), (20, 6.0, 4.0, 3.0), (60, 8.0, 6.0, 2.0)):
+        took = {"quantize": quantize, "generate": generate, "prompts": prompts}
+        beside(make_job, f"smoke{age}", age, experiment="smoke", seconds=took)
+    found = forecast(make_job)
+    assert found.seconds["quantize"] == 7.5, "the median: one was run on a busy machine"
+    assert found.seconds["generate"] == 6.0 and found.seconds["prompts"] == 2.0, "the latter of any name"
+    assert found.batch == 4
     make_job.run_dir.path.mkdir()
     make_job.run_dir.metrics.write_text("{}")
     assert forecast(make_job).seconds["evaluate"] == 0

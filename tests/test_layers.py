@@ -63,6 +63,7 @@ FLOORS: list[list[str]] = [
             "run_name",
             "runner",
             "settled",
+            "shown_config",
             "signatures",
             "stages",
             "summary",

@@ -92,8 +92,16 @@ def count_samples(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -
 
 
 def test_every_file_is_there(finished_run: Path, shared_cache: Path) -> None:
-    files = {".lock", "run.json", "metrics.json", "per_prompt.json", "seconds.json", "comparison.png"}
-    files |= {"errors.json", "incoherence.json", "incoherence.png", "report.html", "executed.json", "speed.json"}
+    files = {".lock", "run.json", "metrics.json", "per_prompt.json", "seconds.json", "seconds_on.json"}
+    files |= {
+        "comparison.png",
+        "errors.json",
+        "incoherence.json",
+        "incoherence.png",
+        "report.html",
+        "executed.json",
+        "speed.json",
+    }
     files |= {"finished.json"}
     files |= {f"quantized/{name}" for name in ("plan.json", "meta.json", "model.safetensors")}
     files |= {f"quantized/{name}" for name in ("README.md", "comparison.png")}

@@ -7,7 +7,7 @@ import pytest
 
 from viditq.errors import UserError
 from viditq.files import lock, write_json
-from viditq.run_dir import RunDir, check_place, overrides_of
+from viditq.run_dir import RunDir, check_place, overrides_of, read_conditions, read_seconds, timed
 
 
 def config(module: str, name: str = "SmoothSpec", alpha: float = 0.5) -> dict[str, Any]:
@@ -72,3 +72,15 @@ def test_files_of_others(name: str, tmp_path: Path) -> None:
 def test_the_lock_alone_is_of_a_run(tmp_path: Path) -> None:
     with lock(tmp_path, lambda: None):
         check_place(tmp_path)
+
+
+def test_what_seconds_were_measured_on_stands_beside_them(tmp_path: Path) -> None:
+    """A stage that went on elsewhere has both; one that an earlier version began says so."""
+    (tmp_path / "seconds.json").write_text('{"prompts": 1.5}')
+    for stage, on in [("generate", "a"), ("generate", "a"), ("prompts", "b"), ("generate", "c")]:
+        with timed(tmp_path, stage, lambda on=on: on):  # type: ignore[misc]
+            pass
+    assert read_conditions(tmp_path) == {"generate": ["a", "c"], "prompts": ["what was not recorded", "b"]}
+    assert read_seconds(tmp_path)["prompts"] >= 1.5
+    (tmp_path / "seconds_on.json").write_text("{")
+    assert read_conditions(tmp_path) == {}

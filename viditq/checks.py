@@ -253,4 +253,4 @@ def check_model(node: DictConfig, rules: Sequence[str]) -> None:
     if isinstance(path, str) and not is_hub_id(path):
         folder = resolve(path)
         check_pipeline(folder)
-        check_outline(SimpleNamespace(**values), folder, rules)
+        check_outline(SimpleNamespace(**values, folder=folder), folder, rules)

@@ -27,14 +27,14 @@ from viditq import log_file
 from viditq.checkpoints import known_of
 from viditq.checks import check, check_values_alone
 from viditq.conf_folder import CONF
-from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates
+from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates, program
 from viditq.errors import AlreadyReported, GateFailed, UserError, close_names, extra_command
 from viditq.files import read_json
 from viditq.finished import find_finished
 from viditq.memory import importing, set_aside
 from viditq.out_of_memory import is_about_memory, memory_message
 from viditq.run_dir import CHOICE, RunDir
-from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, read_jobs
+from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, planned_jobs, read_jobs
 
 ELSEWHERE = "Choose another with {choice}"
 FOLDERS = f"{CHOICE} and cache_dir=FOLDER"
@@ -53,7 +53,10 @@ JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}
 REPORTED = "another of the run's processes failed, whose message is above"
 RUNS = ("-m", "--multirun")  # options with which the command still is a run; others print what others read
 LOADING = "viditq: loading torch, diffusers and Lightning (10 s, more on a busy machine or the first time)"
-STOPPED = "\nstopped by Ctrl-C. Finished work is kept: the same command goes on from there.\n"
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}  # that end a run in order
+GOES_ON = "Finished work is kept: the same command goes on from there.\n"
+STOPPED = f"\nstopped by {{}}. {GOES_ON}"
+STOPPING = f"\nstopped by {{}}, after this batch; told again, at once. {GOES_ON}"
 
 
 def guarded_main(hydra_main: Callable[[], None]) -> int:
@@ -61,7 +64,8 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
 
     A sweep ends with a table of its jobs, whatever became of them; its status is that of `sweep.exit_status`.
     """
-    signal.signal(signal.SIGINT, stop)
+    for number in SIGNALS:
+        signal.signal(number, stop)
     if first_process() and all(word in RUNS for word in sys.argv[1:] if word.startswith("-")):
         print("viditq: reading the configuration", flush=True)
     debug = "debug=true" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -79,7 +83,7 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
         print_error(message)
         status = 2
     finally:
-        jobs = summary_of_sweep()
+        jobs = summary_of_sweep(shlex.join([*program(), *sys.argv[1:]]))
     if SWEEP_VARIABLE in os.environ and not jobs and not status:
         print_error("The sweep has no jobs: one of its keys has no values.")
         status = 2
@@ -87,15 +91,20 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """At Ctrl-C: say so and exit with status 130, after files are closed and locks let go of; again, and at once.
+    """At Ctrl-C or SIGTERM: say so and exit with status 130 or 143, after files are closed and locks let go of; again,
+    and at once.
 
-    SystemExit, not KeyboardInterrupt: the latter makes Lightning exit with status 1.
+    SystemExit, not KeyboardInterrupt: the latter makes Lightning exit with status 1. While Lightning goes through
+    batches it takes SIGTERM itself, before it is told here, and stops after one of them: what was summed up is saved.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.unraisablehook = _leave_at_once
+    taken = signal.getsignal(number) is not stop
+    signal.signal(number, signal.SIG_DFL)
     if first_process():
-        os.write(2, STOPPED.encode())  # print may be in the middle of another line
-    raise SystemExit(128 + number)
+        said = STOPPING if taken else STOPPED
+        os.write(2, said.format(SIGNALS[number]).encode())  # print may be in the middle of a line
+    if not taken:
+        sys.unraisablehook = _leave_at_once
+        raise SystemExit(128 + number)
 
 
 def _leave_at_once(lost: "sys.UnraisableHookArgs") -> None:
@@ -105,14 +114,14 @@ def _leave_at_once(lost: "sys.UnraisableHookArgs") -> None:
     sys.__unraisablehook__(lost)
 
 
-def summary_of_sweep() -> list[JobRecord]:
-    """Print what became of the jobs, if this was a sweep, and return them."""
+def summary_of_sweep(command: str) -> list[JobRecord]:
+    """Print what became of the jobs, if this was a sweep, and return them. command: that goes on with it."""
     folder = os.environ.get(SWEEP_VARIABLE)
     jobs = read_jobs(Path(folder)) if folder else []
     if folder and jobs and first_process():
         from viditq.sweeps.table import print_sweep
 
-        print_sweep(Path(folder), jobs)
+        print_sweep(Path(folder), jobs, planned_jobs(), command)
     return jobs
 
 
@@ -153,6 +162,10 @@ def guarded(cfg: DictConfig, work: Callable[[], Any], job: JobRecord | None = No
     """
     try:
         metrics = work()
+    except SystemExit as error:
+        if job is not None and isinstance(error.code, int) and error.code - 128 in SIGNALS:
+            job.interrupted(SIGNALS[error.code - 128])
+        raise
     except GateFailed as error:
         print(f"\ngate failed\n{error}", file=sys.stderr)
         if job is not None:

@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from viditq import checkpoints
 from viditq.errors import UserError
 from viditq.run_name import check_name, run_name
+from viditq.shown_config import shown_config
 
 STAGES = (
     "prompts",
@@ -168,4 +169,5 @@ def register() -> None:
     OmegaConf.register_new_resolver("local_processes", local_processes, replace=True)
     OmegaConf.register_new_resolver("unless", unless, replace=True)
     OmegaConf.register_new_resolver("nodes", nodes, replace=True)
+    OmegaConf.register_new_resolver("shown_config", shown_config, replace=True)
     OmegaConf.register_new_resolver("program", lambda: " ".join(program()), replace=True)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,9 +17,10 @@ from viditq.finished import Finished
 from viditq.gate import Gate
 from viditq.metrics.headline import headline
 from viditq.report.speed import speed_line
+from viditq.report.stage_seconds import not_comparable
 from viditq.report.table import MetricRow, metrics_table, verdict_table
 from viditq.report.text_encoders import text_encoder_lines
-from viditq.run_dir import RunDir
+from viditq.run_dir import RunDir, read_conditions
 
 MIN_WIDTH, LOG_WIDTH = 80, 100
 
@@ -132,6 +134,8 @@ def print_summary(console: Console, metrics: Mapping[str, Any], run_dir: RunDir)
     if line := speed_line(metrics.get("backend"), speed):
         console.print(line, markup=False)
     console.print("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in metrics["seconds"].items()))
+    if line := _apart(metrics, run_dir):
+        console.print(line, markup=False)
     for what, path in (
         ("report", run_dir.page),
         ("picture", run_dir.picture),
@@ -140,6 +144,14 @@ def print_summary(console: Console, metrics: Mapping[str, Any], run_dir: RunDir)
     ):
         if path.exists():
             console.print(f"{what}: {path}", markup=False)
+
+
+def _apart(metrics: Mapping[str, Any], run_dir: RunDir) -> str:
+    """Why the seconds of float and quantized samples do not compare; empty where they do."""
+    if not {"reference", "generate"} <= metrics["seconds"].keys() or not is_whole(run_dir.per_prompt):
+        return ""
+    reference = Path(str(read_json(run_dir.per_prompt)["reference"]))
+    return not_comparable(metrics["seconds"], {**read_conditions(reference), **read_conditions(run_dir.path)})
 
 
 def print_verdicts(console: Console, metrics: Mapping[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,6 +203,16 @@ def lock(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds `folder` now, as `lock` does; nothing is written."""
+    with suppress(OSError), (folder / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def unfinished(folder: Path) -> list[Path]:

@@ -1,24 +1,26 @@
-"""How long the stages of a run are likely to take: as long as before, or as their share of sampling says."""
+"""How long the stages of a run are likely to take: as in runs beside it, or as their share of sampling says."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from viditq.data.samples import sample_files
-from viditq.engine.progress import Forecast
+from viditq.engine.pace import Forecast
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.job import Job
 from viditq.run_dir import read_seconds
 
 LOOKED_AT = 20  # runs beside this one, the newest
+BELIEVED = 5  # of those that are like this one: a single one may have shared its machine with others
 DIAGNOSED = 2  # a prompt is sampled by the float model and by the quantized one
 
 
 def forecast(job: Job) -> Forecast:
     """What is left to do of this run's stages, as the files tell that are there by now. What a stage has done already
-    counts as nothing; of stages that do not sample, what they took in the newest run of the same name, model and
-    number of prompts beside this one, or of another name.
+    counts as nothing. The others are likely to take the median of what they took in the newest runs of this model and
+    as many prompts beside this one; those that sample in float as long as the samples that they are like.
     """
     run, before = job.run_dir, _seconds_before(job)
     prompts = [*job.experiment.data.prompts, *job.experiment.data.calibration_prompts]
@@ -31,9 +33,14 @@ def forecast(job: Job) -> Forecast:
         "evaluate": is_whole(run.metrics),
         "report": is_whole(run.page),
     }
+    left = _prompts(job, done)
     seconds = {stage: took for stage, took in before.items() if stage != "reference"}
+    if "generate" in seconds:
+        seconds["generate"] *= left["generate"] / job.num_prompts
     seconds |= {stage: 0.0 for stage, whole in done.items() if whole}
-    return Forecast(_prompts(job, done), seconds, _per_prompt(job, before))
+    batch = job.experiment.batch_size * job.processes.count
+    earlier = before["reference"] / job.num_prompts if "reference" in before else None
+    return Forecast(left, seconds, _per_prompt(job) or earlier, earlier, batch)
 
 
 def _prompts(job: Job, done: Mapping[str, bool]) -> dict[str, float]:
@@ -52,32 +59,35 @@ def _missing(job: Job, folder: Path, count: int) -> int:
     return sum(not all(path.is_file() for path in files) for files in samples)
 
 
-def _per_prompt(job: Job, before: Mapping[str, float]) -> float | None:
-    """Seconds of a sample of the float model: this run's, else an earlier one's."""
+def _per_prompt(job: Job) -> float | None:
+    """Seconds of a sample of the float model, as of those that this run has or will make."""
     made = job.num_prompts - _missing(job, job.reference.path, job.num_prompts)
     took = _recorded(job.reference.path).get("reference")
-    if took and made:
-        return took / made
-    return before["reference"] / job.num_prompts if "reference" in before else None
+    return took / made if took and made else None
 
 
 NOT_SAMPLING = ("prompts", "search", "quantize", "benchmark", "evaluate", "report")
+BY_RECIPE = ("search", "quantize", "generate")  # what they take hangs on the recipe, so that runs of the same name tell
 
 
 def _seconds_before(job: Job) -> dict[str, float]:
-    """Stage -> seconds, of NOT_SAMPLING and the reference."""
+    """Stage -> seconds, of NOT_SAMPLING, the reference and the quantized samples."""
     e, mine = job.experiment, job.run_dir.path
     files = [file for file in mine.parent.glob("*/metrics.json") if file.parent.name != mine.name]
     newest = sorted(files, key=_time_of, reverse=True)[:LOOKED_AT]
-    others = [(file.parent, found) for file in newest if (found := _metrics(file))]
+    others = [(found, file.parent) for file in newest if (found := _metrics(file))]
     alike = [
-        one for one in others if one[1].get("model") == e.adapter.name and one[1].get("prompts") == job.num_prompts
+        ({**_recorded(folder), **found["seconds"]}, found.get("experiment") == e.name)
+        for found, folder in others
+        if found.get("model") == e.adapter.name and found.get("prompts") == job.num_prompts
     ]
-    alike.sort(key=lambda one: one[1].get("experiment") != e.name)
-    for folder, metrics in alike[:1]:
-        took = {**_recorded(folder), **metrics["seconds"]}
-        return {stage: float(took[stage]) for stage in ("reference", *NOT_SAMPLING) if stage in took}
-    return {}
+    likely = {}
+    for stage in ("reference", "generate", *NOT_SAMPLING):
+        every = [float(took[stage]) for took, _ in alike if stage in took]
+        same = [float(took[stage]) for took, named in alike if named and stage in took] if stage in BY_RECIPE else []
+        if every:
+            likely[stage] = median((same or every)[:BELIEVED])
+    return likely
 
 
 def _recorded(folder: Path) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 from viditq.cache_entries import CacheEntries
 from viditq.engine.offload import DISK
 from viditq.engine.processes import Processes
+from viditq.engine.threads import counting_threads
 from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.external.policy import ExternalQuantization
@@ -18,6 +19,7 @@ from viditq.loading import in_dtype, load_artifact
 from viditq.memory import give_back
 from viditq.models.mapped_weights import load_from_disk
 from viditq.models.text_encoders import load_text_from_disk
+from viditq.provenance import computed_on
 from viditq.quant.artifact import broken_file
 from viditq.quant.description.plan import QuantPlan
 from viditq.quant.description.policy import StoredArtifact
@@ -149,12 +151,16 @@ class Job(CacheEntries):
 
     @contextmanager
     def timed(self, folder: Path, stage: str) -> Iterator[None]:
-        """Record the seconds of the enclosed work, once."""
+        """Record the seconds of the enclosed work, and what they were measured on, once."""
         if not self.processes.first:
             yield
             return
-        with timed(folder, stage):
+        with counting_threads() as counts, timed(folder, stage, lambda: self._computed_on(counts)):
             yield
+
+    def _computed_on(self, counts: set[int]) -> str:
+        device = self.experiment.make_trainer().strategy.root_device
+        return computed_on(counts, self.processes.count, device)
 
     def may_change(self) -> None:
         """Called by a stage that did nothing for a reason which may be gone the next time (`settled.py`)."""

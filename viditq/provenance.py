@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,17 @@ def compute(device: "torch.device") -> dict[str, Any]:
         "gpu": here.gpu if device.type == "cuda" else None,
         "torch": torch.__version__,
     }
+
+
+def computed_on(threads: Collection[int], processes: int, device: "torch.device") -> str:
+    """What seconds depend on, in words: `1 thread of AMD EPYC`, `2 processes of 1 to 2 threads of ...`, or the GPU.
+
+    threads: the numbers of threads that a process had meanwhile.
+    """
+    here, low, high = machine(), min(threads), max(threads)
+    each = f"{low} thread{'s' * (low != 1)}" if low == high else f"{low} to {high} threads"
+    on = here.gpu if device.type == "cuda" and here.gpu else f"{each} of {here.cpu}"
+    return on if processes == 1 else f"{processes} processes of {on}"
 
 
 def _processor() -> str:

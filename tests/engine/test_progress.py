@@ -54,7 +54,7 @@ def test_the_rest_is_what_the_stages_are_known_to_take(clock: list[float]) -> No
 
 def test_the_rate_of_the_float_model_tells_of_the_stages_that_sample_too(clock: list[float]) -> None:
     progress = Progress(["reference", "generate"])
-    progress.begin(1, Forecast({"reference": 8, "generate": 8}))
+    progress.begin(1, Forecast({"reference": 8, "generate": 8}, batch=2))
     clock[0] += 5  # loading
     progress.begin_loop()
     assert progress.left() is None

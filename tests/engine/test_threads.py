@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from viditq.engine import threads
-from viditq.engine.threads import Claim, Registry, cpu_quota, follow_cores, share, sharing_cores
+from viditq.engine.threads import (
+    Claim,
+    Registry,
+    counting_threads,
+    cpu_quota,
+    follow_cores,
+    share,
+    sharing_cores,
+)
 
 ALL = frozenset(range(8))
 
@@ -106,12 +114,14 @@ def test_threads_follow_who_comes_and_goes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(threads, "affinity", lambda: ALL)
     with sharing_cores(tmp_path) as cores:
         assert cores.follow().count == torch.get_num_threads() == 4
-        with Registry(tmp_path).entered(Claim(ALL)):
+        with counting_threads() as counts, Registry(tmp_path).entered(Claim(ALL)):
             follow_cores()
             assert torch.get_num_threads() == 2
+        assert counts == {4, 2}
         shutil.rmtree(tmp_path)  # as whatever tidies the folder for temporary files may do
         follow_cores()
         assert torch.get_num_threads() == 4
+        assert counts == {4, 2}, "of that time alone"
     assert torch.get_num_threads() == before
     follow_cores()  # of no run: nothing to follow
     assert torch.get_num_threads() == before

@@ -18,6 +18,7 @@ from zoo import sound as zoo_sound
 from zoo import videos_2026 as zoo
 
 from scripts.compare_runs import clips
+from viditq.checks import check
 from viditq.cli import user_message
 from viditq.data.samples import checksum_path, load_sound, sound_path
 from viditq.errors import UserError
@@ -89,6 +90,14 @@ def test_what_is_kept_is_what_the_pipelines_own_call_makes(
         ours, rate = load_sound(sound_path(reference_of(finished), index))
         assert ours.shape == theirs.shape == (2, ours.shape[1]) and rate == whole.vocoder.config.output_sampling_rate
         assert (ours - (theirs * 32768).round()).abs().max() <= 1 and ours.float().std() > 1
+
+
+def test_a_clip_too_short_for_sound_is_refused_before_anything_is_loaded(
+    configure: Callable[..., Any], overrides: list[str]
+) -> None:
+    """Torch refused to reshape nothing, while sampling."""
+    with pytest.raises(UserError, match=r"too short for the sound of LTX2Pipeline.*model\.num_frames=3 or more"):
+        check(configure("name=x", *overrides, "model.num_frames=1", "model.fps=60"))
 
 
 def test_it_is_judged_beside_the_frames_as_a_distance_to_float(finished: Path) -> None:

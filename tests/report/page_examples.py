@@ -215,6 +215,7 @@ def make_content(
         command="python run.py experiment=w4a8 model=tiny_video seed=0",
         versions={"viditq": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.0"},
         machine=Machine("AMD EPYC 9R45", 2, None),
+        conditions={stage: ["2 threads of AMD EPYC 9R45"] for stage in make_metrics(count)["seconds"]},
         metrics=make_metrics(count),
         per_prompt={"prompts": prompts, "reference": "outputs/_cache/reference/a958cae32d369486", "metrics": scores},
         errors=errors,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from viditq import cli, runner
 from viditq.errors import GateFailed, UserError
+from viditq.files import lock
 from viditq.models.adapter import ModelAdapter
-from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, exit_status, read_jobs, sweep_folder
+from viditq.sweeps.records import (
+    SWEEP_VARIABLE,
+    JobRecord,
+    SweepFolder,
+    exit_status,
+    planned_jobs,
+    read_jobs,
+    sweep_folder,
+)
 from viditq.sweeps.table import print_sweep
 from viditq.sweeps.tuning import Range, Tuning, contiguous, tune
 
@@ -120,10 +130,61 @@ def test_killed_job_is_shown_as_unfinished(
     with pytest.raises(Killed):
         sweep_here("-m", *shrunk, "seed=0,1,2")
     out = capfd.readouterr().out
-    assert "job 1, seed=1: unfinished" in out and "2 jobs: 1 done, 1 unfinished" in out
+    assert "job 1, seed=1: unfinished" in out and "3 jobs: 1 done, 1 unfinished, 1 not begun (" in out
+    assert "\nnot begun: seed=2\ngo on with: python run.py -m " in out
     monkeypatch.setattr(runner, "run", lambda cfg, folder, **_: None)
     assert sweep_here("-m", *shrunk, "seed=0,1,2") == 0
     assert "3 jobs: 3 done (" in capfd.readouterr().out
+
+
+def test_a_sweep_that_is_stopped_says_what_is_done_what_remains_and_how_to_go_on(
+    sweep_here: Sweep,
+    shrunk: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    before = {name: signal.getsignal(name) for name in cli.SIGNALS}
+
+    def stopped(cfg: Any, folder: Path, **arguments: Any) -> None:
+        if cfg.seed == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "run", stopped)
+    monkeypatch.setattr("viditq.sweeps.table.NAMED", 1)
+    try:
+        with pytest.raises(SystemExit) as end:
+            sweep_here("-m", *shrunk, "seed=range(0,4)")
+    finally:
+        monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert end.value.code == 143
+    out, err = capfd.readouterr()
+    assert "\nstopped by SIGTERM. Finished work is kept" in err
+    assert "job 1, seed=1: unfinished: interrupted by SIGTERM. The same command continues it." in out
+    assert "4 jobs: 1 done, 1 unfinished, 2 not begun (" in out
+    assert "\nnot begun: seed=2, and 1 more\ngo on with: python run.py -m " in out and "'seed=range(0,4)' " in out
+    with lock(Path(records(tmp_path)[1].folder), lambda: None):
+        print_sweep(next((tmp_path / "_sweeps").iterdir()), records(tmp_path))
+    out = capfd.readouterr().out
+    assert "job 1, seed=1: running now" in out and "2 jobs: 1 done, 1 running now (" in out and "go on" not in out
+
+
+def test_which_jobs_there_are_of_a_grid_and_of_a_tuning() -> None:
+    def planned(*overrides: str) -> list[list[str]]:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", [*overrides], return_hydra_config=True)
+        SweepFolder().on_multirun_start(cfg)
+        return planned_jobs()
+
+    params = ["hydra.sweeper.params.seed='3,4'", "hydra.sweeper.params.experiment=naive"]
+    jobs = planned("experiment=bench", *params, "batch_size=2")
+    assert all({"experiment=naive", "batch_size=2"} <= {*job} for job in jobs)
+    assert sum("seed=4" in job for job in jobs) == len(jobs) / 2 > 1
+    trials = planned("experiment=tune_alpha", "hydra.sweeper.n_trials=2")
+    assert trials == [["experiment=tune_alpha", f"trial {number}"] for number in range(2)]
+    assert planned("seed=9") == [["seed=9"]]
 
 
 def test_options_that_do_not_exist_are_refused_before_any_job(

@@ -9,6 +9,8 @@ import pytest
 
 from viditq import __main__
 from viditq.errors import UserError
+from viditq.files import lock
+from viditq.sweeps.unfinished import command_of
 from viditq.sweeps.which import which
 
 W8 = {"quant": {side: {"bits": 8} for side in ("weight", "activation")}}
@@ -82,8 +84,60 @@ def test_what_no_run_has_is_said(write: Write, tmp_path: Path) -> None:
     rows = answers(which([str(tmp_path / "runs/small")], None, exact))
     assert rows["best at 8 bits"][-1] == rows["best at half the bytes of that"][-1] == "no run has 8 bits on both sides"
     assert rows["fastest"][-1].startswith("not measured") and "--requantize" in rows["best exportable"][-1]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="None of these folders holds a finished run"):
-        which([str(tmp_path)], None, exact)
+        which([str(tmp_path / "empty")], None, exact)
+
+
+def test_each_answer_has_its_folder_and_what_was_looked_at_is_said(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("w8a8", 50, 5.0, W8)
+    write("small", 40, 2.5)
+    write("poor", 20, 2.6)
+    write("middling", 30, 2.55)
+    monkeypatch.chdir(tmp_path)
+    told = which(["."], None, exact)  # a folder of folders of runs, as `outputs` is
+    assert "\nOf 4 finished runs in runs; the folders of those named:\n" in told
+    named = [line for line in told.splitlines() if line.startswith("- ")]
+    assert sorted(named) == [f"- {name}: runs/{name}" for name in ("middling", "poor", "small", "w8a8")]
+    assert told == which([".", "runs", str(tmp_path / "runs/*")], None, exact), "looked at once"
+
+
+def test_a_run_that_works_now_is_told_from_one_that_was_stopped(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {name: tmp_path / "outputs" / "m" / name for name in ("working", "stopped", "sampled", "no run")}
+    write("w8a8", 50, 5.0, W8, folder="outputs/m")
+    for name, place in places.items():
+        place.mkdir()
+        words = ["model=m", "gate={psnr: 3}", *["stages=[prompts,generate]"] * (name == "sampled")]
+        if name != "no run":
+            (place / "run.json").write_text(json.dumps({"name": name, "seed": 0, "overrides": words}))
+    monkeypatch.chdir(tmp_path)
+    with lock(places["working"], lambda: None):
+        assert "Of 1 finished run in outputs/m" in which(["outputs"], None, exact)
+        working, stopped = (str(places[name]) for name in ("working", "stopped"))
+        told = {line.split()[2]: line for line in capsys.readouterr().err.splitlines()}
+        assert [*told] == ["outputs/m/sampled", "outputs/m/stopped", "outputs/m/working"]
+        assert "is running now, and counts when it is through" in told["outputs/m/working"]
+        assert told["outputs/m/stopped"].endswith("Go on with: python run.py model=m 'gate={psnr: 3}'")
+        assert "measured nothing: its command has stages=[prompts,generate]" in told["outputs/m/sampled"]
+        monkeypatch.chdir("/")
+        with pytest.raises(UserError, match="None of these folders"):
+            which([working, stopped, str(places["no run"])], None, exact)
+    told_elsewhere = capsys.readouterr().err
+    assert "working is running now" in told_elsewhere and f"'gate={{psnr: 3}}' (in {tmp_path})\n" in told_elsewhere
+    assert "no run holds no run (no run.json)" in told_elsewhere
+
+
+def test_a_run_in_a_folder_of_its_own_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mine", "my run"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text('{"overrides": ["seed=1"]}')
+    monkeypatch.chdir(tmp_path)
+    assert command_of(Path("mine")) == "python run.py seed=1 hydra.run.dir=mine"
+    assert command_of(tmp_path / "my run") == """python run.py seed=1 'hydra.run.dir="my run"'"""
 
 
 def test_models_have_tables_of_their_own_and_sweeps_name_their_runs(

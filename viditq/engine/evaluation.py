@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from viditq.data.prompts import PromptData
 from viditq.data.samples import load_sample, sample_path, sound_path, sounds_alike
+from viditq.engine.trainer import heed_sigterm
 from viditq.metrics.batch import EvalBatch, Sound
 from viditq.metrics.streaming import summarise
 
@@ -84,6 +85,10 @@ class Evaluation(L.LightningModule):
         for metric in self.metrics.values() if batch is not None else ():
             metric.update(batch)
 
+    def on_test_batch_end(self, outputs: object, batch: EvalBatch | None, batch_idx: int, number: int = 0) -> None:
+        """Stop at SIGTERM, before Lightning's own loop does: with a status of success."""
+        heed_sigterm(self.trainer)
+
     def on_test_epoch_end(self) -> None:
         """Compute (and thereby synchronise) all metrics."""
         self.results = {name: _columns(metric.compute()) for name, metric in self.metrics.items()}
@@ -100,6 +105,7 @@ def measure(trainer: L.Trainer, metrics: Mapping[str, Metric], pairs: Pairs) -> 
         metric.reset()
     module = Evaluation(metrics)
     trainer.test(module, DataLoader(pairs, batch_size=None, collate_fn=lambda batch: batch), verbose=False)
+    heed_sigterm(trainer)
     return module.results
 
 

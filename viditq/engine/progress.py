@@ -1,10 +1,9 @@
 """Where a run is: told at each stage and batch, shown beside the bar, handed on to whoever listens."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -14,29 +13,10 @@ from rich.progress import BarColumn, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
+from viditq.engine.pace import Forecast, Pace
+
 BAR_WIDTH = 12  # of 80 characters, as there is more to say
 LINE_EVERY = 30.0  # seconds, where bars are not drawn: in a file or a pipe
-SETTLED = 0.02  # of a loop: before, its rate tells little
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a run still has to do.
-
-    prompts: stage -> samples of the float model that its work is like. seconds: stage -> what it took before, for
-    those that do not sample. per_prompt: seconds of such a sample; None = unknown.
-    """
-
-    prompts: Mapping[str, float] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    per_prompt: float | None = None
-
-    def of(self, stage: str, per_prompt: float | None = None) -> float | None:
-        """Seconds that a stage is likely to take; None = nothing is known. per_prompt: as measured by now."""
-        if stage in self.seconds:
-            return self.seconds[stage]
-        unit = per_prompt or self.per_prompt
-        return self.prompts[stage] * unit if stage in self.prompts and unit is not None else None
 
 
 class Progress:
@@ -44,8 +24,8 @@ class Progress:
 
     def __init__(self, stages: Sequence[str], listen: Callable[["Progress"], None] | None = None) -> None:
         self.stages, self.listen = tuple(stages), listen
-        self.number, self.share, self.forecast = 0, 0.0, Forecast()
-        self._began = self._loop_began = time.monotonic()
+        self.number, self.share = 0, 0.0
+        self._pace = Pace()
 
     @property
     def stage(self) -> str:
@@ -58,31 +38,24 @@ class Progress:
 
     def begin(self, number: int, forecast: Forecast) -> None:
         """A stage, counted from 1, and what is known of it and the later ones."""
-        self.number, self.forecast, self.share = number, forecast, 0.0
-        self._began = self._loop_began = time.monotonic()
+        self.number, self.share = number, 0.0
+        self._pace.begin(self.stage, forecast)
         self._tell()
 
     def begin_loop(self) -> None:
         """One of the stage's loops over batches."""
-        self.share, self._loop_began = 0.0, time.monotonic()
+        self.share = 0.0
+        self._pace.loops.begin()
 
     def batch(self, done: int, total: int) -> None:
         """So many of the batches of a loop are done."""
         self.share = done / total
+        self._pace.loops.batch(done, total)
         self._tell()
 
     def left(self) -> float | None:
         """Seconds that the rest of the run is likely to take, as far as its stages are known; None = none is."""
-        now = time.monotonic()
-        elapsed, in_loop, share = now - self._began, now - self._loop_began, self.share
-        of_loop = in_loop * (1 - share) / share if share > SETTLED else None
-        per_prompt = None
-        if self.stage == "reference" and share > SETTLED and (count := self.forecast.prompts.get("reference")):
-            per_prompt = in_loop / (share * count)
-        here = self.forecast.of(self.stage, per_prompt)
-        rest = [None if here is None else max(here - elapsed, 0.0), of_loop]
-        now_left = max((seconds for seconds in rest if seconds is not None), default=None)
-        found = [now_left, *(self.forecast.of(stage, per_prompt) for stage in self.stages[self.number :])]
+        found = [self._pace.left(), *(self._pace.of(stage) for stage in self.stages[self.number :])]
         known = [seconds for seconds in found if seconds is not None]
         return sum(known) if known else None
 

@@ -1,6 +1,5 @@
 """Generation and calibration as Lightning `predict` loops over batches of prompt indices."""
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from viditq.engine.offload import OFFLOADS, offload_layers, offload_pipeline
 from viditq.engine.partials import Partial, Partials
 from viditq.engine.threads import follow_cores
+from viditq.engine.trainer import heed_sigterm
 from viditq.errors import UserError
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate_samples, group_by_shape
@@ -59,10 +59,9 @@ class PipelineModule(L.LightningModule):
         self.pipeline, self.parts = None, nn.ModuleDict()
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Stop at SIGTERM: Lightning only takes note of it, and heeds it in training alone. Share the cores anew."""
+        """Stop at SIGTERM; share the cores anew."""
         follow_cores()
-        if self.trainer.received_sigterm:
-            raise SystemExit(128 + signal.SIGTERM)
+        heed_sigterm(self.trainer)
 
 
 class Generation(PipelineModule):
@@ -222,4 +221,5 @@ def run_batches(trainer: L.Trainer, module: PipelineModule, batches: Sequence[An
         module.offload(offload, trainer.strategy.root_device)
     loader = DataLoader(_Batches(batches), batch_size=None, collate_fn=lambda batch: batch)
     trainer.predict(module, loader, return_predictions=False)
+    heed_sigterm(trainer)
     module.let_go()

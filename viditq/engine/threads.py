@@ -150,6 +150,7 @@ class CoreShare:
 
     def __init__(self, registry: Registry, mine: Path | None, claim: Claim, most: int) -> None:
         self.registry, self.mine, self.claim, self.most = registry, mine, claim, most
+        self.counted: list[set[int]] = []
 
     def follow(self) -> Threads:
         """Look who computes now, and set the number of threads accordingly."""
@@ -159,6 +160,8 @@ class CoreShare:
         threads = share(*usable_cores(self.most), self.claim, others)
         if threads.count != torch.get_num_threads():
             torch.set_num_threads(threads.count)
+        for counts in self.counted:
+            counts.add(threads.count)
         return threads
 
 
@@ -190,3 +193,17 @@ def follow_cores() -> None:
     current = _SHARE.get()
     if current is not None:
         current.follow()
+
+
+@contextmanager
+def counting_threads() -> Iterator[set[int]]:
+    """The numbers of threads that this process computes with while the block lasts; as many as it has had by now."""
+    counts, current = {torch.get_num_threads()}, _SHARE.get()
+    if current is None:
+        yield counts
+        return
+    current.counted.append(counts)
+    try:
+        yield counts
+    finally:
+        current.counted = [others for others in current.counted if others is not counts]

@@ -10,6 +10,7 @@ from typing import Any
 
 from viditq.errors import UserError
 from viditq.models.particular import BROKEN_PICTURES, STAGES, UNUSABLE
+from viditq.models.sound_length import check_sound_length
 
 DTYPES = ("float32", "float16", "bfloat16")
 CHOICES = {"modality": ("image", "video"), "conditioning": ("text", "class")}
@@ -201,6 +202,7 @@ def check_arguments(model: Any, pipeline: Any) -> None:
             raise UserError(f"model.conditions has {name!r}; {pipeline.__name__} takes these pictures: {taken}.")
     _check_given_once(model, of_call)
     _check_modality(model, pipeline)
+    check_sound_length(model)
 
 
 def _check_given_once(model: Any, of_call: Mapping[str, Any]) -> None:

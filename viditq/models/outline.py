@@ -33,7 +33,8 @@ RENAMED = ("query", "key", "value", "proj_attn", "parametrizations", "weight_g",
 def check_outline(model: Any, folder: Path, rules: Sequence[str]) -> None:
     """Raises UserError for a pipeline class or patterns of Linears that do not go with the files in `folder`.
 
-    model: the fields of a ModelAdapter, of which the values are allowed. rules: patterns of quant.rules.
+    model: the fields of a ModelAdapter, of which the values are allowed, and that folder. rules: patterns of
+    quant.rules.
     """
     if not model.guess and model.pipeline not in OWN_PIPELINES:
         _check_pipeline(model, folder / "model_index.json")

@@ -10,6 +10,7 @@ from torch import Tensor
 from viditq.report.media import Clips
 from viditq.report.plan_view import RolePlan
 from viditq.report.sound import Sounds
+from viditq.report.stage_seconds import Conditions
 from viditq.report.verdicts import short_labels
 from viditq.report.wording import Value, finite
 
@@ -50,7 +51,8 @@ class PageContent:
     MAX_PAIRS, if the caller has no other wish); `sorted_by` names the metric that ordered them. `search`,
     `heat_map` and `budget_curve` are the content of search.json and its pictures, where a plan was searched;
     `treatments` and `treatments_picture` the same of treatments.json;
-    `incoherence` and `speed` are the content of incoherence.json and speed.json, where there is one.
+    `incoherence` and `speed` are the content of incoherence.json and speed.json, where there is one; `conditions` say
+    what the seconds of metrics.json were measured on.
     """
 
     title: str
@@ -76,6 +78,7 @@ class PageContent:
     treatments_picture: Path | None = None
     incoherence: Mapping[str, Any] | None = None
     speed: Mapping[str, Any] | None = None
+    conditions: Conditions = field(default_factory=dict)
 
     @property
     def scored(self) -> list[str]:

@@ -5,10 +5,9 @@ hashes in a Content-Security-Policy that allows nothing else.
 """
 
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -24,6 +23,7 @@ from viditq.report.plan_view import segment_words
 from viditq.report.search_view import SearchView, search_view
 from viditq.report.sound import encode_sounds
 from viditq.report.speed import emulated, speed_line, speed_view
+from viditq.report.stage_seconds import stage_seconds
 from viditq.report.text_encoders import text_encoder_view
 from viditq.report.treatments_view import TreatmentsView, treatments_view
 from viditq.report.verdicts import headline, judge_all
@@ -32,18 +32,6 @@ from viditq.report.wording import digits_for, finite, plain
 TEMPLATES = Path(__file__).parent / "templates"
 STYLES, SCRIPTS = ("page.css", "pairs.css", "charts.css"), ("clips.js", "pairs.js", "charts.js")
 MAX_PIXELATED = 128  # frames up to this side are shown with their pixels as squares
-STAGES = {
-    "prompts": "encode prompts",
-    "reference": "generate with float",
-    "noise_floor": "float against itself",
-    "calibrate": "calibrate",
-    "search": "search bits",
-    "quantize": "quantize",
-    "generate": "generate quantized",
-    "diagnose": "diagnose layers",
-    "benchmark": "time a step",
-    "evaluate": "evaluate",
-}
 
 
 def write_page(content: PageContent, path: Path, max_media_bytes: int = MAX_MEDIA_BYTES) -> Path:
@@ -87,7 +75,7 @@ def render(content: PageContent, max_media_bytes: int = MAX_MEDIA_BYTES) -> str:
         search=_search_view(content),
         treatments=_treatments_view(content),
         segment_words=segment_words(content.segments),
-        stage_seconds=_stage_seconds(content.metrics),
+        stage_seconds=stage_seconds(content.metrics.get("seconds", {}), content.conditions),
         prompt_table=_prompt_table(content),
         style=Markup(style),
         script=Markup(script),
@@ -137,14 +125,6 @@ def joined(names: Sequence[str]) -> str:
 def _digest(text: str) -> str:
     """The source expression of an inlined element."""
     return f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"
-
-
-def _stage_seconds(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """(what, seconds, per cent of the longest)."""
-    taken = metrics.get("seconds", {})
-    names = sorted(taken, key=lambda name: list(STAGES).index(name) if name in STAGES else len(STAGES))
-    longest = max(taken.values(), default=0.0) or 1.0
-    return [(STAGES.get(name, name), taken[name], round(100 * taken[name] / longest, 1)) for name in names]
 
 
 def _prompt_table(content: PageContent) -> tuple[list[str], list[tuple[int, str, list[str]]]]:

@@ -20,7 +20,8 @@ from viditq.report.page import write_page
 from viditq.report.pictures import comparison_gif, comparison_picture
 from viditq.report.plan_view import summarize_plan
 from viditq.report.ranking import Ranking, rank_pairs
-from viditq.run_dir import RunDir
+from viditq.report.stage_seconds import FLOAT, UNKNOWN
+from viditq.run_dir import RunDir, read_conditions
 from viditq.stages.card import update_card
 from viditq.stages.external import plan_of
 
@@ -75,6 +76,14 @@ def _conditions(prompt: str) -> dict[str, Tensor]:
     pixels = prompt.pixels() if isinstance(prompt, Prompt) else {}
     clips = {name: torch.from_numpy(value) for name, value in pixels.items()}
     return {name: (clip if clip.ndim == 4 else clip[None]).movedim(-1, 1) for name, clip in clips.items()}
+
+
+def _measured_on(job: Job) -> dict[str, list[str]]:
+    """Stage -> what its seconds in metrics.json were measured on."""
+    places = (job.reference.path, job.stats.path, job.run_dir.path)
+    found = {stage: on for place in places for stage, on in read_conditions(place).items()}
+    floors = [on for entry in job.floors.values() for on in read_conditions(entry.path).get(FLOAT, [UNKNOWN])]
+    return {**found, "noise_floor": list(dict.fromkeys(floors))}
 
 
 def _draw(job: Job, ranking: Ranking, label: Mapping[str, Any]) -> None:
@@ -134,6 +143,7 @@ def _content(job: Job, ranking: Ranking, metrics: Mapping[str, Any], per_prompt:
         heat_map=run_dir.heat_map if is_whole(run_dir.heat_map) else None,
         incoherence=read_json(run_dir.incoherence) if is_whole(run_dir.incoherence) else None,
         speed=read_json(run_dir.speed) if is_whole(run_dir.speed) else None,
+        conditions=_measured_on(job),
         budget_curve=run_dir.budget_curve if is_whole(run_dir.budget_curve) else None,
         treatments=read_json(run_dir.treatments) if is_whole(run_dir.treatments) else None,
         treatments_picture=run_dir.treatments_picture if is_whole(run_dir.treatments_picture) else None,

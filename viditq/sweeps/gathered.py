@@ -16,6 +16,7 @@ from viditq.files import read_mapping
 from viditq.metrics.bootstrap import bootstrap_interval
 from viditq.report.row import Row
 from viditq.run_dir import OVERRIDES, flatten, overrides_of
+from viditq.sweeps.unfinished import why_left_out
 
 FILES = {  # of a finished run, with the keys that have to be there
     "run.json": ("name", "seed"),
@@ -48,14 +49,13 @@ def is_run(folder: Path) -> bool:
 
 
 def read(folders: list[Path]) -> Runs:
-    """metrics.json, configuration, per_prompt.json and speed.json (None without) of every finished run; names the
-    others on stderr.
+    """metrics.json, configuration, per_prompt.json and speed.json (None without) of every finished run; says of the
+    others on stderr whether they run now, were stopped, or are none.
     """
     runs: Runs = {}
     for folder in folders:
-        absent = [name for name in FILES if not (folder / name).is_file()]
-        if absent:
-            print(f"left out: {folder} has no {' and no '.join(absent)}", file=sys.stderr)
+        if not is_run(folder):
+            print(f"left out: {why_left_out(folder)}", file=sys.stderr)
             continue
         try:
             config, metrics, per_prompt = (read_mapping(folder / name, keys) for name, keys in FILES.items())

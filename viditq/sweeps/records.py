@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +20,7 @@ from viditq.run_dir import fingerprint
 from viditq.run_name import shorten
 
 SWEEP_VARIABLE = "VIDITQ_SWEEP"  # the folder of the records; launchers hand it on to the processes of the jobs
+_planned: list[list[str]] = []  # of the sweep of this process
 HOW_MANY = ("n_trials", "max_batch_size")  # keys of a sweeper that say how many jobs, not which
 
 
@@ -42,6 +46,10 @@ class JobRecord:
         """Record why the job failed."""
         replace(self, status="failed", message=message).write()
 
+    def interrupted(self, by: str) -> None:
+        """Record what stopped the job; it stays at running, as after a kill."""
+        replace(self, message=f"interrupted by {by}").write()
+
     def done(self, metrics: Mapping[str, Any] | None, gate_failures: Sequence[str] = ()) -> None:
         """Record what the job measured, if it got so far, and the gates it failed."""
         replace(self, status="done", metrics=dict(metrics or {}), gate_failures=list(gate_failures)).write()
@@ -52,6 +60,7 @@ class SweepFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         os.environ[SWEEP_VARIABLE] = str(sweep_folder(config.hydra))
+        _planned[:] = _jobs_of(config.hydra)
 
 
 def sweep_folder(hydra: DictConfig) -> Path:
@@ -62,6 +71,25 @@ def sweep_folder(hydra: DictConfig) -> Path:
     overrides = [text for text in hydra.overrides.task if not text.startswith("launcher=")]
     key = {"overrides": overrides, "sweeper": what}
     return Path(hydra.sweep.dir).resolve() / "_sweeps" / fingerprint(key)
+
+
+def planned_jobs() -> list[list[str]]:
+    """The overrides of each job of this process's sweep, in order, begun or not; empty where that is not known."""
+    return [*_planned]
+
+
+def _jobs_of(hydra: DictConfig) -> list[list[str]]:
+    """As Hydra's sweeper, and with it ours for grids, will deal them out; a tuning makes up its own one by one."""
+    with suppress(Exception):  # what is wrong is for the sweeper to say
+        params: Any = hydra.sweeper.get("params") or {}
+        swept = "experiment" in params  # the sweep itself, which the command line chooses, is none of its jobs
+        given = [text for text in hydra.overrides.task if not (swept and text.startswith("experiment="))]
+        if "n_trials" in hydra.sweeper:
+            return [[*given, f"trial {number}"] for number in range(hydra.sweeper.n_trials)]
+        words = [f"{key}={value}" for key, value in params.items()] + given
+        (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
+        return jobs
+    return []
 
 
 def current_job(folder: Path) -> JobRecord | None:
@@ -87,8 +115,8 @@ def exit_status(jobs: list[JobRecord]) -> int:
     return 3 if any(job.gate_failures for job in jobs) else 0
 
 
-def distinct_overrides(jobs: list[JobRecord]) -> tuple[str, list[str]]:
-    """What all jobs share, and what sets each apart."""
-    common = [o for o in jobs[0].overrides if all(o in job.overrides for job in jobs)] if len(jobs) > 1 else []
-    apart = [" ".join(o for o in job.overrides if o not in common) for job in jobs]
+def distinct_overrides(jobs: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
+    """What the overrides of all jobs share, and what sets each apart."""
+    common = [o for o in jobs[0] if all(o in job for job in jobs)] if len(jobs) > 1 else []
+    apart = [" ".join(o for o in job if o not in common) for job in jobs]
     return shorten(" ".join(common), 300), apart

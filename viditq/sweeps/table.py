@@ -1,6 +1,7 @@
 """What a sweep prints at its end: a line per job, why jobs failed, and a tuning's best settings."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,48 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from viditq.files import read_json
+from viditq.files import is_held, read_json
 from viditq.report.table import value_and_error
 from viditq.sweeps.records import JobRecord, distinct_overrides
 
-STATES = {"done": "done", "failed": "[red]failed[/red]", "running": "[yellow]unfinished[/yellow]"}
+STATES = {
+    "done": "done",
+    "failed": "[red]failed[/red]",
+    "running": "[yellow]unfinished[/yellow]",
+    "working": "[yellow]running now[/yellow]",
+}
+NAMES = {"done": "done", "failed": "failed", "running": "unfinished", "working": "running now"}
+NAMED = 8  # of the jobs that have not begun
 WIDTH = 160  # of a log file; a terminal has its own
 
 
-def print_sweep(folder: Path, jobs: list[JobRecord]) -> None:
-    """The table of all jobs, what became of those that are not done, and how many are."""
+def print_sweep(folder: Path, jobs: list[JobRecord], planned: Sequence[list[str]] = (), command: str = "") -> None:
+    """The table of all jobs that have begun, what became of those that are not done, how many are, and what remains.
+
+    planned: overrides of each job, begun or not; empty = not known. command: that goes on with the sweep.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
-    common, apart = distinct_overrides(jobs)
+    begun = {job.num for job in jobs}
+    others = [words for number, words in enumerate(planned) if number not in begun]
+    common, every = distinct_overrides([*(job.overrides for job in jobs), *others])
+    apart, waiting = every[: len(jobs)], every[len(jobs) :]
     console.print()
     console.print(jobs_table(jobs, f"sweep {common}".rstrip(), apart))
     for job, what in zip(jobs, apart, strict=True):
         for line in complaints(job):
             console.print(Text(f"job {job.num}, {what or 'alone'}: {line}"), soft_wrap=True)
-    counts = {state: sum(job.status == state for job in jobs) for state in STATES}
-    words = [f"{counts['done']} done", f"{counts['failed']} failed", f"{counts['running']} unfinished"]
-    total = f"{len(jobs)} job{'s' * (len(jobs) != 1)}"
-    console.print(
-        f"{total}: " + ", ".join(w for w in words if w[:2] != "0 ") + f" ({relative(folder)})", soft_wrap=True
-    )
+    counts = {NAMES[state]: [state_of(job) for job in jobs].count(state) for state in STATES}
+    counts["not begun"] = len(waiting)
+    total = f"{sum(counts.values())} job{'s' * (sum(counts.values()) != 1)}"
+    words = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    console.print(f"{total}: {words} ({relative(folder)})", soft_wrap=True)
+    if waiting:
+        more = f", and {len(waiting) - NAMED} more" if len(waiting) > NAMED else ""
+        console.print(Text(f"not begun: {', '.join(waiting[:NAMED])}{more}"), soft_wrap=True)
+    if command and (waiting or counts["unfinished"]):
+        console.print(Text(f"go on with: {command}"), soft_wrap=True)
     if (folder / "best.json").is_file():
         print_best(console, read_json(folder / "best.json"))
 
@@ -51,7 +69,7 @@ def jobs_table(jobs: list[JobRecord], title: str, apart: list[str]) -> Table:
     table.add_column("folder", overflow="fold")
     for job, what in zip(jobs, apart, strict=True):
         cells = numbers(job, named=bool(names)) if job.metrics else ["-"] * 4
-        table.add_row(str(job.num), Text(what), STATES[job.status], *cells, Text(relative(Path(job.folder))))
+        table.add_row(str(job.num), Text(what), STATES[state_of(job)], *cells, Text(relative(Path(job.folder))))
     return table
 
 
@@ -76,13 +94,21 @@ def numbers(job: JobRecord, named: bool) -> list[str]:
     ]
 
 
+def state_of(job: JobRecord) -> str:
+    """Its status, `working` for one that a process is at: the record does not tell it from one that was killed."""
+    return "working" if job.status == "running" and is_held(Path(job.folder)) else job.status
+
+
 def complaints(job: JobRecord) -> list[str]:
     """Why a job is not done, and which gates it failed."""
     gates = [f"gate failed: {gate}" for gate in job.gate_failures]
     if job.status == "failed":
         return [f"failed: {job.message.splitlines()[0] if job.message else 'no message'}", *gates]
-    if job.status == "running":
-        return ["unfinished: its process was stopped, or still runs. The same command continues it.", *gates]
+    if (state := state_of(job)) == "working":
+        return ["running now, in a process of its own", *gates]
+    if state == "running":
+        why = job.message or "its process was stopped, or is only loading"
+        return [f"unfinished: {why}. The same command continues it.", *gates]
     return gates
 
 

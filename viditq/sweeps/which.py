@@ -14,8 +14,10 @@ from viditq.report.inputs import by_inputs, what_differs
 from viditq.report.leaderboard import heading, table_line
 from viditq.report.paired import Paired, paired_text
 from viditq.report.row import Row, directed, labels_of, ranking_metric
-from viditq.sweeps.gathered import Runs, find, interval_of, is_run, read, rows, unrepeated, where, width_of
+from viditq.run_dir import CONFIG
+from viditq.sweeps.gathered import Runs, find, interval_of, read, rows, unrepeated, where, width_of
 from viditq.sweeps.records import read_jobs
+from viditq.sweeps.unfinished import is_begun, shown
 
 ROOM = 1.1  # of the bytes of the smallest run at 8 bits: groups and plans take a few more
 HALF, NEARLY = 0.5, 0.67  # of the bytes of the best at 8 bits; of small models much stays in float
@@ -67,7 +69,8 @@ def which(arguments: Sequence[str], metric: str | None, exact_targets: ExactTarg
     exact_targets: artifact -> the programs that hold it exactly. words: as in `gathered.where`. Raises UserError where
     there is no finished run, or none that ranks.
     """
-    runs = unrepeated(read(where([run for folder in find([*arguments]) for run in runs_in(folder)], words)))
+    found = {run.resolve(): run for folder in find([*arguments]) for run in runs_in(folder)}
+    runs = unrepeated(read(where([*found.values()], words)))
     tables = []
     for model in sorted({metrics["model"] for metrics, *_ in runs.values()}):
         of_model = {folder: run for folder, run in runs.items() if run[0]["model"] == model}
@@ -78,12 +81,17 @@ def which(arguments: Sequence[str], metric: str | None, exact_targets: ExactTarg
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder if it is a run's; else those of the jobs of a sweep's records; else the runs beneath it."""
-    if is_run(folder):
+    """The folder if it is a run's; else those of the jobs of a sweep's records; else the runs beneath it, finished or
+    not, or beneath what lies in it (`outputs` holds folders of models).
+    """
+    if is_begun(folder):
         return [folder]
     if jobs := [Path(job.folder) for job in read_jobs(folder)]:
-        return [job for job in jobs if is_run(job)]
-    return [child for child in sorted(folder.iterdir()) if is_run(child)] or [folder]
+        return jobs
+    for below in ("*", "[!_]*/*"):  # caches and records begin with _
+        if found := [file.parent for file in sorted(folder.glob(f"{below}/{CONFIG}"))]:
+            return found
+    return [folder]
 
 
 def _fields(model: str, runs: Runs, metric: str | None) -> list[Field]:
@@ -109,13 +117,26 @@ def _table(field: Field, exact_targets: ExactTargets) -> str:
     eight = _at_eight(field)
     best = field.best(eight)
     half = [] if best is None else _at_half(field, best)
-    lines.append(table_line(["best at 8 bits", *_told(field, best, eight, "no run has 8 bits on both sides")]))
     without = "no run takes so few" if best else "no run has 8 bits on both sides"
-    lines.append(table_line(["best at half the bytes of that", *_told(field, field.best(half), half, without, best)]))
-    lines.append(table_line(["fastest", *_fastest(field)]))
-    lines.append(table_line(["best exportable", *_exportable(field, exact_targets)]))
-    lines.append(table_line(["what not to use", *_not_to_use(field)]))
-    return "\n".join(lines)
+    worst, why = _not_to_use(field)
+    answers = {
+        "best at 8 bits": _told(field, best, eight, "no run has 8 bits on both sides"),
+        "best at half the bytes of that": _told(field, field.best(half), half, without, best),
+        "fastest": _fastest(field),
+        "best exportable": _exportable(field, exact_targets),
+        "what not to use": ["see why" if worst else "-", *NOBODY[1:], why],
+    }
+    lines += [table_line([name, *cells]) for name, cells in answers.items()]
+    return "\n".join([*lines, "", *_places(field, [*(cells[0] for cells in answers.values()), *worst])])
+
+
+def _places(field: Field, names: Sequence[str]) -> list[str]:
+    """How many runs were looked at where, and the folders of the rows with these names."""
+    folders = [folder for row in field.rows for folder in field.folders[row.name]]
+    among = ", ".join(sorted({shown(folder.parent) for folder in folders}))
+    lines = [f"Of {len(folders)} finished run{'s' * (len(folders) != 1)} in {among}; the folders of those named:", ""]
+    named = [row.name for row in field.rows if row.name in names]
+    return lines + [f"- {name}: {', '.join(shown(folder) for folder in field.folders[name])}" for name in named]
 
 
 def _at_eight(field: Field) -> list[Row]:
@@ -176,8 +197,8 @@ def _exportable(field: Field, exact_targets: ExactTargets) -> list[str]:
     return _cells(field, best, f"exact for {', '.join(asked[best.name])}{tied}")
 
 
-def _not_to_use(field: Field) -> list[str]:
-    """Rows that another one of no more bytes is certainly better than."""
+def _not_to_use(field: Field) -> tuple[list[str], str]:
+    """Rows that another one of no more bytes is certainly better than: the names of the worst, and what is told."""
     found = []
     for row in field.rows:
         rivals = [r for r in field.rows if r is not row and r.megabytes <= SAME_BYTES * row.megabytes]
@@ -185,9 +206,9 @@ def _not_to_use(field: Field) -> list[str]:
         if beaten:
             _, rival, paired = max(beaten, key=lambda one: one[0])
             told = f"{row.name}: {rival.name} is better by {paired_text(paired)} in {rival.megabytes:.2f} MB"
-            found.append((abs(paired[0]), told))
+            found.append((abs(paired[0]), told, row.name))
     if not found:
-        return [*NOBODY, "no run is certainly worse than another of no more bytes"]
-    worst = [told for _, told in sorted(found, reverse=True)]
-    more = f"; and {len(worst) - WORST} more" if len(worst) > WORST else ""
-    return ["see why", *NOBODY[1:], "; ".join(worst[:WORST]) + more]
+        return [], "no run is certainly worse than another of no more bytes"
+    worst = sorted(found, reverse=True)[:WORST]
+    more = f"; and {len(found) - WORST} more" if len(found) > WORST else ""
+    return [name for _, _, name in worst], "; ".join(told for _, told, _ in worst) + more
