@@ -18,7 +18,7 @@ ONE, TWO = ["1 thread of A"], ["2 threads of A"]
         ({"reference": TWO, "generate": ONE}, "float was generated on 2 threads of A, quantized on 1 thread of A."),
         ({"generate": ONE}, "float was generated on what was not recorded, quantized on 1 thread of A."),
         ({"reference": [*ONE, *TWO], "generate": [*ONE, *TWO]}, "float was generated on 1 thread of A, then 2 threads"),
-        ({}, "on what was not recorded, quantized on what was not recorded."),
+        ({}, "an earlier version made them, which did not record on what."),
     ],
 )
 def test_float_and_quantized_samples(conditions, words):
@@ -28,9 +28,10 @@ def test_float_and_quantized_samples(conditions, words):
 
 
 def test_other_stages_are_named_where_they_were_measured_on_something_else():
-    found = stage_seconds({"evaluate": 1.0, "reference": 4.0, "generate": 2.0}, {"generate": ONE, "reference": ONE})
+    seconds = {"evaluate": 1.0, "reference": 4.0, "generate": 2.0, "diagnose": 1.0}
+    found = stage_seconds(seconds, {"generate": ONE, "reference": ONE, "evaluate": TWO})
     assert found.bars[0] == ("generate with float", 4.0, 100.0) and not found.apart
-    assert found.others == "Also measured on something else: evaluate on what was not recorded."
+    assert found.others == "Also measured on something else: evaluate on 2 threads of A."
 
 
 def test_the_page_leaves_out_what_does_not_compare():

@@ -39,7 +39,7 @@ def stage_seconds(seconds: Mapping[str, float], conditions: Conditions) -> Stage
     bars = [(STAGES.get(name, name), seconds[name], round(100 * seconds[name] / longest, 1)) for name in names]
     ours = _words(conditions, QUANTIZED)
     places = {name: _words(conditions, name) for name in names if name not in (FLOAT, QUANTIZED)}
-    others = [f"{STAGES.get(name, name)} on {on}" for name, on in places.items() if on != ours]
+    others = [f"{STAGES.get(name, name)} on {on}" for name, on in places.items() if on not in (ours, UNKNOWN)]
     told = f"Also measured on something else: {'; '.join(others)}." if others and QUANTIZED in seconds else ""
     return StageSeconds(bars, not_comparable(seconds, conditions), told)
 
@@ -51,10 +51,10 @@ def not_comparable(seconds: Mapping[str, float], conditions: Conditions) -> str:
     theirs, ours = _words(conditions, FLOAT), _words(conditions, QUANTIZED)
     if theirs == ours and len(conditions.get(FLOAT, ())) == 1 and ours != UNKNOWN:
         return ""
-    return (
-        "The seconds of float and quantized samples do not compare: "
-        f"float was generated on {theirs}, quantized on {ours}."
-    )
+    why = f"float was generated on {theirs}, quantized on {ours}"
+    if theirs == ours == UNKNOWN:
+        why = "an earlier version made them, which did not record on what"
+    return f"The seconds of float and quantized samples do not compare: {why}."
 
 
 def _words(conditions: Conditions, stage: str) -> str:

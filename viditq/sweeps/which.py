@@ -134,9 +134,12 @@ def _places(field: Field, names: Sequence[str]) -> list[str]:
     """How many runs were looked at where, and the folders of the rows with these names."""
     folders = [folder for row in field.rows for folder in field.folders[row.name]]
     among = ", ".join(sorted({shown(folder.parent) for folder in folders}))
-    lines = [f"Of {len(folders)} finished run{'s' * (len(folders) != 1)} in {among}; the folders of those named:", ""]
     named = [row.name for row in field.rows if row.name in names]
-    return lines + [f"- {name}: {', '.join(shown(folder) for folder in field.folders[name])}" for name in named]
+    counted = f"Of {len(folders)} finished run{'s' * (len(folders) != 1)} in {among}"
+    if not named:
+        return [f"{counted}."]
+    places = [f"- {name}: {', '.join(shown(folder) for folder in field.folders[name])}" for name in named]
+    return [f"{counted}; the folders of those named:", "", *places]
 
 
 def _at_eight(field: Field) -> list[Row]:
