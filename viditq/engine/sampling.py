@@ -14,6 +14,7 @@ from viditq.engine.offload import OFFLOADS, offload_layers, offload_pipeline
 from viditq.engine.partials import Partial, Partials
 from viditq.engine.threads import follow_cores
 from viditq.errors import UserError
+from viditq.memory import reusing
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate_samples, group_by_shape
 from viditq.models.text import PromptEmbeds
@@ -221,5 +222,6 @@ def run_batches(trainer: L.Trainer, module: PipelineModule, batches: Sequence[An
     if offload in OFFLOADS:
         module.offload(offload, trainer.strategy.root_device)
     loader = DataLoader(_Batches(batches), batch_size=None, collate_fn=lambda batch: batch)
-    trainer.predict(module, loader, return_predictions=False)
+    with reusing():
+        trainer.predict(module, loader, return_predictions=False)
     module.let_go()
