@@ -49,6 +49,8 @@ def test_what_a_step_frees_is_there_for_the_next_and_goes_back_when_asked(tmp_pa
 def test_sizes_of_the_environment_are_left_alone(monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
     asked: list[int] = []
     monkeypatch.setattr(memory, "_own_heap", False)
+    for name in ("GLIBC_TUNABLES", *memory.CHOSEN):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(memory, "_set", lambda parameter, value: bool(asked.append(parameter)) or True)
     assert memory.keep_heap() and len(asked) == 2
     monkeypatch.setenv(*chosen.split("=", 1))
