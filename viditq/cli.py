@@ -31,7 +31,7 @@ from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estima
 from viditq.errors import AlreadyReported, GateFailed, UserError, close_names, extra_command
 from viditq.files import read_json
 from viditq.finished import find_finished
-from viditq.memory import importing, set_aside
+from viditq.memory import importing, keep_heap, set_aside
 from viditq.out_of_memory import is_about_memory, memory_message
 from viditq.run_dir import CHOICE, RunDir
 from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, planned_jobs, read_jobs
@@ -144,6 +144,7 @@ def guarded_run(cfg: DictConfig, folder: Path) -> None:
             from viditq.runner import run  # takes many seconds, which neither a bad value nor a finished run waits for
 
         set_aside()
+        keep_heap()
         return run(cfg, folder, checked=checked)
 
     status = guarded(cfg, work, job)

@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1
 
 def run(cfg: "DictConfig", folder: Path) -> None:
     """The stages of a run whose folder the launching process holds."""
-    from viditq.memory import importing, set_aside
+    from viditq.memory import importing, keep_heap, set_aside
 
     with importing():
         from viditq.engine.processes import joined
@@ -25,6 +25,7 @@ def run(cfg: "DictConfig", folder: Path) -> None:
         from viditq.runner import quiet_libraries, run_stages
 
     set_aside()
+    keep_heap()
     quiet_libraries()
     experiment = build(cfg)
     with joined() as processes:

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from viditq.data.prompts import PromptData
 from viditq.data.samples import load_sample, sample_path, sound_path, sounds_alike
 from viditq.engine.trainer import heed_sigterm
+from viditq.memory import reusing
 from viditq.metrics.batch import EvalBatch, Sound
 from viditq.metrics.streaming import summarise
 
@@ -104,7 +105,8 @@ def measure(trainer: L.Trainer, metrics: Mapping[str, Metric], pairs: Pairs) -> 
     for metric in metrics.values():
         metric.reset()
     module = Evaluation(metrics)
-    trainer.test(module, DataLoader(pairs, batch_size=None, collate_fn=lambda batch: batch), verbose=False)
+    with reusing():
+        trainer.test(module, DataLoader(pairs, batch_size=None, collate_fn=lambda batch: batch), verbose=False)
     heed_sigterm(trainer)
     return module.results
 

@@ -14,6 +14,7 @@ from viditq.engine.partials import Partial, Partials
 from viditq.engine.threads import follow_cores
 from viditq.engine.trainer import heed_sigterm
 from viditq.errors import UserError
+from viditq.memory import reusing
 from viditq.models.adapter import ModelAdapter
 from viditq.models.generate import denoise, generate_samples, group_by_shape
 from viditq.models.text import PromptEmbeds
@@ -220,6 +221,7 @@ def run_batches(trainer: L.Trainer, module: PipelineModule, batches: Sequence[An
     if offload in OFFLOADS:
         module.offload(offload, trainer.strategy.root_device)
     loader = DataLoader(_Batches(batches), batch_size=None, collate_fn=lambda batch: batch)
-    trainer.predict(module, loader, return_predictions=False)
+    with reusing():
+        trainer.predict(module, loader, return_predictions=False)
     heed_sigterm(trainer)
     module.let_go()

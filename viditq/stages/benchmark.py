@@ -15,7 +15,7 @@ from viditq.engine.timing import MIN_ROUNDS, free_bytes, interleaved, peak_bytes
 from viditq.files import is_whole, write_json
 from viditq.job import Job
 from viditq.loading import in_dtype
-from viditq.memory import give_back
+from viditq.memory import give_back, reusing
 from viditq.models.adapter import ModelAdapter
 from viditq.models.compiling import compiled_twin
 from viditq.models.dtypes import DTYPES
@@ -98,15 +98,16 @@ def _benchmark(job: Job) -> str:
     give_back()  # the rest of the pipelines
     work = {name: partial(_computed, call, denoiser, device) for name, denoiser in denoisers.items()}
     steps, peaks = {}, {}
-    for name, step in work.items():
-        for _ in range(WARM_UPS - 1):
-            step()
-        start = time.perf_counter()
-        peaks[name] = peak_bytes(step, device)
-        steps[name] = time.perf_counter() - start
-    each, limit = sum(steps.values()), e.benchmark_seconds
-    rounds = rounds_within(None if limit is None else limit - WARM_UPS * each, each, e.benchmark_rounds)
-    seconds = interleaved(work, rounds, random.Random(e.seed))
+    with reusing():
+        for name, step in work.items():
+            for _ in range(WARM_UPS - 1):
+                step()
+            start = time.perf_counter()
+            peaks[name] = peak_bytes(step, device)
+            steps[name] = time.perf_counter() - start
+        each, limit = sum(steps.values()), e.benchmark_seconds
+        rounds = rounds_within(None if limit is None else limit - WARM_UPS * each, each, e.benchmark_rounds)
+        seconds = interleaved(work, rounds, random.Random(e.seed))
     candidates = {
         name: {
             "dtype": _dtype(job, name),
