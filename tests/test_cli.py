@@ -87,6 +87,13 @@ def test_a_first_line_and_none_where_others_read_the_output() -> None:
     assert run_py("experiment=smoke", "--cfg", "job").stdout.startswith("name: smoke\n")
 
 
+@pytest.mark.parametrize("words", [("-m", "--cfg", "job", "quant=w8a8,w4a8"), ("-m", "--help", "quant=w8a8,w4a8")])
+def test_what_shows_one_configuration_says_so_of_a_sweep(words: tuple[str, ...]) -> None:
+    done = run_py(*words)
+    assert done.returncode == 2 and "show one configuration: leave -m out" in done.stderr
+    assert "Traceback" not in done.stderr and "add --multirun" not in done.stderr
+
+
 def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     for launched, name in RANKS.items():
         monkeypatch.delenv(launched, raising=False)

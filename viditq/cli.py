@@ -52,6 +52,8 @@ DISK_ERRORS = {
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
 REPORTED = "another of the run's processes failed, whose message is above"
 RUNS = ("-m", "--multirun")  # options with which the command still is a run; others print what others read
+SHOWS = ("--help", "-h", "--cfg", "-c", "--info", "-i")  # instead of a run
+ONE_RUN = "--help, --cfg and --info show one configuration: leave -m out, and give each key one value, such as {}."
 LOADING = "viditq: loading torch, diffusers and Lightning (10 s, more on a busy machine or the first time)"
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}  # that end a run in order
 GOES_ON = "Finished work is kept: the same command goes on from there.\n"
@@ -231,6 +233,8 @@ def user_message(error: BaseException, choice: str = FOLDERS) -> str | None:
         return config_message(error)
     if isinstance(error, YAMLError):
         return f"A configuration file is no yaml:\n{error}"
+    if isinstance(error, ValueError) and str(error).startswith("Only one of --run, --multirun"):
+        return ONE_RUN.format("seed=0")
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         return f"A group (such as logger) cannot be null: choose one of its options, such as logger=none. {ALL_KEYS}"
     return None
@@ -247,6 +251,8 @@ def config_message(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         return f"{text.rstrip()}\n{quoting(error.override)}"
     if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
+        if any(word.startswith(SHOWS) for word in sys.argv[1:]):
+            return f"{ambiguous[1]} is a sweep. {ONE_RUN.format(ambiguous[1].partition(',')[0])}"
         return f"{text.rstrip()}\n{quoting(ambiguous[1])}"
     if isinstance(error, MissingMandatoryValue) and node:
         return f"{node[1]} has no value. Give one: {node[1]}=..."
