@@ -88,7 +88,7 @@ def test_what_seconds_were_measured_on_stands_beside_them(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "what", ["null", "[1]", '"x"', '{"generate": [3], "evaluate": "a", "report": -1, "search": NaN}']
+    "what", ["null", "[1]", '"x"', '{"generate": [3], "evaluate": "a", "report": -1, "search": NaN, "quantize": 1e308}']
 )
 def test_files_of_seconds_that_hold_something_else_tell_nothing_and_fail_nothing(what: str, tmp_path: Path) -> None:
     for name in ("seconds.json", "seconds_on.json"):

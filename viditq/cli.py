@@ -252,7 +252,8 @@ def config_message(error: BaseException) -> str:
         return f"{text.rstrip()}\n{quoting(error.override)}"
     if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
         if any(word.startswith(SHOWS) for word in sys.argv[1:]):
-            return f"{ambiguous[1]} is a sweep. {ONE_RUN.format(ambiguous[1].partition(',')[0])}"
+            one = ONE_RUN.format(ambiguous[1].partition(",")[0])
+            return f"{ambiguous[1]} is a sweep. {one}\n{quoting(ambiguous[1])}"
         return f"{text.rstrip()}\n{quoting(ambiguous[1])}"
     if isinstance(error, MissingMandatoryValue) and node:
         return f"{node[1]} has no value. Give one: {node[1]}=..."

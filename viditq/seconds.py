@@ -3,7 +3,6 @@
 Both only tell: what is there and holds something else fails no run, and counts as not recorded.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from viditq.files import is_whole, read_json, write_json
 from viditq.report.stage_seconds import UNKNOWN
 
 SECONDS, CONDITIONS = "seconds.json", "seconds_on.json"
+LONGEST = 1e9  # seconds, thirty years: more is no time that a stage took
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def read_seconds(folder: Path) -> dict[str, float]:
 def sound_seconds(found: Any) -> dict[str, float]:
     """Those of the values that can be seconds of stages."""
     given = found.items() if isinstance(found, dict) else ()
-    return {stage: value for stage, value in given if type(value) in (int, float) and 0 <= value < math.inf}
+    return {stage: value for stage, value in given if type(value) in (int, float) and 0 <= value < LONGEST}
 
 
 def read_conditions(folder: Path) -> dict[str, list[str]]:
