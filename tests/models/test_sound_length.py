@@ -46,7 +46,7 @@ def test_the_rate_is_that_of_the_call(folder: Path) -> None:
         check_sound_length(model(folder, 1, 24, frame_rate=60))
 
 
-@pytest.mark.parametrize("rate", ["24", "fast", 0, -24, float("nan"), float("inf"), [24], True])
+@pytest.mark.parametrize("rate", ["24", "fast", 0, -24, float("nan"), float("inf"), [24], True, None])
 def test_a_rate_that_is_none_is_refused(folder: Path, rate: Any) -> None:
     with pytest.raises(UserError, match=r"model\.call\.frame_rate=.* must be a number of frames a second"):
         check_sound_length(model(folder, 121, 24, frame_rate=rate))

@@ -24,8 +24,7 @@ def check_sound_length(model: Any) -> None:
     """
     if not model.pipeline.startswith(FAMILY) or OWN_LENGTH in model.pipeline or model.num_frames is None:
         return
-    given = model.call.get("frame_rate")
-    rate = FRAME_RATE if given is None else given
+    rate = model.call.get("frame_rate", FRAME_RATE)
     if not _is_positive(rate):
         raise UserError(f"model.call.frame_rate={rate!r} must be a number of frames a second, above 0, such as 24.")
     values = {**DEFAULTS, **_config(model.folder / PART)}
