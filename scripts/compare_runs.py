@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from viditq.cli import user_message
 from viditq.data.samples import load_sample
 from viditq.errors import UserError
 from viditq.files import read_mapping
@@ -78,11 +79,11 @@ def main() -> None:
         shown = args.prompts or [*range(min(FIRST, len(results[0]["prompts"])))]
         rows = [("float", clips(Path(results[0]["reference"]), shown))]
         rows += [(label, clips(run / "samples", shown)) for label, run in zip(labels, args.runs, strict=True)]
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw = rows_gif if args.out.suffix == ".gif" else rows_picture
-    draw(rows, args.out, [results[0]["prompts"][i] for i in shown])
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        draw = rows_gif if args.out.suffix == ".gif" else rows_picture
+        draw(rows, args.out, [results[0]["prompts"][i] for i in shown])
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {user_message(error, '--out FILE') or error}")
     print_differences(labels, results)
     print(f"picture: {args.out}")
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from viditq.cli import user_message
 from viditq.errors import UserError
 from viditq.files import atomic
 from viditq.report.board_page import board_page
@@ -159,8 +160,8 @@ def main() -> None:
         check_folder(str(args.out.parent), "--out FILE")
         folders = [run for folder in find(args.runs) for run in runs_in(folder)]
         leaderboard(where([*dict.fromkeys(folders)], args.where), args.out, args.metric, args.widths, args.costs)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {user_message(error, '--out FILE') or error}")
 
 
 if __name__ == "__main__":

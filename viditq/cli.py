@@ -37,7 +37,7 @@ from viditq.run_dir import CHOICE, RunDir
 from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, planned_jobs, read_jobs
 
 ELSEWHERE = "Choose another with {choice}"
-FOLDERS = f"{CHOICE} and cache_dir=FOLDER"
+FOLDERS, SWEEP_FOLDERS = f"{CHOICE} and cache_dir=FOLDER", "hydra.sweep.dir=FOLDER and cache_dir=FOLDER"
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full. Finished work is kept: free space and run the same command again",
     errno.EDQUOT: "the disk quota is used up. Finished work is kept: free space and run the same command again",
@@ -79,7 +79,7 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
     try:
         hydra_main()
     except Exception as error:
-        message = user_message(error)
+        message = user_message(error, SWEEP_FOLDERS if SWEEP_VARIABLE in os.environ else FOLDERS)
         if message is None or debug:
             raise
         print_error(message)
