@@ -12,8 +12,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from viditq import checks, cli
-from viditq.cli import quoting
 from viditq.config import RANKS
+from viditq.errors import quoting
 from viditq.quant.description import registry
 
 ROOT = Path(__file__).parents[1]

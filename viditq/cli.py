@@ -28,7 +28,7 @@ from viditq.checkpoints import known_of
 from viditq.checks import check, check_values_alone
 from viditq.conf_folder import CONF
 from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates, program
-from viditq.errors import AlreadyReported, GateFailed, UserError, close_names, extra_command
+from viditq.errors import AlreadyReported, GateFailed, UserError, close_names, extra_command, quoting
 from viditq.files import read_json
 from viditq.finished import find_finished
 from viditq.memory import importing, set_aside
@@ -75,7 +75,6 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own way
     os.environ.pop(SWEEP_VARIABLE, None)
     status = 0
-    jobs: list[JobRecord] = []
     try:
         hydra_main()
     except Exception as error:
@@ -86,7 +85,7 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
         status = 2
     finally:
         jobs = summary_of_sweep(shlex.join([*program(), *sys.argv[1:]]))
-    if SWEEP_VARIABLE in os.environ and not jobs and not status:
+    if jobs == [] and SWEEP_VARIABLE in os.environ and not status:
         print_error("The sweep has no jobs: one of its keys has no values.")
         status = 2
     return status or exit_status(jobs)
@@ -116,10 +115,17 @@ def _leave_at_once(lost: "sys.UnraisableHookArgs") -> None:
     sys.__unraisablehook__(lost)
 
 
-def summary_of_sweep(command: str) -> list[JobRecord]:
-    """Print what became of the jobs, if this was a sweep, and return them. command: that goes on with it."""
+def summary_of_sweep(command: str) -> list[JobRecord] | None:
+    """Print what became of the jobs, if this was a sweep; None where a record of one is damaged, which is said.
+
+    command: that goes on with the sweep.
+    """
     folder = os.environ.get(SWEEP_VARIABLE)
-    jobs = read_jobs(Path(folder)) if folder else []
+    try:
+        jobs = read_jobs(Path(folder)) if folder else []
+    except UserError as error:
+        print_error(str(error))
+        return None
     if folder and jobs and first_process():
         from viditq.sweeps.table import print_sweep
 
@@ -252,8 +258,7 @@ def config_message(error: BaseException) -> str:
         return f"{text.rstrip()}\n{quoting(error.override)}"
     if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
         if any(word.startswith(SHOWS) for word in sys.argv[1:]):
-            one = ONE_RUN.format(ambiguous[1].partition(",")[0])
-            return f"{ambiguous[1]} is a sweep. {one}\n{quoting(ambiguous[1])}"
+            return f"{ambiguous[1]} is a sweep. {ONE_RUN.format(ambiguous[1].split(',')[0])}\n{quoting(ambiguous[1])}"
         return f"{text.rstrip()}\n{quoting(ambiguous[1])}"
     if isinstance(error, MissingMandatoryValue) and node:
         return f"{node[1]} has no value. Give one: {node[1]}=..."
@@ -283,16 +288,3 @@ def _near(name: str, known: Iterable[str]) -> str:
     """`close names: ...` where some are; a list of all is for the message to make."""
     found = close_names(name, known)
     return found if found.startswith("close") else ""
-
-
-def quoting(override: str) -> str:
-    """How `key=value` is written on the command line where the value holds what Hydra's grammar reserves."""
-    key, _, value = override.partition("=")
-    bare = re.sub(r"^([\"'])(.*)\1$", r"\2", value)
-    # In Hydra's quotes a backslash stands for itself, but before a quote.
-    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), bare)
-    word = shlex.quote(f'{key}="{escaped}"')
-    return (
-        "A path or text with spaces, commas, brackets, quotes, ~ or letters beyond a to z goes into quotes of its own, "
-        f"inside those of the shell: {word}"
-    )
