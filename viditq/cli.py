@@ -257,7 +257,7 @@ def config_message(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         return f"{text.rstrip()}\n{quoting(error.override)}"
     if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
-        if any(word.startswith(SHOWS) for word in sys.argv[1:]):
+        if any(word.partition("=")[0] in SHOWS for word in sys.argv[1:]):
             return f"{ambiguous[1]} is a sweep. {ONE_RUN.format(ambiguous[1].split(',')[0])}\n{quoting(ambiguous[1])}"
         return f"{text.rstrip()}\n{quoting(ambiguous[1])}"
     if isinstance(error, MissingMandatoryValue) and node:

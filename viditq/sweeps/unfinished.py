@@ -39,7 +39,7 @@ def why_left_out(folder: Path) -> str:
 def command_of(folder: Path) -> str:
     """The command that goes on with a run; where it lies in `outputs` of another folder, that is told too."""
     whole, words = folder.absolute(), [*program(), *_overrides(folder), *alone(_of_hydra(folder, "sweeper"))]
-    chosen = any(word.startswith(PLACES) for word in _of_hydra(folder, "overrides").get("hydra", ()))
+    chosen = any(str(word).startswith(PLACES) for word in _of_hydra(folder, "overrides").get("hydra") or ())
     if whole.parents[1].name == OUTPUTS and not chosen:
         started = whole.parents[2]
         return shlex.join(words) + f" (in {started})" * (started != Path.cwd())
@@ -66,7 +66,7 @@ def _overrides(folder: Path) -> list[str]:
         first = overrides_of(folder)
     except UserError:  # a damaged file, which the run itself refuses
         return []
-    latest = [str(word) for word in _of_hydra(folder, "overrides").get("task", ())]
+    latest = [str(word) for word in _of_hydra(folder, "overrides").get("task") or ()]
     return latest if _but_stages(latest) == _but_stages(first) else first
 
 
