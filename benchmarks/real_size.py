@@ -38,7 +38,8 @@ from viditq.files import read_json, write_json
 from viditq.job import Job
 from viditq.models.registry import find_class
 from viditq.quant.artifact import size_bytes
-from viditq.run_dir import RunDir, read_seconds
+from viditq.run_dir import RunDir
+from viditq.seconds import read_seconds
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS, LATENT = 4096, 16

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from viditq.cli import user_message
 from viditq.errors import UserError
 from viditq.files import atomic
 from viditq.report.board_page import board_page
@@ -27,7 +28,9 @@ from viditq.report.leaderboard import Board, comma_separated, heading, make_boar
 from viditq.report.pareto import Panel, Point, pareto_picture
 from viditq.report.row import directed, labels_of, ranking_metric
 from viditq.report.widths import methods_table, widths_picture
+from viditq.run_dir import check_folder
 from viditq.sweeps.gathered import Runs, find, interval_of, read, rows, unrepeated, where, width_of
+from viditq.sweeps.which import runs_in
 from viditq.sweeps.worst_pair import worst_pairs
 
 COSTS = {  # name -> axis, attribute of a row
@@ -142,7 +145,9 @@ def data_uri(svg: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a pattern in quotes")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a run, of what holds runs, or of a sweep; or a pattern"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/leaderboard"), help="files begin with this")
     parser.add_argument("--metric", help="sorts the rows and is plotted (default: the first of the runs' metrics)")
     parser.add_argument("--widths", action="store_true", help="compare methods at equal bit widths")
@@ -152,9 +157,11 @@ def main() -> None:
     parser.add_argument("--costs", nargs="+", choices=COSTS, default=[*COSTS], help="what quality is plotted against")
     args = parser.parse_args()
     try:
-        leaderboard(where(find(args.runs), args.where), args.out, args.metric, args.widths, args.costs)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        check_folder(str(args.out.parent), "--out FILE")
+        folders = [run for folder in find(args.runs) for run in runs_in(folder)]
+        leaderboard(where([*dict.fromkeys(folders)], args.where), args.out, args.metric, args.widths, args.costs)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {user_message(error, '--out FILE') or error}")
 
 
 if __name__ == "__main__":

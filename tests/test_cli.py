@@ -12,8 +12,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from viditq import checks, cli
-from viditq.cli import quoting
 from viditq.config import RANKS
+from viditq.errors import quoting
 from viditq.quant.description import registry
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +85,13 @@ def test_backends_that_are_known_without_torch_are_all() -> None:
 def test_a_first_line_and_none_where_others_read_the_output() -> None:
     assert run_py("experiment=smoke", "foo=1").stdout == FIRST
     assert run_py("experiment=smoke", "--cfg", "job").stdout.startswith("name: smoke\n")
+
+
+@pytest.mark.parametrize("words", [("-m", "--cfg", "job", "quant=w8a8,w4a8"), ("-m", "--help", "quant=w8a8,w4a8")])
+def test_what_shows_one_configuration_says_so_of_a_sweep(words: tuple[str, ...]) -> None:
+    done = run_py(*words)
+    assert done.returncode == 2 and "show one configuration: leave -m out" in done.stderr
+    assert "Traceback" not in done.stderr and "add --multirun" not in done.stderr
 
 
 def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ FLOORS: list[list[str]] = [
     ["quant.artifact", "quant.artifact_writer", "quant.streaming", "quant.setting", "quant.text_encoder"],
     ["quant.sizes", "quant"],
     ["models", "data", "metrics", "report"],
-    ["engine", "fusion", "tiny", "run_dir"],
+    ["engine", "fusion", "tiny", "run_dir", "seconds"],
     [
         *[
             "",

@@ -7,7 +7,8 @@ import pytest
 
 from viditq.errors import UserError
 from viditq.files import lock, write_json
-from viditq.run_dir import RunDir, check_place, overrides_of, read_conditions, read_seconds, timed
+from viditq.run_dir import RunDir, check_place, overrides_of
+from viditq.seconds import read_conditions, read_seconds, timed
 
 
 def config(module: str, name: str = "SmoothSpec", alpha: float = 0.5) -> dict[str, Any]:
@@ -84,3 +85,15 @@ def test_what_seconds_were_measured_on_stands_beside_them(tmp_path: Path) -> Non
     assert read_seconds(tmp_path)["prompts"] >= 1.5
     (tmp_path / "seconds_on.json").write_text("{")
     assert read_conditions(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "what", ["null", "[1]", '"x"', '{"generate": [3], "evaluate": "a", "report": -1, "search": NaN, "quantize": 1e308}']
+)
+def test_files_of_seconds_that_hold_something_else_tell_nothing_and_fail_nothing(what: str, tmp_path: Path) -> None:
+    for name in ("seconds.json", "seconds_on.json"):
+        (tmp_path / name).write_text(what)
+    assert read_seconds(tmp_path) == read_conditions(tmp_path) == {}
+    with timed(tmp_path, "generate", lambda: "a"):
+        pass
+    assert [*read_seconds(tmp_path)] == ["generate"] and read_conditions(tmp_path) == {"generate": ["a"]}

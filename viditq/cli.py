@@ -28,7 +28,7 @@ from viditq.checkpoints import known_of
 from viditq.checks import check, check_values_alone
 from viditq.conf_folder import CONF
 from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates, program
-from viditq.errors import AlreadyReported, GateFailed, UserError, close_names, extra_command
+from viditq.errors import AlreadyReported, GateFailed, UserError, close_names, extra_command, quoting
 from viditq.files import read_json
 from viditq.finished import find_finished
 from viditq.memory import importing, keep_heap, set_aside
@@ -37,7 +37,7 @@ from viditq.run_dir import CHOICE, RunDir
 from viditq.sweeps.records import SWEEP_VARIABLE, JobRecord, current_job, exit_status, planned_jobs, read_jobs
 
 ELSEWHERE = "Choose another with {choice}"
-FOLDERS = f"{CHOICE} and cache_dir=FOLDER"
+FOLDERS, SWEEP_FOLDERS = f"{CHOICE} and cache_dir=FOLDER", "hydra.sweep.dir=FOLDER and cache_dir=FOLDER"
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full. Finished work is kept: free space and run the same command again",
     errno.EDQUOT: "the disk quota is used up. Finished work is kept: free space and run the same command again",
@@ -52,6 +52,8 @@ DISK_ERRORS = {
 JOB_DIED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"}  # joblib's and submitit's
 REPORTED = "another of the run's processes failed, whose message is above"
 RUNS = ("-m", "--multirun")  # options with which the command still is a run; others print what others read
+SHOWS = ("--help", "-h", "--cfg", "-c", "--info", "-i")  # instead of a run
+ONE_RUN = "--help, --cfg and --info show one configuration: leave -m out, and give each key one value, such as {}."
 LOADING = "viditq: loading torch, diffusers and Lightning (10 s, more on a busy machine or the first time)"
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}  # that end a run in order
 GOES_ON = "Finished work is kept: the same command goes on from there.\n"
@@ -73,18 +75,17 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing in its own way
     os.environ.pop(SWEEP_VARIABLE, None)
     status = 0
-    jobs: list[JobRecord] = []
     try:
         hydra_main()
     except Exception as error:
-        message = user_message(error)
+        message = user_message(error, SWEEP_FOLDERS if SWEEP_VARIABLE in os.environ else FOLDERS)
         if message is None or debug:
             raise
         print_error(message)
         status = 2
     finally:
         jobs = summary_of_sweep(shlex.join([*program(), *sys.argv[1:]]))
-    if SWEEP_VARIABLE in os.environ and not jobs and not status:
+    if jobs == [] and SWEEP_VARIABLE in os.environ and not status:
         print_error("The sweep has no jobs: one of its keys has no values.")
         status = 2
     return status or exit_status(jobs)
@@ -114,10 +115,17 @@ def _leave_at_once(lost: "sys.UnraisableHookArgs") -> None:
     sys.__unraisablehook__(lost)
 
 
-def summary_of_sweep(command: str) -> list[JobRecord]:
-    """Print what became of the jobs, if this was a sweep, and return them. command: that goes on with it."""
+def summary_of_sweep(command: str) -> list[JobRecord] | None:
+    """Print what became of the jobs, if this was a sweep; None where a record of one is damaged, which is said.
+
+    command: that goes on with the sweep.
+    """
     folder = os.environ.get(SWEEP_VARIABLE)
-    jobs = read_jobs(Path(folder)) if folder else []
+    try:
+        jobs = read_jobs(Path(folder)) if folder else []
+    except UserError as error:
+        print_error(str(error))
+        return None
     if folder and jobs and first_process():
         from viditq.sweeps.table import print_sweep
 
@@ -232,6 +240,8 @@ def user_message(error: BaseException, choice: str = FOLDERS) -> str | None:
         return config_message(error)
     if isinstance(error, YAMLError):
         return f"A configuration file is no yaml:\n{error}"
+    if isinstance(error, ValueError) and str(error).startswith("Only one of --run, --multirun"):
+        return ONE_RUN.format("seed=0")
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         return f"A group (such as logger) cannot be null: choose one of its options, such as logger=none. {ALL_KEYS}"
     return None
@@ -248,6 +258,8 @@ def config_message(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         return f"{text.rstrip()}\n{quoting(error.override)}"
     if ambiguous := re.search(r"Ambiguous value for argument '(.*)'", text):
+        if any(word.partition("=")[0] in SHOWS for word in sys.argv[1:]):
+            return f"{ambiguous[1]} is a sweep. {ONE_RUN.format(ambiguous[1].split(',')[0])}\n{quoting(ambiguous[1])}"
         return f"{text.rstrip()}\n{quoting(ambiguous[1])}"
     if isinstance(error, MissingMandatoryValue) and node:
         return f"{node[1]} has no value. Give one: {node[1]}=..."
@@ -277,16 +289,3 @@ def _near(name: str, known: Iterable[str]) -> str:
     """`close names: ...` where some are; a list of all is for the message to make."""
     found = close_names(name, known)
     return found if found.startswith("close") else ""
-
-
-def quoting(override: str) -> str:
-    """How `key=value` is written on the command line where the value holds what Hydra's grammar reserves."""
-    key, _, value = override.partition("=")
-    bare = re.sub(r"^([\"'])(.*)\1$", r"\2", value)
-    # In Hydra's quotes a backslash stands for itself, but before a quote.
-    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), bare)
-    word = shlex.quote(f'{key}="{escaped}"')
-    return (
-        "A path or text with spaces, commas, brackets, quotes, ~ or letters beyond a to z goes into quotes of its own, "
-        f"inside those of the shell: {word}"
-    )

@@ -20,7 +20,8 @@ from viditq.report.speed import speed_line
 from viditq.report.stage_seconds import not_comparable
 from viditq.report.table import MetricRow, metrics_table, verdict_table
 from viditq.report.text_encoders import text_encoder_lines
-from viditq.run_dir import RunDir, read_conditions
+from viditq.run_dir import RunDir
+from viditq.seconds import read_conditions
 
 MIN_WIDTH, LOG_WIDTH = 80, 100
 

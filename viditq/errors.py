@@ -1,6 +1,8 @@
-"""Exceptions whose message is written for the user, not for a developer."""
+"""Exceptions whose message is written for the user, not for a developer, and words that such messages share."""
 
 import difflib
+import re
+import shlex
 from collections.abc import Iterable
 
 
@@ -37,3 +39,16 @@ def no_linear(pattern: str, linear_names: Iterable[str]) -> str:
 def extra_command(extra: str) -> str:
     """Words of a message: how an extra is installed, at the tested versions, with the clone still the one in use."""
     return f'pip install --constraint constraints.txt --editable ".[{extra}]" in the folder of this project'
+
+
+def quoting(override: str) -> str:
+    """How `key=value` is written on the command line where the value holds what Hydra's grammar reserves."""
+    key, _, value = override.partition("=")
+    bare = re.sub(r"^([\"'])(.*)\1$", r"\2", value)
+    # In Hydra's quotes a backslash stands for itself, but before a quote.
+    escaped = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), bare)
+    word = shlex.quote(f'{key}="{escaped}"')
+    return (
+        "A path or text with spaces, commas, brackets, quotes, ~ or letters beyond a to z goes into quotes of its own, "
+        f"inside those of the shell: {word}"
+    )

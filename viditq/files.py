@@ -20,6 +20,7 @@ from viditq.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+AGAIN = "Delete it and run the command again."
 UMASK = os.umask(0)  # can only be read by setting it
 os.umask(UMASK)
 
@@ -56,7 +57,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
 
 
-def read_json(path: Path, remedy: str = "Delete it and run the command again.") -> Any:
+def read_json(path: Path, remedy: str = AGAIN) -> Any:
     """The values of a JSON file; raises UserError if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
@@ -76,16 +77,17 @@ def digest_of(paths: Sequence[Path], folder: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_mapping(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """The values of a JSON file that holds these keys; raises UserError if it is damaged or lacks one."""
-    values = read_json(path)
-    absent = [key for key in keys if not isinstance(values, dict) or key not in values]
-    if absent:
-        raise UserError(f"{path} is damaged: it has no {', '.join(absent)}. Delete it and run the command again.")
-    return dict(values)
+def read_mapping(path: Path, keys: Sequence[str] = (), remedy: str = AGAIN) -> dict[str, Any]:
+    """The values of a JSON file that holds these keys; raises UserError if it is missing or damaged, or lacks one."""
+    values = read_json(path, remedy)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds {type(values).__name__}, not names and values. {remedy}")
+    if absent := [key for key in keys if key not in values]:
+        raise UserError(f"{path} is damaged: it has no {', '.join(absent)}. {remedy}")
+    return values
 
 
-def read_tensors(path: Path, remedy: str = "Delete it and run the command again.") -> dict[str, Tensor]:
+def read_tensors(path: Path, remedy: str = AGAIN) -> dict[str, Tensor]:
     """The tensors of a safetensors file; raises UserError if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -26,7 +26,8 @@ from viditq.quant.description.policy import StoredArtifact
 from viditq.quant.execution.attention import emulate_attention
 from viditq.quant.search.policy import SensitivitySearch
 from viditq.quant.search.treatment_policy import TreatmentSearch
-from viditq.run_dir import Entry, RunDir, timed
+from viditq.run_dir import Entry, RunDir
+from viditq.seconds import timed
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import os
 import platform
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,15 @@ def command() -> str:
         return os.environ[COMMAND_OF_RUN]
     if not HydraConfig.initialized():
         return "viditq.runner.run(...)  # called from Python"
-    return shlex.join([*program(), *HydraConfig.get().overrides.task])
+    return shlex.join([*program(), *HydraConfig.get().overrides.task, *alone(HydraConfig.get().sweeper)])
+
+
+def alone(sweeper: Mapping[str, Any]) -> list[str]:
+    """What a command line needs beside its overrides to be one run, where its experiment describes a sweep.
+
+    sweeper: hydra.sweeper of the run.
+    """
+    return ["hydra.mode=RUN"] if sweeper.get("params") else []
 
 
 def versions() -> dict[str, str]:

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +13,11 @@ from typing import Any
 import yaml
 
 from viditq.errors import UserError
-from viditq.files import LOCK, is_whole, lock, read_json, write_json
-from viditq.report.stage_seconds import UNKNOWN
+from viditq.files import LOCK, lock, read_json, write_json
 
 CHOICE = "hydra.run.dir=FOLDER"  # what chooses the folder of a run of run.py
 CONFIG = "run.json"
 OVERRIDES = "overrides"  # its key for the words of the command line, which are no part of the configuration
-SECONDS, CONDITIONS = "seconds.json", "seconds_on.json"
 BEFORE_CONFIG = ("hydra", "viditq.log", LOCK, "*.tmp")  # what a run may have written when it writes CONFIG
 
 
@@ -266,33 +263,3 @@ def overrides_of(folder: Path) -> list[str]:
     file = folder / "hydra" / "overrides.yaml"
     found = yaml.safe_load(file.read_text()) if file.is_file() else None
     return [str(word) for word in found or []]
-
-
-@contextmanager
-def timed(folder: Path, stage: str, on: Callable[[], str] | None = None) -> Iterator[None]:
-    """Add the seconds of the enclosed work to <folder>/seconds.json (an interrupted stage counts what it got to).
-
-    on: what it was computed on, in words, asked at its end; kept beside the seconds, in the order of the parts.
-    """
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds, conditions = read_seconds(folder), read_conditions(folder)
-        before = conditions.get(stage, [UNKNOWN] * (stage in seconds))
-        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 2)
-        write_json(folder / SECONDS, seconds)
-        if on is not None:
-            write_json(folder / CONDITIONS, {**conditions, stage: list(dict.fromkeys([*before, on()]))})
-
-
-def read_seconds(folder: Path) -> dict[str, float]:
-    """Stage -> seconds, as recorded in `folder`."""
-    file = folder / SECONDS
-    return read_json(file) if file.is_file() else {}
-
-
-def read_conditions(folder: Path) -> dict[str, list[str]]:
-    """Stage -> what its seconds were measured on, in words, several where that changed; empty where it is not known."""
-    file = folder / CONDITIONS
-    return read_json(file) if is_whole(file) else {}

@@ -109,6 +109,19 @@ def test_samples_that_are_there_may_be_of_another_pace_than_earlier_runs(monkeyp
     assert progress.left() == pytest.approx(5 + 500 * (10 + EARLIER) / (100 + EARLIER))
 
 
+def test_batches_that_lack_a_few_samples_alone_are_all_still_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of eight is missing in each of ten batches: ten samples are two batches, and the loop has ten."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress(["reference"])
+    progress.begin(1, Forecast({"reference": 10}, batch=8))
+    progress.begin_loop()
+    for done in (1, 2):
+        now[0] += 3.0
+        progress.batch(done, 10)
+    assert progress.left() == 24.0
+
+
 def test_a_slow_first_batch_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

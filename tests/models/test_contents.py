@@ -406,6 +406,12 @@ def test_file_of_a_part_that_is_gone(
         check_contents(adapter_of(wan))
 
 
+def test_a_configuration_that_is_a_list(wan: Path, adapter_of: Callable[..., ModelAdapter]) -> None:
+    (wan / "vae" / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"vae/config\.json is damaged: it holds list, not names and values\. Copy the"):
+        check_contents(adapter_of(wan))
+
+
 def test_a_pipeline_that_names_no_scheduler(wan: Path, adapter_of: Callable[..., ModelAdapter]) -> None:
     edit_json(wan / "model_index.json", scheduler=[None, None])
     with pytest.raises(UserError, match="names no scheduler"):

@@ -46,6 +46,27 @@ def test_the_rate_is_that_of_the_call(folder: Path) -> None:
         check_sound_length(model(folder, 1, 24, frame_rate=60))
 
 
+@pytest.mark.parametrize("rate", ["24", "fast", 0, -24, float("nan"), float("inf"), [24], True, None])
+def test_a_rate_that_is_none_is_refused(folder: Path, rate: Any) -> None:
+    with pytest.raises(UserError, match=r"model\.call\.frame_rate=.* must be a number of frames a second"):
+        check_sound_length(model(folder, 121, 24, frame_rate=rate))
+
+
+@pytest.mark.parametrize("value", [0, -1, None, "16k", [1]])
+@pytest.mark.parametrize("key", ["sample_rate", "mel_hop_length"])
+def test_of_a_damaged_configuration_nothing_is_told(folder: Path, key: str, value: Any) -> None:
+    config = {"_class_name": "AutoencoderKLLTX2Audio", key: value}
+    (folder / "audio_vae" / "config.json").write_text(json.dumps(config))
+    check_sound_length(model(folder, 1, 60, frame_rate=60))
+
+
+@pytest.mark.parametrize("ratio", [0, -8, "8", None, 0.5])
+def test_absurd_numbers_end_in_a_message_too(folder: Path, ratio: Any) -> None:
+    (folder / "vae" / "config.json").write_text(json.dumps({"temporal_compression_ratio": ratio}))
+    with pytest.raises(UserError, match=r"=20000001 or more, or model\.call\.frame_rate=49 or less"):
+        check_sound_length(model(folder, 1, 24, frame_rate=10**9))
+
+
 def test_of_other_models_nothing_is_known(folder: Path) -> None:
     check_sound_length(model(folder, None, 60, frame_rate=60))
     (folder / "audio_vae" / "config.json").write_text('{"_class_name": "AutoencoderOobleck"}')

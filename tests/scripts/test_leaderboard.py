@@ -182,7 +182,7 @@ def test_rows_are_configurations_not_names(
     shutil.copytree(tmp_path / "w4,seed=0", tmp_path / "copy")
     write_run(tmp_path / "other", "smoke", 0, 10.0, model="n")
     runs = [tmp_path / name for name in ("w4,seed=0", "w4,seed=0/.", "copy")]
-    board = leaderboard(*runs, f"{tmp_path}/w*", tmp_path / "other")
+    board = leaderboard(*runs, f"{tmp_path}/w*", tmp_path / "other", tmp_path)  # of a folder, what lies in it
     assert list(table(board)) == ["smoke quant.weight.bits=6", "smoke quant.weight.bits=4", "experiment", "smoke"]
     assert [cells[1] for cells in table(board).values()] == ["2", "2", "seeds", "1"]
     assert capsys.readouterr().err.count("left out: ") == 1
@@ -195,7 +195,8 @@ def test_rows_are_configurations_not_names(
     ("arguments", "words"),
     [
         (["nowhere"], "nowhere does not exist"),
-        (["."], "None of these folders holds a finished run"),
+        ([__file__], ".*test_leaderboard.py: a file, where the folder of a run is needed"),
+        (["empty"], "None of these folders holds a finished run"),
         (["run", "--metric", "fvd"], "--metric fvd was not measured. Choose one of flicker, psnr"),
         (["run", "--metric", "flicker"], "flicker: no metric that ranks runs.* Choose one of psnr"),
     ],
@@ -204,6 +205,7 @@ def test_bad_input(
     arguments: list[str], words: str, leaderboard: Leaderboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     write_run(tmp_path / "run", "a", 0, 40.0)
     with pytest.raises(SystemExit, match=f"error: {words}"):
         leaderboard(*arguments)

@@ -34,14 +34,26 @@ def test_compare_runs_draws_rows_and_pairs_prompts(finished_run, tmp_path, monke
         load("scripts/compare_runs.py").main()
 
 
+def test_compare_runs_of_one_prompt_or_of_what_is_undefined_prints_no_nan(capsys):
+    one = {"prompts": ["a"], "metrics": {"psnr": [30.0], "odd": [None]}}
+    load("scripts/compare_runs.py").print_differences(["a", "b"], [one, one])
+    said = capsys.readouterr().out
+    assert "+0.0000 ± unknown" in said and "undefined" in said and "nan" not in said
+
+
 def test_compare_runs_refuses_what_cannot_be_paired(finished_run, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
     values = json.loads((finished_run / "per_prompt.json").read_text())
+    (other / "taken.png").mkdir()
     (other / "per_prompt.json").write_text(json.dumps({**values, "reference": "/elsewhere/another_hash"}))
     for arguments, message in (
         ([str(finished_run), str(other)], "different float samples"),
         ([str(finished_run), str(finished_run), "--labels", "a"], "1 labels for 2 runs"),
+        ([str(finished_run), "--out", str(other / "per_prompt.json" / "a.png")], "a file is where a folder has to be"),
+        ([str(finished_run), "--out", "picture.svg"], "ends with .png or .gif"),
+        ([str(finished_run), "--out", str(other / "taken.png")], "a folder is where a file has to be.* --out FILE"),
+        ([str(tmp_path)], "holds no run .no run.json.. A finished run is needed"),
     ):
         monkeypatch.setattr(sys, "argv", ["compare_runs.py", *arguments])
         with pytest.raises(SystemExit, match=message):

@@ -252,7 +252,7 @@ def test_exit_status() -> None:
     ]
 
 
-def test_record_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv(SWEEP_VARIABLE, str(tmp_path))
     job = JobRecord(3, ["seed=1"], "folder")
     job.write()
@@ -262,6 +262,12 @@ def test_record_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (again.status, again.metrics["metrics"], again.gate_failures) == ("done", {"psnr": 30.0}, ["psnr"])
     job.failed("two\nlines")
     assert read_jobs(tmp_path)[0].message == "two\nlines" and len(list(tmp_path.iterdir())) == 1
+    for other in ("[]", "{}", '{"more": 1}'):
+        next(tmp_path.iterdir()).write_text(other)
+        with pytest.raises(UserError, match=r"0003\.json is no record of a job"):
+            read_jobs(tmp_path)
+    assert cli.summary_of_sweep("again") is None and "is no record of a job" in capsys.readouterr().err
+    assert exit_status(None) == 2
 
 
 def test_table_shows_what_is_measured_and_takes_what_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

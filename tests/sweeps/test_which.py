@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,6 +139,28 @@ def test_a_run_in_a_folder_of_its_own_goes_on_there(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert command_of(Path("mine")) == "python run.py seed=1 hydra.run.dir=mine"
     assert command_of(tmp_path / "my run") == """python run.py seed=1 'hydra.run.dir="my run"'"""
+
+
+def test_a_run_goes_on_where_it_was_put_with_the_latest_stages_and_not_as_a_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Hydra kept of the command tells: `outputs/m/x` may have been chosen by hand, and a trial is one run."""
+    folder = tmp_path / "outputs" / "m" / "x"
+    (folder / "hydra").mkdir(parents=True)
+    (folder / "run.json").write_text('{"overrides": ["seed=1", "stages=[prompts]"]}')
+    monkeypatch.chdir(tmp_path)
+
+    def told(place: list[str], words: list[str], **sweeper: Any) -> str:
+        hydra = {"overrides": {"hydra": place, "task": words}, "sweeper": sweeper}
+        (folder / "hydra" / "hydra.yaml").write_text(json.dumps({"hydra": hydra}))
+        return command_of(Path("outputs/m/x"))
+
+    assert told(["hydra.mode=RUN"], ["seed=1"], params=None) == "python run.py seed=1"
+    assert told(["hydra.run.dir=outputs/m/x"], ["seed=1"]) == "python run.py seed=1 hydra.run.dir=outputs/m/x"
+    assert told([], ["seed=1"], params={"edge": {"low": 0}}) == "python run.py seed=1 hydra.mode=RUN"
+    assert told([], ["seed=2"]) == "python run.py seed=1 'stages=[prompts]'", "a command that the folder refused"
+    (folder / "hydra" / "hydra.yaml").write_text("hydra: 3")
+    assert command_of(Path("outputs/m/x")) == "python run.py seed=1 'stages=[prompts]'"
 
 
 def test_models_have_tables_of_their_own_and_sweeps_name_their_runs(

@@ -68,11 +68,16 @@ class Loops:
             return (self.seconds - self._first) / (self.batches - 1)
         return self.seconds
 
+    @property
+    def rest(self) -> int:
+        """Batches of this loop that are left: more than samples tell, where each lacks a few alone."""
+        return self._total - self._done
+
     def left(self, batches: float | None = None) -> float | None:
         """Seconds of so many more batches, without a number those of this loop; None before the first is done."""
         if not self.batches:
             return None
-        more = self._total - self._done if batches is None else batches
+        more = self.rest if batches is None else batches
         return max(more * self.each - (time.monotonic() - self._last), 0.0)
 
 
@@ -98,7 +103,7 @@ class Pace:
     def left(self) -> float | None:
         """Seconds of this stage that are left; None = nothing is known."""
         if self.stage in BY_BATCHES and self.loops.batches:
-            return self.loops.left(max(self._count / self.forecast.batch - self.loops.batches, 0.0))
+            return self.loops.left(max(self._count / self.forecast.batch - self.loops.batches, self.loops.rest))
         likely, of_loop = self.of(self.stage), self.loops.left()
         here = None if likely is None else max(likely - (time.monotonic() - self._began), 0.0)
         return max((seconds for seconds in (here, of_loop) if seconds is not None), default=None)  # more loops may come

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from viditq.errors import UserError
 from viditq.estimate.from_disk import OnDisk, on_disk
 from viditq.estimate.hollow import answer_from_meta, hollowed, on_meta, shallow
-from viditq.files import read_json
+from viditq.files import read_mapping
 from viditq.models.adapter import ModelAdapter
 from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
@@ -43,7 +43,7 @@ def on_meta_part(adapter: ModelAdapter, part: str, cls: Any, few_layers: bool = 
         model.tie_weights()  # a shared embedding is there once
         shared: nn.Module = model
         return shared
-    values = read_json(folder / "config.json", COPY_AGAIN)
+    values = read_mapping(folder / "config.json", remedy=COPY_AGAIN)
     return on_meta(lambda: cls.from_config(values), dtype_of(adapter, part))
 
 

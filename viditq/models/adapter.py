@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from viditq.files import read_json
+from viditq.files import read_mapping
 from viditq.models import contents, parts, roles
 from viditq.models.attention import check_attention, check_dispatches
 from viditq.models.checks import check_arguments, check_call, check_values, given_to_call, reads_words
@@ -273,7 +273,7 @@ class ModelAdapter:
         return nn.ModuleDict({name: self._build(name) for name in self.float_denoisers})
 
     def _build(self, name: str) -> nn.Module:
-        config = read_json(self.part_folder(name, weights=False) / "config.json", COPY_AGAIN)
+        config = read_mapping(self.part_folder(name, weights=False) / "config.json", remedy=COPY_AGAIN)
         with init_empty_weights(include_buffers=False):
             denoiser: nn.Module = find_class(self.index()[name][1]).from_config(config)
         parts.check_denoiser_class(self.pipeline, name, denoiser)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from viditq.assets import index_name
 from viditq.errors import UserError
-from viditq.files import read_json
+from viditq.files import read_mapping
 from viditq.mapped import is_finite
 from viditq.models.mismatch import Mismatch
 from viditq.models.modular import MADE
@@ -135,7 +135,7 @@ def _check_vocabulary(cls: Any, folder: Path) -> None:
 @cache
 def _check_model(cls: Any, folder: Path, variant: str | None, lenient: bool, stamp: tuple[Any, ...]) -> None:
     """stamp: names, sizes and times of the folder's files; where they changed it is looked at anew."""
-    config = read_json(folder / "config.json", COPY_AGAIN)
+    config = read_mapping(folder / "config.json", remedy=COPY_AGAIN)
     _check_float(folder, config)
     of_transformers = issubclass(cls, transformers.PreTrainedModel)
     names = TRANSFORMERS if of_transformers else DIFFUSERS

@@ -1,6 +1,7 @@
 """Whether a clip of LTX-2 is long enough for any sound; told without torch, by the audio VAE's configuration."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ OWN_LENGTH = "DFR"  # in the names of pipelines that choose how long a clip is
 
 def check_sound_length(model: Any) -> None:
     """Raises UserError where the sound of a clip of LTX-2 has no latent: its pipeline rounds their number, to 0 too.
+    Also for a frame rate that is none.
 
     model: a ModelAdapter, or its fields and the `folder` of the pipeline.
     """
     if not model.pipeline.startswith(FAMILY) or OWN_LENGTH in model.pipeline or model.num_frames is None:
         return
-    config = _config(model.folder / PART)
-    if config.get("_class_name") != OF_LTX2:
+    rate = model.call.get("frame_rate", FRAME_RATE)
+    if not _is_positive(rate):
+        raise UserError(f"model.call.frame_rate={rate!r} must be a number of frames a second, above 0, such as 24.")
+    values = {**DEFAULTS, **_config(model.folder / PART)}
+    if values.get("_class_name") != OF_LTX2 or not all(_is_positive(values[key]) for key in DEFAULTS):
         return
-    rate = model.call.get("frame_rate") or FRAME_RATE
-    values = {**DEFAULTS, **config}
     a_second = values["sample_rate"] / values["mel_hop_length"] / VALUES_APART
 
     def count(frames: int, frame_rate: float) -> int:
@@ -34,8 +37,11 @@ def check_sound_length(model: Any) -> None:
 
     if count(model.num_frames, rate):
         return
-    together = _config(model.folder / VAE).get("temporal_compression_ratio") or TOGETHER
-    frames, slower = 1, int(rate)
+    stored = _config(model.folder / VAE).get("temporal_compression_ratio")
+    together = stored if isinstance(stored, int) and stored > 0 else TOGETHER
+    # Half a value is rounded to none: what lasts so long is near, however large the numbers are.
+    frames = 1 + max(int(rate / a_second / 2 - 1) // together, 0) * together
+    slower = min(int(rate), int(2 * model.num_frames * a_second) + 1)
     while not count(frames, rate):
         frames += together
     while slower > 1 and not count(model.num_frames, slower):
@@ -46,6 +52,10 @@ def check_sound_length(model: Any) -> None:
         f"the sound of {model.pipeline}, which has {a_second:g} values a second and would have none. Give "
         f"model.num_frames={frames} or more, or {key}={slower} or less."
     )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _config(part: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def stage_seconds(seconds: Mapping[str, float], conditions: Conditions) -> Stage
     ours = _words(conditions, QUANTIZED)
     places = {name: _words(conditions, name) for name in names if name not in (FLOAT, QUANTIZED)}
     others = [f"{STAGES.get(name, name)} on {on}" for name, on in places.items() if on not in (ours, UNKNOWN)]
-    told = f"Also measured on something else: {'; '.join(others)}." if others and QUANTIZED in seconds else ""
+    told = f"Also measured on something else: {'; '.join(others)}." if others and ours != UNKNOWN else ""
     return StageSeconds(bars, not_comparable(seconds, conditions), told)
 
 

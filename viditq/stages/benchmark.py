@@ -22,7 +22,8 @@ from viditq.models.dtypes import DTYPES
 from viditq.models.generate import group_by_shape
 from viditq.quant.sizes import held_bytes
 from viditq.report.speed import milliseconds
-from viditq.run_dir import Entry, read_seconds
+from viditq.run_dir import Entry
+from viditq.seconds import read_seconds
 from viditq.stages.external import load_judged
 
 WARM_UPS = 2  # of each candidate; in the second its memory is seen

@@ -18,7 +18,7 @@ from viditq.metrics.comparison import kind_of
 from viditq.metrics.verdict import verdicts
 from viditq.models.shown import as_shown
 from viditq.prompt import conditions_of
-from viditq.run_dir import read_seconds
+from viditq.seconds import read_seconds
 from viditq.stages.card import update_card
 from viditq.stages.external import sizes_of
 from viditq.stages.text_encoders import told

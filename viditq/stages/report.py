@@ -21,7 +21,8 @@ from viditq.report.pictures import comparison_gif, comparison_picture
 from viditq.report.plan_view import summarize_plan
 from viditq.report.ranking import Ranking, rank_pairs
 from viditq.report.stage_seconds import FLOAT, UNKNOWN
-from viditq.run_dir import RunDir, read_conditions
+from viditq.run_dir import RunDir
+from viditq.seconds import read_conditions
 from viditq.stages.card import update_card
 from viditq.stages.external import plan_of
 

@@ -33,13 +33,15 @@ NOT_NAMED = {"seed", "name"}  # keys of a configuration that never tell rows apa
 
 
 def find(arguments: list[str]) -> list[Path]:
-    """Folders given by name or by pattern, each once. Raises UserError for one that does not exist."""
+    """Folders given by name or by pattern, each once. Raises UserError for what does not exist, and for files alone."""
     found: dict[Path, None] = {}
     for argument in arguments:
         names = [argument] if Path(argument).exists() else sorted(glob.glob(argument))
         if not names:
             raise UserError(f"{argument} does not exist. Give folders of runs, or a pattern in quotes: 'outputs/*/*'.")
         found |= {Path(os.path.normpath(name)): None for name in names if Path(name).is_dir()}
+    if not found:  # files beside folders are what a shell makes of `outputs/*`
+        raise UserError(f"{', '.join(arguments)}: a file, where the folder of a run is needed.")
     return list(found)
 
 

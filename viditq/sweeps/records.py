@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from viditq.config import first_process
+from viditq.errors import UserError
 from viditq.files import read_json, write_json
 from viditq.run_dir import fingerprint
 from viditq.run_name import shorten
@@ -103,14 +104,21 @@ def current_job(folder: Path) -> JobRecord | None:
 
 
 def read_jobs(folder: Path) -> list[JobRecord]:
-    """Every job recorded in a sweep's folder, in order."""
-    remedy = "Delete it and run the sweep again."
-    return [JobRecord(**read_json(path, remedy)) for path in sorted(folder.glob("[0-9]*.json"))]
+    """Every job recorded in a sweep's folder, in order. Raises UserError for a file that is no such record."""
+    return [_read_job(path) for path in sorted(folder.glob("[0-9]*.json"))]
 
 
-def exit_status(jobs: list[JobRecord]) -> int:
-    """0 if every job is done, 2 if one failed or was killed, 3 if all that went wrong is gates."""
-    if any(job.status != "done" for job in jobs):
+def _read_job(path: Path) -> JobRecord:
+    try:
+        return JobRecord(**read_json(path, "Delete it and run the sweep again."))
+    except TypeError as error:  # no mapping, or other keys
+        remedy = "If this is the folder of a sweep, delete the file and run the sweep again."
+        raise UserError(f"{path} is no record of a job. {remedy}") from error
+
+
+def exit_status(jobs: list[JobRecord] | None) -> int:
+    """0 if every job is done, 2 if one failed, was killed or is not known, 3 if all that went wrong is gates."""
+    if jobs is None or any(job.status != "done" for job in jobs):
         return 2
     return 3 if any(job.gate_failures for job in jobs) else 0
 

@@ -2,13 +2,19 @@
 
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from viditq.config import program
 from viditq.errors import UserError
 from viditq.files import is_held
+from viditq.provenance import alone
 from viditq.run_dir import CONFIG, overrides_of
 
+PLACES = ("hydra.run.dir=", "hydra.sweep.")  # overrides that choose where a run lies
 OUTPUTS = "outputs"  # where runs lie unless told: outputs/<model>/<run>
 PLAIN = re.compile(r"[\w./+-]+")  # what needs no quotes in an override
 MEASURES = "evaluate"  # the stage that leaves what runs are compared by
@@ -32,8 +38,9 @@ def why_left_out(folder: Path) -> str:
 
 def command_of(folder: Path) -> str:
     """The command that goes on with a run; where it lies in `outputs` of another folder, that is told too."""
-    whole, words = folder.absolute(), [*program(), *_overrides(folder)]
-    if whole.parents[1].name == OUTPUTS:
+    whole, words = folder.absolute(), [*program(), *_overrides(folder), *alone(_of_hydra(folder, "sweeper"))]
+    chosen = any(str(word).startswith(PLACES) for word in _of_hydra(folder, "overrides").get("hydra") or ())
+    if whole.parents[1].name == OUTPUTS and not chosen:
         started = whole.parents[2]
         return shlex.join(words) + f" (in {started})" * (started != Path.cwd())
     place = shown(folder)
@@ -46,14 +53,32 @@ def shown(path: Path) -> str:
     return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(path)
 
 
+def _of_hydra(folder: Path, node: str) -> dict[str, Any]:
+    """A node of what Hydra has kept of the latest command there; empty where that is gone, or damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return dict(yaml.safe_load((folder / "hydra" / "hydra.yaml").read_text())["hydra"][node])
+    return {}
+
+
 def _overrides(folder: Path) -> list[str]:
+    """The words of the command that made the run, or of a later one that has other stages and is the same else."""
     try:
-        return overrides_of(folder)
+        first = overrides_of(folder)
     except UserError:  # a damaged file, which the run itself refuses
         return []
+    latest = [str(word) for word in _of_hydra(folder, "overrides").get("task") or ()]
+    return latest if _but_stages(latest) == _but_stages(first) else first
+
+
+def _but_stages(words: list[str]) -> list[str]:
+    return [word for word in words if _key(word) != "stages"]
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
 
 
 def _stages_without_measuring(folder: Path) -> str:
     """`stages=[...]` of the command line where it leaves out what measures; else empty."""
-    given = [word for word in _overrides(folder) if word.partition("=")[0].lstrip("+") == "stages"]
+    given = [word for word in _overrides(folder) if _key(word) == "stages"]
     return given[-1] if given and MEASURES not in given[-1] else ""
