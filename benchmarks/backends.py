@@ -17,7 +17,6 @@ import gc
 import json
 import logging
 import os
-import platform
 import random
 import sys
 import time
@@ -34,6 +33,7 @@ from viditq.assets import SHIPPED
 from viditq.fusion.install import fuse_blocks
 from viditq.models.attention import check_attention, set_attention
 from viditq.models.stdit import STDiT
+from viditq.provenance import machine as here
 from viditq.quant import QuantSpec, Recipe, linear_names, quantize_denoiser
 from viditq.quant.sizes import module_bytes
 
@@ -217,7 +217,7 @@ def main(arguments: list[str]) -> None:
     diffusers.utils.logging.disable_progress_bar()
     torch.set_num_threads(given.threads)
     torch._inductor.config.freezing = True  # type: ignore[attr-defined]
-    machine = {"cpu": platform.processor(), "threads": given.threads, "torch": torch.__version__}
+    machine = {"cpu": here().cpu, "threads": given.threads, "torch": torch.__version__}
     machine["allocator"] = os.environ.get("GLIBC_TUNABLES", "default")
     print(", ".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
     tables = []
