@@ -10,7 +10,7 @@ from viditq.engine.pace import Forecast
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.job import Job
-from viditq.seconds import read_seconds, sound_seconds
+from viditq.seconds import read_seconds, plausible_seconds
 
 LOOKED_AT = 20  # runs beside this one, the newest
 BELIEVED = 5  # of those that are like this one: a single one may have shared its machine with others
@@ -77,7 +77,7 @@ def _seconds_before(job: Job) -> dict[str, float]:
     newest = sorted(files, key=_time_of, reverse=True)[:LOOKED_AT]
     others = [(found, file.parent) for file in newest if (found := _metrics(file))]
     alike = [
-        ({**_recorded(folder), **sound_seconds(found["seconds"])}, found.get("experiment") == e.name)
+        ({**_recorded(folder), **plausible_seconds(found["seconds"])}, found.get("experiment") == e.name)
         for found, folder in others
         if found.get("model") == e.adapter.name and found.get("prompts") == job.num_prompts
     ]

@@ -37,10 +37,10 @@ def timed(folder: Path, stage: str, on: Callable[[], str] | None = None) -> Iter
 def read_seconds(folder: Path) -> dict[str, float]:
     """Stage -> seconds, as recorded in `folder`. Raises UserError where the file was cut off."""
     file = folder / SECONDS
-    return sound_seconds(read_json(file)) if file.is_file() else {}
+    return plausible_seconds(read_json(file)) if file.is_file() else {}
 
 
-def sound_seconds(found: Any) -> dict[str, float]:
+def plausible_seconds(found: Any) -> dict[str, float]:
     """Those of the values that can be seconds of stages."""
     given = found.items() if isinstance(found, dict) else ()
     return {stage: value for stage, value in given if type(value) in (int, float) and 0 <= value < LONGEST}
