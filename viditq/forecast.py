@@ -10,7 +10,7 @@ from viditq.engine.pace import Forecast
 from viditq.errors import UserError
 from viditq.files import is_whole, read_json
 from viditq.job import Job
-from viditq.seconds import read_seconds, plausible_seconds
+from viditq.seconds import plausible_seconds, read_seconds
 
 LOOKED_AT = 20  # runs beside this one, the newest
 BELIEVED = 5  # of those that are like this one: a single one may have shared its machine with others
