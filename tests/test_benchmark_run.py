@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from viditq import run_dir
 from viditq.engine.capture import first_call
 from viditq.errors import UserError
 from viditq.experiment import build
@@ -17,6 +16,7 @@ from viditq.job import Job
 from viditq.loading import load_artifact
 from viditq.quant.execution.linear import backend_counts
 from viditq.run_dir import RunDir
+from viditq.seconds import read_seconds
 from viditq.stages import benchmark
 
 Run = Callable[..., dict[str, Any] | None]
@@ -93,8 +93,8 @@ def test_slow_steps_leave_it_out(
     """As the recorded stages say: 2 prompts of 2 steps each; the floor's bfloat16 pass has its own record."""
     (run_copy / "speed.json").unlink()
     work = job(run_copy)
-    known = {entry.path: run_dir.read_seconds(entry.path) for entry in (work.reference, *work.floors.values())}
-    seconds = run_dir.read_seconds(run_copy)
+    known = {entry.path: read_seconds(entry.path) for entry in (work.reference, *work.floors.values())}
+    seconds = read_seconds(run_copy)
     steps = [known[e.path]["reference"] / 4 for e in (work.reference, work.floors["bfloat16"])]
     expected = 7 * (sum(steps) + seconds["generate"] / 4)
     assert benchmark.expected_seconds(work) == pytest.approx(expected)

@@ -15,7 +15,7 @@ from viditq.sweeps.records import SWEEP_VARIABLE
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 READERS = {  # what reads runs or files -> its arguments, {} being a folder
-    "compare_runs.py": ["{}", "{}", "--out", "out"],
+    "compare_runs.py": ["{}", "{}", "--out", "out.png"],
     "leaderboard.py": ["{}", "--out", "out"],
     "import_official.py": ["opensora_v1", "{}/run.json", "--parts", "{}", "--out", "out"],
     "import_plan.py": ["--weight", "{}/run.json", "--out", "out"],
