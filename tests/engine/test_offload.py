@@ -199,9 +199,7 @@ def test_a_corrected_denoiser_and_the_fit_of_its_correction(
         return fit.state(), clips[0]
 
     (sums, clip), (sums_0, clip_0) = run(offload), run(None)
-    torch.testing.assert_close(
-        sums, sums_0, rtol=1e-12, atol=1e-12
-    )  # least squares of LAPACK vary by an ulp of float64
+    torch.testing.assert_close(sums, sums_0, rtol=1e-12, atol=1e-12)  # LAPACK varies by an ulp of float64
     torch.testing.assert_close(clip, clip_0, rtol=0, atol=1e-6)
 
 
