@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from viditq.cli import guarded
-from viditq.config import COMMANDS, program
+from viditq.config import COMMANDS, OUTPUTS, program
 from viditq.errors import UserError, close_names
 from viditq.export.targets import TARGETS, Target, target_of
 
@@ -190,7 +190,8 @@ def main(words: list[str]) -> int | list[str]:
     command.add_argument("--out", required=True, help="the folder to write")
     command.set_defaults(work=bring)
     command = commands.add_parser("which", help="tell which of finished runs to use")
-    command.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, of a model's runs, or of a sweep")
+    what = f"folders of runs, of a model's runs, or of a sweep (default: {OUTPUTS})"
+    command.add_argument("runs", metavar="RUN", nargs="*", default=[OUTPUTS], help=what)
     command.add_argument("--metric", help="what ranks them (the first of the runs' metrics)")
     what = "only runs whose command had this word: bits=w4a8, or bits with any value"
     command.add_argument("--where", nargs="+", default=[], metavar="WORD", help=what)

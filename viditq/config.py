@@ -29,6 +29,7 @@ STAGES = (
     "report",
 )
 ALL_KEYS = "The same command with `--cfg job` shows every key, `--help` the choices of each group."
+OUTPUTS = "outputs"  # where runs lie unless told: outputs/<model>/<run>
 COMMANDS = ("export", "import", "judge", "verify", "which", "layers", "describe")  # of `viditq`, beside runs
 RANKS = {"TORCHELASTIC_RUN_ID": "RANK", "SLURM_NTASKS": "SLURM_PROCID"}  # variable of a launcher -> where its rank is
 NO_RECIPE = {"PlanFile": "plan_file", "StoredArtifact": "artifact"}  # class of a policy -> its yaml

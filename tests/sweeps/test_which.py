@@ -164,9 +164,12 @@ def test_a_run_goes_on_where_it_was_put_with_the_latest_stages_and_not_as_a_tuni
 
 
 def test_models_have_tables_of_their_own_and_sweeps_name_their_runs(
-    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [write("w8a8", 50, 5.0, W8, model=model, folder=model) for model in ("a", "b")]
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main(["which"]) == 2
+    assert "outputs does not exist" in capsys.readouterr().err
     (tmp_path / "sweep").mkdir()
     for num, run in enumerate(runs):
         record = {"num": num, "overrides": [], "folder": str(run), "status": "done"}
@@ -174,5 +177,8 @@ def test_models_have_tables_of_their_own_and_sweeps_name_their_runs(
     assert __main__.main(["which", str(tmp_path / "sweep")]) == 0
     told = capsys.readouterr().out
     assert "### a: which to use, by PSNR dB" in told and "### b: which to use" in told
-    assert __main__.main(["which", str(tmp_path / "sweep"), "--metric", "fvd"]) == 2
+    (tmp_path / "sweep").rename(tmp_path / "outputs")
+    assert __main__.main(["which"]) == 0
+    assert "### a: which to use" in capsys.readouterr().out
+    assert __main__.main(["which", str(tmp_path / "outputs"), "--metric", "fvd"]) == 2
     assert "no metric that ranks runs" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def diagnose(job: Job) -> str:
     merge = error_sums.merge_states if job.needs_stats else observed_diagnosis.merge_states
     with job.timed(job.run_dir.path, "diagnose"):
         worst = _diagnose(job, Partials(job.run_dir.path, merge), count)
-    return f"{count} prompts, worst layer {worst} ({path})"
+    return f"{count} prompt{'s' * (count != 1)}, worst layer {worst} ({path})"
 
 
 def _diagnose(job: Job, partials: Partials, count: int) -> str:

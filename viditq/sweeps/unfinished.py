@@ -8,14 +8,13 @@ from typing import Any
 
 import yaml
 
-from viditq.config import program
+from viditq.config import OUTPUTS, program
 from viditq.errors import UserError
 from viditq.files import is_held
 from viditq.provenance import alone
 from viditq.run_dir import CONFIG, overrides_of
 
 PLACES = ("hydra.run.dir=", "hydra.sweep.")  # overrides that choose where a run lies
-OUTPUTS = "outputs"  # where runs lie unless told: outputs/<model>/<run>
 PLAIN = re.compile(r"[\w./+-]+")  # what needs no quotes in an override
 MEASURES = "evaluate"  # the stage that leaves what runs are compared by
 
