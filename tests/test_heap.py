@@ -1,12 +1,15 @@
 """What the heap of a process of ours keeps, and gives back."""
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from forked import Forked
+from omegaconf import DictConfig
 
-from viditq import memory
+from viditq import memory, runner
+from viditq.cli import guarded_run
 
 ROUNDS, BLOCKS, BYTES = 10, 8, 5 * 2**20  # together less than is kept at the heap's end
 ONCE = BLOCKS * BYTES // 4096  # pages
@@ -43,6 +46,19 @@ def test_what_a_step_frees_is_there_for_the_next_and_goes_back_when_asked(tmp_pa
     own, apart, reused, more = map(int, out.split())
     assert own and apart > (ROUNDS - 2) * ONCE and reused < 2 * ONCE  # those of the first round
     assert more < BLOCKS * BYTES // 2
+
+
+def test_a_run_keeps_its_heap(
+    configure: Callable[..., DictConfig], shrunk: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(memory, "_own_heap", False)
+    monkeypatch.setattr(memory, "_set", lambda parameter, value: True)
+    monkeypatch.setattr(runner, "run", lambda cfg, folder, **_: kept.append(memory._own_heap))
+    for name in (*memory.CHOSEN, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    guarded_run(configure(*shrunk), tmp_path / "run")
+    assert kept == [True]
 
 
 @pytest.mark.parametrize("chosen", ["MALLOC_TRIM_THRESHOLD_=1000000", "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=9"])

@@ -31,6 +31,7 @@ def test_other_stages_are_named_where_they_were_measured_on_something_else():
     seconds = {"evaluate": 1.0, "reference": 4.0, "generate": 2.0, "diagnose": 1.0}
     found = stage_seconds(seconds, {"generate": ONE, "reference": ONE, "evaluate": TWO})
     assert found.bars[0] == ("generate with float", 4.0, 100.0) and not found.apart
+    assert not stage_seconds(seconds, {"evaluate": TWO}).others, "on what the quantized samples ran is not known"
     assert found.others == "Also measured on something else: evaluate on 2 threads of A."
 
 
@@ -41,4 +42,4 @@ def test_the_page_leaves_out_what_does_not_compare():
     assert "do not compare" not in same
     page = render(replace(content, conditions={**content.conditions, "reference": ONE}))
     assert "<small>float 32.6 s</small>" not in page and "Seconds are those of" not in page
-    assert page.count("do not compare: float was generated on 1 thread of A, quantized on 2 threads of AMD EPYC") == 2
+    assert page.count("do not compare: float was generated on 1 thread of A, quantized on 2 threads of AMD EPYC") == 1

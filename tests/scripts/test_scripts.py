@@ -32,6 +32,10 @@ def test_compare_runs_draws_rows_and_pairs_prompts(finished_run, tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(finished_run), "--prompts", "99", "--out", str(out)])
     with pytest.raises(SystemExit, match="no sample of prompt 99"):
         load("scripts/compare_runs.py").main()
+    out.unlink()
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(finished_run), "--out", str(out)])
+    load("scripts/compare_runs.py").main()
+    assert out.is_file(), "the first three prompts, of a run that has two"
 
 
 def test_compare_runs_of_one_prompt_or_of_what_is_undefined_prints_no_nan(capsys):
