@@ -70,6 +70,15 @@ def check_cpu(instructions: Sequence[str], cpuinfo: Path = Path("/proc/cpuinfo")
         raise CannotBuild(f"this CPU has no {missing[-1] if len(missing) == 1 else ', '.join(missing)}")
 
 
+def has(instruction: str) -> bool:
+    """Whether the CPU has this instruction set, named as for `check_cpu`."""
+    try:
+        check_cpu((instruction,))
+    except CannotBuild:
+        return False
+    return True
+
+
 def cache_folder() -> Path:
     """Where builds lie: $XDG_CACHE_HOME/viditq/native, or ~/.cache/viditq/native."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "viditq" / "native"

@@ -30,67 +30,70 @@ inline float sum_of(__m512 x) {
   return sum;
 }
 
+// Rows that are transformed side by side: a sum waits at each step for the step before, sums of several rows do not
+// wait for each other.
+constexpr int kTogether = 4;
+
 struct Norm {
   __m512 mean, inverse;
 };
 
-// Copies the row to `row` on the way.
-template <typename T>
-Norm norm_of(const T* from, int64_t K, float eps, float* row) {
-  __m512 sum = _mm512_setzero_ps(), square = sum;
+// Of R rows, which are copied to `rows` on the way.
+template <int R, typename T>
+void norms_of(const T* from, int64_t K, float eps, float* rows, Norm* norms) {
+  __m512 sums[R], squares[R];
+  for (int r = 0; r < R; ++r) sums[r] = squares[r] = _mm512_setzero_ps();
   each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
-    const __m512 x = load(from + k, lanes);
-    store(row + k, lanes, x);
-    sum = _mm512_add_ps(sum, x);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m512 x = load(from + r * K + k, lanes);
+      store(rows + r * K + k, lanes, x);
+      sums[r] = _mm512_add_ps(sums[r], x);
+    }
   });
-  const __m512 mean = _mm512_set1_ps(sum_of(sum) / K);
+  for (int r = 0; r < R; ++r) norms[r].mean = _mm512_set1_ps(sum_of(sums[r]) / K);
   each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
-    const __m512 distance = _mm512_maskz_sub_ps(lanes, load(row + k, lanes), mean);
-    square = _mm512_fmadd_ps(distance, distance, square);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m512 distance = _mm512_maskz_sub_ps(lanes, load(rows + r * K + k, lanes), norms[r].mean);
+      squares[r] = _mm512_fmadd_ps(distance, distance, squares[r]);
+    }
   });
-  return {mean, _mm512_set1_ps(1.0f / std::sqrt(sum_of(square) / K + eps))};
+  for (int r = 0; r < R; ++r) norms[r].inverse = _mm512_set1_ps(1.0f / std::sqrt(sum_of(squares[r]) / K + eps));
 }
 
-// The row m of x behind norm and modulation, float [K].
-template <typename T>
-void transform_row(const T* from, const Prologue& prologue, int64_t m, float* row) {
-  const int64_t K = prologue.K, offset = m / prologue.rows_per_mul * K;
-  const float* mul = prologue.mul ? prologue.mul + offset : nullptr;
-  const float* add = prologue.add ? prologue.add + offset : nullptr;
-  const auto modulate = [&](int64_t k, __mmask16 lanes, __m512 x) __attribute__((always_inline)) {
-    if (mul) x = rounded(x * load(mul + k, lanes));
-    if (add) x = x + load(add + k, lanes);
-    store(row + k, lanes, x);
+// The R rows from m of x behind norm and modulation, float [R, K], and their ranges.
+template <int R, typename T>
+void transform_rows(const T* from, const Prologue& prologue, int64_t m, float* rows, Range* ranges) {
+  const int64_t K = prologue.K;
+  Extent extents[R];
+  const auto modulate = [&](int r, int64_t k, __mmask16 lanes, __m512 x) __attribute__((always_inline)) {
+    const int64_t offset = (m + r) / prologue.rows_per_mul * K + k;
+    if (prologue.mul) x = rounded(x * load(prologue.mul + offset, lanes));
+    if (prologue.add) x = x + load(prologue.add + offset, lanes);
+    store(rows + r * K + k, lanes, x);
+    extents[r].add(_mm512_maskz_mov_ps(lanes, x));
   };
-  if (prologue.layernorm) {
-    const Norm norm = norm_of(from, K, prologue.eps, row);
-    each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
-      modulate(k, lanes, (load(row + k, lanes) - norm.mean) * norm.inverse);
-    });
-  } else {
-    each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
-      modulate(k, lanes, load(from + k, lanes));
-    });
-  }
-}
-
-// row / div, in `buffer`, which may be the row; the row itself where there is no div.
-inline const float* smoothed(const float* row, const float* div, int64_t K, float* buffer) {
-  if (!div) return row;
+  Norm norms[R];
+  if (prologue.layernorm) norms_of<R>(from, K, prologue.eps, rows, norms);
   each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
-    store(buffer + k, lanes, _mm512_div_ps(load(row + k, lanes), load(div + k, lanes)));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      if (prologue.layernorm)
+        modulate(r, k, lanes, (load(rows + r * K + k, lanes) - norms[r].mean) * norms[r].inverse);
+      else
+        modulate(r, k, lanes, load(from + r * K + k, lanes));
   });
-  return buffer;
+  for (int r = 0; r < R; ++r) ranges[r] = extents[r].range();
 }
 
-// The transformed row m: in x itself where there is nothing to do to it, else in `buffer`.
+// row / div in `out`, and its range.
 template <typename T>
-const float* row_of(const T* x, const Prologue& prologue, int64_t m, float* buffer) {
-  const T* from = x + m * prologue.K;
-  if constexpr (std::is_same_v<T, float>)
-    if (prologue.empty()) return from;
-  transform_row(from, prologue, m, buffer);
-  return buffer;
+Range smoothed(const T* row, const float* div, int64_t K, float* out) {
+  each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+    store(out + k, lanes, _mm512_div_ps(load(row + k, lanes), load(div + k, lanes)));
+  });
+  return range_of(out, K);
 }
 
 struct Activations {
@@ -99,9 +102,8 @@ struct Activations {
   int64_t ranges;          // per row: 1, or the groups of a row
 };
 
-struct Quantized {  // codes [S, M, h], so that a product's rows lie close together; grids and sums [M, S]
-  std::vector<Grid> grids;
-  std::vector<int32_t> sums;
+struct Quantized {  // codes [S, M, h], so that a product's rows lie close together; rows [M, S]
+  std::vector<Row> rows;
   uint8_t* codes;
 };
 
@@ -114,8 +116,10 @@ struct Reader {
   std::vector<Grid> shared;  // static grids, or one of each `rows_per_range` rows; empty: each row has its own
 };
 
-inline void quantize_segments(const float* row, int64_t m, int64_t M, int64_t K, const Activations& activations,
-                              Reader& reader) {
+// whole: the range of the row, where it is known already.
+template <typename T>
+void quantize_segments(const T* row, const Range* whole, int64_t m, int64_t M, int64_t K,
+                       const Activations& activations, Reader& reader) {
   const int64_t S = reader.S, g = K / S, per_range = S / activations.ranges, range = K / activations.ranges;
   const Grid* shared = reader.shared.data() + (reader.scale ? 0 : m / activations.rows_per_range);
   Grid grid;
@@ -124,33 +128,44 @@ inline void quantize_segments(const float* row, int64_t m, int64_t M, int64_t K,
     if (!reader.shared.empty()) {
       grid = shared[s / per_range];
     } else if (s % per_range == 0) {
-      float lo, hi;
-      range_of(row + s * g, range, lo, hi);
-      grid = grid_of_range(lo, hi, activations.format);
+      grid = grid_of_range(whole && activations.ranges == 1 ? *whole : range_of(row + s * g, range), activations.format);
     }
-    const auto quantize = reader.shared.empty() ? quantize_own_row : quantize_row;
-    reader.quantized.sums[m * S + s] = quantize(row + s * g, g, grid, activations.format.levels(), codes);
-    reader.quantized.grids[m * S + s] = grid;
+    const auto quantize = reader.shared.empty() ? quantize_own_row<T> : quantize_row<T>;
+    const int32_t sum = quantize(row + s * g, g, grid, activations.format.levels(), codes);
+    reader.quantized.rows[m * S + s] = Row::of(grid, sum, g);
     std::fill(codes + g, codes + reader.h, 0);
   }
 }
 
-// Calls use(m, row, buffer) with every row behind the prologue.
+// Calls use(m, row, its range or null, buffer) with every row behind the prologue, as float or, where nothing is to be
+// done to it, as it is.
 template <typename T, typename F>
 void for_rows(const T* x, int64_t M, const Prologue& prologue, F&& use) {
+  const int64_t K = prologue.K;
   at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
-    const Scratch<float> transformed(prologue.K), buffer(prologue.K);
-    for (int64_t m = begin; m < end; ++m) use(m, row_of(x, prologue, m, transformed.get()), buffer.get());
+    const Scratch<float> transformed(kTogether * K), buffer(K);
+    Range ranges[kTogether];
+    for (int64_t m = begin; m < end;) {
+      if (prologue.empty()) {
+        use(m, x + m * K, static_cast<const Range*>(nullptr), buffer.get());
+        ++m;
+        continue;
+      }
+      const int64_t count = m + kTogether <= end ? kTogether : 1;
+      const auto transform = count > 1 ? transform_rows<kTogether, T> : transform_rows<1, T>;
+      transform(x + m * K, prologue, m, transformed.get(), ranges);
+      for (int64_t r = 0; r < count; ++r, ++m) use(m, transformed.get() + r * K, &ranges[r], buffer.get());
+    }
   });
 }
 
-inline Grid grid_of_rows(const float* lo, const float* hi, int64_t count, const Format& format) {
-  float least = lo[0], most = hi[0];
+inline Grid grid_of_rows(const Range* ranges, int64_t count, const Format& format) {
+  Range all = ranges[0];
   for (int64_t i = 0; i < count; ++i) {
-    least = lo[i] < least || lo[i] != lo[i] ? lo[i] : least;
-    most = hi[i] > most || hi[i] != hi[i] ? hi[i] : most;
+    all.lo = ranges[i].lo < all.lo || ranges[i].lo != ranges[i].lo ? ranges[i].lo : all.lo;
+    all.hi = ranges[i].hi > all.hi || ranges[i].hi != ranges[i].hi ? ranges[i].hi : all.hi;
   }
-  return grid_of_range(least, most, format);
+  return grid_of_range(all, format);
 }
 
 // The grids that are known before the rows are.
@@ -162,12 +177,12 @@ void share_grids(const T* x, int64_t M, const Prologue& prologue, const Activati
     for (int64_t i = 0; i < activations.ranges; ++i)
       reader.shared.push_back({reader.scale[i], static_cast<int32_t>(reader.zero_point[i]) + middle});
   } else if (span > 1) {
-    std::vector<float> lo(M), hi(M);
-    for_rows(x, M, prologue, [&](int64_t m, const float* row, float* buffer) {
-      range_of(smoothed(row, reader.div, K, buffer), K, lo[m], hi[m]);
+    std::vector<Range> ranges(M);
+    for_rows(x, M, prologue, [&](int64_t m, const auto* row, const Range* range, float* buffer) {
+      ranges[m] = reader.div ? smoothed(row, reader.div, K, buffer) : range ? *range : range_of(row, K);
     });
     for (int64_t m = 0; m < M; m += span)
-      reader.shared.push_back(grid_of_rows(lo.data() + m, hi.data() + m, span, activations.format));
+      reader.shared.push_back(grid_of_rows(ranges.data() + m, span, activations.format));
   }
 }
 
@@ -175,10 +190,17 @@ void share_grids(const T* x, int64_t M, const Prologue& prologue, const Activati
 template <typename T>
 void quantize(const T* x, int64_t M, const Prologue& prologue, const Activations& activations,
               std::vector<Reader>& readers) {
+  const int64_t K = prologue.K;
   for (Reader& reader : readers) share_grids(x, M, prologue, activations, reader);
-  for_rows(x, M, prologue, [&](int64_t m, const float* row, float* buffer) {
-    for (Reader& reader : readers)
-      quantize_segments(smoothed(row, reader.div, prologue.K, buffer), m, M, prologue.K, activations, reader);
+  for_rows(x, M, prologue, [&](int64_t m, const auto* row, const Range* range, float* buffer) {
+    for (Reader& reader : readers) {
+      if (!reader.div) {
+        quantize_segments(row, range, m, M, K, activations, reader);
+        continue;
+      }
+      const Range of_smoothed = smoothed(row, reader.div, K, buffer);
+      quantize_segments(buffer, &of_smoothed, m, M, K, activations, reader);
+    }
   });
 }
 

@@ -2,6 +2,7 @@
 // a trial product is right; elsewhere, and for segments that are no multiple of 64, VNNI multiplies.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(__x86_64__) && defined(__linux__) && __has_include(<amxint8intrin.h>)
@@ -16,6 +17,18 @@ namespace viditq::amx {
 
 constexpr int64_t kDepth = 64;  // bytes of a tile's row: the k of one instruction
 constexpr int64_t kBlock = 32;  // rows that are computed at once: a and c need that many, whatever is in the last ones
+
+// Work that does not depend on a product: `count` pieces, of which run(what, begin, end) does some.
+struct Beside {
+  void (*run)(const void* what, int64_t begin, int64_t end) = nullptr;
+  const void* what = nullptr;
+  int64_t count = 0;
+
+  void finish() {
+    if (count) run(what, 0, count);
+    count = 0;
+  }
+};
 
 #ifdef VIDITQ_AMX
 
@@ -42,8 +55,12 @@ __attribute__((target("amx-tile"))) inline void release() { _tile_release(); }
 
 // c[i, n] = sum_k a[i, k] b[k, n] for `rows` rows, rounded up to 32, and the 64 outputs of a panel; k % 64 == 0.
 // a [rows, k]; b [k / 4, 64, 4]: 16 columns of 16 quadruples of k are a tile with rows 256 bytes apart.
+// A tile's product takes 16 cycles in which the rest of the core is idle: it does `beside`, some of it at each step.
 __attribute__((target("amx-tile,amx-int8"))) inline void product(int64_t rows, int64_t k, int64_t ldc,
-                                                                 const uint8_t* a, const int8_t* b, int32_t* c) {
+                                                                 const uint8_t* a, const int8_t* b, int32_t* c,
+                                                                 const Beside& beside) {
+  const int64_t steps = (rows + kBlock - 1) / kBlock * 2 * (k / kDepth), share = (beside.count + steps - 1) / steps;
+  int64_t done = 0;
   asm volatile("" ::: "memory");  // nor do the loads say that they read: what was stored before must be in memory
   for (int64_t i = 0; i < rows; i += kBlock)
     for (int64_t n = 0; n < 64; n += 32) {
@@ -64,6 +81,10 @@ __attribute__((target("amx-tile,amx-int8"))) inline void product(int64_t rows, i
         _tile_loadd(5, lower + depth, k);
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
+        if (done == beside.count) continue;
+        const int64_t end = std::min(done + share, beside.count);
+        beside.run(beside.what, done, end);
+        done = end;
       }
       _tile_stored(0, to, ldc * 4);
       _tile_stored(1, to + 16, ldc * 4);
@@ -78,7 +99,7 @@ __attribute__((target("amx-tile,amx-int8"))) inline void product(int64_t rows, i
 inline bool granted() { return false; }
 inline void configure() {}
 inline void release() {}
-inline void product(int64_t, int64_t, int64_t, const uint8_t*, const int8_t*, int32_t*) {}
+inline void product(int64_t, int64_t, int64_t, const uint8_t*, const int8_t*, int32_t*, const Beside&) {}
 
 #endif
 

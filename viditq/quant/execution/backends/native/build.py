@@ -11,6 +11,7 @@ from viditq.quant.execution.backends.base import Unavailable
 
 SOURCES = ("linear.cpp", "activations.h", "amx.h", "epilogue.h", "multiply.h", "product.h", "quantize.h", "vectors.h")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
+FASTER = ("avx512bf16",)  # used where the CPU has it
 
 _state: Unavailable | bool = False
 
@@ -31,7 +32,7 @@ def load() -> None:
 def _load() -> None:
     try:
         kernels.check_cpu(INSTRUCTIONS)
-        kernels.load([Path(__file__).with_name(name) for name in SOURCES], INSTRUCTIONS)
+        kernels.load([Path(__file__).with_name(name) for name in SOURCES], [*INSTRUCTIONS, *filter(kernels.has, FASTER)])
     except kernels.CannotBuild as reason:
         raise Unavailable("native", str(reason)) from reason
     if not _how():

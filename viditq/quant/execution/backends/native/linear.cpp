@@ -88,7 +88,7 @@ Reader reader_of(const at::Tensor& x, int64_t M, const Weight& weight, int64_t r
           S,
           weight.h,
           std::move(codes),
-          {std::vector<Grid>(M * S), std::vector<int32_t>(M * S), data},
+          {std::vector<Row>(M * S), data},
           {}};
 }
 
@@ -185,11 +185,9 @@ at::Tensor transform(const at::Tensor& x_in, double layernorm_eps, const std::op
   float* to = out.data_ptr<float>();
   with_type(x.scalar_type(), [&](auto type) {
     const auto* from = x.const_data_ptr<decltype(type)>();
-    at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; ++m) {
-        transform_row(from + m * K, prologue, m, to + m * K);
-        smoothed(to + m * K, scale, K, to + m * K);
-      }
+    for_rows(from, M, prologue, [&](int64_t m, const auto* row, const Range*, float*) {
+      if (scale) smoothed(row, scale, K, to + m * K);
+      each_vector(scale ? 0 : K, [&](int64_t k, __mmask16 lanes) { store(to + m * K + k, lanes, load(row + k, lanes)); });
     });
   });
   return out;

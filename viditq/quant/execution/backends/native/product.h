@@ -58,7 +58,12 @@ class Product {
  public:
   static constexpr int64_t kMost = 32;  // rows of `c`; both `block`s divide multiply.h's
 
-  Product(int64_t k, bool amx) : k_(k), amx_(amx && k % amx::kDepth == 0) {
+  static bool tiled(int64_t k, bool amx) { return amx && k % amx::kDepth == 0; }
+  // Rows whose products with all panels of a chunk are computed one after another. With tiles their outputs lie in no
+  // more pages than the first TLB of an Intel has room for: of 96 rows writing takes six times as long.
+  static int64_t rows(int64_t k, bool amx) { return tiled(k, amx) ? amx::kBlock : 4 * vnni::kBlock; }
+
+  Product(int64_t k, bool amx) : k_(k), amx_(tiled(k, amx)) {
     if (amx_) amx::configure();
   }
   ~Product() {
@@ -66,9 +71,12 @@ class Product {
   }
   // Rows of one call, at most.
   int64_t block() const { return amx_ ? amx::kBlock : vnni::kBlock; }
-  void operator()(int64_t rows, const uint8_t* a, const int8_t* b, int32_t* c) const {
-    if (amx_) return amx::product(rows, k_, kPanel, a, b, c);
+  // Whether other work is hidden behind a product.
+  bool overlaps() const { return amx_; }
+  void operator()(int64_t rows, const uint8_t* a, const int8_t* b, int32_t* c, amx::Beside beside = {}) const {
+    if (amx_) return amx::product(rows, k_, kPanel, a, b, c, beside);
     vnni::product(rows, k_, a, b, c);
+    beside.finish();
   }
 
  private:

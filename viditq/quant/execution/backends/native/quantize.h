@@ -15,6 +15,25 @@ struct Grid {
   int32_t zero_point;
 };
 
+// What outputs of a row and segment take of its grid and codes: acc - zx colsum - zw rest, times sx. Each of the two
+// products is, where possible, a sum of two products of 16 bits, which one instruction adds to acc: a b with a of 8 bits
+// and b of 22 is (a << 7) (b >> 7) + a (b & 127).
+struct Row {
+  float scale;
+  int32_t zero_point, rest;  // negated: as factor and as split number, or as they are
+
+  static constexpr int64_t kSplittable = (1 << 22) / 256;  // sums of the codes of larger segments need more bits
+  static int32_t factor(int32_t a) { return static_cast<int32_t>(static_cast<uint32_t>(a) << 23 | (a & 0xffff)); }
+  static int32_t split(int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(b >> 7) << 16 | (b & 127)); }
+
+  // size: of the segment; sum: of its codes
+  static Row of(const Grid& grid, int32_t sum, int64_t size) {
+    const int32_t zero_point = grid.zero_point, rest = static_cast<int32_t>(size) * zero_point - sum;
+    if (size >= kSplittable) return {grid.scale, zero_point, rest};
+    return {grid.scale, factor(zero_point), split(rest)};
+  }
+};
+
 struct Format {
   int64_t bits;
   bool symmetric;
@@ -22,11 +41,17 @@ struct Format {
   int32_t middle() const { return 1 << (bits - 1); }
 };
 
+// Smallest and largest of some values and 0; both NaN where one of them is NaN or infinite.
+struct Range {
+  float lo, hi;
+};
+
 // affine.usable_scale: a range of zeros, or one so small that its scale underflows, becomes all zeros; NaN stays.
 inline float usable(float scale) { return scale <= 0.0f ? 1e-6f : scale; }
 
-// NaN in a range, or an infinite range, makes the scale NaN, and with it the whole row of the output, as in `fake`.
-inline Grid grid_of_range(float lo, float hi, const Format& format) {
+// NaN in a range makes the scale NaN, and with it the whole row of the output, as in `fake`.
+inline Grid grid_of_range(Range range, const Format& format) {
+  auto [lo, hi] = range;
   if (format.symmetric) {
     const float largest = -lo > hi ? -lo : hi;
     return {usable(largest / static_cast<float>(format.middle() - 1)), format.middle()};
@@ -39,18 +64,63 @@ inline Grid grid_of_range(float lo, float hi, const Format& format) {
   return {scale, std::isfinite(zero_point) ? static_cast<int32_t>(zero_point) : 0};
 }
 
-// Smallest and largest of a row; both NaN where the row holds one.
-inline void range_of(const float* row, int64_t count, float& lo, float& hi) {
-  __m512 least = _mm512_set1_ps(std::numeric_limits<float>::infinity()), most = _mm512_sub_ps(_mm512_setzero_ps(), least);
-  unsigned unordered = 0;
-  each_vector(count, [&](int64_t i, __mmask16 lanes) __attribute__((always_inline)) {
-    const __m512 x = load(row + i, lanes);
-    unordered |= _mm512_mask_cmp_ps_mask(lanes, x, x, _CMP_UNORD_Q);
-    least = _mm512_mask_min_ps(least, lanes, x, least);  // of a NaN and a number the second
-    most = _mm512_mask_max_ps(most, lanes, x, most);
+// A range as it grows. What it does at a vector waits for the vector before: several rows, or parts of one, are best
+// taken in turn.
+struct Extent {
+  __m512 least = _mm512_setzero_ps(), most = least, odd = least;
+
+  void add(__m512 x) {
+    least = _mm512_min_ps(x, least);  // of a NaN and a number the second
+    most = _mm512_max_ps(x, most);
+    odd = _mm512_fmadd_ps(x, _mm512_setzero_ps(), odd);  // stays 0 but for NaN and infinity
+  }
+  Range range() const {
+    constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+    if (_mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q)) return {kNaN, kNaN};
+    return {_mm512_reduce_min_ps(least), _mm512_reduce_max_ps(most)};
+  }
+};
+
+template <typename T>
+Range range_of(const T* row, int64_t count) {
+  Extent parts[4];
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) parts[j].add(load(row + i + kLanes * j, kAll));
+  each_vector(count - i, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+    parts[0].add(load(row + i + k, lanes));
   });
-  lo = unordered ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_min_ps(least);
-  hi = unordered ? lo : _mm512_reduce_max_ps(most);
+  for (int64_t j = 1; j < 4; ++j) {
+    parts[0].least = _mm512_min_ps(parts[0].least, parts[j].least);
+    parts[0].most = _mm512_max_ps(parts[0].most, parts[j].most);
+    parts[0].odd = parts[0].odd + parts[j].odd;
+  }
+  return parts[0].range();
+}
+
+// Of bfloat16 as integers that have the same order, twice as many at a time.
+inline Range range_of(const c10::BFloat16* row, int64_t count) {
+  constexpr int kInfinity = 0x7f80, kMagnitude = 0x7fff;
+  __m512i least = _mm512_setzero_si512(), most = least;
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 lanes = count - i < 32 ? (1u << (count - i)) - 1u : ~0u;
+    const __m512i bits = _mm512_maskz_loadu_epi16(lanes, row + i), sign = _mm512_srai_epi16(bits, 15);
+    const __m512i key = _mm512_xor_si512(bits, _mm512_and_si512(sign, _mm512_set1_epi16(kMagnitude)));
+    least = _mm512_min_epi16(least, key);
+    most = _mm512_max_epi16(most, key);
+  }
+  const auto halves = [](__m512i x, auto of) {
+    return of(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(x)), _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(x, 1)));
+  };
+  const int lo = _mm512_reduce_min_epi32(halves(least, [](__m512i a, __m512i b) { return _mm512_min_epi32(a, b); }));
+  const int hi = _mm512_reduce_max_epi32(halves(most, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); }));
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  if (hi >= kInfinity || lo <= ~kInfinity) return {kNaN, kNaN};
+  const auto number = [](int key) {
+    return static_cast<float>(c10::BFloat16(static_cast<uint16_t>(key < 0 ? key ^ kMagnitude : key), c10::BFloat16::from_bits()));
+  };
+  return {number(lo), number(hi)};
 }
 
 // rint(x / scale) without most of the divisions, which take as long as all the rest. x * (1 / scale) lies within 2^-12
@@ -74,7 +144,8 @@ struct Steps {
 };
 
 // Codes of a row and their sum; `grid.scale` becomes NaN where the row holds a NaN or the scale is infinite.
-inline int32_t quantize_row(const float* row, int64_t count, Grid& grid, float levels, uint8_t* codes) {
+template <typename T>
+int32_t quantize_row(const T* row, int64_t count, Grid& grid, float levels, uint8_t* codes) {
   const Steps steps(grid.scale);
   const __m512 zero_point = _mm512_set1_ps(static_cast<float>(grid.zero_point)), top = _mm512_set1_ps(levels);
   __m512i sum = _mm512_setzero_si512();
@@ -96,34 +167,39 @@ inline int32_t quantize_row(const float* row, int64_t count, Grid& grid, float l
 
 // The same of a row that the grid was made for, 64 values at a time: no code is below 0, none far above the levels,
 // and a NaN has made the scale one. Quotients in counts of 2^-16, which are off by less than 4: rounding them down after
-// adding a half is right but beside a tie, where the vector is quantized as above.
-inline int32_t quantize_own_row(const float* row, int64_t count, Grid& grid, float levels, uint8_t* codes) {
+// adding a half is right but beside a tie, where there is division: of bfloat16 in one vector of thirty, whose values
+// and range are whole numbers of the same small step.
+template <typename T>
+int32_t quantize_own_row(const T* row, int64_t count, Grid& grid, float levels, uint8_t* codes) {
   const bool usual = count % 64 == 0 && grid.scale > 0x1p-100f && grid.scale < 0x1p100f;
   if (!usual) return quantize_row(row, count, grid, levels, codes);
-  const __m512 inverse = _mm512_set1_ps(0x1p16f / grid.scale);
+  const __m512 scale = _mm512_set1_ps(grid.scale), inverse = _mm512_set1_ps(0x1p16f / grid.scale);
+  const __m512i zero_point = _mm512_set1_epi32(grid.zero_point);
   const __m512i offset = _mm512_set1_epi32((grid.zero_point << 16) + 0x8000 + 4), near = _mm512_set1_epi32(0xfff8);
   const __m512i top = _mm512_set1_epi32((static_cast<int32_t>(levels) << 16) | 0xffff);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 64) {
     __m512i part[4];
-    unsigned ties = 0;
+    __mmask16 ties[4];
 #pragma GCC unroll 4
     for (int64_t j = 0; j < 4; ++j) {
-      const __m512 counts = _mm512_mul_ps(_mm512_loadu_ps(row + i + 16 * j), inverse);
+      const __m512 counts = _mm512_mul_ps(load(row + i + 16 * j, kAll), inverse);
       part[j] = _mm512_add_epi32(_mm512_cvtps_epi32(counts), offset);
-      ties |= _mm512_testn_epi32_mask(part[j], near);
-      part[j] = _mm512_srli_epi32(_mm512_min_epi32(part[j], top), 16);
+      ties[j] = _mm512_testn_epi32_mask(part[j], near);
     }
-    __m512i packed;
-    if (__builtin_expect(ties == 0, true)) {
-      const __m512i pairs = _mm512_packus_epi32(part[0], part[1]), rest = _mm512_packus_epi32(part[2], part[3]);
-      packed = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(pairs, rest));
-      _mm512_storeu_si512(codes + i, packed);
-    } else {
-      quantize_row(row + i, 64, grid, levels, codes + i);
-      packed = _mm512_loadu_si512(codes + i);
-    }
+    if (__builtin_expect(ties[0] | ties[1] | ties[2] | ties[3], 0))
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < 4; ++j)
+        if (ties[j]) {
+          const __m512i quotient = _mm512_cvtps_epi32(_mm512_div_ps(load(row + i + 16 * j, kAll), scale));
+          part[j] = _mm512_slli_epi32(_mm512_add_epi32(quotient, zero_point), 16);
+        }
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) part[j] = _mm512_srli_epi32(_mm512_min_epi32(part[j], top), 16);
+    const __m512i pairs = _mm512_packus_epi32(part[0], part[1]), rest = _mm512_packus_epi32(part[2], part[3]);
+    const __m512i packed = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(pairs, rest));
+    _mm512_storeu_si512(codes + i, packed);
     sum = _mm512_add_epi64(sum, _mm512_sad_epu8(packed, _mm512_setzero_si512()));
   }
   return static_cast<int32_t>(_mm512_reduce_add_epi64(sum));

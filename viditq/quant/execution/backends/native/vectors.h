@@ -57,6 +57,19 @@ inline void store(c10::Half* to, __mmask16 lanes, __m512 x) {
   store_halves(to, lanes, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
+template <typename T>
+void store(T* to, __m512 x, __m512 y) {
+  store(to, kAll, x);
+  store(to + kLanes, kAll, y);
+}
+
+#ifdef __AVX512BF16__
+// The same numbers, but that those below the smallest normal one (2^-126) become 0.
+inline void store(c10::BFloat16* to, __m512 x, __m512 y) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+}
+#endif
+
 // Calls use(i, lanes) for all of a row, sixteen at a time; whole vectors are compiled without masks.
 template <typename F>
 __attribute__((always_inline)) inline void each_vector(int64_t count, F&& use) {
@@ -70,6 +83,25 @@ inline __m512 rounded(__m512 x) {
   asm("" : "+v"(x));
   return x;
 }
+
+// Sixty-four numbers. What is done to them is done to one vector after another: a CPU looks no further ahead than two or
+// three dozen instructions that wait for each other, and would finish one vector before it begins the next.
+struct Four {
+  __m512 part[4];
+  __m512 operator[](int j) const { return part[j]; }
+};
+
+template <typename F>
+__attribute__((always_inline)) inline Four each(F&& of) {
+  return {{of(0), of(1), of(2), of(3)}};
+}
+inline Four operator+(Four a, Four b) { return {{a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]}}; }
+inline Four operator-(Four a, Four b) { return {{a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]}}; }
+inline Four operator*(Four a, Four b) { return {{a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]}}; }
+inline Four operator+(Four a, float b) { return {{a[0] + b, a[1] + b, a[2] + b, a[3] + b}}; }
+inline Four operator-(Four a, float b) { return {{a[0] - b, a[1] - b, a[2] - b, a[3] - b}}; }
+inline Four operator*(Four a, float b) { return {{a[0] * b, a[1] * b, a[2] * b, a[3] * b}}; }
+inline Four rounded(Four x) { return {{rounded(x[0]), rounded(x[1]), rounded(x[2]), rounded(x[3])}}; }
 
 // Memory in whole cache lines, not initialized.
 template <typename T>
