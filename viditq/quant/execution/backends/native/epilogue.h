@@ -29,7 +29,7 @@ inline __m512 exponential(__m512 x) {
 // y / (1 + 2^z) to some units in the last place, or to 2^-14 where `coarse`, as for outputs of 8 bits. Division would
 // occupy a CPU for as long as all the rest of an output: the reciprocal is an estimate, and a step of Newton's.
 template <bool coarse>
-Four gated(Four y, Four z) {
+__attribute__((always_inline)) inline Four gated(Four y, Four z) {
   constexpr int kSmallerOfMagnitudes = 2;  // with the sign of z: below 2^-126 a CPU computes a hundred times as long
   z = each([&](int j) { return _mm512_range_ps(z[j], _mm512_set1_ps(100.0f), kSmallerOfMagnitudes); });
   const Four r = each([&](int j) { return _mm512_reduce_ps(z[j], _MM_FROUND_TO_NEAREST_INT); }), n = z - r;
@@ -59,7 +59,7 @@ inline __m512 gelu(__m512 y) {
 }
 
 template <bool coarse>
-Four activated(Four y, int64_t activation) {
+__attribute__((always_inline)) inline Four activated(Four y, int64_t activation) {
   constexpr float kLog2E = 1.44269504f;
   if (activation == kGeluTanh)  // 0.5 y (1 + tanh u) = y / (1 + e^(-2 u)), u = sqrt(2 / pi) (y + 0.044715 y^3)
     return gated<coarse>(y, y * (y * y * (-1.5957691216f * 0.044715f * kLog2E) + -1.5957691216f * kLog2E));

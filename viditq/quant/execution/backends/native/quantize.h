@@ -9,6 +9,8 @@
 
 namespace viditq {
 
+constexpr int64_t kAhead = 4096;  // bytes: CPUs do not look beyond the page that they read or write
+
 // A grid as the product sees it: value = (code - zero_point) * scale with codes 0 .. levels.
 struct Grid {
   float scale;
@@ -105,6 +107,7 @@ inline Range range_of(const c10::BFloat16* row, int64_t count) {
   __m512i least = _mm512_setzero_si512(), most = least;
   for (int64_t i = 0; i < count; i += 32) {
     const __mmask32 lanes = count - i < 32 ? (1u << (count - i)) - 1u : ~0u;
+    __builtin_prefetch(row + i + kAhead / 2);
     const __m512i bits = _mm512_maskz_loadu_epi16(lanes, row + i), sign = _mm512_srai_epi16(bits, 15);
     const __m512i key = _mm512_xor_si512(bits, _mm512_and_si512(sign, _mm512_set1_epi16(kMagnitude)));
     least = _mm512_min_epi16(least, key);
@@ -180,6 +183,7 @@ int32_t quantize_own_row(const T* row, int64_t count, Grid& grid, float levels, 
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 64) {
+    __builtin_prefetch(codes + i + kAhead, 1);
     __m512i part[4];
     __mmask16 ties[4];
 #pragma GCC unroll 4
