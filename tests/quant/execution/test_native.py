@@ -98,8 +98,9 @@ def test_extreme_codes_and_rows_of_mixed_size(backend):
         assert_agrees(backend, variant_of(spec, TOKEN, x, weight), x, None)
 
 
-def test_sums_that_need_more_than_32_bits_are_cut_into_parts(backend):
-    x, weight = torch.full((2, 70_000), 3.0), torch.full((3, 70_000), -2.0)
+@pytest.mark.parametrize("in_features", [17_000, 70_000])
+def test_sums_of_more_than_22_bits_and_more_than_32_which_are_cut_into_parts(backend, in_features):
+    x, weight = torch.full((2, in_features), 3.0), torch.full((3, in_features), -2.0)
     weight[:, 0] = 1e-3
     assert_agrees(backend, variant_of(CHANNEL, TOKEN, x, weight), x, None)
 
@@ -119,9 +120,10 @@ def test_codes_are_those_of_fake_at_ties_and_beside_them(backend, bits, symmetri
     torch.testing.assert_close(backend.linear(variant, x.to(dtype), None), 255 * on_grid, rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_infinity_stay_in_their_row(backend, bad):
-    x, weight = torch.randn(5, 64), torch.randn(50, 64)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("-nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_stay_in_their_row(backend, bad, dtype):
+    x, weight = torch.randn(5, 64).to(dtype), torch.randn(50, 64).to(dtype)
     for spec in (TOKEN, QuantSpec(8, True, "token", None, True), QuantSpec(4, False, "group", 32, True)):
         variant = variant_of(CHANNEL, spec, x, weight)
         backend.prepare(variant)

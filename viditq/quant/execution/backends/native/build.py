@@ -32,7 +32,9 @@ def load() -> None:
 def _load() -> None:
     try:
         kernels.check_cpu(INSTRUCTIONS)
-        kernels.load([Path(__file__).with_name(name) for name in SOURCES], [*INSTRUCTIONS, *filter(kernels.has, FASTER)])
+        kernels.load(
+            [Path(__file__).with_name(name) for name in SOURCES], [*INSTRUCTIONS, *filter(kernels.has, FASTER)]
+        )
     except kernels.CannotBuild as reason:
         raise Unavailable("native", str(reason)) from reason
     if not _how():
