@@ -11,7 +11,7 @@
 
 namespace viditq {
 
-constexpr int64_t kPanelsPerChunk = 8, kChunkBytes = 1280 * 1024;
+constexpr int64_t kPanelsPerChunk = 8;
 
 struct Weight {
   const uint8_t* data;
@@ -61,76 +61,79 @@ struct Columns {
       scale[j] = weight.scale ? load(weight.scale + at, kAll) : load(weight.half_scale + at, kAll);
     }
   }
-  // acc - zx colsum - zw rest
-  __m512 exact(int64_t j, const int32_t* acc, const Row& row) const {
+  // acc - zx colsum - zw rest, of 64 outputs of a row. usual: `splittable`.
+  template <bool usual, bool zero_points>
+  __attribute__((always_inline)) Four exact(const int32_t* acc, const Row& row) const {
     const __m512i zx = _mm512_set1_epi32(row.zero_point), rest = _mm512_set1_epi32(row.rest);
-    __m512i sum = _mm512_loadu_si512(acc + kLanes * j);
-    if (__builtin_expect(splittable, true)) {
-      sum = _mm512_dpwssd_epi32(sum, colsum[j], zx);
-      if (zero_points) sum = _mm512_dpwssd_epi32(sum, zero_point[j], rest);
-    } else {
-      sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(colsum[j], zx));
-      if (zero_points) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(zero_point[j], rest));
-    }
-    return _mm512_cvtepi32_ps(sum);
+    const auto minus = [](__m512i sum, __m512i a, __m512i b) __attribute__((always_inline)) {
+      return usual ? _mm512_dpwssd_epi32(sum, a, b) : _mm512_add_epi32(sum, _mm512_mullo_epi32(a, b));
+    };
+    return each([&](int j) __attribute__((always_inline)) {
+      __m512i sum = minus(_mm512_loadu_si512(acc + kLanes * j), colsum[j], zx);
+      if (zero_points) sum = minus(sum, zero_point[j], rest);
+      return _mm512_cvtepi32_ps(sum);
+    });
   }
 };
 
-// Rows of codes that are multiplied together; what outputs take of row i and segment s lies at i * S + s.
-struct Rows {
-  const uint8_t* codes;
-  const Row* of;
-  int64_t first, count;
-};
+// Calls use(integral constants of `splittable` and `zero_points`).
+template <typename F>
+__attribute__((always_inline)) inline void with_kind(const Columns& columns, F&& use) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (!columns.splittable) return use(no, yes);
+  columns.zero_points ? use(yes, yes) : use(yes, no);
+}
 
-// A product of some rows and a panel of a weight without segments, of which outputs are to be made.
+// The product of some rows and a panel of a segment, of which outputs, or their parts, are to be made.
 template <typename T>
-struct Unfinished {
+struct Computed {
   const Columns* columns;
-  Rows rows;
   const int32_t* acc;
-  int64_t n;
+  const Row* rows;  // of row i at i * S
+  int64_t S, first, n;
+  float* sums;  // [rows, 64] of the segments so far
+  bool begins;  // the first segment
   const Epilogue<T>* epilogue;
+
+  // Of row i sx sw (acc - zx colsum - zw rest), added to what segments before gave.
+  template <bool usual, bool zero_points>
+  __attribute__((always_inline)) Four of(const Columns& columns, int64_t i) const {
+    const Row row = rows[i * S];
+    const Four sum = columns.template exact<usual, zero_points>(acc + i * kPanel, row);
+    const Four scale = each([&](int j) __attribute__((always_inline)) { return columns.scale[j] * row.scale; });
+    if (begins) return rounded(sum * scale);
+    return each([&](int j) __attribute__((always_inline)) {
+      return _mm512_fmadd_ps(sum[j], scale[j], _mm512_load_ps(sums + i * kPanel + kLanes * j));
+    });
+  }
 };
 
-// The outputs of rows begin .. end. whole: all 64 are there.
+// For rows begin .. end, the sums.
+template <typename T>
+void accumulate(const void* what, int64_t begin, int64_t end) {
+  const Computed<T> made = *static_cast<const Computed<T>*>(what);
+  const Columns columns = *made.columns;
+  with_kind(columns, [&](auto usual, auto zero_points) __attribute__((always_inline)) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Four sum = made.template of<usual, zero_points>(columns, i);
+      for (int j = 0; j < 4; ++j) _mm512_store_ps(made.sums + i * kPanel + kLanes * j, sum[j]);
+    }
+  });
+}
+
+// The outputs. whole: all 64 are there.
 template <Ending ending, bool whole, typename T>
 void finish(const void* what, int64_t begin, int64_t end) {
-  const auto& made = *static_cast<const Unfinished<T>*>(what);
-  const Columns& columns = *made.columns;
-  const Epilogue<T>& epilogue = *made.epilogue;
-  for (int64_t i = begin; i < end; ++i) {
-    const Row row = made.rows.of[i];
-    const int64_t m = made.rows.first + i;
-    const float* gates = epilogue.gate_of(m);
-    const Four y = each([&](int j) __attribute__((always_inline)) {
-      return rounded(columns.exact(j, made.acc + i * kPanel, row) * (columns.scale[j] * row.scale));
-    });
-    epilogue.template finish<ending, whole>(y, m, made.n, gates);
-    epilogue.fetch(m, made.n + kPanel);
-  }
-}
-
-// y += sx sw (acc - zx colsum - zw rest) for the rows of a panel and segment.
-inline void accumulate_panel(const int32_t* acc, const Columns& columns, const Rows& rows, int64_t S, float* y) {
-  for (int64_t i = 0; i < rows.count; ++i, acc += kPanel, y += kPanel) {
-    const Row row = rows.of[i * S];
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < 4; ++j) {
-      const __m512 scale = columns.scale[j] * row.scale, before = _mm512_load_ps(y + 16 * j);
-      const __m512 sum = columns.exact(j, acc, row);
-      _mm512_store_ps(y + 16 * j, _mm512_fmadd_ps(sum, scale, before));
+  const auto& made = *static_cast<const Computed<T>*>(what);
+  with_kind(*made.columns, [&](auto usual, auto zero_points) __attribute__((always_inline)) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = made.first + i;
+      const Four y = made.template of<usual, zero_points>(*made.columns, i);
+      made.epilogue->template finish<ending, whole>(y, m, made.n, made.epilogue->gate_of(m));
+      made.epilogue->fetch(m, made.n + kPanel);
     }
-  }
-}
-
-template <typename T>
-void finish_sums(const float* y, const Rows& rows, int64_t n, const Epilogue<T>& epilogue) {
-  for (int64_t i = 0; i < rows.count; ++i, y += kPanel) {
-    const float* gates = epilogue.gate_of(rows.first + i);
-    const Four sums = each([&](int j) { return _mm512_load_ps(y + kLanes * j); });
-    epilogue.template finish<Ending::kAny, false>(sums, rows.first + i, n, gates);
-  }
+  });
 }
 
 // The weights of some panels as int8 [panels, S, h / 4, 64, 4], and what their outputs are scaled by [panels, S].
@@ -164,26 +167,27 @@ class Chunk {
   Scratch<Columns> columns_;
 };
 
-// Blocks of kRows rows by a chunk of panels; a chunk of weights stays in the second-level cache (and unpacked).
+// Blocks of rows by a chunk of panels; a chunk of weights stays in the second-level cache (and unpacked).
 template <typename T>
 void multiply(const Quantized& x, const Weight& weight, const Epilogue<T>& epilogue, int64_t M, int64_t K,
               bool use_amx) {
   const int64_t S = weight.S, h = weight.h, threads = at::get_num_threads();
-  const int64_t fitting = std::clamp<int64_t>(kChunkBytes / weight.panel_bytes(), 1, kPanelsPerChunk);
+  const int64_t bytes = Product::chunk_bytes(h, use_amx);
+  const int64_t fitting = std::clamp<int64_t>(bytes / weight.panel_bytes(), 1, kPanelsPerChunk);
   const int64_t height = Product::rows(h, use_amx), blocks = (M + height - 1) / height;
   const int64_t wanted = std::max<int64_t>(1, weight.P * blocks / (2 * threads));
   const int64_t panels = std::min(fitting, threads > 1 ? wanted : fitting);
   const int64_t chunks = (weight.P + panels - 1) / panels;
-  const int64_t size = K / S;
   decltype(amx::Beside::run) finish_whole = nullptr;
   with_ending(epilogue.ending(), [&](auto kind) { finish_whole = finish<kind, true, T>; });
   at::parallel_for(0, chunks * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<int32_t> acc(2 * Product::kMost * kPanel);
-    const Scratch<float> y(S > 1 ? Product::kMost * kPanel : 0);
     const Product product(h, use_amx);
-    Chunk chunk(weight, panels, size);
+    const int64_t sums = product.block() * kPanel;
+    const Scratch<int32_t> acc(2 * sums);
+    const Scratch<float> parts(S > 1 ? sums : 0);
+    Chunk chunk(weight, panels, K / S);
     int64_t held = -1;
-    Unfinished<T> made[2];  // in turn: while one is finished, the next is multiplied
+    Computed<T> made[2];  // in turn: while of one outputs are made, the next is computed
     amx::Beside waiting;
     int turn = 0;
     for (int64_t task = begin; task < end; ++task) {
@@ -195,26 +199,19 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue<T>& epilo
       held = p0;
       const int64_t first = task % blocks * height, last = std::min(first + height, M);
       for (int64_t p = p0; p < p1; ++p) {
+        const bool whole = p * kPanel + kPanel <= weight.N;
         for (int64_t m = first; m < last; m += product.block()) {
-          const Rows rows{x.codes + m * h, x.rows.data() + m * S, m, std::min(product.block(), last - m)};
-          const int64_t panel = (p - p0) * S;
-          if (S == 1) {
-            int32_t* sums = acc.get() + turn * Product::kMost * kPanel;
-            product(rows.count, rows.codes, chunk.codes + panel * h * kPanel, sums, waiting);
-            made[turn] = {chunk.columns + panel, rows, sums, p * kPanel, &epilogue};
-            const bool whole = p * kPanel + kPanel <= weight.N;
-            waiting = {whole ? finish_whole : finish<Ending::kAny, false, T>, &made[turn], rows.count};
-            turn = 1 - turn;
+          const int64_t rows = std::min(product.block(), last - m);
+          for (int64_t s = 0; s < S; ++s, turn = 1 - turn) {
+            const int64_t part = (p - p0) * S + s;
+            int32_t* to = acc.get() + turn * sums;
+            product(rows, x.codes + (s * M + m) * h, chunk.codes + part * h * kPanel, to, waiting);
+            const Row* of_rows = x.rows.data() + m * S + s;
+            made[turn] = {chunk.columns + part, to, of_rows, S, m, p * kPanel, parts.get(), s == 0, &epilogue};
+            const auto finished = whole ? finish_whole : finish<Ending::kAny, false, T>;
+            waiting = {s + 1 < S ? accumulate<T> : finished, &made[turn], rows};
             if (!product.overlaps()) waiting.finish();
-            continue;
           }
-          std::fill_n(y.get(), rows.count * kPanel, 0.0f);
-          for (int64_t s = 0; s < S; ++s) {
-            product(rows.count, rows.codes + s * M * h, chunk.codes + (panel + s) * h * kPanel, acc.get());
-            const Columns& columns = chunk.columns[panel + s];
-            accumulate_panel(acc.get(), columns, {nullptr, rows.of + s, m, rows.count}, S, y.get());
-          }
-          finish_sums(y.get(), rows, p * kPanel, epilogue);
         }
       }
     }

@@ -121,7 +121,8 @@ inline Range range_of(const c10::BFloat16* row, int64_t count) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   if (hi >= kInfinity || lo <= ~kInfinity) return {kNaN, kNaN};
   const auto number = [](int key) {
-    return static_cast<float>(c10::BFloat16(static_cast<uint16_t>(key < 0 ? key ^ kMagnitude : key), c10::BFloat16::from_bits()));
+    const auto bits = static_cast<uint16_t>(key < 0 ? key ^ kMagnitude : key);
+    return static_cast<float>(c10::BFloat16(bits, c10::BFloat16::from_bits()));
   };
   return {number(lo), number(hi)};
 }
