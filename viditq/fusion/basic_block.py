@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from viditq.fusion.attend import attend, heads, read_as
 from viditq.fusion.block import FusedBlock, all_fusible
+from viditq.fusion.patches import in_rows
 from viditq.quant.execution.linear import products
 from viditq.quant.execution.surroundings import After, Before
 
@@ -75,7 +76,7 @@ class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
         added_cond_kwargs: Any = None,
     ) -> Tensor:
         assert timestep is not None
-        x_BNC = hidden_states
+        x_BNC = in_rows(hidden_states)
         # each of the six contiguous, as the products read them
         vectors_6BC = timestep.reshape(len(x_BNC), 6, -1).transpose(0, 1).float().contiguous()
         vectors_6BC = self.scale_shift_table[:, None].float() + vectors_6BC

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from viditq.fusion.attend import attend, heads
 from viditq.fusion.block import FusedBlock, all_fusible
+from viditq.fusion.patches import in_rows
 from viditq.models.stdit_blocks import Block, SelfAttention
 from viditq.quant.execution.linear import products
 from viditq.quant.execution.surroundings import After, Before
@@ -31,6 +32,7 @@ class FusedStditBlock(FusedBlock, Block):
     def fused(
         self, x_BNC: Tensor, y_BLC: Tensor, t_B6C: Tensor, mask_BL: Tensor | None, frames: int, frame_1TC: Tensor | None
     ) -> Tensor:
+        x_BNC = in_rows(x_BNC)
         vectors = (self.scale_shift_table.float() + t_B6C.float()).unbind(1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (one.contiguous() for one in vectors)
         size_BTSC = (len(x_BNC), frames, -1, x_BNC.shape[-1])
