@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from viditq.fusion.attend import attend, heads
 from viditq.fusion.basic_block import against_mlp, mlp
 from viditq.fusion.block import FusedBlock, all_fusible
+from viditq.fusion.rotary import rotate_pairs
 from viditq.quant.execution.linear import products
 from viditq.quant.execution.surroundings import After, Before
 
@@ -140,7 +140,8 @@ def _vectors(norm: AdaLayerNormZero | AdaLayerNormZeroSingle, temb: Tensor, coun
 
 def _attend(attention: FluxAttention, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     if rotary is not None:
-        q, k = (apply_rotary_emb(part, rotary, sequence_dim=1) for part in (q, k))
+        cos, sin = (angles_ND[:, None] for angles_ND in rotary)
+        q, k = (rotate_pairs(part, cos, sin) for part in (q, k))
     return attend(attention.processor, q, k, v).to(q.dtype)
 
 
