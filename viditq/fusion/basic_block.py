@@ -77,15 +77,15 @@ class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
     ) -> Tensor:
         assert timestep is not None
         x_BNC = in_rows(hidden_states)
-        # each of the six contiguous, as the products read them
-        vectors_6BC = timestep.reshape(len(x_BNC), 6, -1).transpose(0, 1).float().contiguous()
-        vectors_6BC = self.scale_shift_table[:, None].float() + vectors_6BC
+        vectors_B6C = self.scale_shift_table.float() + timestep.reshape(len(x_BNC), 6, -1).float()
+        vectors_6BC = vectors_B6C.transpose(0, 1).contiguous()  # each of the six, as the products read them
+        vectors_6BC[1::3] += 1  # the scales
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors_6BC.unbind(0)
-        before = Before(self.norm1.eps, 1 + scale, shift)
+        before = Before(self.norm1.eps, scale, shift)
         x_BNC = _attention(self.attn1, x_BNC, None, attention_mask, before, gate)
         if self.attn2 is not None:
             x_BNC = _attention(self.attn2, x_BNC, encoder_hidden_states, encoder_attention_mask, Before(), None)
-        return mlp(self.ff, x_BNC, Before(self.norm2.eps, 1 + scale_mlp, shift_mlp), gate_mlp)
+        return mlp(self.ff, x_BNC, Before(self.norm2.eps, scale_mlp, shift_mlp), gate_mlp)
 
 
 def against_attention(attention: Attention) -> str | None:

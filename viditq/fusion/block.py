@@ -67,7 +67,7 @@ class FusedBlock:
         out = self.fused(*args, **kwargs)
         if torch.compiler.is_compiling():
             return out
-        kind = (_first(out).dtype, *(value is None for value in (*args, *kwargs.values())))
+        kind = (_first(out).dtype, *[value is None for value in (*args, *kwargs.values())])
         if kind in state.checked:
             return out
         plain = super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -82,14 +82,18 @@ class FusedBlock:
         """Observers and offloading hang hooks on modules, which a fused block does not call."""
         assert isinstance(self, nn.Module)
         found = list(self._modules.values())
-        while found:  # at every call, so without the generators of `modules`
-            module = found.pop()
+        for module in found:  # which grows; at every call, so without the generators of `modules`
             if module is None:
                 continue
-            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-            if "_hf_hook" in module.__dict__ or (hooks and not all(map(is_visit, hooks))):
+            own = module.__dict__
+            if "_hf_hook" in own:
                 return True
-            found += module._modules.values()
+            if own["_forward_pre_hooks"] or own["_forward_hooks"]:
+                hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+                if not all(map(is_visit, hooks)):
+                    return True
+            if own["_modules"]:
+                found += own["_modules"].values()
         return False
 
 
