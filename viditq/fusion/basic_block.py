@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -77,15 +78,25 @@ class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
     ) -> Tensor:
         assert timestep is not None
         x_BNC = in_rows(hidden_states)
-        vectors_B6C = self.scale_shift_table.float() + timestep.reshape(len(x_BNC), 6, -1).float()
-        vectors_6BC = vectors_B6C.transpose(0, 1).contiguous()  # each of the six, as the products read them
-        vectors_6BC[1::3] += 1  # the scales
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors_6BC.unbind(0)
+        rows_6BC = timestep.reshape(len(x_BNC), 6, -1).transpose(0, 1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(self.scale_shift_table[:, None], rows_6BC)
         before = Before(self.norm1.eps, scale, shift)
         x_BNC = _attention(self.attn1, x_BNC, None, attention_mask, before, gate)
         if self.attn2 is not None:
             x_BNC = _attention(self.attn2, x_BNC, encoder_hidden_states, encoder_attention_mask, Before(), None)
         return mlp(self.ff, x_BNC, Before(self.norm2.eps, scale_mlp, shift_mlp), gate_mlp)
+
+
+@torch.no_grad()
+def modulation(table_61C: Tensor, rows_6BC: Tensor) -> tuple[Tensor, ...]:
+    """Shift, 1 + scale and gate of attention, then of the mlp: the sum, float32 [B, C] each, as the products read them.
+
+    Where every frame or place has its own row, as in Latte, these are as large as the tokens: two passes are enough.
+    """
+    vectors_6BC = torch.empty(rows_6BC.shape, dtype=torch.float32, device=rows_6BC.device)
+    torch.add(table_61C.float(), rows_6BC.float(), out=vectors_6BC)
+    vectors_6BC[1::3] += 1
+    return vectors_6BC.unbind(0)
 
 
 def against_attention(attention: Attention) -> str | None:
