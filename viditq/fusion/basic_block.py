@@ -61,9 +61,10 @@ class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
             return "cross_attention_kwargs are given"
         if hidden_states.ndim != 3 or timestep is None:
             return "its inputs have another shape"
-        processors = [a.processor for a in (self.attn1, self.attn2) if a is not None]
-        other = [p for p in processors if not isinstance(p, AttnProcessor2_0)]
-        return f"the attention processor {type(other[0]).__name__} is not known" if other else None
+        for attention in (self.attn1, self.attn2):
+            if attention is not None and not isinstance(attention.processor, AttnProcessor2_0):
+                return f"the attention processor {type(attention.processor).__name__} is not known"
+        return None
 
     def fused(
         self,
@@ -79,7 +80,7 @@ class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
         assert timestep is not None
         x_BNC = in_rows(hidden_states)
         rows_6BC = timestep.reshape(len(x_BNC), 6, -1).transpose(0, 1)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(self.scale_shift_table[:, None], rows_6BC)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(self.scale_shift_table.unsqueeze(1), rows_6BC)
         before = Before(self.norm1.eps, scale, shift)
         x_BNC = _attention(self.attn1, x_BNC, None, attention_mask, before, gate)
         if self.attn2 is not None:
@@ -94,8 +95,8 @@ def modulation(table_61C: Tensor, rows_6BC: Tensor) -> tuple[Tensor, ...]:
     Where every frame or place has its own row, as in Latte, these are as large as the tokens: two passes are enough.
     """
     vectors_6BC = torch.empty(rows_6BC.shape, dtype=torch.float32, device=rows_6BC.device)
-    torch.add(table_61C.float(), rows_6BC.float(), out=vectors_6BC)
-    vectors_6BC[1::3] += 1
+    torch.add(table_61C.float(), rows_6BC, out=vectors_6BC)
+    vectors_6BC[1::3].add_(1)
     return vectors_6BC.unbind(0)
 
 
