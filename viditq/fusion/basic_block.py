@@ -11,7 +11,7 @@ import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
 from viditq.fusion.attend import attend, heads, read_as
 from viditq.fusion.block import FusedBlock, all_fusible
@@ -124,23 +124,25 @@ def _attention(
     gate: Tensor | None,
 ) -> Tensor:
     """x + gate * attention(before(x)), to the text where there is one."""
+    parts: dict[str, Any] = attention._modules  # as attributes they are looked up twice, which cold caches make dear
     narrow = After(dtype=read_as(attention.processor, x_BNC.dtype))
     if text_BLC is None:
-        q, k, v = products([attention.to_q, attention.to_k, attention.to_v], x_BNC, before, narrow)
+        q, k, v = products([parts["to_q"], parts["to_k"], parts["to_v"]], x_BNC, before, narrow)
     else:
-        (q,) = products([attention.to_q], x_BNC, before, narrow)
-        k, v = products([attention.to_k, attention.to_v], text_BLC, after=narrow)
+        (q,) = products([parts["to_q"]], x_BNC, before, narrow)
+        k, v = products([parts["to_k"], parts["to_v"]], text_BLC, after=narrow)
     if mask is not None:
         length, batch = k.shape[1], len(x_BNC)
         mask = attention.prepare_attention_mask(mask, length, batch).view(batch, attention.heads, -1, length)
     q, k, v = (heads(part, attention.heads) for part in (q, k, v))
     out_BNC = attend(attention.processor, q, k, v, mask, x_BNC.dtype)
-    return products([attention.to_out[0]], out_BNC, after=After(gate=gate, residual=x_BNC))[0]
+    return products([parts["to_out"]._modules["0"]], out_BNC, after=After(gate=gate, residual=x_BNC))[0]
 
 
 def mlp(ff: FeedForward, x_BNC: Tensor, before: Before, gate: Tensor | None) -> Tensor:
     """x + gate * mlp(before(x))."""
-    act: nn.Module = ff.net[0]
+    net: dict[str, Any] = ff._modules["net"]._modules
+    act = net["0"]
     name = "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    (hidden,) = products([act.proj], x_BNC, before, After(name))  # type: ignore[list-item]
-    return products([ff.net[2]], hidden, after=After(gate=gate, residual=x_BNC))[0]  # type: ignore[list-item]
+    (hidden,) = products([act._modules["proj"]], x_BNC, before, After(name))  # type: ignore[list-item]
+    return products([net["2"]], hidden, after=After(gate=gate, residual=x_BNC))[0]  # type: ignore[list-item]
