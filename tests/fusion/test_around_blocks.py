@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from viditq.fusion.block import TOLERANCE, disagreement
 from viditq.fusion.install import fuse_blocks, unfuse_blocks
 from viditq.fusion.patches import LARGE, FusedPatches2d, FusedPatches3d, cuts_patches, in_rows
 from viditq.fusion.rotary import rotate_pairs
@@ -73,6 +74,16 @@ def test_rotary_positions_are_those_of_real_numbers(dtype: torch.dtype) -> None:
     expected[..., 1::2] = even * sin[..., 0::2] + odd * cos[..., 0::2]
     assert torch.equal(rotate_pairs(x, cos, sin), expected)
     assert _close(rotate_pairs(x, cos.double(), sin.double()), expected)  # not as complex numbers
+
+
+def test_a_block_that_adds_little_is_held_to_what_its_type_can_tell() -> None:
+    torch.manual_seed(0)
+    x, added = torch.randn(64, 256), 0.01 * torch.randn(64, 256)
+    x = x.bfloat16().float()
+    plain, fused = (x + added).bfloat16(), (x + added * (1 + 0.01 * torch.randn(64, 256))).bfloat16()
+    assert disagreement(fused, plain, [x.bfloat16()]) < TOLERANCE[torch.bfloat16]
+    forgotten = (x + 0.7 * added).bfloat16()
+    assert disagreement(forgotten, plain, [x.bfloat16()]) > TOLERANCE[torch.bfloat16]
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
