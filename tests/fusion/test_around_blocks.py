@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from viditq.fusion.block import TOLERANCE, disagreement
 from viditq.fusion.install import fuse_blocks, unfuse_blocks
+from viditq.fusion.norms import rms_norm
 from viditq.fusion.patches import LARGE, FusedPatches2d, FusedPatches3d, cuts_patches, in_rows
 from viditq.fusion.rotary import rotate_pairs
 from viditq.models.stdit import STDiT
@@ -74,6 +75,19 @@ def test_rotary_positions_are_those_of_real_numbers(dtype: torch.dtype) -> None:
     expected[..., 1::2] = even * sin[..., 0::2] + odd * cos[..., 0::2]
     assert torch.equal(rotate_pairs(x, cos, sin), expected)
     assert _close(rotate_pairs(x, cos.double(), sin.double()), expected)  # not as complex numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_rms_norms_are_those_of_torch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, norm = (3 * torch.randn(2, 7, 96)).to(dtype), nn.RMSNorm(32, eps=1e-6).to(dtype)
+    norm.weight.copy_(torch.rand(32))
+    x = x[..., 32:64]  # as a part of what several Linears gave together
+    kept = x.clone()
+    assert torch.equal(rms_norm(norm, x), norm(x)) and torch.equal(x, kept)
+    for other in (nn.RMSNorm(32).to(dtype), nn.RMSNorm(32, 1e-6, elementwise_affine=False), nn.Identity()):
+        assert torch.equal(rms_norm(other, x), other(x))
 
 
 def test_a_block_that_adds_little_is_held_to_what_its_type_can_tell() -> None:
