@@ -26,6 +26,10 @@ class FusedPatches:
             x = x.contiguous(memory_format=LAST[x.ndim])
         return super().forward(x)  # type: ignore[misc,no-any-return]
 
+    def _get_name(self) -> str:
+        """What it is called where modules are printed."""
+        return "Conv2d" if isinstance(self, nn.Conv2d) else "Conv3d"
+
 
 class FusedPatches2d(FusedPatches, nn.Conv2d):
     """Of pictures."""
