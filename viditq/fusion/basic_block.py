@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
 from viditq.fusion.attend import attend, heads, read_as
 from viditq.fusion.block import FusedBlock, all_fusible
+from viditq.fusion.patches import in_rows
 from viditq.quant.execution.linear import products
 from viditq.quant.execution.surroundings import After, Before
 
@@ -59,9 +61,10 @@ class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
             return "cross_attention_kwargs are given"
         if hidden_states.ndim != 3 or timestep is None:
             return "its inputs have another shape"
-        processors = [a.processor for a in (self.attn1, self.attn2) if a is not None]
-        other = [p for p in processors if not isinstance(p, AttnProcessor2_0)]
-        return f"the attention processor {type(other[0]).__name__} is not known" if other else None
+        for attention in (self.attn1, self.attn2):
+            if attention is not None and not isinstance(attention.processor, AttnProcessor2_0):
+                return f"the attention processor {type(attention.processor).__name__} is not known"
+        return None
 
     def fused(
         self,
@@ -75,16 +78,26 @@ class FusedBasicBlock(FusedBlock, BasicTransformerBlock):
         added_cond_kwargs: Any = None,
     ) -> Tensor:
         assert timestep is not None
-        x_BNC = hidden_states
-        # each of the six contiguous, as the products read them
-        vectors_6BC = timestep.reshape(len(x_BNC), 6, -1).transpose(0, 1).float().contiguous()
-        vectors_6BC = self.scale_shift_table[:, None].float() + vectors_6BC
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors_6BC.unbind(0)
-        before = Before(self.norm1.eps, 1 + scale, shift)
+        x_BNC = in_rows(hidden_states)
+        rows_6BC = timestep.reshape(len(x_BNC), 6, -1).transpose(0, 1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(self.scale_shift_table.unsqueeze(1), rows_6BC)
+        before = Before(self.norm1.eps, scale, shift)
         x_BNC = _attention(self.attn1, x_BNC, None, attention_mask, before, gate)
         if self.attn2 is not None:
             x_BNC = _attention(self.attn2, x_BNC, encoder_hidden_states, encoder_attention_mask, Before(), None)
-        return mlp(self.ff, x_BNC, Before(self.norm2.eps, 1 + scale_mlp, shift_mlp), gate_mlp)
+        return mlp(self.ff, x_BNC, Before(self.norm2.eps, scale_mlp, shift_mlp), gate_mlp)
+
+
+@torch.no_grad()
+def modulation(table_61C: Tensor, rows_6BC: Tensor) -> tuple[Tensor, ...]:
+    """Shift, 1 + scale and gate of attention, then of the mlp: the sum, float32 [B, C] each, as the products read them.
+
+    Where every frame or place has its own row, as in Latte, these are as large as the tokens: two passes are enough.
+    """
+    vectors_6BC = torch.empty(rows_6BC.shape, dtype=torch.float32, device=rows_6BC.device)
+    torch.add(table_61C.float(), rows_6BC, out=vectors_6BC)
+    vectors_6BC[1::3].add_(1)
+    return vectors_6BC.unbind(0)
 
 
 def against_attention(attention: Attention) -> str | None:
@@ -111,23 +124,25 @@ def _attention(
     gate: Tensor | None,
 ) -> Tensor:
     """x + gate * attention(before(x)), to the text where there is one."""
+    parts: dict[str, Any] = attention._modules  # as attributes they are looked up twice, which cold caches make dear
     narrow = After(dtype=read_as(attention.processor, x_BNC.dtype))
     if text_BLC is None:
-        q, k, v = products([attention.to_q, attention.to_k, attention.to_v], x_BNC, before, narrow)
+        q, k, v = products([parts["to_q"], parts["to_k"], parts["to_v"]], x_BNC, before, narrow)
     else:
-        (q,) = products([attention.to_q], x_BNC, before, narrow)
-        k, v = products([attention.to_k, attention.to_v], text_BLC, after=narrow)
+        (q,) = products([parts["to_q"]], x_BNC, before, narrow)
+        k, v = products([parts["to_k"], parts["to_v"]], text_BLC, after=narrow)
     if mask is not None:
         length, batch = k.shape[1], len(x_BNC)
         mask = attention.prepare_attention_mask(mask, length, batch).view(batch, attention.heads, -1, length)
     q, k, v = (heads(part, attention.heads) for part in (q, k, v))
     out_BNC = attend(attention.processor, q, k, v, mask, x_BNC.dtype)
-    return products([attention.to_out[0]], out_BNC, after=After(gate=gate, residual=x_BNC))[0]
+    return products([parts["to_out"]._modules["0"]], out_BNC, after=After(gate=gate, residual=x_BNC))[0]
 
 
 def mlp(ff: FeedForward, x_BNC: Tensor, before: Before, gate: Tensor | None) -> Tensor:
     """x + gate * mlp(before(x))."""
-    act: nn.Module = ff.net[0]
+    net: dict[str, Any] = ff._modules["net"]._modules
+    act = net["0"]
     name = "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    (hidden,) = products([act.proj], x_BNC, before, After(name))  # type: ignore[list-item]
-    return products([ff.net[2]], hidden, after=After(gate=gate, residual=x_BNC))[0]  # type: ignore[list-item]
+    (hidden,) = products([act._modules["proj"]], x_BNC, before, After(name))  # type: ignore[list-item]
+    return products([net["2"]], hidden, after=After(gate=gate, residual=x_BNC))[0]  # type: ignore[list-item]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from viditq.fusion.attend import attend, heads
 from viditq.fusion.basic_block import against_mlp, mlp
 from viditq.fusion.block import FusedBlock, all_fusible
+from viditq.fusion.norms import rms_norm
+from viditq.fusion.rotary import rotate_pairs
 from viditq.quant.execution.linear import products
 from viditq.quant.execution.surroundings import After, Before
 
@@ -67,8 +68,8 @@ class FusedFluxBlock(FusedBlock, FluxTransformerBlock):
         text = products(added, encoder_hidden_states, Before(self.norm1_context.norm.eps, 1 + c_scale, c_shift))
         q, k, v = (heads(part, attention.heads) for part in image)
         q_text, k_text, v_text = (heads(part, attention.heads) for part in text)
-        q = torch.cat([attention.norm_added_q(q_text), attention.norm_q(q)], 1)
-        k = torch.cat([attention.norm_added_k(k_text), attention.norm_k(k)], 1)
+        q = torch.cat([rms_norm(attention.norm_added_q, q_text), rms_norm(attention.norm_q, q)], 1)
+        k = torch.cat([rms_norm(attention.norm_added_k, k_text), rms_norm(attention.norm_k, k)], 1)
         out_BNC = _attend(attention, q, k, torch.cat([v_text, v], 1), image_rotary_emb)
         text_out, image_out = out_BNC.split([text_length, out_BNC.shape[1] - text_length], 1)
         after = After(gate=gate, residual=hidden_states)
@@ -109,7 +110,7 @@ class FusedFluxSingleBlock(FusedBlock, FluxSingleTransformerBlock):
         gelu = "gelu_tanh" if self.act_mlp.approximate == "tanh" else "gelu"
         (hidden,) = products([self.proj_mlp], x_BNC, before, After(gelu))
         q, k, v = (heads(part, attention.heads) for part in (q, k, v))
-        out_BNC = _attend(attention, attention.norm_q(q), attention.norm_k(k), v, image_rotary_emb)
+        out_BNC = _attend(attention, rms_norm(attention.norm_q, q), rms_norm(attention.norm_k, k), v, image_rotary_emb)
         after = After(gate=gate, residual=x_BNC)
         (x_BNC,) = products([self.proj_out], torch.cat([out_BNC, hidden], 2), after=after)
         x_BNC = _clipped(x_BNC)
@@ -140,7 +141,8 @@ def _vectors(norm: AdaLayerNormZero | AdaLayerNormZeroSingle, temb: Tensor, coun
 
 def _attend(attention: FluxAttention, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     if rotary is not None:
-        q, k = (apply_rotary_emb(part, rotary, sequence_dim=1) for part in (q, k))
+        cos, sin = (angles_ND[:, None] for angles_ND in rotary)
+        q, k = (rotate_pairs(part, cos, sin) for part in (q, k))
     return attend(attention.processor, q, k, v).to(q.dtype)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from viditq.fusion.basic_block import FusedBasicBlock
 from viditq.fusion.block import FusedBlock, Fusion, logger
 from viditq.fusion.flux_blocks import FusedFluxBlock, FusedFluxSingleBlock
+from viditq.fusion.patches import FusedPatches2d, FusedPatches3d, cuts_patches
 from viditq.fusion.stdit_block import FusedStditBlock
 from viditq.fusion.wan_block import FusedWanBlock
 from viditq.models.stdit_blocks import Block
@@ -24,10 +25,11 @@ ADAPTERS: dict[type[nn.Module], type[FusedBlock]] = {
     FluxTransformerBlock: FusedFluxBlock,
     FluxSingleTransformerBlock: FusedFluxSingleBlock,
 }
+PATCHES: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: FusedPatches2d, nn.Conv3d: FusedPatches3d}
 
 
 def fuse_blocks(denoiser: nn.Module) -> dict[str, int]:
-    """Let every block that an adapter knows run fused from now on; how many, by class.
+    """Let every block that an adapter knows run fused from now on; how many, by class. What makes patches follows.
 
     A block changes its class and keeps its modules and their names, so that it is saved, copied and watched as before.
     Blocks that an adapter does not know in full stay as they are; one line says why. Where nothing fuses (emulation),
@@ -50,6 +52,9 @@ def fuse_blocks(denoiser: nn.Module) -> dict[str, int]:
         block.__class__ = adapter  # type: ignore[assignment]
         block.fusion = shared.setdefault(name, Fusion(name))  # type: ignore[assignment]
         fused[name] += 1
+    for module in denoiser.modules() if fused else ():
+        if cuts_patches(module):
+            module.__class__ = PATCHES[type(module)]  # type: ignore[assignment]
     for (name, reason), count in reasons.items():
         logger.info("%d of %s run unfused: %s", count, name, reason)
     return dict(fused)
@@ -57,8 +62,8 @@ def fuse_blocks(denoiser: nn.Module) -> dict[str, int]:
 
 def unfuse_blocks(denoiser: nn.Module) -> None:
     """Every block runs as its own class again."""
-    plain: dict[type, type[nn.Module]] = {fused: block for block, fused in ADAPTERS.items()}
-    for block in denoiser.modules():
-        if type(block) in plain:
-            block.__class__ = plain[type(block)]  # type: ignore[assignment]
-            del block.fusion
+    plain: dict[type, type[nn.Module]] = {fused: own for own, fused in (*ADAPTERS.items(), *PATCHES.items())}
+    for module in denoiser.modules():
+        if type(module) in plain:
+            module.__class__ = plain[type(module)]  # type: ignore[assignment]
+            vars(module).pop("fusion", None)

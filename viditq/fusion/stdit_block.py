@@ -9,6 +9,7 @@ from torch import Tensor
 
 from viditq.fusion.attend import attend, heads
 from viditq.fusion.block import FusedBlock, all_fusible
+from viditq.fusion.patches import in_rows
 from viditq.models.stdit_blocks import Block, SelfAttention
 from viditq.quant.execution.linear import products
 from viditq.quant.execution.surroundings import After, Before
@@ -31,18 +32,17 @@ class FusedStditBlock(FusedBlock, Block):
     def fused(
         self, x_BNC: Tensor, y_BLC: Tensor, t_B6C: Tensor, mask_BL: Tensor | None, frames: int, frame_1TC: Tensor | None
     ) -> Tensor:
+        x_BNC = in_rows(x_BNC)
         vectors = (self.scale_shift_table.float() + t_B6C.float()).unbind(1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (one.contiguous() for one in vectors)
         size_BTSC = (len(x_BNC), frames, -1, x_BNC.shape[-1])
         x_BNC = _attention(self.attn, x_BNC, x_BNC.shape, frames, Before(self.norm1.eps, 1 + scale, shift), gate, x_BNC)
-        x_BSTC = x_BNC.reshape(size_BTSC).transpose(1, 2)
+        # in the order of time from here to the sum, so that gate and residual stay behind the product
+        x_BSTC = x_BNC.reshape(size_BTSC).transpose(1, 2).contiguous()
         in_time = x_BSTC if frame_1TC is None else x_BSTC + frame_1TC
-        # over time the rows of a sample lie in another order, so that gate and residual come after
-        over_time = _attention(
-            self.attn_temp, in_time.contiguous(), x_BSTC.flatten(0, 1).shape, 1, Before(), None, None
-        )
-        over_time = over_time.reshape(x_BSTC.shape).transpose(1, 2).reshape(x_BNC.shape)
-        x_BNC = x_BNC + (gate[:, None] * over_time.float()).to(x_BNC.dtype)
+        size_STC = x_BSTC.flatten(0, 1).shape
+        x_BSTC = _attention(self.attn_temp, in_time, size_STC, 1, Before(), gate, x_BSTC).reshape(x_BSTC.shape)
+        x_BNC = x_BSTC.transpose(1, 2).reshape(x_BNC.shape)
         cross = self.cross_attn
         (q,), (kv,) = products([cross.q_linear], x_BNC), products([cross.kv_linear], y_BLC)  # type: ignore[list-item]
         k, v = kv.chunk(2, dim=-1)
@@ -61,12 +61,13 @@ def _attention(
     shape: tuple[int, ...],
     frames: int,
     before: Before,
-    gate: Tensor | None,
-    residual: Tensor | None,
+    gate: Tensor,
+    residual: Tensor,
 ) -> Tensor:
     """residual + gate * attention(before(x)) among the tokens of a frame; shape: [B, N, C], N over `frames` frames."""
     x_BNC = x.reshape(shape)
     q, k, v = products([attention.q, attention.k, attention.v], x_BNC, before)  # type: ignore[list-item]
     q, k, v = (heads(part.reshape(len(part) * frames, -1, part.shape[-1]), attention.num_heads) for part in (q, k, v))
     out = attend(attention.processor, q, k, v).reshape(x_BNC.shape)
-    return products([attention.proj], out, after=After(gate=gate, residual=residual))[0]  # type: ignore[list-item]
+    after = After(gate=gate, residual=residual.reshape(shape))
+    return products([attention.proj], out, after=after)[0]  # type: ignore[list-item]

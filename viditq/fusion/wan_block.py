@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from viditq.fusion.attend import attend, heads
 from viditq.fusion.basic_block import against_mlp, mlp
 from viditq.fusion.block import FusedBlock, all_fusible
+from viditq.fusion.norms import rms_norm
+from viditq.fusion.patches import in_rows
 from viditq.fusion.rotary import rotate_pairs
 from viditq.quant.execution.linear import products
 from viditq.quant.execution.surroundings import After, Before
@@ -40,7 +42,7 @@ class FusedWanBlock(FusedBlock, WanTransformerBlock):
         return None
 
     def fused(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-        x_BNC, table = hidden_states, self.scale_shift_table.float()
+        x_BNC, table = in_rows(hidden_states), self.scale_shift_table.float()
         # one line of vectors for each sample, or for each token
         vectors = (table.unsqueeze(0) + temb.float() if temb.ndim == 4 else table + temb.float()).flatten(0, -3)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (one.contiguous() for one in vectors.unbind(1))
@@ -65,7 +67,9 @@ def _affine(norm: nn.Module) -> Before:
 
 def _attend(attention: WanAttention, q: Tensor, k: Tensor, v: Tensor, rotary_emb: Any, after: After) -> Tensor:
     """Norms of queries and keys, rotary positions, softmax, the output's product."""
-    q, k, v = (heads(part, attention.heads) for part in (attention.norm_q(q), attention.norm_k(k), v))
+    q, k, v = (
+        heads(part, attention.heads) for part in (rms_norm(attention.norm_q, q), rms_norm(attention.norm_k, k), v)
+    )
     if rotary_emb is not None:
         q, k = (rotate_pairs(part, *rotary_emb) for part in (q, k))
     out_BNC = attend(attention.processor, q, k, v).to(q.dtype)

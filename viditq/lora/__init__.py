@@ -122,7 +122,7 @@ def _linear(pipeline: Any, update: Update, file: Path) -> QuantLinear | nn.Linea
     linear = part.get_submodule(update.layer)
     where = f"{update.component}.{update.layer}"
     if not isinstance(linear, QuantLinear | nn.Linear):
-        raise UserError(f"{file} changes {where}, a {type(linear).__name__}: only Linears can take a LoRA here.")
+        raise UserError(f"{file} changes {where}, a {linear._get_name()}: only Linears can take a LoRA here.")
     given = (update.up_Or.shape[0], update.down_rC.shape[1])
     if given != (linear.out_features, linear.in_features):
         raise UserError(

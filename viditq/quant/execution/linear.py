@@ -132,8 +132,8 @@ def products(
         linears[0].residency.use(calls)
     backends = [linear.backends[index] for linear, index in calls]
     variants = [linear.in_order[index] for linear, index in calls]
-    biases = [linear.bias for linear in linears]
-    if len(calls) == 1 or all(backend is backends[0] for backend in backends):
+    biases = [linear._parameters["bias"] for linear in linears]  # as `linear.bias`, which costs as much as all of this
+    if len(set(backends)) == 1:
         return backends[0].products(variants, x, biases, before, after)
     one_by_one = zip(backends, variants, biases, strict=True)
     return [backend.products([variant], x, [bias], before, after)[0] for backend, variant, bias in one_by_one]

@@ -45,7 +45,7 @@ def share_codes(variants: Sequence[Variant], fits: Callable[[Variant, Variant], 
 
 def same_variants(known: Sequence[Variant], variants: Sequence[Variant]) -> bool:
     """Whether these are the very same ones."""
-    return len(known) == len(variants) and all(a is b for a, b in zip(known, variants, strict=True))
+    return list(known) == list(variants)  # modules are equal to themselves alone
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

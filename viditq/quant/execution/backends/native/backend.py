@@ -108,9 +108,10 @@ class NativeBackend(IntegerBackend):
             y, addend = self.chained(variant, x if before.is_nothing else _transformed(x, before))
             x, before = y, NOTHING_BEFORE
         dtype = after.dtype or variant.dtype
+        if addend is None:
+            return ops.run(known, _readable(x), bias, before, after, None, dtype)
         # what a branch adds stays as it was computed
-        in_between = dtype if addend is None else variant.dtype
-        return ops.run(known, _readable(x), bias, before, after, addend, in_between).to(dtype)
+        return ops.run(known, _readable(x), bias, before, after, addend, variant.dtype).to(dtype)
 
 
 def _share_rows(variants: Sequence[Variant]) -> bool:
