@@ -123,6 +123,21 @@ def test_a_query_without_keys_is_zero_as_torchs(keys: int) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("amx", [True, False])
+def test_scores_that_grow_from_key_to_key(amx: bool) -> None:
+    """The greatest of the first keys is far too small for the last ones; sums are brought to a new one on the way."""
+    q, k, v = inputs(1, 40, 300, 2, 64)
+    for growth in (0.02, 0.3, 20.0):
+        grown = (k.float() * torch.linspace(0.1, growth, 300)[None, :, None, None]).bfloat16()
+        out = torch.ops.viditq.attention(q, grown, v, None, 0.125, amx)
+        assert error(out, q, grown, v) <= 1.2 * error(torchs(q, grown, v), q, grown, v), growth
+    masked = torch.zeros(1, 1, 40, 300)
+    masked[..., :150] = -torch.inf  # nothing at all in the first blocks
+    out = torch.ops.viditq.attention(q, k, v, masked, 0.125, amx)
+    assert error(out, q, k, v, masked) <= 1.2 * error(torchs(q, k, v, masked), q, k, v, masked)
+
+
+@needs_kernel
 def test_views_and_shared_heads() -> None:
     qkv = torch.randn(2, 60, 3, 4, 72, generator=torch.Generator().manual_seed(0)).bfloat16()
     q, k, v = qkv.unbind(2)

@@ -33,49 +33,48 @@ bool near(const char* what, double found, double wanted) {
   return false;
 }
 
-template <int N>
+template <int Steps>
 bool scores(std::mt19937& random) {
-  constexpr int64_t lanes = N * 16;
-  for (const int64_t keys : {32, 64})
-    for (const int64_t pairs : {16, 48}) {
-      const Numbers K(keys * pairs, random), Q(pairs * lanes, random);
-      std::vector<float> S(keys * lanes, 9.f);
-      Amx::scores<N>(K.pairs.data(), Q.pairs.data(), keys, pairs, S.data());
-      for (int64_t i = 0; i < keys * lanes; ++i) {
-        double sum = 0;
-        for (int64_t p = 0; p < pairs; ++p) sum += K.times(i / lanes * pairs + p, Q, p * lanes + i % lanes);
-        if (!near("score", S[i], sum)) return false;
-      }
+  constexpr int64_t pairs = Steps * 16;
+  for (const int64_t keys : {16, 48, 64}) {
+    const Numbers K(keys * pairs, random), Q(pairs * 16, random);
+    std::vector<float> S(keys * 16, 9.f);
+    int64_t calls = 0;
+    Amx::scores<Steps>(K.pairs.data(), Q.pairs.data(), keys, S.data(), [&] { ++calls; });
+    if (!near("calls between", calls, keys / 16 * Steps)) return false;
+    for (int64_t i = 0; i < keys * 16; ++i) {
+      double sum = 0;
+      for (int64_t p = 0; p < pairs; ++p) sum += K.times(i / 16 * pairs + p, Q, p * 16 + i % 16);
+      if (!near("score", S[i], sum)) return false;
     }
+  }
   return true;
 }
 
-template <int N>
 bool values(std::mt19937& random) {
-  constexpr int64_t lanes = N * 16, row = viditq::kKeyBlock / 2;
-  for (const int64_t D : {16, 32, 80})
+  constexpr int64_t row = viditq::kKeyBlock / 2;
+  for (const int64_t D : {16, 40, 64, 72})
     for (const int64_t key_pairs : {16, 32})
-      for (const bool scaled : {false, true}) {
-        const Numbers V(D * row, random), P(key_pairs * lanes, random);
-        alignas(64) float alpha[lanes];
-        for (int64_t lane = 0; lane < lanes; ++lane) alpha[lane] = scaled ? 0.5f + lane : 1.f;
-        auto* O = static_cast<float*>(std::aligned_alloc(64, D * lanes * sizeof(float)));
-        for (int64_t i = 0; i < D * lanes; ++i) O[i] = i % 7;
-        Amx::values<N>(V.pairs.data(), P.pairs.data(), key_pairs, D, alpha, O);
-        for (int64_t i = 0; i < D * lanes; ++i) {
-          double sum = double(alpha[i % lanes]) * (i % 7);
-          for (int64_t p = 0; p < key_pairs; ++p) sum += V.times(i / lanes * row + p, P, p * lanes + i % lanes);
+      for (const bool fresh : {false, true}) {
+        const Numbers V((D + 1) * row, random), P(key_pairs * 16, random);
+        std::vector<float> O((D + 1) * 16);
+        for (size_t i = 0; i < O.size(); ++i) O[i] = i % 7;
+        Amx::leave();
+        Amx::enter(D);
+        Amx::values(V.pairs.data(), P.pairs.data(), key_pairs, D, fresh, O.data(), [] {});
+        for (size_t i = 0; i < O.size(); ++i) {
+          double sum = fresh ? 0 : i % 7;
+          for (int64_t p = 0; p < key_pairs; ++p) sum += V.times(i / 16 * row + p, P, p * 16 + i % 16);
           if (!near("sum of values", O[i], sum)) return false;
         }
-        std::free(O);
       }
   return true;
 }
 
 int main() {
   std::mt19937 random(0);
-  Amx::enter();
-  const bool right = scores<1>(random) && scores<2>(random) && values<1>(random) && values<2>(random);
+  Amx::enter(64);
+  const bool right = scores<1>(random) && scores<2>(random) && scores<3>(random) && scores<4>(random) && values(random);
   Amx::leave();
   if (right) std::puts("right");
   return !right;

@@ -1,4 +1,7 @@
-// The same two products on AMX tiles: 32 keys (or channels) x 32 queries of accumulators, 16 pairs a step.
+// The two products of attention on AMX tiles, 16 queries at a time, with a callback between tile instructions, which
+// leave most of the processor idle. In dwords of two bf16: Q [pairs, 16], K [keys, pairs], P [key pairs, 16],
+// V [D + 1, kKeyBlock / 2]. S, O: float. One chain of products at a time, stored as soon as it is done: with four chains
+// side by side, which would hide the latency of a product, the stores wait for each other.
 #pragma once
 #include <cpuid.h>
 #include <immintrin.h>
@@ -10,8 +13,7 @@
 namespace viditq {
 
 struct Amx {
-  static constexpr int kVectors = 2;
-  static constexpr int64_t kKeys = 32, kPairs = 16, kD = 16;
+  static constexpr int64_t kKeys = 32;  // what they are padded to
 
   // Whether the processor has bf16 tiles and Linux lets this process use them.
   static bool available() {
@@ -25,93 +27,93 @@ struct Amx {
     return usable;
   }
 
-  static void enter() {
+  // D: channels of a head. Tiles 6 and 7 hold the rows of O and V past the last whole tile: of channels and of totals.
+  static void enter(int64_t D) {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
     } config;
+    config.rows[6] = config.rows[7] = static_cast<uint8_t>(D % 16 + 1);
     _tile_loadconfig(&config);
   }
 
   static void leave() { _tile_release(); }
 
-  template <int N>
-  static void scores(const uint32_t* K, const uint32_t* Q, int64_t keys, int64_t pairs, float* S) {
-    constexpr int64_t lanes = N * kLanes;
-    fence();
-    for (int64_t key = 0; key < keys; key += 32) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      accumulate<N, 2>(K + key * pairs, pairs, Q, pairs);
-      store<N, 2>(S + key * lanes);
-    }
-    fence();
-  }
-
-  template <int N>
-  static void values(const uint32_t* V, const uint32_t* P, int64_t key_pairs, int64_t D, const float* alpha, float* O) {
-    constexpr int64_t lanes = N * kLanes;
-    for (int v = 0; v < N; ++v) {
-      const __m512 factor = _mm512_load_ps(alpha + v * kLanes);
-      if (_mm512_cmp_ps_mask(factor, _mm512_set1_ps(1.f), _CMP_NEQ_UQ) == 0) continue;  // the maxima are the old ones
-      for (int64_t d = 0; d < D; ++d) {
-        float* row = O + d * lanes + v * kLanes;
-        _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), factor));
-      }
-    }
-    fence();
-    for (int64_t d = 0; d < D; d += 32) {
-      D - d > 16 ? add<N, 2>(V, P, key_pairs, d, O) : add<N, 1>(V, P, key_pairs, d, O);
-    }
-    fence();
-  }
-
- private:
   // GCC's tile loads and stores do not say that they touch memory.
   static void fence() { asm volatile("" ::: "memory"); }
 
-  template <int N, int R>
-  static void add(const uint32_t* V, const uint32_t* P, int64_t key_pairs, int64_t d, float* O) {
-    constexpr int64_t lanes = N * kLanes;
-    float* rows = O + d * lanes;
-    _tile_loadd(0, rows, lanes * 4);
-    if constexpr (N == 2) _tile_loadd(1, rows + 16, lanes * 4);
-    if constexpr (R == 2) _tile_loadd(2, rows + 16 * lanes, lanes * 4);
-    if constexpr (N == 2 && R == 2) _tile_loadd(3, rows + 16 * lanes + 16, lanes * 4);
-    accumulate<N, R>(V + d * (kKeyBlock / 2), kKeyBlock / 2, P, key_pairs);
-    store<N, R>(rows);
-  }
-
-  // Tiles 0 to 3 += A [R x 16 rows, count pairs] B [count pairs, N x 16 lanes]
-  template <int N, int R>
-  static void accumulate(const uint32_t* A, int64_t stride, const uint32_t* B, int64_t count) {
-    constexpr int64_t lanes = N * kLanes;
-    for (int64_t p = 0; p < count; p += 16) {
-      _tile_loadd(4, A + p, stride * 4);
-      _tile_loadd(6, B + p * lanes, lanes * 4);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (N == 2) {
-        _tile_loadd(7, B + p * lanes + 16, lanes * 4);
-        _tile_dpbf16ps(1, 4, 7);
+  // S [keys, 16] = K [keys, Steps x 16 pairs] Q [Steps x 16 pairs, 16]; `between` is called after each product.
+  template <int Steps, typename Between>
+  static inline __attribute__((always_inline)) void scores(const uint32_t* K, const uint32_t* Q, int64_t keys, float* S,
+                                                           Between&& between) {
+    _tile_loadd(4, Q, 64);
+    if constexpr (Steps > 1) _tile_loadd(5, Q + 256, 64);
+    if constexpr (Steps > 2) _tile_loadd(1, Q + 512, 64);
+    if constexpr (Steps > 3) _tile_loadd(3, Q + 768, 64);
+    for (int64_t key = 0; key < keys; key += 16, K += 256 * Steps, S += 256) {
+      _tile_zero(0);
+      _tile_loadd(2, K, 64 * Steps);
+      _tile_dpbf16ps(0, 2, 4);
+      between();
+      if constexpr (Steps > 1) {
+        _tile_loadd(2, K + 16, 64 * Steps);
+        _tile_dpbf16ps(0, 2, 5);
+        between();
       }
-      if constexpr (R == 2) {
-        _tile_loadd(5, A + 16 * stride + p, stride * 4);
-        _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Steps > 2) {
+        _tile_loadd(2, K + 32, 64 * Steps);
+        _tile_dpbf16ps(0, 2, 1);
+        between();
       }
-      if constexpr (N == 2 && R == 2) _tile_dpbf16ps(3, 5, 7);
+      if constexpr (Steps > 3) {
+        _tile_loadd(2, K + 48, 64 * Steps);
+        _tile_dpbf16ps(0, 2, 3);
+        between();
+      }
+      _tile_stored(0, S, 64);
     }
   }
 
-  template <int N, int R>
-  static void store(float* C) {
-    constexpr int64_t lanes = N * kLanes;
-    _tile_stored(0, C, lanes * 4);
-    if constexpr (N == 2) _tile_stored(1, C + 16, lanes * 4);
-    if constexpr (R == 2) _tile_stored(2, C + 16 * lanes, lanes * 4);
-    if constexpr (N == 2 && R == 2) _tile_stored(3, C + 16 * lanes + 16, lanes * 4);
+  // O [D + 1, 16] += V [D + 1, key_pairs] P [key_pairs, 16], or = where `fresh`; the last row of V is ones and sums P.
+  // key_pairs: 16 or 32. `between` is called after most products.
+  template <typename Between>
+  static inline __attribute__((always_inline)) void values(const uint32_t* V, const uint32_t* P, int64_t key_pairs,
+                                                           int64_t D, bool fresh, float* O, Between&& between) {
+    constexpr int64_t stride = kKeyBlock / 2;
+    const bool both = key_pairs > 16;
+    _tile_loadd(4, P, 64);
+    if (both) _tile_loadd(5, P + 256, 64);
+    for (; D >= 16; D -= 16, V += 16 * stride, O += 256) {
+      if (fresh) {
+        _tile_zero(0);
+      } else {
+        _tile_loadd(0, O, 64);
+      }
+      _tile_loadd(2, V, 4 * stride);
+      _tile_dpbf16ps(0, 2, 4);
+      between();
+      if (both) {
+        _tile_loadd(3, V + 16, 4 * stride);
+        _tile_dpbf16ps(0, 3, 5);
+        between();
+      }
+      _tile_stored(0, O, 64);
+    }
+    if (fresh) {
+      _tile_zero(6);
+    } else {
+      _tile_loadd(6, O, 64);
+    }
+    _tile_loadd(7, V, 4 * stride);
+    _tile_dpbf16ps(6, 7, 4);
+    between();
+    if (both) {
+      _tile_loadd(7, V + 16, 4 * stride);
+      _tile_dpbf16ps(6, 7, 5);
+      between();
+    }
+    _tile_stored(6, O, 64);
   }
 };
 

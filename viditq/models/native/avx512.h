@@ -9,10 +9,7 @@ namespace viditq {
 
 struct Avx512 {
   static constexpr int kVectors = 3;  // 24 sums, 3 operands and a broadcast: 28 of 32 registers
-  static constexpr int64_t kKeys = 8, kPairs = 1, kD = 8;  // what the axes are padded to
-
-  static void enter() {}
-  static void leave() {}
+  static constexpr int64_t kKeys = 8;  // what they are padded to
 
   template <int N>
   static void scores(const uint32_t* K, const uint32_t* Q, int64_t keys, int64_t pairs, float* S) {

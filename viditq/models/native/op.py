@@ -16,7 +16,7 @@ from viditq.errors import UserError
 HEAD_DIMS = range(32, 129, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INSTEAD = "Leave model.attention=null (torch's attention)."
-SOURCES = ("attention.cpp", "amx.h", "avx512.h", "pack.h", "softmax.h")
+SOURCES = ("attention.cpp", "amx.h", "avx512.h", "blocks.h", "pack.h", "softmax.h", "stream.h", "work.h")
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "f16c")
 COMPILED = (*NEEDED, "amx-tile", "amx-bf16")  # the last two are used where the CPU says that it has them
 

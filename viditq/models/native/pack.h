@@ -101,9 +101,9 @@ void pack_keys(const T* source, int64_t stride, int64_t rows, int64_t padded, in
   }
 }
 
-// Values [rows, D] -> blocks of keys, each [padded D, kKeyBlock / 2 pairs of keys].
+// Values [rows, D] -> blocks of keys, each [height >= D, kKeyBlock / 2 pairs of keys]; rows past D are left alone.
 template <typename T>
-void pack_values(const T* source, int64_t stride, int64_t rows, int64_t D, int64_t padded_D, uint32_t* out) {
+void pack_values(const T* source, int64_t stride, int64_t rows, int64_t D, int64_t height, uint32_t* out) {
   alignas(64) int16_t index[2][32];
   for (int i = 0; i < 32; ++i) {
     for (int half = 0; half < 2; ++half) index[half][i] = static_cast<int16_t>(16 * half + i / 2 + 32 * (i % 2));
@@ -111,8 +111,8 @@ void pack_values(const T* source, int64_t stride, int64_t rows, int64_t D, int64
   const __m512i low = _mm512_load_si512(index[0]), high = _mm512_load_si512(index[1]);
   constexpr int64_t half_block = kKeyBlock / 2;
   for (int64_t key = 0; key < rows; key += 32) {
-    uint32_t* block = out + key / kKeyBlock * padded_D * half_block + key % kKeyBlock / 2;
-    for (int64_t d = 0; d < padded_D; d += 32) {
+    uint32_t* block = out + key / kKeyBlock * height * half_block + key % kKeyBlock / 2;
+    for (int64_t d = 0; d < D; d += 32) {
       __m512i r[2][16];
       for (int64_t i = 0; i < kLanes; ++i) {
         __m512i pair[2];
@@ -124,7 +124,7 @@ void pack_values(const T* source, int64_t stride, int64_t rows, int64_t D, int64
         r[1][i] = _mm512_permutex2var_epi16(pair[0], high, pair[1]);
       }
       for (int64_t half = 0; half < 2; ++half) {
-        const int64_t count = clamp_lanes(padded_D - d - kLanes * half);
+        const int64_t count = clamp_lanes(D - d - kLanes * half);
         if (count > 0) transpose(r[half]);
         for (int64_t i = 0; i < count; ++i) {
           _mm512_store_si512(block + (d + kLanes * half + i) * half_block, r[half][i]);
