@@ -156,6 +156,16 @@ def test_a_fused_block_is_one_graph(backend: str) -> None:
     assert len(graphs) == 1 and model.blocks[0].fusion.off is None
 
 
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_fused_blocks_compute_the_same_behind_a_compiler(backend: str) -> None:
+    denoiser = pixart(backend)
+    fuse_blocks(denoiser)
+    expected = run(denoiser)
+    for block in denoiser.transformer_blocks:
+        block.compile(backend="aot_eager")
+    assert torch.equal(run(denoiser), expected)
+
+
 @pytest.mark.slow  # a few seconds more: what a GPU runs, by the interpreter, a block at a time
 @pytest.mark.skipif(why_unavailable(get_backend("triton")) is not None, reason="no interpreted Triton kernels here")
 def test_blocks_in_fp8_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

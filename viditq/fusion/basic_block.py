@@ -94,8 +94,11 @@ def modulation(table_61C: Tensor, rows_6BC: Tensor) -> tuple[Tensor, ...]:
 
     Where every frame or place has its own row, as in Latte, these are as large as the tokens: two passes are enough.
     """
-    vectors_6BC = torch.empty(rows_6BC.shape, dtype=torch.float32, device=rows_6BC.device)
-    torch.add(table_61C.float(), rows_6BC, out=vectors_6BC)
+    if torch.compiler.is_compiling():  # which gives what is written to `out` the strides of its sources
+        vectors_6BC = (table_61C.float() + rows_6BC).contiguous()
+    else:
+        vectors_6BC = torch.empty(rows_6BC.shape, dtype=torch.float32, device=rows_6BC.device)
+        torch.add(table_61C.float(), rows_6BC, out=vectors_6BC)
     vectors_6BC[1::3].add_(1)
     return vectors_6BC.unbind(0)
 

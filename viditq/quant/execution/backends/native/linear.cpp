@@ -203,17 +203,21 @@ std::string prepare(bool allow_amx) {
 }  // namespace viditq
 
 TORCH_LIBRARY_FRAGMENT(viditq, m) {
+  // else a compiler may choose other strides for what it computes, and what is contiguous in eager mode is not
+  const std::vector<at::Tag> as_traced{at::Tag::needs_exact_strides};
   m.def(
       "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, "
       "int out_features, int act_bits, bool act_symmetric, int act_groups, bool act_per_tensor, Tensor? input_scale, "
       "Tensor? input_zero_point, float layernorm_eps, Tensor? mul, Tensor? add, Tensor? div, Tensor? addend, "
-      "int activation, Tensor? gate, Tensor? residual, ScalarType out_dtype) -> Tensor");
+      "int activation, Tensor? gate, Tensor? residual, ScalarType out_dtype) -> Tensor",
+      as_traced);
   m.def(
       "linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] zero_points, Tensor?[] biases, "
       "int[] out_features, int act_bits, bool act_symmetric, int act_groups, bool act_per_tensor, "
       "Tensor?[] input_scales, Tensor?[] input_zero_points, float layernorm_eps, Tensor? mul, Tensor? add, "
-      "Tensor?[] divs, ScalarType out_dtype) -> Tensor[]");
-  m.def("transform(Tensor x, float layernorm_eps, Tensor? mul, Tensor? add, Tensor? div) -> Tensor");
+      "Tensor?[] divs, ScalarType out_dtype) -> Tensor[]",
+      as_traced);
+  m.def("transform(Tensor x, float layernorm_eps, Tensor? mul, Tensor? add, Tensor? div) -> Tensor", as_traced);
   m.def("native_prepare(bool allow_amx) -> str", viditq::prepare);
 }
 
