@@ -201,7 +201,6 @@ class Stream {
     if (stale && !now.first) scores.again(n_.D, P[odd]);
   }
 
-  
   const Sizes n_;
   const int64_t steps_;   // of 16 pairs
   const int64_t spread_;  // how many pairs of keys become probabilities beside a product
