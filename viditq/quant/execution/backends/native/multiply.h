@@ -176,8 +176,9 @@ void multiply(const Quantized& x, const Weight& weight, const Epilogue<T>& epilo
   const int64_t fitting = std::clamp<int64_t>(bytes / weight.panel_bytes(), 1, kPanelsPerChunk);
   const int64_t height = Product::rows(h, use_amx), blocks = (M + height - 1) / height;
   const int64_t wanted = std::max<int64_t>(1, weight.P * blocks / (2 * threads));
-  const int64_t panels = std::min(fitting, threads > 1 ? wanted : fitting);
-  const int64_t chunks = (weight.P + panels - 1) / panels;
+  const int64_t most = std::min(fitting, threads > 1 ? wanted : fitting);
+  const int64_t chunks = (weight.P + most - 1) / most;
+  const int64_t panels = (weight.P + chunks - 1) / chunks;  // of one size, as threads share them by number
   decltype(amx::Beside::run) finish_whole = nullptr;
   with_ending(epilogue.ending(), [&](auto kind) { finish_whole = finish<kind, true, T>; });
   at::parallel_for(0, chunks * blocks, 1, [&](int64_t begin, int64_t end) {

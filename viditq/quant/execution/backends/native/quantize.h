@@ -9,7 +9,7 @@
 
 namespace viditq {
 
-constexpr int64_t kAhead = 4096;  // bytes: CPUs do not look beyond the page that they read or write
+constexpr int64_t kAhead = 2048;  // bytes: CPUs do not look beyond the page that they read or write
 
 // A grid as the product sees it: value = (code - zero_point) * scale with codes 0 .. levels.
 struct Grid {
@@ -89,7 +89,10 @@ Range range_of(const T* row, int64_t count) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes)
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < 4; ++j) parts[j].add(load(row + i + kLanes * j, kAll));
+    for (int64_t j = 0; j < 4; ++j) {
+      __builtin_prefetch(row + i + kLanes * j + kAhead / sizeof(T));
+      parts[j].add(load(row + i + kLanes * j, kAll));
+    }
   each_vector(count - i, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
     parts[0].add(load(row + i + k, lanes));
   });
