@@ -209,8 +209,8 @@ def test_steps_with_activations_in_float_become_a_policy(tmp_path: Path, first: 
     ours = load_denoiser(artifact, adapter.build_denoiser, "auto")[0]
     for timestep, a16 in ((990, bool(first)), (500, False), (10, bool(last))):
         theirs = served(adapter.denoiser_of(adapter.load()), folder, a16)
-        # codes on an edge between two may part in the end; the other precision differs by 2 %
-        assert relative(at(theirs, timestep), at(ours, timestep)) < 3e-3
+        # codes on an edge between two part in the end, more of them on some CPUs; the other precision differs by 2 %
+        assert relative(at(theirs, timestep), at(ours, timestep)) < 1e-2
 
 
 @torch.no_grad()

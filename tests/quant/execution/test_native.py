@@ -248,6 +248,12 @@ def test_views_and_other_dtypes_around_the_product(backend):
     assert torch.equal(out, plain)
 
 
+def test_a_zero_point_that_is_no_code_is_refused(backend):
+    packed = pack_weight(*quantize_weight(torch.randn(8, 64), CHANNEL)[:3], 8)
+    with pytest.raises(RuntimeError, match="300 is no code of 8 bits"):
+        ops.linear(torch.randn(2, 64), packed, None, STATIC, (torch.ones(1), torch.tensor([300.0])))
+
+
 @pytest.mark.parametrize("name", ["gelu_tanh", "gelu", "silu"])
 def test_activation_functions(backend, name):
     """Of single values from -20 to 20, by a weight of one input."""

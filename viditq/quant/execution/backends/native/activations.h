@@ -174,8 +174,11 @@ void share_grids(const T* x, int64_t M, const Prologue& prologue, const Activati
   const int64_t K = prologue.K, span = activations.rows_per_range;
   if (reader.scale) {
     const int32_t middle = activations.format.symmetric ? activations.format.middle() : 0;
-    for (int64_t i = 0; i < activations.ranges; ++i)
+    for (int64_t i = 0; i < activations.ranges; ++i) {
       reader.shared.push_back({reader.scale[i], static_cast<int32_t>(reader.zero_point[i]) + middle});
+      TORCH_CHECK(reader.shared.back().zero_point >> 8 == 0, "viditq::linear: the input's zero point ",
+                  reader.zero_point[i], " is no code of 8 bits");
+    }
   } else if (span > 1) {
     std::vector<Range> ranges(M);
     for_rows(x, M, prologue, [&](int64_t m, const auto* row, const Range* range, float* buffer) {
