@@ -124,6 +124,15 @@ def test_a_query_without_keys_is_zero_as_torchs(keys: int) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("channels", [8, 120, 128, 136, 256])
+def test_any_width_of_a_head(channels: int, amx: bool) -> None:
+    q, k, v = inputs(1, 40, 70, 2, channels)
+    out = torch.ops.viditq.attention(q, k, v, None, channels**-0.5, amx)
+    assert error(out, q, k, v) <= 1.2 * error(torchs(q, k, v), q, k, v)
+
+
+@needs_kernel
+@pytest.mark.parametrize("amx", [True, False])
 def test_scores_that_grow_from_key_to_key(amx: bool) -> None:
     """The greatest of the first keys is far too small for the last ones; sums are brought to a new one on the way."""
     q, k, v = inputs(1, 40, 300, 2, 64)

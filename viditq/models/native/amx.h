@@ -13,7 +13,8 @@
 namespace viditq {
 
 struct Amx {
-  static constexpr int64_t kKeys = 32;  // what they are padded to
+  static constexpr int64_t kKeys = 32;       // what they are padded to
+  static constexpr int64_t kChannels = 128;  // of a head, at most: the tiles of a query's four parts
 
   // Whether the processor has bf16 tiles and Linux lets this process use them.
   static bool available() {

@@ -89,7 +89,8 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
   if (out.numel() == 0) return out;
   if (k.numel() == 0) return out.zero_();
   const auto run = [&]<typename T, typename U>(T, U) {
-    const auto kernel = amx && Amx::available() ? attention<Stream, T, U> : attention<Blocks, T, U>;
+    const bool streams = amx && Amx::available() && q.size(3) <= Amx::kChannels;
+    const auto kernel = streams ? attention<Stream, T, U> : attention<Blocks, T, U>;
     kernel(Q, K, V, m, static_cast<float>(scale), out);
   };
   if (widens) return run(at::BFloat16(), 0.f), out;

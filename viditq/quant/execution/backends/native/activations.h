@@ -87,12 +87,19 @@ void transform_rows(const T* from, const Prologue& prologue, int64_t m, float* r
   for (int r = 0; r < R; ++r) ranges[r] = extents[r].range();
 }
 
-// row / div in `out`, and its range.
+// row / div, or the row itself where there is no div, in `out`.
+template <typename T>
+void smooth(const T* row, const float* div, int64_t K, float* out) {
+  each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
+    const __m512 x = load(row + k, lanes);
+    store(out + k, lanes, div ? _mm512_div_ps(x, load(div + k, lanes)) : x);
+  });
+}
+
+// The same and its range.
 template <typename T>
 Range smoothed(const T* row, const float* div, int64_t K, float* out) {
-  each_vector(K, [&](int64_t k, __mmask16 lanes) __attribute__((always_inline)) {
-    store(out + k, lanes, _mm512_div_ps(load(row + k, lanes), load(div + k, lanes)));
-  });
+  smooth(row, div, K, out);
   return range_of(out, K);
 }
 

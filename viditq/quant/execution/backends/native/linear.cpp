@@ -185,10 +185,8 @@ at::Tensor transform(const at::Tensor& x_in, double layernorm_eps, const std::op
   float* to = out.data_ptr<float>();
   with_type(x.scalar_type(), [&](auto type) {
     const auto* from = x.const_data_ptr<decltype(type)>();
-    for_rows(from, M, prologue, [&](int64_t m, const auto* row, const Range*, float*) {
-      if (scale) smoothed(row, scale, K, to + m * K);
-      each_vector(scale ? 0 : K, [&](int64_t k, __mmask16 lanes) { store(to + m * K + k, lanes, load(row + k, lanes)); });
-    });
+    for_rows(from, M, prologue,
+             [&](int64_t m, const auto* row, const Range*, float*) { smooth(row, scale, K, to + m * K); });
   });
   return out;
 }

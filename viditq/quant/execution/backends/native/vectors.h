@@ -95,13 +95,27 @@ template <typename F>
 __attribute__((always_inline)) inline Four each(F&& of) {
   return {{of(0), of(1), of(2), of(3)}};
 }
-__attribute__((always_inline)) inline Four operator+(Four a, Four b) { return {{a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]}}; }
-__attribute__((always_inline)) inline Four operator-(Four a, Four b) { return {{a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]}}; }
-__attribute__((always_inline)) inline Four operator*(Four a, Four b) { return {{a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]}}; }
-__attribute__((always_inline)) inline Four operator+(Four a, float b) { return {{a[0] + b, a[1] + b, a[2] + b, a[3] + b}}; }
-__attribute__((always_inline)) inline Four operator-(Four a, float b) { return {{a[0] - b, a[1] - b, a[2] - b, a[3] - b}}; }
-__attribute__((always_inline)) inline Four operator*(Four a, float b) { return {{a[0] * b, a[1] * b, a[2] * b, a[3] * b}}; }
-__attribute__((always_inline)) inline Four rounded(Four x) { return {{rounded(x[0]), rounded(x[1]), rounded(x[2]), rounded(x[3])}}; }
+__attribute__((always_inline)) inline Four operator+(Four a, Four b) {
+  return each([&](int j) { return a[j] + b[j]; });
+}
+__attribute__((always_inline)) inline Four operator-(Four a, Four b) {
+  return each([&](int j) { return a[j] - b[j]; });
+}
+__attribute__((always_inline)) inline Four operator*(Four a, Four b) {
+  return each([&](int j) { return a[j] * b[j]; });
+}
+__attribute__((always_inline)) inline Four operator+(Four a, float b) {
+  return each([&](int j) { return a[j] + b; });
+}
+__attribute__((always_inline)) inline Four operator-(Four a, float b) {
+  return each([&](int j) { return a[j] - b; });
+}
+__attribute__((always_inline)) inline Four operator*(Four a, float b) {
+  return each([&](int j) { return a[j] * b; });
+}
+__attribute__((always_inline)) inline Four rounded(Four x) {
+  return each([&](int j) { return rounded(x[j]); });
+}
 
 // Memory in whole cache lines, not initialized.
 template <typename T>
