@@ -7,4 +7,4 @@ from viditq.program import run
 
 if __name__ == "__main__":
     sys.argv[0] = "run.py"
-    sys.exit(cli.guarded_main(run))
+    cli.leave(lambda: cli.guarded_main(run))

@@ -4,6 +4,7 @@ It has run no test. The tests' own process is not what is forked: whatever its t
 threads' locks among it, would be in the run.
 """
 
+import atexit
 import os
 import runpy
 import signal
@@ -53,6 +54,7 @@ def _run(files: list[Path], arguments: tuple[str, ...], here: Path | None, code:
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    atexit._clear()  # what the tests' process registered is not for this one
     os.chdir(here or ROOT)
     if code is not None:
         sys.argv = ["-c", *arguments]

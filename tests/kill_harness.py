@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import viditq.models.adapter
 import viditq.runner  # noqa: F401
 from viditq.config import STAGES
@@ -33,6 +35,7 @@ def start(folder: Path, cache: Path, overrides: list[str]) -> tuple[int, Any]:
     with open(folder.with_suffix(".log"), "a") as log:
         os.dup2(log.fileno(), 2)
     status = 1
+    torch.set_num_threads(1)  # of two threads that do so first in a forked process, one fails now and then
     try:
         TESTS["run_shrunk"](folder, cache, *overrides)
         status = 0

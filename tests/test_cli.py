@@ -127,7 +127,7 @@ def main():
     print("ready", flush=True)
 {body}
 sys.argv = ["run.py", "--quiet"]
-sys.exit(cli.guarded_main(main))
+cli.leave(lambda: cli.guarded_main(main))
 """
 
 
@@ -150,6 +150,47 @@ def test_ctrl_c_and_sigterm_are_one_line_and_a_status(where: str, number: signal
     assert process.returncode == 128 + number
     by = cli.SIGNALS[number]
     assert err.strip() == f"stopped by {by}. Finished work is kept: the same command goes on from there."
+
+
+# The end of the process -----------------------------------------------------------------------------------------------
+
+END = """
+import atexit, sys, threading, time
+from viditq import cli
+class Lasting:
+    def __del__(self): print("taken apart")
+kept = Lasting()
+atexit.register(print, "registered")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+def main():
+    print("main")
+    {end}
+{before}
+cli.leave(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "end", "status", "words"),
+    [
+        ("", "return 3", 3, ["main", "thread", "registered"]),
+        ("", "sys.exit(4)", 4, ["main", "thread", "registered"]),
+        ("", "raise KeyError", 1, ["main", "thread", "registered", "taken apart"]),
+        (
+            "import cProfile; cProfile.Profile().enable()",
+            "return 3",
+            3,
+            ["main", "thread", "registered", "taken apart"],
+        ),
+    ],
+)
+def test_a_process_leaves_without_taking_everything_apart(before: str, end: str, status: int, words: list[str]) -> None:
+    """What waits for the end is done: threads, what is registered, what is printed; also where somebody profiles."""
+    code = END.format(before=before, end=end)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=60
+    )
+    assert (done.returncode, done.stdout.split("\n")[:-1]) == (status, words), done.stderr
 
 
 # Folders --------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 # From the bottom. A room is a module or a folder with all that lies in it; the longest name counts.
 FLOORS: list[list[str]] = [
     [
-        *["errors", "files", "memory", "assets", "byte_numbers", "hooks", "kernels", "mapped", "on_disk", "prompt"],
-        *["wav", "work_folder"],
+        *["errors", "files", "memory", "assets", "byte_numbers", "hooks", "kernels", "mapped", "on_disk", "parent"],
+        *["prompt", "wav", "work_folder"],
     ],
     ["quant.numerics", "quant.description"],
     ["quant.calibration"],

@@ -31,7 +31,7 @@ def test_everything_that_a_run_reads_is_inside(installed: Path) -> None:
     assert len(there) > 30 and all((installed / path).is_file() for path in there)
     assert {path.name for path in (installed / "hydra_plugins").glob("*.py")} == {"viditq_grid.py", "viditq_tuner.py"}
     (entry,) = installed.glob("viditq-*.dist-info/entry_points.txt")
-    assert "viditq = viditq.program:main" in entry.read_text()
+    assert "viditq = viditq.program:command" in entry.read_text()
 
 
 def test_it_composes_a_run_from_another_folder(installed: Path, tmp_path: Path) -> None:

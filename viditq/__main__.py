@@ -1,8 +1,6 @@
 """`python -m viditq` is `viditq`."""
 
-import sys
-
-from viditq.program import main
+from viditq.program import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -1,16 +1,19 @@
 """Errors a user can mend end in one message and exit status 2; `debug=true` shows the traceback."""
 
+import atexit
 import errno
 import os
 import re
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -89,6 +92,32 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
         print_error("The sweep has no jobs: one of its keys has no values.")
         status = 2
     return status or exit_status(jobs)
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """End this process with the status of `main`, once threads have ended and what is registered for the end is done.
+
+    Python would then take apart a million objects of the imported libraries one by one, for 2 seconds and more.
+    """
+    try:
+        status: Any = main()
+    except SystemExit as error:
+        status = error.code
+    if not isinstance(status, int) or sys.flags.inspect or _is_watched():
+        sys.exit(status)  # a message; or somebody looks at what is there, at the end
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # whoever read it has gone, or it is closed
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _is_watched() -> bool:
+    """Whether a profiler, a debugger or the like has something to say at the end."""
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on, with 6 places for tools
+    tools = [] if monitoring is None else [monitoring.get_tool(place) for place in range(6)]
+    return any((sys.getprofile(), sys.gettrace(), *tools))
 
 
 def stop(number: int, frame: FrameType | None) -> None:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+
 from viditq.cache_entries import CacheEntries
 from viditq.engine.offload import DISK
 from viditq.engine.processes import Processes
 from viditq.engine.threads import counting_threads
+from viditq.engine.workers import count_workers
 from viditq.errors import UserError
 from viditq.experiment import Experiment
 from viditq.external.policy import ExternalQuantization
@@ -129,6 +132,16 @@ class Job(CacheEntries):
         if e.quant.attention is not None:
             emulate_attention(e.adapter.denoiser_of(pipeline), e.quant.attention, e.quant.attention_granularity)
         return pipeline
+
+    def workers(self, trainer: L.Trainer, weights_bytes: int, num_batches: int) -> int:
+        """How many processes make batches of samples side by side, 0 = none; weights_bytes: of the denoisers in memory.
+
+        None for what may compute with threads of its own, which a forked process lacks: what torch.compile makes, and
+        other libraries. Nor for weights that come and go.
+        """
+        e = self.experiment
+        forks = e.offload is None and not e.adapter.compile and self.external is None
+        return count_workers(trainer, weights_bytes, num_batches) if forks else 0
 
     # Work that others may be doing too -------------------------------------------------------------------------------
 

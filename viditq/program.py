@@ -4,6 +4,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,6 +21,11 @@ config.register()
 def run(cfg: DictConfig) -> None:
     """One run, or a job of a sweep."""
     cli.guarded_run(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+def command() -> NoReturn:
+    """What the console command calls."""
+    cli.leave(main)
 
 
 def main(words: list[str] | None = None) -> int:

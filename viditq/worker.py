@@ -1,6 +1,5 @@
 """One of the processes that `launch` starts: `python -m viditq.worker CONFIG FOLDER LAUNCHER`."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -8,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from viditq.parent import end_with_parent
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-PR_SET_PDEATHSIG = 1
 
 
 def run(cfg: "DictConfig", folder: Path) -> None:
@@ -35,10 +34,9 @@ def run(cfg: "DictConfig", folder: Path) -> None:
 if __name__ == "__main__":
     # Ctrl-C reaches all processes at once, and the launcher says so; what takes long to import comes after this.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":  # a launcher that is killed cannot stop its processes, so the system does
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(sys.argv[3]):
-            sys.exit("the launcher of this process is gone")  # killed before this process could ask for the above
+    end_with_parent()  # a launcher that is killed cannot stop its processes, so the system does
+    if os.getppid() != int(sys.argv[3]):
+        sys.exit("the launcher of this process is gone")  # killed before this process could ask for the above
     from omegaconf import DictConfig, OmegaConf
 
     from viditq import cli

@@ -13,7 +13,6 @@ from viditq.engine.threads import (
     Claim,
     Registry,
     counting_threads,
-    cpu_quota,
     follow_cores,
     share,
     sharing_cores,
@@ -47,32 +46,6 @@ def test_the_reason_is_told() -> None:
         "threads: 4 (8 cores, shared with 1 other process of viditq)"
     )
     assert str(share(8, "8 cores", Claim(ALL, threads=3), [Claim(ALL)])) == "threads: 3 (OMP_NUM_THREADS)"
-
-
-@pytest.mark.parametrize(
-    ("own", "files", "quota"),
-    [
-        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n", "a/cpu.max": "400000 100000\n"}, 1.5),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n"}, 2.0),
-        ("0::/\n", {"cpu.max": "300000 100000\n"}, 3.0),
-        ("0::/a\n", {"a/cpu.max": "max 100000\n"}, None),
-        ("0::/gone\n", {}, None),
-        (
-            "5:memory:/x\n4:cpu,cpuacct:/x\n0::/\n",
-            {"cpu,cpuacct/x/cpu.cfs_quota_us": "250000\n", "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n"},
-            2.5,
-        ),
-        ("4:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, None),
-        ("4:cpuset:/x\n", {"cpuset/x/cpu.cfs_quota_us": "100000\n", "cpuset/x/cpu.cfs_period_us": "100000\n"}, None),
-    ],
-)
-def test_quotas_of_control_groups(own: str, files: dict[str, str], quota: float | None, tmp_path: Path) -> None:
-    (tmp_path / "own").write_text(own)
-    for name, text in files.items():
-        path = tmp_path / "groups" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert cpu_quota(tmp_path / "groups", tmp_path / "own") == quota
 
 
 @pytest.mark.parametrize(("quota", "count"), [(None, 4), (2.9, 2), (0.5, 1), (64.0, 4)])

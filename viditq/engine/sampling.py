@@ -2,17 +2,20 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from viditq.engine.capture import first_call
 from viditq.engine.offload import OFFLOADS, offload_layers, offload_pipeline
 from viditq.engine.partials import Partial, Partials
 from viditq.engine.threads import follow_cores
 from viditq.engine.trainer import heed_sigterm
+from viditq.engine.workers import Made, SideBySide, ended_early
 from viditq.errors import UserError
 from viditq.memory import reusing
 from viditq.models.adapter import ModelAdapter
@@ -23,6 +26,7 @@ from viditq.quant.calibration.moment_passes import MomentPass
 from viditq.quant.correction.ptqd import CorrectionFit
 from viditq.quant.diagnosis.diagnosis import Diagnosis
 from viditq.quant.diagnosis.observed import ObservedDiagnosis
+from viditq.quant.execution.linear import QuantLinear
 from viditq.quant.reconstruction.collect import BlockInputs
 from viditq.quant.reconstruction.joint_calibrator import JointCalibrator
 
@@ -76,12 +80,24 @@ class Generation(PipelineModule):
         super().__init__(*args)
         self.sink, self.nudge = sink, nudge
 
-    def predict_step(self, indices: list[int], batch_idx: int) -> None:
-        """One batch through the pipeline's own sampling loop."""
+    def make(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
+        """One batch through the pipeline's own sampling loop; a tuple a prompt, as `sink` takes it."""
         embeds = [self.load_embeds(i) for i in indices]
         made = generate_samples(self.adapter, self.pipeline, embeds, indices, self.seed, self.nudge)
-        for index, *sample in zip(indices, *(one for one in made if one is not None), strict=True):
+        return list(zip(*(one for one in made if one is not None), strict=True))
+
+    def predict_step(self, batch: list[int] | Made, batch_idx: int) -> None:
+        """One batch to `sink`, made here unless another process has."""
+        made = batch if isinstance(batch, Made) else Made(batch, self.make(batch))
+        for index, sample in zip(made.indices, made.samples, strict=True):
             self.sink(index, *sample)
+
+    def warm_up(self, indices: list[int]) -> None:
+        """One call of the denoiser, if it is quantized: what a first call finds out and tells, copies then know."""
+        denoiser = self.adapter.denoiser_of(self.pipeline)
+        if any(isinstance(module, QuantLinear) for module in denoiser.modules()):
+            embeds = [self.load_embeds(i) for i in indices]
+            first_call(self.adapter, self.pipeline, embeds, indices, self.seed).on(denoiser)
 
 
 class Accumulation(PipelineModule):
@@ -223,5 +239,19 @@ def run_batches(trainer: L.Trainer, module: PipelineModule, batches: Sequence[An
     loader = DataLoader(_Batches(batches), batch_size=None, collate_fn=lambda batch: batch)
     with reusing():
         trainer.predict(module, loader, return_predictions=False)
+    heed_sigterm(trainer)
+    module.let_go()
+
+
+def run_side_by_side(trainer: L.Trainer, module: Generation, batches: Sequence[list[int]], workers: int) -> None:
+    """The same of batches that so many processes make (`SideBySide`); samples reach the sink in order, and here."""
+    module.warm_up(batches[0])
+    side_by_side = SideBySide(batches, module.make, workers)
+    try:
+        with reusing(), closing(side_by_side):
+            trainer.predict(module, side_by_side, return_predictions=False)
+    except RuntimeError as error:
+        heed_sigterm(trainer)  # which may have been told to them, too
+        raise ended_early(error) from error
     heed_sigterm(trainer)
     module.let_go()

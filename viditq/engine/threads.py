@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from viditq.engine.control_groups import cpu_quota
+
 VARIABLE = "OMP_NUM_THREADS"
-CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _SHARE: ContextVar["CoreShare | None"] = ContextVar("share", default=None)  # torch's threads are the process's, too
 
 
@@ -66,30 +67,6 @@ def usable_cores(most: int) -> tuple[int, str]:
         count = max(1, int(quota))
         return count, f"a quota of {quota:g} of the processor's time"
     return most, f"{most} {'core' if most == 1 else 'cores'}"
-
-
-def cpu_quota(groups: Path = CGROUPS, own: Path = OWN_GROUPS) -> float | None:
-    """How many cores' time the process's control groups allow, version 2 or 1; None without a limit."""
-    found = []
-    for line in own.read_text().splitlines() if own.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = groups / controllers if controllers else groups
-        folder = root / path.strip("/")
-        found += [_limit(level) for level in (folder, *folder.parents) if level == root or root in level.parents]
-    return min((limit for limit in found if limit is not None), default=None)
-
-
-def _limit(folder: Path) -> float | None:
-    with suppress(OSError, ValueError):  # not a control group, or no limit: "max"
-        if (folder / "cpu.max").is_file():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        if float(quota) > 0:
-            return float(quota) / float(period)
-    return None
 
 
 def affinity() -> frozenset[int]:

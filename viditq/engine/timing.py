@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from viditq.engine.control_groups import memory_left
 from viditq.memory import give_back
 
 MIN_ROUNDS = 5  # fewer say nothing about a median
@@ -71,12 +72,13 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; None where the system does not tell."""
+    """Memory that is free on a device (control groups heeded); None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    found = [memory_left()]
     with suppress(OSError):
-        return _bytes_of(MEMORY, "MemAvailable")
-    return None
+        found.append(_bytes_of(MEMORY, "MemAvailable"))
+    return min((size for size in found if size is not None), default=None)
 
 
 def _bytes_of(file: Path, field: str) -> int:

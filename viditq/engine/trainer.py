@@ -26,12 +26,20 @@ WHY = dict.fromkeys(FIXED, PART) | {"precision": PRECISION, "plugins": PRECISION
 class Trainer(L.Trainer):
     """offload: null, or which models lie on the CPU while they do not compute (model | sequential), for small GPUs; or
     disk, on a CPU: weights of denoisers stay in their files, those of the quantized one within memory_budget bytes.
+    workers: at most so many processes make batches of a small model side by side on a CPU (None: one a thread).
 
     Everything else is Lightning's own, but for what would change samples or leave some out without being part of any
     result's key. Raises UserError for that, and where `offload` cannot be had.
     """
 
-    def __init__(self, *, offload: str | None = None, memory_budget: int | str = 10**9, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        offload: str | None = None,
+        memory_budget: int | str = 10**9,
+        workers: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         for key, value in kwargs.items():
             kinds = [(type(allowed), allowed) for allowed in FIXED.get(key, (value,))]  # 1 batch is not 1.0 of all
             if (type(value), value) not in kinds:
@@ -41,7 +49,9 @@ class Trainer(L.Trainer):
         bar = kwargs.get("enable_progress_bar") in (None, True)
         super().__init__(callbacks=callbacks(given, bar), **kwargs)
         check_offload(offload, self.strategy.root_device)
-        self.offload, self.memory_budget = offload, memory_budget
+        if not (workers is None or (type(workers) is int and workers >= 0)):
+            raise UserError(f"trainer.workers={workers} is no number of processes. Give null, 0 or a whole number.")
+        self.offload, self.memory_budget, self.workers = offload, memory_budget, workers
 
 
 def heed_sigterm(trainer: L.Trainer) -> None:

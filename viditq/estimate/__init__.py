@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from viditq.engine.offload import DISK
+from viditq.engine.sampling import batches_of
 from viditq.errors import UserError
 from viditq.estimate import parts
 from viditq.estimate.all_peaks import Use, all_peaks
@@ -139,6 +140,7 @@ def estimate(job: Job, mode: Any, known: Known | None = None, on_meta: Probe | N
         observed=stats_bytes(diagnosed, *rows, dtype=e.adapter.torch_dtype),
         learned_block=max((sum(numel[name] for name in names) for names in plan.learned_blocks.values()), default=0),
         processes=trainer.num_devices * trainer.num_nodes,
+        workers=max(1, job.workers(trainer, denoiser_bytes, len(batches_of(job.num_prompts, e.batch_size)))),
         measuring=min(e.adapter.calibration_batch_size, len(e.data.calibration_prompts)) / batch,
         encoding=texts.encoding,
         text_file=parts.text_file_bytes(e.adapter, float_bytes),

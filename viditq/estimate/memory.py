@@ -27,6 +27,7 @@ HOLES_OBSERVING, HOLES_AT_MOST = 4, 256 * 2**20
 # of one that is quantized some rows at a time: its codes, those of the one before, pages of its file.
 WHOLE_PER_WEIGHT, ROWS_PER_WEIGHT = 21, 4
 MOMENTS_PER_ENTRY = 12  # of the matrix of a layer's second moments: it, its inverse and a factor, float32
+SAMPLING = ("reference", "noise_floor", "generate")  # stages whose batches may be made side by side
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Pieces:
     stats: calibration statistics, of which `spared` are never held at once while calibrating. observed: those gathered
     while diagnosing, where nothing is calibrated. weights: the quantized denoiser. quantizing: what one Linear takes
     then (`held_while_quantizing`). learned_block: weights of the largest block whose roundings are learned together.
-    processes: how many share the work. measuring: the batch of calibration and diagnosis, in batches of generation.
-    encoding: what the text encoders compute with. text_file: the files of the largest, whose pages are there as well
-    while it is loaded.
+    processes: how many share the work. workers: that sample side by side in each of SAMPLING. measuring: the batch of
+    calibration and diagnosis, in batches of generation. encoding: what the text encoders compute with. text_file: the
+    files of the largest, whose pages are there as well while it is loaded.
     """
 
     denoiser: int
@@ -54,6 +55,7 @@ class Pieces:
     observed: int = 0
     learned_block: int = 0
     processes: int = 1
+    workers: int = 1
     measuring: float = 1.0
     spared: int = 0
     encoding: int = 0
@@ -134,6 +136,8 @@ def peaks(p: Pieces, gpu: bool, offload: str | None, largest_layer_bytes: int) -
         found = {}
         for stage, size in on_cpu.items():
             computed = size + with_holes(computing[stage], HOLES_OBSERVING if stage == "calibrate" else 1)
+            if stage in SAMPLING:
+                computed += (p.workers - 1) * (with_holes(activations) + UNCOUNTED)
             found[stage] = Peak(UNCOUNTED + kernels.get(stage, 0) + max(computed, loading.get(stage, 0)))
         return found
     resident = {

@@ -66,13 +66,19 @@ def strip(clip_FCHW: Tensor, height: int, max_frames: int, gap: int = 2) -> Imag
     return image
 
 
-def scaled(frame_CHW: Tensor, height: int) -> Image.Image:
-    """One uint8 frame (C = 1 or 3), nearest when enlarged so that its pixels are seen, area when reduced."""
+def scaled(frame_CHW: Tensor, height: int, colors: int | None = None) -> Image.Image:
+    """One uint8 frame (C = 1 or 3), nearest when enlarged so that its pixels are seen, area when reduced.
+
+    colors: of a palette, chosen before a frame is enlarged, which is faster and gives the same; None = all.
+    """
     image = Image.fromarray(frame_CHW.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy())
     if image.height <= height:
         factor = height // image.height
+        if colors is not None:
+            image = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=colors)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return image.resize((round(image.width * height / image.height), height), Image.Resampling.BOX)
+    reduced = image.resize((round(image.width * height / image.height), height), Image.Resampling.BOX)
+    return reduced if colors is None else reduced.convert("P", palette=Image.Palette.ADAPTIVE, colors=colors)
 
 
 def draw_lines(

@@ -115,7 +115,7 @@ def _framed(clip_FCHW: Tensor) -> Tensor:
 
 def save_gif(clip_FCHW: Tensor, path: Path, frames_per_second: float = 8, height: int = 128) -> Path:
     """Write a clip [F, C, H, W] as an endlessly looping GIF; a preview, since GIF keeps only 256 colours."""
-    return _save_frames([scaled(frame, height) for frame in clip_FCHW], path, frames_per_second)
+    return _save_frames([scaled(frame, height, colors=256) for frame in clip_FCHW], path, frames_per_second)
 
 
 def _save_frames(frames: Sequence[Image.Image], path: Path, frames_per_second: float) -> Path:

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from viditq.data.samples import adopt_samples, missing_samples, sample_path, save_sample, save_sound, sound_path
-from viditq.engine.sampling import Generation, batches_of, run_batches
+from viditq.engine.sampling import Generation, batches_of, run_batches, run_side_by_side
 from viditq.engine.writing import SampleWriter, waiting_samples
 from viditq.files import write_json
 from viditq.job import Job
 from viditq.models.compiling import compile_forward
 from viditq.models.sound import sampling_rate
 from viditq.quant.calibration.context import denoisers_of
+from viditq.quant.sizes import held_bytes
 from viditq.run_dir import Entry
 from viditq.stages.external import load_judged
 from viditq.stages.text_encoders import encode
@@ -117,6 +118,10 @@ def _generate(
         module = Generation(e.adapter, pipeline, read, seed, sink=sink, nudge=nudge)
         with SampleWriter(save, waiting_samples(trainer, e.batch_size)) as writer:
             writer.watch(denoisers_of(denoiser).values())
-            run_batches(trainer, module, job.processes.share(batches))
+            share = job.processes.share(batches)
+            if workers := job.workers(trainer, held_bytes(denoiser), len(share)):
+                run_side_by_side(trainer, module, share, workers)
+            else:
+                run_batches(trainer, module, share)
         job.processes.wait()
     return f"{len(wanted)} of {count} {what} samples generated ({folder})"

@@ -1,0 +1,146 @@
+"""Batches of a small model side by side on a CPU: as many processes as there are threads, each with one.
+
+All threads together do not make a step of milliseconds so many times faster: Python and small operators run on one of
+them, and the others wait at the end of each operator. A fifth to a third of the time of tiny_video's samples on two
+cores is that. Workers are those of torch's DataLoader, forked from this process, whose loaded model they read; a batch
+is the same to the bit wherever it is made.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from viditq.engine.timing import free_bytes
+from viditq.errors import UserError
+from viditq.parent import end_with_parent
+
+SMALL = 100_000_000  # bytes of a denoiser's weights: steps of larger ones are long enough for all threads
+ROOM = 2**30  # bytes of memory that have to be free for each (0.2 GB for tiny_video's batches of 8)
+DIED = "DataLoader worker"  # begins what torch says of one that ended
+
+Sample = tuple[Tensor, ...]
+Make = Callable[[list[int]], list[Sample]]
+
+
+class Made:
+    """A batch that is sampled: the prompts' indices, and of each the sample as a tuple."""
+
+    def __init__(self, indices: list[int], samples: list[Sample]) -> None:
+        self.indices, self.samples = indices, samples
+
+
+class SideBySide:
+    """The batches in their order, to be gone through once: `Made` by workers, as far as there is one for each worker;
+    the rest as they were given, for all threads at once. `close` ends the workers.
+    """
+
+    def __init__(self, batches: Sequence[list[int]], make: Make, workers: int) -> None:
+        self.batches, self.make, self.workers = batches, make, workers
+        self._going: Any = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int] | Made]:
+        self._going = self._made()
+        yield from self._going
+
+    def _made(self) -> Iterator[list[int] | Made]:
+        whole = len(self.batches) - len(self.batches) % self.workers
+        loader = DataLoader(
+            _ToMake(self.batches[:whole], self.make),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            multiprocessing_context="fork",
+            worker_init_fn=_begin,
+            generator=torch.Generator(),  # seeds workers by a number of its own, not by one of torch's generator
+        )
+        others = multiprocessing.active_children()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # Python 3.12 and later
+            arriving = iter(loader)
+        try:
+            for indices, samples in arriving:
+                if isinstance(samples, UserError):
+                    raise samples
+                yield Made(indices, [tuple(map(torch.from_numpy, sample)) for sample in samples])
+        finally:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()  # in the middle of a batch, for which torch would wait
+        yield from self.batches[whole:]
+
+    def close(self) -> None:
+        """End the workers, wherever they are."""
+        if self._going is not None:
+            self._going.close()
+
+
+class _ToMake(Dataset[Any]):
+    """What workers do. Samples go back as arrays: of tensors torch would share the memory, of which containers have
+    little. UserError as what it is: other errors get the worker's traceback into their message.
+    """
+
+    def __init__(self, batches: Sequence[list[int]], make: Make) -> None:
+        self.batches, self.make = batches, make
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Any:
+        indices = self.batches[number]
+        try:
+            return indices, [tuple(tensor.numpy() for tensor in sample) for sample in self.make(indices)]
+        except UserError as error:
+            return indices, error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _begin(_: int) -> None:
+    """In a worker: what ends a run is heard, told and obeyed by the process that started it."""
+    end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
+
+
+def count_workers(trainer: L.Trainer, weights_bytes: int, num_batches: int) -> int:
+    """How many workers make the batches of a model; 0: none, its batches come one after the other on all threads.
+
+    As many as threads, or as trainer.workers allows, where the weights are small, each gets a batch and memory is free
+    for all. None beside a GPU or other processes of the run, nor where processes cannot be forked in good order.
+    """
+    most, device = getattr(trainer, "workers", 0), trainer.strategy.root_device
+    threads = torch.get_num_threads()
+    count = threads if most is None else min(most, threads)
+    forks = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    if device.type != "cpu" or torch.cuda.is_initialized() or trainer.world_size > 1 or not forks:
+        return 0
+    free = free_bytes(device)
+    if count < 2 or num_batches < count or weights_bytes > SMALL or free is None or free < count * ROOM:
+        return 0
+    return count
+
+
+def ended_early(error: RuntimeError) -> Exception:
+    """What is raised for an error among workers: for one that was killed, words that say what to do."""
+    if DIED not in str(error):
+        return error
+    return UserError(
+        "A process that makes samples beside others was ended from outside (the system's memory may be full). Finished "
+        "work is kept: run the same command again, with trainer.workers=0 to sample in one process."
+    )
