@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 import wandb
 
 from viditq.data.samples import load_sample, sample_path, sound_path
@@ -100,10 +102,13 @@ def pairs_table(per_prompt: Mapping[str, Any], labels: Mapping[str, Any], sample
     folders = {"float": Path(per_prompt["reference"]), "quantized": samples}
     rows, worst = [], rank_pairs(per_prompt, labels).indices[:MAX_PAIRS]
     heard = all(sound_path(folder, index).is_file() for folder in folders.values() for index in worst)
-    for index in worst:
-        media: list[Any] = [
-            sample_media(folder, index, scratch / f"{index:06d}-{what}.gif") for what, folder in folders.items()
-        ]
+
+    def shown(index: int) -> list[Any]:
+        return [sample_media(f, index, scratch / f"{index:06d}-{what}.gif") for what, f in folders.items()]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # which PIL makes room for, where it takes its time
+        pictures = [*pool.map(shown, worst)]
+    for index, media in zip(worst, pictures, strict=True):
         media += [wandb.Audio(sound_path(folder, index)) for folder in folders.values() if heard]
         rows.append([index, per_prompt["prompts"][index], *media, *(values[index] for values in scores.values())])
     sounds = [f"{name} sound" for name in folders if heard]

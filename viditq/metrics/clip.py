@@ -31,8 +31,8 @@ def embed(clip: ClipEncoder, clips_BFCHW: Tensor) -> Tensor:
 
 def embed_side(clip: ClipEncoder, batch: EvalBatch, side: str) -> Tensor:
     """`embed` of samples or references, once for all metrics with this CLIP."""
-    key = ("clip", side, clip.model, clip.preprocess)
-    return once(batch, key, lambda: embed(clip, getattr(batch, side)))
+    key, clips_BFCHW = ("clip", side, clip.model, clip.preprocess), getattr(batch, side)
+    return once(batch, key, lambda: embed(clip, clips_BFCHW), clips_BFCHW)
 
 
 class ClipSim(PerSampleMetric):

@@ -89,10 +89,11 @@ class FeatureDistance(StreamingMetric):
             raise UserError(f"{self.name} compares with real clips, and this model has none. Leave the metric out.")
         self.append("index", batch.index)
         for side in self.sides:
-            self.append(side, once(batch, ("features", side, self.features), partial(self._features, batch, side)))
+            clips, key = getattr(batch, side), ("features", side, self.features)
+            self.append(side, once(batch, key, partial(self._features, clips), clips))
 
-    def _features(self, batch: EvalBatch, side: str) -> Tensor:
-        return self.features.features(to_unit(getattr(batch, side))).flatten()
+    def _features(self, clips_BFCHW: Tensor) -> Tensor:
+        return self.features.features(to_unit(clips_BFCHW)).flatten()
 
     def compute(self) -> dict[str, Tensor]:
         """Distance from the samples to the set that `against` names."""

@@ -15,6 +15,7 @@ from viditq.errors import UserError
 from viditq.files import is_whole, read_json, read_tensors, write_json, write_tensors
 from viditq.job import Job
 from viditq.metrics.comparison import kind_of
+from viditq.metrics.once import keeping_first
 from viditq.metrics.verdict import verdicts
 from viditq.models.shown import as_shown
 from viditq.prompt import conditions_of
@@ -40,7 +41,7 @@ def evaluate(job: Job) -> str:
     if processes.first:
         run_dir.forget_evaluation()
     metrics = job.experiment.make_metrics()
-    with job.timed(run_dir.path, "evaluate"):
+    with job.timed(run_dir.path, "evaluate"), keeping_first(job.floor_size):
         results = _measured(job, metrics, run_dir.samples, job.num_prompts)
         whole = {name: metric for name, metric in metrics.items() if "per_sample" not in results[name]}
         shared = {name: first_prompts(r, job.floor_size) for name, r in results.items() if name not in whole}
