@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	"$(BIN)/python" -m compileall -q -q "$(VENV)/lib" & \
 	  "$(BIN)/python" -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"; \
 	  status=$$?; wait; exit $$status
-	"$(BIN)/python" -m compileall -q -q -j 0 "$(VENV)/lib" || true # some packages hold templates, which are no Python
+	"$(BIN)/python" -m compileall -q -q -j 0 "$(VENV)/lib" viditq hydra_plugins || true # some packages hold templates, which are no Python
 	@touch "$(STAMP)"
 
 clean:

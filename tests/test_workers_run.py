@@ -13,6 +13,7 @@ import torch
 from viditq.engine.sampling import Generation
 from viditq.errors import UserError
 from viditq.fusion.block import FusedBlock
+from viditq.seconds import read_conditions
 from viditq.stages import samples
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
@@ -55,6 +56,10 @@ def test_samples_are_equal_to_the_byte(
     run(tmp_path / "run", tmp_path / "cache")
     assert side_by_side == [(2, False)] * 3 + [(2, True)]  # reference, two floors, generate
     assert files(tmp_path / "run") == files(finished_run)
+    said = [read_conditions(folder) for folder in (tmp_path / "run", *(tmp_path / "cache" / "reference").iterdir())]
+    made = [on for stages in said for stage, (on,) in stages.items() if stage in ("reference", "generate")]
+    assert len(made) == 4 and all(on.startswith("2 processes of 1 thread of ") for on in made)
+    assert said[0]["evaluate"][0].startswith("2 threads of ")
     mine, others = files(tmp_path / "cache" / "reference"), files(shared_cache / "reference")
     assert len(mine) == 6 and mine.items() <= others.items()
 

@@ -42,6 +42,7 @@ class Job(CacheEntries):
     processes: Processes = field(default_factory=Processes)
     say: Callable[[str], None] = print
     _float_pipeline: Any = None
+    _side_by_side: int = 0  # processes that have made the samples of the stage that is timed
 
     # What is quantized, and how --------------------------------------------------------------------------------------
 
@@ -141,7 +142,8 @@ class Job(CacheEntries):
         """
         e = self.experiment
         forks = e.offload is None and not e.adapter.compile and self.external is None
-        return count_workers(trainer, weights_bytes, num_batches) if forks else 0
+        self._side_by_side = count_workers(trainer, weights_bytes, num_batches) if forks else 0
+        return self._side_by_side
 
     # Work that others may be doing too -------------------------------------------------------------------------------
 
@@ -169,11 +171,14 @@ class Job(CacheEntries):
         if not self.processes.first:
             yield
             return
+        self._side_by_side = 0
         with counting_threads() as counts, timed(folder, stage, lambda: self._computed_on(counts)):
             yield
 
     def _computed_on(self, counts: set[int]) -> str:
         device = self.experiment.make_trainer().strategy.root_device
+        if self._side_by_side:
+            return computed_on({1}, self._side_by_side, device)
         return computed_on(counts, self.processes.count, device)
 
     def may_change(self) -> None:
