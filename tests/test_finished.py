@@ -27,12 +27,10 @@ from viditq.run_dir import RunDir
 
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "wandb", "numpy")
 COMMAND = """
-import runpy, sys
+import atexit, runpy, sys
 sys.argv = {argv!r}
-try:
-    runpy.run_path("run.py", run_name="__main__")
-except SystemExit as end:
-    print("status", end.code, [name for name in {heavy!r} if name in sys.modules])
+atexit.register(lambda: print("imported", [name for name in {heavy!r} if name in sys.modules]))
+runpy.run_path("run.py", run_name="__main__")
 """
 
 
@@ -116,7 +114,7 @@ def test_nothing_heavy_is_imported(through: Run, sweep: bool) -> None:
     command = COMMAND.format(argv=argv, heavy=HEAVY)
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.endswith("status 0 []\n"), done.stdout + done.stderr
+    assert not done.returncode and done.stdout.endswith("imported []\n"), done.stdout + done.stderr
     assert "[11/11] report: already done (" in done.stdout and done.stderr == ""
     assert ("1 job: 1 done" in done.stdout) == sweep
 
