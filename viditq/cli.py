@@ -10,7 +10,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -107,9 +106,11 @@ def leave(main: Callable[[], int]) -> NoReturn:
         sys.exit(status)  # a message; or somebody looks at what is there, at the end
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    with suppress(OSError, ValueError):  # whoever read it has gone, or it is closed
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except (OSError, ValueError):  # nobody reads it, or the disk is full
+        sys.exit(status)  # Python says so
     os._exit(status)
 
 

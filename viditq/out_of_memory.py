@@ -31,7 +31,8 @@ def memory_message(text: str, expected: str = "") -> str:
     return (
         f"The memory {place}does not suffice. {' '.join(told) or text.splitlines()[0]}\n{expected}Finished work is "
         "kept: the same command goes on from there with less. Lower batch_size, down to 1; trainer.offload=model, then "
-        "sequential, keeps what does not compute in main memory (on a CPU trainer.offload=disk in its files). Other "
+        "sequential, keeps what does not compute in main memory (on a CPU trainer.offload=disk in its files, and "
+        "trainer.workers=0 samples in one process). Other "
         "results come of model.dtype=bfloat16, quant.float_dtype=bfloat16, fewer bits, and smaller (model.height, "
         "model.width) or shorter samples (model.num_frames); backend=auto holds codes where fake holds whole weights. "
         f"With estimate=true the same command says what each stage needs, with {room} which settings fit."

@@ -134,3 +134,17 @@ def test_a_slow_first_batch_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -
     assert loops.left() == 7.0
     now[0] += 0.5  # while a batch is at work
     assert loops.left() == 6.5
+
+
+def test_batches_that_end_together_count_as_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two side by side, 3 s a round but 4 for the first: 1.5 s a batch, whichever of the two has been told of."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    loops = Loops()
+    loops.begin(2)
+    found = []
+    for done, now[0] in enumerate([4.0, 4.0, 7.0, 7.0, 10.0, 10.0], 1):
+        loops.batch(done, 8)
+        found.append(loops.each)
+    assert found == [2.0, 2.0, 1.5, 1.5, 1.5, 1.5]
+    assert loops.left() == 3.0

@@ -46,17 +46,18 @@ class Loops:
         self.batches, self.seconds, self.between = 0, 0.0, 0.0
         self._done = self._total = 0
         self._began = self._last = time.monotonic()  # the stage; the last batch ended, or the loop began
-        self._first = 0.0  # seconds of the first batch
+        self._first = 0.0  # seconds of the first batch, or of the first ones that were made side by side
+        self._at_once = 1
 
-    def begin(self) -> None:
-        """One of the loops."""
-        self._done, self._total, self._last = 0, 0, time.monotonic()
+    def begin(self, at_once: int = 1) -> None:
+        """One of the loops; at_once: how many of its batches are made side by side, and end together."""
+        self._done, self._total, self._last, self._at_once = 0, 0, time.monotonic(), at_once
 
     def batch(self, done: int, total: int) -> None:
         """So many of the batches of this loop are done."""
         now = time.monotonic()
         took = now - self._last
-        self._first = took if not self.batches else self._first
+        self._first += took if self.batches < self._at_once else 0.0
         self.batches, self.seconds = self.batches + done - self._done, self.seconds + took
         self.between = now - self._began - self.seconds
         self._done, self._total, self._last = done, total, now
@@ -64,9 +65,10 @@ class Loops:
     @property
     def each(self) -> float:
         """Seconds of a batch; the first, in which much happens for the first time, counts where there is no other."""
-        if self.batches > 1:
-            return (self.seconds - self._first) / (self.batches - 1)
-        return self.seconds
+        ended = -(-self.batches // self._at_once) * self._at_once  # with those that are about to
+        if self.batches > self._at_once:
+            return (self.seconds - self._first) / (ended - self._at_once)
+        return self.seconds / max(ended, 1)
 
     @property
     def rest(self) -> int:

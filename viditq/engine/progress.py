@@ -42,10 +42,10 @@ class Progress:
         self._pace.begin(self.stage, forecast)
         self._tell()
 
-    def begin_loop(self) -> None:
-        """One of the stage's loops over batches."""
+    def begin_loop(self, at_once: int = 1) -> None:
+        """One of the stage's loops over batches, of which so many are made side by side."""
         self.share = 0.0
-        self._pace.loops.begin()
+        self._pace.loops.begin(at_once)
 
     def batch(self, done: int, total: int) -> None:
         """So many of the batches of a loop are done."""
@@ -134,8 +134,8 @@ class StageBar(RichProgressBar):
 class BatchCount(L.Callback):
     """Tells the run's progress of each batch; also where no bar is shown."""
 
-    def on_predict_start(self, *args: Any) -> None:
-        self._begin()
+    def on_predict_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._begin(getattr(trainer.predict_dataloaders, "workers", 1))
 
     def on_test_start(self, *args: Any) -> None:
         self._begin()
@@ -150,9 +150,9 @@ class BatchCount(L.Callback):
     ) -> None:
         self._count(trainer.num_test_batches, batch_idx)
 
-    def _begin(self) -> None:
+    def _begin(self, at_once: int = 1) -> None:
         if progress := _PROGRESS.get():
-            progress.begin_loop()
+            progress.begin_loop(at_once)
 
     def _count(self, totals: Sequence[int | float], index: int) -> None:
         if progress := _PROGRESS.get():

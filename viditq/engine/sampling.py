@@ -252,6 +252,8 @@ def run_side_by_side(trainer: L.Trainer, module: Generation, batches: Sequence[l
             trainer.predict(module, side_by_side, return_predictions=False)
     except RuntimeError as error:
         heed_sigterm(trainer)  # which may have been told to them, too
-        raise ended_early(error) from error
+        if told := ended_early(error):
+            raise told from error
+        raise
     heed_sigterm(trainer)
     module.let_go()

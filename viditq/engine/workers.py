@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from viditq.parent import end_with_parent
 
 SMALL = 100_000_000  # bytes of a denoiser's weights: steps of larger ones are long enough for all threads
 ROOM = 2**30  # bytes of memory that have to be free for each (0.2 GB for tiny_video's batches of 8)
-DIED = "DataLoader worker"  # begins what torch says of one that ended
+DIED = "DataLoader worker (pid"  # in what torch says of one that ended
 
 Sample = tuple[Tensor, ...]
 Make = Callable[[list[int]], list[Sample]]
@@ -73,7 +74,7 @@ class SideBySide:
             arriving = iter(loader)
         try:
             for indices, samples in arriving:
-                if isinstance(samples, UserError):
+                if isinstance(samples, Exception):
                     raise samples
                 yield Made(indices, [tuple(map(torch.from_numpy, sample)) for sample in samples])
         finally:
@@ -89,8 +90,10 @@ class SideBySide:
 
 
 class _ToMake(Dataset[Any]):
-    """What workers do. Samples go back as arrays: of tensors torch would share the memory, of which containers have
-    little. UserError as what it is: other errors get the worker's traceback into their message.
+    """What workers do.
+
+    Samples go back as arrays: of tensors torch would share the memory, of which containers have little. Errors whose
+    message is read (UserError, those of memory) as what they are: of others torch makes one long text.
     """
 
     def __init__(self, batches: Sequence[list[int]], make: Make) -> None:
@@ -103,7 +106,9 @@ class _ToMake(Dataset[Any]):
         indices = self.batches[number]
         try:
             return indices, [tuple(tensor.numpy() for tensor in sample) for sample in self.make(indices)]
-        except UserError as error:
+        except (UserError, RuntimeError) as error:
+            if not isinstance(error, UserError):
+                error.add_note(f"In a process that makes samples beside others:\n{traceback.format_exc()}")
             return indices, error
 
 
@@ -136,10 +141,10 @@ def count_workers(trainer: L.Trainer, weights_bytes: int, num_batches: int) -> i
     return count
 
 
-def ended_early(error: RuntimeError) -> Exception:
-    """What is raised for an error among workers: for one that was killed, words that say what to do."""
+def ended_early(error: RuntimeError) -> UserError | None:
+    """What to say where an error is torch's of a worker that was killed; None for any other."""
     if DIED not in str(error):
-        return error
+        return None
     return UserError(
         "A process that makes samples beside others was ended from outside (the system's memory may be full). Finished "
         "work is kept: run the same command again, with trainer.workers=0 to sample in one process."
