@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import ModelCard as HubCard
 from hydra.utils import instantiate
 
-from viditq.__main__ import main
 from viditq.card import Card, artifact_card, export_card
+from viditq.program import main
 from viditq.quant import QuantSpec, Recipe, linear_names, quantize_denoiser, save_denoiser
 from viditq.report.model_card import mark_of
 

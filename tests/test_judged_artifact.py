@@ -13,9 +13,9 @@ import pytest
 sys.path += [str(Path(__file__).parent / name) for name in ("models", "export")]
 from test_comfyui import W8A8, artifact_of, tiny_adapter
 
-from viditq.__main__ import main
 from viditq.config import check_overrides
 from viditq.errors import UserError
+from viditq.program import main
 from viditq.quant.artifact import read_meta, verify
 from viditq.quant.description.policy import StoredArtifact
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from viditq.__main__ import main
+from viditq.program import main
 
 RULE = "quant.rules=[{pattern: '*.attn2.*', keep_float: true}]"
 EVERYWHERE = "W4 channel, A8 token, smooth, for each of 2 ranges of noise levels"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from viditq.__main__ import main
 from viditq.commands import judging
 from viditq.export.targets import TARGETS
+from viditq.program import main
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def artifact(tmp_path: Path) -> Path:
 def test_bad_words_are_refused_without_torch(tmp_path: Path) -> None:
     lines = f"""
 import sys
-from viditq.__main__ import main
+from viditq.program import main
 assert main(["export", {str(tmp_path)!r}, "--to", "comfyui"]) == 2
 assert main(["export", {str(tmp_path)!r}, "--to", "comfy"]) == 2
 assert not {{"torch", "diffusers", "transformers"}} & sys.modules.keys()

@@ -45,7 +45,12 @@ def test_as_python_sees_it(target: str) -> None:
 def test_the_trainer_takes_what_lightning_s_takes() -> None:
     import lightning as L
 
-    assert list(arguments_of(TRAINER) or {}) == ["offload", "memory_budget", *inspect.signature(L.Trainer).parameters]
+    assert list(arguments_of(TRAINER) or {}) == [
+        "offload",
+        "memory_budget",
+        "workers",
+        *inspect.signature(L.Trainer).parameters,
+    ]
     assert (unknown_key({"trainer": {"_target_": TRAINER, "foo": 1}}) or ("",))[0] == "trainer.foo"
 
 

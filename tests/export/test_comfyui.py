@@ -23,13 +23,13 @@ from twin import comfy_linear, fields_of, float_weight, marker_of
 from zoo import images, videos
 from zoo.saving import save
 
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.export.comfy_formats import refusal
 from viditq.export.refusal import raise_refused, refusals
 from viditq.export.releases import RELEASES, release_of
 from viditq.models.adapter import ModelAdapter
 from viditq.models.official_pixart import NOT_IN_PIXART, pixart_names
+from viditq.program import main
 from viditq.quant import (
     ConvRotSpec,
     LayerScheme,

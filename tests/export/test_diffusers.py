@@ -11,11 +11,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.export import diffusers as exporter
 from viditq.export.copied import copy_part
 from viditq.export.diffusers import export
+from viditq.program import main
 from viditq.quant.artifact import META, meta_sha256
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from zoo import images, videos
 from zoo.saving import save
 
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.export.folding import FoldedTensors, only_foldable, sites_of
 from viditq.models.adapter import ModelAdapter
 from viditq.models.settings import call_settings
+from viditq.program import main
 from viditq.quant import (
     Calibrator,
     ConvRotSpec,

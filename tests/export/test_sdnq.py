@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from test_comfyui import artifact_of, output_of, tiny_adapter
 from torch import Tensor
 
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.export import part_files
 from viditq.export.refusal import raise_refused, refusals
 from viditq.export.sdnq import refusal, write_part
 from viditq.export.sdnq_layout import LAYOUTS, packed, packed_shape
+from viditq.program import main
 from viditq.quant import (
     QuantSpec,
     Recipe,

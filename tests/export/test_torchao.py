@@ -18,13 +18,13 @@ from random_pixart import CONFIG, outputs, random_model, statistics
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.export import torchao as exporter
 from viditq.export.refusal import raise_refused, refusals
 from viditq.export.sdnq import write_part as sdnq_part
 from viditq.export.torchao import refusal, write_part
 from viditq.export.vllm_omni import write_part as vllm_omni_part
+from viditq.program import main
 from viditq.quant import (
     LayerScheme,
     QuantPlan,

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from test_comfyui import BITS, artifact_of, output_of, tiny_adapter
 from torch import Tensor
 
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.export import part_files
 from viditq.export.refusal import raise_refused, refusals
 from viditq.export.step_policy import core_of
 from viditq.export.vllm_omni import BY_NOISE_LEVEL, refusal, write_part
 from viditq.models.schedule import noise_levels
+from viditq.program import main
 from viditq.quant import (
     LayerScheme,
     QuantPlan,

@@ -17,10 +17,10 @@ from torch import Tensor
 from zoo.saving import save
 
 import viditq
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.importing.artifact import ImportedModel
 from viditq.importing.float_model import float_model
+from viditq.program import main
 from viditq.quant import ConvRotSpec, LayerScheme, QuantPlan, QuantSpec, Recipe, Rule
 from viditq.quant.artifact import StoredTensors, read_meta, verify
 

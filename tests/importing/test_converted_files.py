@@ -17,10 +17,10 @@ from torch import Tensor
 from zoo import families, guided, images, unlisted, videos_2026
 from zoo.saving import save
 
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.importing.artifact import ImportedModel
 from viditq.importing.float_model import float_model, names_yaml
+from viditq.program import main
 
 PREFIX = "model.diffusion_model."
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

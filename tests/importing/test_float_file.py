@@ -16,10 +16,10 @@ from test_comfyui import MODELS
 from torch import Tensor
 from zoo.saving import save
 
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.export.releases import RELEASES
 from viditq.importing.float_model import float_model
+from viditq.program import main
 
 PREFIX = "model.diffusion_model."
 QUICK = ("pixart_alpha", "wan2.2", "flux_dev")

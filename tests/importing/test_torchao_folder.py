@@ -18,7 +18,6 @@ from test_comfyui import artifact_of, tiny_adapter
 from test_torchao import EXACT, exported
 from torch import Tensor
 
-from viditq.__main__ import main
 from viditq.errors import UserError
 from viditq.export import torchao as exporter
 from viditq.importing.artifact import ImportedModel
@@ -26,6 +25,7 @@ from viditq.importing.conversion import ImportedConversion
 from viditq.importing.denoiser import ImportedDenoiser
 from viditq.importing.torchao_folder import read_torchao
 from viditq.models.adapter import ModelAdapter
+from viditq.program import main
 from viditq.quant import QuantSpec
 from viditq.quant.artifact import StoredTensors, read_meta
 from viditq.quant.convert import convert_in_place

@@ -9,8 +9,8 @@ import yaml
 from zoo import conditioned, guided, images
 from zoo.saving import save
 
-from viditq.__main__ import main
 from viditq.models.adapter import ModelAdapter
+from viditq.program import main
 from viditq.quant import linear_names
 
 SIZES = ["height=32", "width=32", "num_steps=4"]

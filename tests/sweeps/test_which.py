@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from viditq import __main__
+from viditq import program
 from viditq.errors import UserError
 from viditq.files import lock
 from viditq.sweeps.unfinished import command_of
@@ -168,17 +168,17 @@ def test_models_have_tables_of_their_own_and_sweeps_name_their_runs(
 ) -> None:
     runs = [write("w8a8", 50, 5.0, W8, model=model, folder=model) for model in ("a", "b")]
     monkeypatch.chdir(tmp_path)
-    assert __main__.main(["which"]) == 2
+    assert program.main(["which"]) == 2
     assert "outputs does not exist" in capsys.readouterr().err
     (tmp_path / "sweep").mkdir()
     for num, run in enumerate(runs):
         record = {"num": num, "overrides": [], "folder": str(run), "status": "done"}
         (tmp_path / "sweep" / f"{num:04d}.json").write_text(json.dumps(record))
-    assert __main__.main(["which", str(tmp_path / "sweep")]) == 0
+    assert program.main(["which", str(tmp_path / "sweep")]) == 0
     told = capsys.readouterr().out
     assert "### a: which to use, by PSNR dB" in told and "### b: which to use" in told
     (tmp_path / "sweep").rename(tmp_path / "outputs")
-    assert __main__.main(["which"]) == 0
+    assert program.main(["which"]) == 0
     assert "### a: which to use" in capsys.readouterr().out
-    assert __main__.main(["which", str(tmp_path / "outputs"), "--metric", "fvd"]) == 2
+    assert program.main(["which", str(tmp_path / "outputs"), "--metric", "fvd"]) == 2
     assert "no metric that ranks runs" in capsys.readouterr().err
