@@ -200,6 +200,17 @@ def test_when_there_are_any(change: dict[str, Any], count: int, monkeypatch: pyt
     assert count_workers(trainer, at["weights"], at["batches"]) == count
 
 
+def test_without_shared_locks_there_are_none(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    monkeypatch.setattr(workers, "free_bytes", lambda _: 2**40)
+    assert count_workers(trainer, 1, 4) == 2
+    monkeypatch.setattr(type(multiprocessing.get_context("fork")), "Lock", refused)
+    assert count_workers(trainer, 1, 4) == 0
+
+
 def test_a_trainer_of_lightning_has_none(two_threads: None) -> None:
     assert count_workers(L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False), 1, 4) == 0
 

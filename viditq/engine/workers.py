@@ -132,13 +132,23 @@ def count_workers(trainer: L.Trainer, weights_bytes: int, num_batches: int) -> i
     most, device = getattr(trainer, "workers", 0), trainer.strategy.root_device
     threads = torch.get_num_threads()
     count = threads if most is None else min(most, threads)
-    forks = sys.platform == "linux" and not multiprocessing.current_process().daemon
-    if device.type != "cpu" or torch.cuda.is_initialized() or trainer.world_size > 1 or not forks:
+    if device.type != "cpu" or torch.cuda.is_initialized() or trainer.world_size > 1 or not _can_fork():
         return 0
     free = free_bytes(device)
     if count < 2 or num_batches < count or weights_bytes > SMALL or free is None or free < count * ROOM:
         return 0
     return count
+
+
+def _can_fork() -> bool:
+    """Whether processes can be forked that answer: some places (serverless ones) have no room for shared locks."""
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return False
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def ended_early(error: RuntimeError) -> UserError | None:
