@@ -3,8 +3,9 @@
 import sys
 
 from viditq import cli
+from viditq.ending import leave
 from viditq.program import run
 
 if __name__ == "__main__":
     sys.argv[0] = "run.py"
-    cli.leave(lambda: cli.guarded_main(run))
+    leave(lambda: cli.guarded_main(run))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from viditq import checks, cli
+from viditq import checks, cli, ending
 from viditq.config import RANKS
 from viditq.errors import quoting
 from viditq.quant.description import registry
@@ -120,14 +120,14 @@ while True:
 }
 LOOP = """
 import signal, sys, time
-from viditq import checks, cli
+from viditq import checks, cli, ending
 class Slow:
     def __del__(self): time.sleep(0.05)
 def main():
     print("ready", flush=True)
 {body}
 sys.argv = ["run.py", "--quiet"]
-cli.leave(lambda: cli.guarded_main(main))
+ending.leave(lambda: cli.guarded_main(main))
 """
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_and_sigterm_are_one_line_and_a_status(where: str, number: signal
     process.send_signal(number)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
-    by = cli.SIGNALS[number]
+    by = ending.SIGNALS[number]
     assert err.strip() == f"stopped by {by}. Finished work is kept: the same command goes on from there."
 
 
@@ -156,7 +156,7 @@ def test_ctrl_c_and_sigterm_are_one_line_and_a_status(where: str, number: signal
 
 END = """
 import atexit, sys, threading, time
-from viditq import cli
+from viditq import ending
 class Lasting:
     def __del__(self): print("taken apart")
 kept = Lasting()
@@ -166,7 +166,7 @@ def main():
     print("main")
     {end}
 {before}
-cli.leave(main)
+ending.leave(main)
 """
 
 

@@ -41,7 +41,7 @@ FLOORS: list[list[str]] = [
             "conf_folder",
             "config",
         ],
-        *["console", "describe", "equipment", "estimate", "experiment", "external", "plans"],
+        *["console", "describe", "ending", "equipment", "estimate", "experiment", "external", "plans"],
         *[
             "export",
             "finished",

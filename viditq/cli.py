@@ -1,18 +1,15 @@
 """Errors a user can mend end in one message and exit status 2; `debug=true` shows the traceback."""
 
-import atexit
 import errno
 import os
 import re
 import shlex
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -30,6 +27,7 @@ from viditq.checkpoints import known_of
 from viditq.checks import check, check_values_alone
 from viditq.conf_folder import CONF
 from viditq.config import ALL_KEYS, COMMAND_VARIABLE, first_process, only_estimates, program
+from viditq.ending import SIGNALS, stop
 from viditq.errors import AlreadyReported, GateFailed, UserError, close_names, extra_command, quoting
 from viditq.files import read_json
 from viditq.finished import find_finished
@@ -57,10 +55,6 @@ RUNS = ("-m", "--multirun")  # options with which the command still is a run; ot
 SHOWS = ("--help", "-h", "--cfg", "-c", "--info", "-i")  # instead of a run
 ONE_RUN = "--help, --cfg and --info show one configuration: leave -m out, and give each key one value, such as {}."
 LOADING = "viditq: loading torch, diffusers and Lightning (10 s, more on a busy machine or the first time)"
-SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}  # that end a run in order
-GOES_ON = "Finished work is kept: the same command goes on from there.\n"
-STOPPED = f"\nstopped by {{}}. {GOES_ON}"
-STOPPING = f"\nstopped by {{}}, after this batch; told again, at once. {GOES_ON}"
 
 
 def guarded_main(hydra_main: Callable[[], None]) -> int:
@@ -91,58 +85,6 @@ def guarded_main(hydra_main: Callable[[], None]) -> int:
         print_error("The sweep has no jobs: one of its keys has no values.")
         status = 2
     return status or exit_status(jobs)
-
-
-def leave(main: Callable[[], int]) -> NoReturn:
-    """End this process with the status of `main`, once threads have ended and what is registered for the end is done.
-
-    Python would then take apart a million objects of the imported libraries one by one, for 2 seconds and more.
-    """
-    try:
-        status: Any = main()
-    except SystemExit as error:
-        status = error.code
-    if not isinstance(status, int) or sys.flags.inspect or _is_watched():
-        sys.exit(status)  # a message; or somebody looks at what is there, at the end
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (OSError, ValueError):  # nobody reads it, or the disk is full
-        sys.exit(status)  # Python says so
-    os._exit(status)
-
-
-def _is_watched() -> bool:
-    """Whether a profiler, a debugger or the like has something to say at the end."""
-    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on, with 6 places for tools
-    tools = [] if monitoring is None else [monitoring.get_tool(place) for place in range(6)]
-    return any((sys.getprofile(), sys.gettrace(), *tools))
-
-
-def stop(number: int, frame: FrameType | None) -> None:
-    """At Ctrl-C or SIGTERM: say so and exit with status 130 or 143, after files are closed and locks let go of; again,
-    and at once.
-
-    SystemExit, not KeyboardInterrupt: the latter makes Lightning exit with status 1. While Lightning goes through
-    batches it takes SIGTERM itself, before it is told here, and stops after one of them: what was summed up is saved.
-    """
-    taken = signal.getsignal(number) is not stop
-    signal.signal(number, signal.SIG_DFL)
-    if first_process():
-        said = STOPPING if taken else STOPPED
-        os.write(2, said.format(SIGNALS[number]).encode())  # print may be in the middle of a line
-    if not taken:
-        sys.unraisablehook = _leave_at_once
-        raise SystemExit(128 + number)
-
-
-def _leave_at_once(lost: "sys.UnraisableHookArgs") -> None:
-    """Where `stop` met a destructor, which swallows exceptions: as after a kill, the next run tidies up."""
-    if isinstance(lost.exc_value, SystemExit):
-        os._exit(int(str(lost.exc_value)))
-    sys.__unraisablehook__(lost)
 
 
 def summary_of_sweep(command: str) -> list[JobRecord] | None:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from viditq import cli, config
 from viditq.conf_folder import CONF
+from viditq.ending import leave
 from viditq.errors import close_names
 
 config.register()
@@ -25,7 +26,7 @@ def run(cfg: DictConfig) -> None:
 
 def command() -> NoReturn:
     """What the console command calls."""
-    cli.leave(main)
+    leave(main)
 
 
 def main(words: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchmetrics import Metric
 
-from viditq import cli
+from viditq import ending
 from viditq.engine.evaluation import Pairs, measure
 from viditq.engine.sampling import PipelineModule, run_batches
 
@@ -49,7 +49,7 @@ class Batches(PipelineModule):
         return 0
 
 
-@pytest.fixture(params=[signal.SIG_DFL, cli.stop], ids=["alone", "with the command line's own"])
+@pytest.fixture(params=[signal.SIG_DFL, ending.stop], ids=["alone", "with the command line's own"])
 def handler(request: pytest.FixtureRequest) -> Any:
     before = signal.signal(signal.SIGTERM, request.param)
     yield request.param
@@ -70,4 +70,4 @@ def test_the_batch_is_finished_and_no_other_begun(
         else:
             measure(trainer, {"told": told}, Pairs(tmp_path, tmp_path, None, "image", [[0], [1], [2]]))  # type: ignore[arg-type]
     assert end.value.code == 143 and told.updates == at
-    assert ("stopped by SIGTERM, after this batch" in capfd.readouterr().err) == (handler is cli.stop)
+    assert ("stopped by SIGTERM, after this batch" in capfd.readouterr().err) == (handler is ending.stop)

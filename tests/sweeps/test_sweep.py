@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from viditq import cli, runner
+from viditq import cli, ending, runner
 from viditq.errors import GateFailed, UserError
 from viditq.files import lock
 from viditq.models.adapter import ModelAdapter
@@ -144,7 +144,7 @@ def test_a_sweep_that_is_stopped_says_what_is_done_what_remains_and_how_to_go_on
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    before = {name: signal.getsignal(name) for name in cli.SIGNALS}
+    before = {name: signal.getsignal(name) for name in ending.SIGNALS}
 
     def stopped(cfg: Any, folder: Path, **arguments: Any) -> None:
         if cfg.seed == 1:
