@@ -119,3 +119,13 @@ def test_gif_has_all_frames(tmp_path):
     clip = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     with Image.open(save_gif(clip, tmp_path / "a.gif", frames_per_second=10, height=32)) as gif:
         assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (5, (32, 32), 100, 0)
+
+
+@pytest.mark.parametrize("height", [20, 48, 128])  # reduced, as it is, enlarged
+def test_colors_that_are_chosen_before_a_frame_is_enlarged_are_those_of_after(height, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.randint(0, 256, (4, 3, 48, 40), dtype=torch.uint8, generator=generator)
+    first, *others = [scaled(frame, height) for frame in clip]
+    assert first.mode == "RGB"
+    first.save(tmp_path / "all.gif", save_all=True, append_images=others, duration=125, loop=0)
+    assert save_gif(clip, tmp_path / "a.gif", height=height).read_bytes() == (tmp_path / "all.gif").read_bytes()
