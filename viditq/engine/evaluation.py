@@ -96,8 +96,11 @@ class Evaluation(L.LightningModule):
 
 
 def _columns(result: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One value per prompt is [n]: torchmetrics makes a scalar of it where n = 1."""
-    return {k: v.reshape(-1) if k == "index" or k.startswith("per_sample") else v for k, v in result.items()}
+    """In main memory, where those of the floors are read to; one value per prompt is [n]: torchmetrics makes a scalar
+    of it where n = 1.
+    """
+    per_prompt = {k for k in result if k == "index" or k.startswith("per_sample")}
+    return {k: v.cpu().reshape(-1) if k in per_prompt else v.cpu() for k, v in result.items()}
 
 
 def measure(trainer: L.Trainer, metrics: Mapping[str, Metric], pairs: Pairs) -> Results:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from viditq import kernels
+from viditq.errors import UserError
 from viditq.quant.execution.backends.base import Unavailable
 
 SOURCES = ("linear.cpp", "activations.h", "amx.h", "epilogue.h", "multiply.h", "product.h", "quantize.h", "vectors.h")
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
 FASTER = ("avx512bf16",)  # used where the CPU has it
+OPERATORS = ("linear", "linears", "transform")
 
 _state: Unavailable | bool = False
 
@@ -37,9 +40,18 @@ def _load() -> None:
         )
     except kernels.CannotBuild as reason:
         raise Unavailable("native", str(reason)) from reason
+    for name in OPERATORS:
+        torch.library.impl(f"viditq::{name}", "cuda", _on_a_gpu)
     if not _how():
         raise Unavailable("native", "u8 times s8 is not summed exactly on this CPU")
 
 
 def _how() -> str:
     return torch.ops.viditq.native_prepare(True)
+
+
+def _on_a_gpu(*args: Any) -> Any:
+    raise UserError(
+        "the model was loaded for the CPU (backend native) and then moved to a GPU, where its packed weights cannot be "
+        'multiplied: load it with backend="cuda", or with backend="fake", which runs anywhere'
+    )
