@@ -92,10 +92,14 @@ class QuantLinear(nn.Module):
         return self.segment_to_variant[segment]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Variants that hold one weight still hold one after a move."""
+        """Variants that hold one weight still hold one after a move; what was derived in one type is in another."""
         variants = cast(list[Variant], list(self.variants))
-        before = [variant.held for variant in variants]
+        before, dtype = [variant.held for variant in variants], self.dtype
         super()._apply(fn, recurse)
+        for backend, variant in zip(self.backends, variants, strict=True):
+            if self.dtype != dtype and variant.has_derived:
+                variant.take_back()
+                backend.prepare(variant)
         for variant, held in zip(variants, before, strict=True):
             variant.held = variants[next(i for i, other in enumerate(before) if other is held)].held
         return self

@@ -6,6 +6,7 @@ Legend: O out_features, C in_features, B bytes of a packed row, r rank of the lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,9 @@ from viditq.quant.methods.fitted_weight import FittedWeight, empty_fit, fit_weig
 from viditq.quant.methods.quantizer import Grid, QuantizedWeight, dequantize_weight, static_qparams
 from viditq.quant.methods.transforms import Chain
 from viditq.quant.numerics.packing import pack, unpack
+
+CAST = ("weight", "low_rank_up", "low_rank_down")
+"""Tensors of a float type, as those of a float Linear."""
 
 
 class HeldWeight(Protocol):
@@ -123,6 +127,11 @@ class Variant(nn.Module):
         assert self.scheme.weight is not None
         return dequantize_weight(quantized, self.scheme.weight).to(self.dtype)
 
+    @property
+    def has_derived(self) -> bool:
+        """Whether a backend has made buffers that are not stored."""
+        return bool(self._non_persistent_buffers_set)
+
     def held_tensors(self) -> list[Tensor]:
         """What lies in memory in a backend's layout; of neighbours that share one tensor each has its part."""
         return [] if self.held is None else [part for part in self.held if isinstance(part, Tensor)]
@@ -146,8 +155,16 @@ class Variant(nn.Module):
         self._non_persistent_buffers_set.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Variant:
-        """What is held follows the model to another device; its types are its layout's and stay."""
-        super()._apply(fn, recurse)
+        """To another device; what is cast is the output and what is float beside the codes.
+
+        Scales, zero points and the chain stay what they are: in half precision they would be others, and so would the
+        codes. What is held has the types of its layout. What a backend derived is cast too: `QuantLinear._apply`
+        derives it anew.
+        """
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        cast = {name: fn(part) for name in CAST if (part := self._buffers[name]) is not None}
+        self._buffers.update(cast)
+        super()._apply(partial(_moved, fn), recurse)
         if self.held is not None:
             self.held = self.held.moved(lambda tensor: tensor.to(fn(tensor).device))
             self.derived.clear()
@@ -161,6 +178,12 @@ class Variant(nn.Module):
             packed = pack(self.held.codes(), self.scheme.weight.bits)
             parts = {"qweight": packed, "weight_scale": scale, "weight_zero_point": zero_point}
             destination.update({f"{prefix}{name}": part for name, part in parts.items() if part is not None})
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """fn(tensor) as long as it is no cast, else only its device."""
+    made = fn(tensor)
+    return made if made.dtype == tensor.dtype else tensor.to(made.device)
 
 
 def empty_variant(scheme: LayerScheme, in_features: int, out_features: int, dtype: torch.dtype) -> Variant:
