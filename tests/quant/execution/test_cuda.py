@@ -138,12 +138,53 @@ def test_sums_that_saturate_are_found_by_extreme_codes() -> None:
     assert "disagrees" in choice.refused["saturating"]
 
 
-def test_memory_that_is_not_there_is_no_reason_to_take_another() -> None:
+def test_a_candidate_in_want_of_memory_is_left_out_and_ends_the_run_where_it_was_the_only_one() -> None:
+    """torch._int_mm takes several passes over an int32 output: what does not fit that may well fit a kernel."""
+
     def run(product: Product) -> Tensor:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
+    product, large = product_of(SYMMETRIC)[0], Candidate("large", run)
+    choice = choose(product, [large, named("small")], LAST, clock_of({"small": 1.0}))
+    assert choice.taken.name == "small" and choice.refused == {"large": "it takes more memory than is free"}
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        choose(product_of(SYMMETRIC)[0], [Candidate("large", run)], LAST, clock_of({}))
+        choose(product, [large, named("wrong", 0.5)], LAST, clock_of({}))
+
+
+def test_a_trial_and_what_it_took_run_with_their_device_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are recorded on the current device: those of another one would time nothing."""
+    now: list[str] = ["cuda:0"]
+    seen: list[tuple[str, str]] = []
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.device = str(device)
+
+        def __enter__(self) -> None:
+            now.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            now.pop()
+
+    def run(product: Product) -> Tensor:
+        seen.append(("run", now[-1]))
+        return LAST.run(product)
+
+    def clock(call: Callable[[], object], device: torch.device) -> float:
+        call()
+        seen.append(("clock", now[-1]))
+        return 1.0
+
+    product = product_of(SYMMETRIC)[0]
+    monkeypatch.setattr(Product, "device", torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(trials, "timed", clock)
+    monkeypatch.setattr(module, "candidates_for", lambda product: [Candidate("one", run)])
+    x, weight = product.x, product.weight
+    module._product(*x, *weight[:4], weight.size, product.bias, None, 0, None, None, product.dtype)
+    assert {device for _, device in seen} == {"cuda:1"} and [kind for kind, _ in seen].count("clock") == 1
+    assert seen[-1] == ("run", "cuda:1") and now == ["cuda:0"]
 
 
 @pytest.mark.skipif(not exact_product("cpu"), reason="torch._int_mm is not exact on this machine")

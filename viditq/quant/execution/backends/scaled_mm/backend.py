@@ -13,7 +13,7 @@ from torch import Tensor
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends.base import Unavailable
-from viditq.quant.execution.backends.cuda.choice import choice_for, disagreement
+from viditq.quant.execution.backends.cuda.choice import choice_for, current, disagreement
 from viditq.quant.execution.backends.fusing import FusingBackend, ranged
 from viditq.quant.execution.backends.scaled_mm.product import (
     LAST,
@@ -157,7 +157,9 @@ def _product(
     product = Float8Product(codes, scale, held, bias, dtype, *behind)
     if len(codes) == 0:
         return codes.new_empty((0, outs), dtype=dtype)
-    return choice_for(product, candidates_for(product), LAST).taken.run(product).contiguous()
+    choice = choice_for(product, candidates_for(product), LAST)
+    with current(product.device):
+        return choice.taken.run(product).contiguous()
 
 
 def _product_shape(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, outs: int, *rest: Any) -> Tensor:
