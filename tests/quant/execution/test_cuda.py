@@ -33,6 +33,7 @@ from viditq.quant.methods.quantizer import (
 
 REASON = why_unavailable(TritonBackend())
 runs = pytest.mark.skipif(REASON is not None, reason=f"no Triton kernels here: {REASON}")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SYMMETRIC = QuantSpec(8, True, "channel"), QuantSpec(8, True, "token", None, True)
 ASYMMETRIC = QuantSpec(8, False, "channel"), QuantSpec(8, False, "token", None, True)
 GROUPS = QuantSpec(4, False, "group", 32), QuantSpec(8, False, "token", None, True)
@@ -253,8 +254,8 @@ def test_a_shape_is_tried_once_and_told(specs: tuple[QuantSpec, QuantSpec], capl
 
 @runs
 def test_the_choice_is_inside_one_operator(caplog: Any) -> None:
-    x, backend = torch.randn(20, 96), CudaBackend()
-    variant = variant_of(*SYMMETRIC, x, torch.randn(48, 96))
+    x, backend = torch.randn(20, 96).to(DEVICE), CudaBackend()
+    variant = variant_of(*SYMMETRIC, x.cpu(), torch.randn(48, 96)).to(DEVICE)
     backend.prepare(variant)
     compiled = torch.compile(lambda t: backend.linear(variant, t, None), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), backend.linear(variant, x, None))

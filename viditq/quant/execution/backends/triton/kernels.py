@@ -214,6 +214,7 @@ def multiply(
     num_outs,
     size,
     padded,
+    bytes_a_row,  # of a segment's weights; given, as half of `padded` is not known to be a multiple of 16
     rows_a_line,
     SEGMENTS: tl.constexpr,
     RANGES: tl.constexpr,
@@ -236,7 +237,6 @@ def multiply(
     m, o = tile_of(num_rows, num_outs, BLOCK_M, BLOCK_O, GROUP)
     in_rows, in_outs = m < num_rows, o < num_outs
     k = tl.arange(0, BLOCK_K)
-    bytes_a_row = padded // 2 if PACKED else padded
     mine = codes + m[:, None] * padded + k[None, :]
     theirs = weight + o[:, None] * bytes_a_row + tl.arange(0, BYTES)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)
