@@ -241,6 +241,27 @@ def test_a_call_is_timed() -> None:
     assert timed(lambda: calls.append(1), torch.device("cpu")) >= 0 and len(calls) == 7
 
 
+def test_on_a_gpu_what_is_timed_waits_in_its_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the time of a small product would be that of Python launching it."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def elapsed_time(self, end: object) -> float:
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+    assert timed(lambda: done.append("call"), torch.device("cuda:0")) == 3e-3
+    assert done == ["call", "call", "sleep", *5 * ["event", "call", "event"], "wait"]
+
+
 @runs
 @pytest.mark.parametrize("specs", [SYMMETRIC, ASYMMETRIC, GROUPS])
 def test_a_shape_is_tried_once_and_told(specs: tuple[QuantSpec, QuantSpec], caplog: Any) -> None:
