@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +183,55 @@ def test_kernels_that_are_wrong_on_this_device_are_refused_at_load(monkeypatch: 
             with pytest.raises(Unavailable, match="disagree with fake on this device"):
                 TritonBackend().hold(weight, QuantSpec(8, True, "channel"), 64)
     module.exact_product.cache_clear()
+
+
+@runs
+@pytest.mark.parametrize("what", ["the large cut", "packed weights"])
+def test_each_kind_of_matrix_instruction_is_tried_at_load(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large cuts are other instructions than small ones, on sm_90: a compiler may get either wrong alone."""
+    real = ops.multiply
+
+    def wrong(x: Any, weight: Any, *args: Any, tile: Any = None) -> Tensor:
+        out = real(x, weight, *args, tile=tile)
+        spoilt = tile == MANY[0] if what == "the large cut" else weight.packed
+        return out + 300.0 if spoilt else out
+
+    module.exact_product.cache_clear()
+    monkeypatch.setattr(ops, "multiply", wrong)
+    assert not module.exact_product(DEVICE)
+    monkeypatch.undo()
+    module.exact_product.cache_clear()
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_an_assembler_known_for_wrong_kernels_is_told_with_what_goes(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """As torch 2.13's triton 3.7.1 has one for sm_90, beside a newer one."""
+
+    def tools(used: str, other: str) -> None:
+        pair = [SimpleNamespace(version=version, path=f"/{version}/ptxas") for version in (used, other)]
+        monkeypatch.setattr(ops.load(), "assemblers", lambda arch: pair)
+
+    assert all(tool.version and tool.path for tool in ops.load().assemblers(90))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(module, "interpreted_or_absent", lambda: False)
+    tools("12.8", "13.1")
+    module.tell_of_assembler.cache_clear()
+    with caplog.at_level("WARNING", logger="viditq"):
+        module.tell_of_assembler()
+        module.tell_of_assembler()
+    (line,) = caplog.messages
+    assert "with ptxas 12.8, " in line and "Set TRITON_PTXAS_PATH=/13.1/ptxas (" in line
+    tools("12.9", "13.0")
+    assert "Set TRITON_PTXAS_PATH, a ptxas of CUDA 13.1 (" in str(module.assembler_doubt())
+    tools("13.4", "13.4")
+    assert module.assembler_doubt() is None
+    tools("12.8", "13.1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert module.assembler_doubt() is None
+    module.tell_of_assembler.cache_clear()
 
 
 def test_a_model_on_the_cpu_is_told_to_move(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from viditq.quant.execution.backends.scaled_mm.product import (
     candidates_for,
 )
 from viditq.quant.execution.backends.triton import float8, ops
-from viditq.quant.execution.backends.triton.backend import too_old
+from viditq.quant.execution.backends.triton.backend import tell_of_assembler, too_old
 from viditq.quant.execution.surroundings import ACTIVATIONS, NOTHING_AFTER, After, Before
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight, narrow_activation
@@ -86,6 +86,7 @@ class ScaledMmBackend(FusingBackend):
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> Float8Weight:
         self.check_available()
         _define()
+        tell_of_assembler()
         self.has_kernel = one_pass() is None
         (outs, width), dtype = quantized.codes.shape, NUMBERS[weight.number].dtype
         assert dtype is not None
