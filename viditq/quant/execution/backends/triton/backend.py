@@ -169,7 +169,7 @@ def assembler_doubt() -> str | None:
     newer = _version(other.version) >= ASSEMBLER
     remedy = f"TRITON_PTXAS_PATH={other.path}" if newer else f"TRITON_PTXAS_PATH, a ptxas of CUDA {_dotted(ASSEMBLER)}"
     return (
-        f"triton assembles kernels with ptxas {used.version}, which before {_dotted(ASSEMBLER)} got some of sm_90 wrong: "
+        f"triton assembles with ptxas {used.version}, which before {_dotted(ASSEMBLER)} got kernels of sm_90 wrong: "
         "numbers, which are refused here, or an illegal memory access, which ends the process. "
         f"Set {remedy} (it takes a driver of CUDA {ASSEMBLER[0]})."
     )
