@@ -6,7 +6,8 @@
 Weights are random, inputs normal, never zeros. Times are medians by the GPU's own clock after a warm-up, quantization
 of activations included; candidates one after another, so that memory is each one's own. A Linear is launched while the
 GPU is still busy, and finds nothing of its own in the cache; what the host needs to launch it stands beside. A step
-begins on an idle GPU: where its host needs as long as it takes, launches are what it waits for. Each table and geometry
+begins on an idle GPU: where its host needs as long as it takes, launches are what it waits for, and the column of CUDA
+graphs says what it takes without them. Each table and geometry
 has its share of the seconds; what they do not suffice for is left out, as is what is not installed or fails, and the
 table says so. Files are written anew after each row, so that a run that is ended early has what it found.
 """
@@ -123,8 +124,23 @@ class Bench:
         self.clean()
         model = make()
         weights = module_bytes(model)
-        row = self.of_call(steps.call_of(model, inputs, self.device), REPEATS_OF_STEPS, ahead=False)
+        call = steps.call_of(model, inputs, self.device)
+        row = self.of_call(call, REPEATS_OF_STEPS, ahead=False) | {"graph_ms": self.in_a_graph(call)}
         return row | {"weight_bytes": weights, "backends": backend_counts(model)}
+
+    def in_a_graph(self, call: Callable[[], Tensor]) -> float | None:
+        """Milliseconds of the same recorded in a CUDA graph, which the host launches at once; None: it cannot be."""
+        if self.dry_run:
+            return None
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            graph.replay()
+            return median(self.milliseconds(graph.replay, ahead=False) for _ in range(REPEATS_OF_STEPS))
+        except Exception as error:
+            print(f"not recorded in a CUDA graph: {type(error).__name__}: {error}", flush=True)
+            return None
 
     def of_call(self, call: Callable[[], Tensor], repeats: int, ahead: bool) -> Row:
         """Milliseconds, those of the host, the first output, and the most that the allocator hands out in a call."""
@@ -143,14 +159,14 @@ class Bench:
         times_of = {"ms": median(times), "low": min(times), "host_ms": host, "first_s": first}
         return times_of | {"peak_bytes": peak, "out": out}
 
-    def milliseconds_of_host(self, call: Callable[[], Tensor]) -> float:
+    def milliseconds_of_host(self, call: Callable[[], object]) -> float:
         """Until all of it is in the GPU's queue."""
         self.wait()
         start = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - start)
 
-    def milliseconds(self, call: Callable[[], Tensor], ahead: bool) -> float:
+    def milliseconds(self, call: Callable[[], object], ahead: bool) -> float:
         """ahead: launched while the GPU is busy, nothing of it in the cache."""
         if self.dry_run:
             return self.milliseconds_of_host(call)
@@ -204,14 +220,17 @@ def machine(dry_run: bool) -> Row:
 
 def table(rows: list[Row], group: str, base: str) -> list[str]:
     """Markdown, ratios to the candidate `base` of the same group."""
-    columns = "ms, median / least | host, ms | ratio to " + base + " | weights, MiB | peak, MiB | error"
-    lines = [f"| {group} | candidate | {columns} |", "|---|---|---|---|---|---|---|---|"]
+    columns = (
+        "ms, median / least | host, ms | in a CUDA graph, ms | ratio to " + base + " | weights, MiB | peak, MiB | error"
+    )
+    lines = [f"| {group} | candidate | {columns} |", f"|{9 * '---|'}"]
     bases = {row[group]: row["ms"] for row in rows if row["candidate"] == base and "ms" in row}
     for row in rows:
         if "ms" not in row:
-            lines.append(f"| {row[group]} | {row['candidate']} | not measured: {row['left_out']} | | | | | |")
+            lines.append(f"| {row[group]} | {row['candidate']} | not measured: {row['left_out']} | | | | | | |")
             continue
         ratio = f"{bases[row[group]] / row['ms']:.2f}" if row[group] in bases else ""
+        graph = f"{row['graph_ms']:.3f}" if row.get("graph_ms") is not None else ""
         sizes = [
             f"{row[key] / 2**20:.1f}" if row.get(key) is not None else "" for key in ("weight_bytes", "peak_bytes")
         ]
@@ -220,6 +239,7 @@ def table(rows: list[Row], group: str, base: str) -> list[str]:
             row["candidate"],
             f"{row['ms']:.3f} / {row['low']:.3f}",
             f"{row['host_ms']:.3f}",
+            graph,
             ratio,
             *sizes,
         ]

@@ -3,7 +3,9 @@
 import json
 import re
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +71,23 @@ def test_what_was_found_is_there_when_it_is_ended_early(
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert len([row for row in results["linears"] if "ms" in row]) >= 16
     assert "| 8 x 64 x 96 | ours W4A8 | " in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_step_is_timed_in_a_cuda_graph_too_where_it_can_be_recorded(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, done = gpu.Bench(True, 1.0, tmp_path), []
+    bench.dry_run = False
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("replayed")))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(gpu.Bench, "milliseconds", lambda self, call, ahead: (call(), 2.0)[1])
+    assert bench.in_a_graph(lambda: done.append("recorded")) == 2.0
+    assert done == ["recorded", *6 * ["replayed"]]
+    assert bench.in_a_graph(lambda: torch.zeros(1).missing) is None
+    rows = [{"shape": "one", "candidate": "bf16", "ms": 4.0, "low": 3.0, "host_ms": 1.0, "graph_ms": 2.0}]
+    assert (
+        gpu.table(rows, "shape", "bf16")[-1] == "| one | bf16 | 4.000 / 3.000 | 1.000 | 2.000 | 1.00 |  |  | 0.0000 |"
+    )
 
 
 def test_every_geometry_has_its_share_of_the_seconds(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
