@@ -3,6 +3,7 @@
 #
 #     benchmarks/gpu.sh [FOLDER]        leaves tests.txt, gpu.md and gpu.json in FOLDER (default: gpu_results)
 #
+# What was compiled stays on disk (~/.triton, torch's own cache): a second run has time for what the first left out.
 # Wants a CUDA build of torch, `pip install 'viditq[gpu,dev]'`, and for the rivals torchao and comfy-kitchen.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +11,8 @@ folder=${1:-gpu_results}
 mkdir -p "$folder"
 export PYTHONPATH=$PWD
 python=${PYTHON:-python}
-timeout 150 "$python" -m pytest -q -p no:cacheprovider --numprocesses 4 --dist loadfile -m "not slow" tests/quant/execution/test_triton.py \
+# some 250 kernels to compile, a second each: shared test by test, as one file has more than half of them
+timeout 150 "$python" -m pytest -q -p no:cacheprovider --numprocesses 8 --dist load -m "not slow" tests/quant/execution/test_triton.py \
     tests/quant/execution/test_integer_backends.py tests/quant/execution/test_cuda.py \
     tests/quant/execution/test_float8_kernels.py tests/quant/execution/test_scaled_mm.py tests/test_gpu.py 2>&1 | tee "$folder/tests.txt"
 tests=${PIPESTATUS[0]}

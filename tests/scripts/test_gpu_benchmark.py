@@ -3,7 +3,9 @@
 import json
 import re
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +55,58 @@ def test_a_dry_run_of_every_geometry(gpu: Any, tmp_path: Path) -> None:
 def test_what_there_is_no_time_for_is_left_out_and_said(gpu: Any, tmp_path: Path) -> None:
     gpu.main(["--dry-run", "--out", str(tmp_path), "--seconds", "0"])
     assert "| not measured: no time was left |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_what_was_found_is_there_when_it_is_ended_early(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `timeout`, while a compiler has the last candidate."""
+
+    def ended(*_: object) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu.Bench, "of_step", ended)
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert len([row for row in results["linears"] if "ms" in row]) >= 16
+    assert "| 8 x 64 x 96 | ours W4A8 | " in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_step_is_timed_in_a_cuda_graph_too_where_it_can_be_recorded(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, done = gpu.Bench(True, 1.0, tmp_path), []
+    bench.dry_run = False
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("replayed")))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(gpu.Bench, "milliseconds", lambda self, call, ahead: (call(), 2.0)[1])
+    assert bench.in_a_graph(lambda: done.append("recorded")) == 2.0
+    assert done == ["recorded", *6 * ["replayed"]]
+    assert bench.in_a_graph(lambda: torch.zeros(1).missing) is None
+    rows = [{"shape": "one", "candidate": "bf16", "ms": 4.0, "low": 3.0, "host_ms": 1.0, "graph_ms": 2.0}]
+    assert (
+        gpu.table(rows, "shape", "bf16")[-1] == "| one | bf16 | 4.000 / 3.000 | 1.000 | 2.000 | 1.00 |  |  | 0.0000 |"
+    )
+
+
+def test_every_geometry_has_its_share_of_the_seconds(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each candidate takes 20 seconds, most of them a compiler's, as on a GPU's first day."""
+    now = [0.0]
+
+    def slow(*_: object) -> dict[str, Any]:
+        now[0] += 20
+        return {"ms": 1.0, "low": 1.0, "host_ms": 1.0}
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    for name in ("of_linear", "of_step"):
+        monkeypatch.setattr(gpu.Bench, name, slow)
+    gpu.main(["--dry-run", "--out", str(tmp_path), "--seconds", "290"])
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    measured = [(row["geometry"], row["candidate"]) for row in results["steps"] if "ms" in row]
+    for geometry in gpu.steps.GEOMETRIES:
+        assert [name for of, name in measured if of == geometry][:3] == ["bf16 eager", "bf16 compiled", "ours W8A8"]
+    assert now[0] < 320 and any("ms" in row for row in results["linears"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -85,7 +85,7 @@ def exact_output(variant: Variant, x: Tensor, bias: Tensor | None) -> tuple[Tens
 
 def home_of(backend: Backend) -> str:
     """The kind of device that it multiplies on here."""
-    return "cuda" if backend.name == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend.name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def assert_agrees(backend: Backend, variant: Variant, x: Tensor, bias: Tensor | None) -> None:

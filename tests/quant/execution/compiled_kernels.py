@@ -13,6 +13,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from viditq.quant.execution.backends.triton import float8, ops
@@ -28,6 +29,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 WIDEST = 16_384  # in-features of FP8 that a row may have without spilling
 FLOAT8 = {89: (E4M3,), 90: (E4M3, E5M2), "gfx942": (E4M3,)}  # sm_80 has none
 INSTRUCTIONS = re.compile(r"(?:wgmma\.mma_async|mma\.sync|v_mfma)[\w.]*|div\.rn\.f32|div\.full\.f32")
+COPIES = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)")
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16",
     torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv",
@@ -133,18 +135,20 @@ def main() -> None:
 
 
 def spilled_bytes(ptx: str) -> int:
-    """Of registers to memory on sm_90, as NVIDIA's assembler says, which triton brings."""
+    """Of registers to memory on sm_90, as NVIDIA's assembler says, the one of those triton brings that it takes."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [triton.knobs.nvidia.ptxas_blackwell.path, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", file.name]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
 def tell(title: str, quantizer: str, product: str) -> None:
     found, of_quantizer = (sorted({*INSTRUCTIONS.findall(assembly)}) for assembly in (product, quantizer))
-    print(f"{title}: {' '.join(found)}; quantizer: {' '.join(of_quantizer)}")
+    widths = sorted({int(size, 0) for size in COPIES.findall(product)})
+    copies = f"; bytes a copy: {' '.join(map(str, widths))}" if widths else ""
+    print(f"{title}: {' '.join(found)}{copies}; quantizer: {' '.join(of_quantizer)}")
 
 
 if __name__ == "__main__":

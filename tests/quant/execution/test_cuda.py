@@ -33,6 +33,7 @@ from viditq.quant.methods.quantizer import (
 
 REASON = why_unavailable(TritonBackend())
 runs = pytest.mark.skipif(REASON is not None, reason=f"no Triton kernels here: {REASON}")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SYMMETRIC = QuantSpec(8, True, "channel"), QuantSpec(8, True, "token", None, True)
 ASYMMETRIC = QuantSpec(8, False, "channel"), QuantSpec(8, False, "token", None, True)
 GROUPS = QuantSpec(4, False, "group", 32), QuantSpec(8, False, "token", None, True)
@@ -138,12 +139,53 @@ def test_sums_that_saturate_are_found_by_extreme_codes() -> None:
     assert "disagrees" in choice.refused["saturating"]
 
 
-def test_memory_that_is_not_there_is_no_reason_to_take_another() -> None:
+def test_a_candidate_in_want_of_memory_is_left_out_and_ends_the_run_where_it_was_the_only_one() -> None:
+    """torch._int_mm takes several passes over an int32 output: what does not fit that may well fit a kernel."""
+
     def run(product: Product) -> Tensor:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
+    product, large = product_of(SYMMETRIC)[0], Candidate("large", run)
+    choice = choose(product, [large, named("small")], LAST, clock_of({"small": 1.0}))
+    assert choice.taken.name == "small" and choice.refused == {"large": "it takes more memory than is free"}
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        choose(product_of(SYMMETRIC)[0], [Candidate("large", run)], LAST, clock_of({}))
+        choose(product, [large, named("wrong", 0.5)], LAST, clock_of({}))
+
+
+def test_a_trial_and_what_it_took_run_with_their_device_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are recorded on the current device: those of another one would time nothing."""
+    now: list[str] = ["cuda:0"]
+    seen: list[tuple[str, str]] = []
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.device = str(device)
+
+        def __enter__(self) -> None:
+            now.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            now.pop()
+
+    def run(product: Product) -> Tensor:
+        seen.append(("run", now[-1]))
+        return LAST.run(product)
+
+    def clock(call: Callable[[], object], device: torch.device) -> float:
+        call()
+        seen.append(("clock", now[-1]))
+        return 1.0
+
+    product = product_of(SYMMETRIC)[0]
+    monkeypatch.setattr(Product, "device", torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(trials, "timed", clock)
+    monkeypatch.setattr(module, "candidates_for", lambda product: [Candidate("one", run)])
+    x, weight = product.x, product.weight
+    module._product(*x, *weight[:4], weight.size, product.bias, None, 0, None, None, product.dtype)
+    assert {device for _, device in seen} == {"cuda:1"} and [kind for kind, _ in seen].count("clock") == 1
+    assert seen[-1] == ("run", "cuda:1") and now == ["cuda:0"]
 
 
 @pytest.mark.skipif(not exact_product("cpu"), reason="torch._int_mm is not exact on this machine")
@@ -199,6 +241,27 @@ def test_a_call_is_timed() -> None:
     assert timed(lambda: calls.append(1), torch.device("cpu")) >= 0 and len(calls) == 7
 
 
+def test_on_a_gpu_what_is_timed_waits_in_its_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the time of a small product would be that of Python launching it."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def elapsed_time(self, end: object) -> float:
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+    assert timed(lambda: done.append("call"), torch.device("cuda:0")) == 3e-3
+    assert done == ["call", "call", "sleep", *5 * ["event", "call", "event"], "wait"]
+
+
 @runs
 @pytest.mark.parametrize("specs", [SYMMETRIC, ASYMMETRIC, GROUPS])
 def test_a_shape_is_tried_once_and_told(specs: tuple[QuantSpec, QuantSpec], caplog: Any) -> None:
@@ -212,8 +275,8 @@ def test_a_shape_is_tried_once_and_told(specs: tuple[QuantSpec, QuantSpec], capl
 
 @runs
 def test_the_choice_is_inside_one_operator(caplog: Any) -> None:
-    x, backend = torch.randn(20, 96), CudaBackend()
-    variant = variant_of(*SYMMETRIC, x, torch.randn(48, 96))
+    x, backend = torch.randn(20, 96).to(DEVICE), CudaBackend()
+    variant = variant_of(*SYMMETRIC, x.cpu(), torch.randn(48, 96)).to(DEVICE)
     backend.prepare(variant)
     compiled = torch.compile(lambda t: backend.linear(variant, t, None), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), backend.linear(variant, x, None))

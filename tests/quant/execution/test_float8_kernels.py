@@ -256,7 +256,7 @@ def test_the_operators_describe_themselves_rightly() -> None:
 def test_a_kernel_that_is_wrong_on_this_device_is_not_used_and_told(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    assert module.exact_codes("cpu")
+    assert module.exact_codes(DEVICE)
     real = float8.quantize
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -268,7 +268,7 @@ def test_a_kernel_that_is_wrong_on_this_device_is_not_used_and_told(
         forget()
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="viditq"):
         patch.setattr(float8, "quantize", wrong)
-        assert not module.exact_codes("cpu")
+        assert not module.exact_codes(DEVICE)
         patch.setattr(module, "exact_codes", lambda device: False)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         assert module.one_pass() == "our kernel disagrees with fake on this device"

@@ -13,7 +13,7 @@ from viditq.quant.description.scheme import LayerScheme
 from viditq.quant.execution.backends.auto import first_that_takes
 from viditq.quant.execution.backends.base import Backend, Unavailable
 from viditq.quant.execution.backends.cuda.candidates import LAST, candidates_for
-from viditq.quant.execution.backends.cuda.choice import choice_for
+from viditq.quant.execution.backends.cuda.choice import choice_for, current
 from viditq.quant.execution.backends.cuda.product import Product
 from viditq.quant.execution.backends.signed import SignedWeight
 from viditq.quant.execution.backends.triton import ops
@@ -75,4 +75,6 @@ def _product(
     held = SignedWeight(weight, weight_scale, weight_zero, colsum, size, 0, weight.dtype == torch.uint8)
     x = ops.Quantized(codes, scale, zero, rowsum, symmetric)
     product = Product(x, held, bias, dtype, addend, activation, gate, residual)
-    return choice_for(product, candidates_for(product), LAST).taken.run(product)
+    choice = choice_for(product, candidates_for(product), LAST)
+    with current(product.device):
+        return choice.taken.run(product)

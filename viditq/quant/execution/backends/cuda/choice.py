@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,9 @@ from torch import Tensor
 
 logger = logging.getLogger("viditq")
 WARM_UP, REPEATS = 2, 5
+AHEAD = 2_000_000
+"""Cycles, a millisecond or so, that a GPU waits while what is timed is put in its queue: Python takes longer to launch
+small products than they do, and then the host would be timed."""
 Clock = Callable[[Callable[[], object], torch.device], float]
 
 
@@ -80,10 +84,16 @@ def choice_for(product: Product, candidates: Sequence[Candidate], last: Candidat
     if product.kind not in _choices:
         if product.shape[0] == 0 or _is_recorded(product):
             return Choice(next((one for one in candidates if one.why_not(product) is None), last), {}, {})
-        _choices[product.kind] = choice = choose(product, candidates, last, timed)
+        with current(product.device):  # events are recorded, and packages launch, on the device that is current
+            _choices[product.kind] = choice = choose(product, candidates, last, timed)
         rows, width, outs = product.shape
         logger.info("%d rows, %d to %d features, %s: %s", rows, width, outs, product.label, choice)
     return _choices[product.kind]
+
+
+def current(device: torch.device) -> Any:
+    """A GPU as the current one, whichever was."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _is_recorded(product: Product) -> bool:
@@ -94,9 +104,11 @@ def choose(product: Product, candidates: Sequence[Candidate], last: Candidate, c
     """Every candidate that can take `product` is tried on a small one of extreme codes and on this one; what fails, or
     lies further from the exact result than rounding explains, is refused; of the rest the one of the fewest seconds.
 
-    last: taken, unasked, where none is left. clock: (call, device) -> seconds of a call.
+    last: taken, unasked, where none is left. clock: (call, device) -> seconds of a call. Raises OutOfMemoryError where
+    one was in want of memory and none is left: a decoded weight takes more than any of them.
     """
     seconds: dict[str, float] = {}
+    short: torch.cuda.OutOfMemoryError | None = None
     refused: dict[str, str] = {}
     right: dict[str, Candidate] = {}
     extreme, corner = product.extreme(), product.corner()
@@ -108,13 +120,16 @@ def choose(product: Product, candidates: Sequence[Candidate], last: Candidate, c
                 if reason is None:
                     right[candidate.name] = candidate
                     seconds[candidate.name] = clock(partial(candidate.run, product), product.device)
-            except torch.cuda.OutOfMemoryError:
-                raise
+            except torch.cuda.OutOfMemoryError as error:  # passes of torch take several times an output
+                seconds.pop(candidate.name, None)
+                short, reason = error.with_traceback(None), "it takes more memory than is free"  # a trace holds tensors
             except Exception as error:  # of another library: whatever it is, it is not taken
                 seconds.pop(candidate.name, None)
                 reason = f"it fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         if reason is not None:
             refused[candidate.name] = reason
+    if short is not None and not seconds:
+        raise short
     taken = right[min(seconds, key=lambda name: seconds[name])] if seconds else last
     return Choice(taken, seconds, refused)
 
@@ -142,6 +157,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
         call()
     if device.type != "cuda":
         return min(_elapsed(call) for _ in range(REPEATS))
+    torch.cuda._sleep(AHEAD)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
     for start, end in events:
         start.record()

@@ -13,7 +13,7 @@ from torch import Tensor
 from viditq.quant.description.registry import BACKENDS
 from viditq.quant.description.scheme import LayerScheme, QuantSpec
 from viditq.quant.execution.backends.base import Unavailable
-from viditq.quant.execution.backends.cuda.choice import choice_for, disagreement
+from viditq.quant.execution.backends.cuda.choice import choice_for, current, disagreement
 from viditq.quant.execution.backends.fusing import FusingBackend, ranged
 from viditq.quant.execution.backends.scaled_mm.product import (
     LAST,
@@ -24,7 +24,7 @@ from viditq.quant.execution.backends.scaled_mm.product import (
     candidates_for,
 )
 from viditq.quant.execution.backends.triton import float8, ops
-from viditq.quant.execution.backends.triton.backend import too_old
+from viditq.quant.execution.backends.triton.backend import tell_of_assembler, too_old
 from viditq.quant.execution.surroundings import ACTIVATIONS, NOTHING_AFTER, After, Before
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight, narrow_activation
@@ -86,6 +86,7 @@ class ScaledMmBackend(FusingBackend):
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> Float8Weight:
         self.check_available()
         _define()
+        tell_of_assembler()
         self.has_kernel = one_pass() is None
         (outs, width), dtype = quantized.codes.shape, NUMBERS[weight.number].dtype
         assert dtype is not None
@@ -157,7 +158,9 @@ def _product(
     product = Float8Product(codes, scale, held, bias, dtype, *behind)
     if len(codes) == 0:
         return codes.new_empty((0, outs), dtype=dtype)
-    return choice_for(product, candidates_for(product), LAST).taken.run(product).contiguous()
+    choice = choice_for(product, candidates_for(product), LAST)
+    with current(product.device):
+        return choice.taken.run(product).contiguous()
 
 
 def _product_shape(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, outs: int, *rest: Any) -> Tensor:

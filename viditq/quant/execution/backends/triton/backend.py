@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, cast
 
 import torch
@@ -16,14 +17,18 @@ from viditq.quant.execution.backends.fusing import FusingBackend, ranged
 from viditq.quant.execution.backends.integer import scale_width
 from viditq.quant.execution.backends.signed import SignedWeight, bytes_per_segment, signed_weight
 from viditq.quant.execution.backends.triton import ops
-from viditq.quant.execution.backends.triton.tiles import padded_width
+from viditq.quant.execution.backends.triton.tiles import FEW, MANY, Tile, padded_width
 from viditq.quant.execution.surroundings import ACTIVATIONS, NOTHING_AFTER, After, Before
 from viditq.quant.execution.variant import Variant
 from viditq.quant.methods.quantizer import QuantizedWeight, quantize_activation
 
+logger = logging.getLogger("viditq")
 INTERPRETER = "TRITON_INTERPRET"  # triton's own variable: kernels run on a CPU, in numpy
 NO_DEVICE = "there is no CUDA device"
-PROBED = 16, 96, 32  # rows, in-features and outputs of the product that is tried at load
+PROBED = 16, 384, 32  # rows, in-features and outputs of the products that are tried at load: several steps of a sum
+PROBED_CUTS = FEW, MANY[0]  # small and large matrix instructions
+HOPPER, ASSEMBLER = (9, 0), (13, 1)
+"""ptxas before 13.1 has got kernels of sm_90 wrong (triton's issue 11366): sums, and addresses of shared memory."""
 CAPABILITY = (8, 0)  # of CUDA devices; triton multiplies no int8 on older ones
 
 
@@ -49,6 +54,7 @@ class TritonBackend(FusingBackend):
     def hold(self, quantized: QuantizedWeight, weight: QuantSpec, segment_size: int) -> SignedWeight:
         self.check_available()
         self.load()
+        tell_of_assembler()
         if not exact_product("cuda" if torch.cuda.is_available() else "cpu"):
             raise Unavailable(self.name, "its kernels disagree with fake on this device")
         return signed_weight(quantized, weight.bits, segment_size, padded_width(segment_size), packed=weight.bits <= 4)
@@ -91,6 +97,14 @@ class TritonBackend(FusingBackend):
         return ops.multiply(*args, **kwargs)
 
 
+def interpreted_or_absent() -> bool:
+    """Whether triton compiles nothing here."""
+    try:
+        return ops.interpreted()
+    except ImportError:
+        return True
+
+
 def why_not() -> str | None:
     """Why the kernels cannot run on this machine, in a few words; None = they can."""
     if not (torch.cuda.is_available() or os.environ.get(INTERPRETER)):
@@ -117,20 +131,52 @@ def exact_product(device: str) -> bool:
     token = QuantSpec(8, False, "token")
     x_MC = torch.linspace(-1, 1, PROBED[1], device=device).repeat(PROBED[0], 1)
     x_MC[::2, :] = 3.0  # its largest code alone
-    codes_OC = torch.full((PROBED[2], PROBED[1]), 255, dtype=torch.uint8, device=device)
-    codes_OC[::2] = 0
-    held = signed_weight(
-        QuantizedWeight(codes_OC, torch.ones(PROBED[2], 1, device=device), None), 8, PROBED[1], padded_width(PROBED[1])
-    )
     found = ops.quantize(x_MC, PROBED[1], padded_width(PROBED[1]), 1, token.bits, token.symmetric)
     wanted = quantize_activation(x_MC, token, None)
     if not torch.equal(found.codes[0, :, : PROBED[1]].to(torch.int16) + 128, wanted.codes.to(torch.int16)):
         return False
     rows_MC = (wanted.codes.double() - wanted.zero_point.double()) * wanted.scale.double()
-    weight_OC = codes_OC.double() - 128
+    return all(_multiplies_exactly(found, rows_MC, bits, tile) for bits in (8, 4) for tile in PROBED_CUTS)
+
+
+def _multiplies_exactly(found: ops.Quantized, rows_MC: Tensor, bits: int, tile: Tile) -> bool:
+    """With a weight of the smallest and largest codes; rows_MC: what `found` stands for, float64."""
+    codes_OC = torch.full((PROBED[2], PROBED[1]), 2**bits - 1, dtype=torch.uint8, device=rows_MC.device)
+    codes_OC[::2] = 0
+    quantized = QuantizedWeight(codes_OC, torch.ones(PROBED[2], 1, device=rows_MC.device), None)
+    held = signed_weight(quantized, bits, PROBED[1], padded_width(PROBED[1]), packed=bits <= 4)
+    weight_OC = codes_OC.double() - 2 ** (bits - 1)
     y_MO, size_MO = rows_MC @ weight_OC.T, rows_MC.abs() @ weight_OC.abs().T
-    error = (ops.multiply(found, held, None, torch.float32).double() - y_MO).abs()
+    error = (ops.multiply(found, held, None, torch.float32, tile=tile).double() - y_MO).abs()
     return bool((error <= 2.0**-20 * size_MO).all())
+
+
+@cache
+def tell_of_assembler() -> None:
+    """Once, where triton takes an assembler for this GPU that is known for wrong kernels."""
+    doubt = None if interpreted_or_absent() else assembler_doubt()
+    if doubt is not None:
+        logger.warning("%s", doubt)
+
+
+def assembler_doubt() -> str | None:
+    """What may be wrong with triton's assembler on this machine's GPU, and what to do; None = nothing is known."""
+    if not torch.cuda.is_available() or torch.version.hip is not None or torch.cuda.get_device_capability() != HOPPER:
+        return None
+    used, other = ops.load().assemblers(10 * HOPPER[0] + HOPPER[1])
+    if _version(used.version) >= ASSEMBLER:
+        return None
+    newer = _version(other.version) >= ASSEMBLER
+    remedy = f"TRITON_PTXAS_PATH={other.path}" if newer else f"TRITON_PTXAS_PATH, a ptxas of CUDA {_dotted(ASSEMBLER)}"
+    return (
+        f"triton assembles with ptxas {used.version}, which before {_dotted(ASSEMBLER)} got kernels of sm_90 wrong: "
+        "numbers, which are refused here, or an illegal memory access, which ends the process. "
+        f"Set {remedy} (it takes a driver of CUDA {ASSEMBLER[0]})."
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
 
 
 def too_old(least: tuple[int, int], what: str) -> str | None:

@@ -5,6 +5,8 @@ Legend: M rows, C in_features, O out_features, S segments of C that share all sc
 of a row, P = S / R. Codes are s8: of activations code - 2^(bits - 1), of weights as `signed` has them.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -17,6 +19,13 @@ FAR = tl.constexpr(1048576.0)  # beyond every code; where that trick still holds
 def interpreted() -> bool:
     """Whether triton runs them on a CPU, in numpy (TRITON_INTERPRET=1)."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def assemblers(arch: int) -> tuple[Any, Any]:
+    """NVIDIA's assembler that triton takes for such a GPU (90: sm_90), and the newer one that it brings."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(arch), triton.knobs.nvidia.ptxas_blackwell
 
 
 @triton.jit
@@ -214,6 +223,7 @@ def multiply(
     num_outs,
     size,
     padded,
+    bytes_a_row,  # of a segment's weights; given, as half of `padded` is not known to be a multiple of 16
     rows_a_line,
     SEGMENTS: tl.constexpr,
     RANGES: tl.constexpr,
@@ -236,7 +246,6 @@ def multiply(
     m, o = tile_of(num_rows, num_outs, BLOCK_M, BLOCK_O, GROUP)
     in_rows, in_outs = m < num_rows, o < num_outs
     k = tl.arange(0, BLOCK_K)
-    bytes_a_row = padded // 2 if PACKED else padded
     mine = codes + m[:, None] * padded + k[None, :]
     theirs = weight + o[:, None] * bytes_a_row + tl.arange(0, BYTES)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)

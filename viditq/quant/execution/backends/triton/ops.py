@@ -199,7 +199,7 @@ def _multiply(
     with launched_on(codes):
         load().multiply[(tiles,)](
             codes, scale, zero, rowsum, weight, weight_scale, weight_zero, colsum, bias, addend, gate, residual, out,
-            num_rows, num_outs, size, padded, num_rows // (1 if gate is None else len(gate)),
+            num_rows, num_outs, size, padded, weight.shape[-1], num_rows // (1 if gate is None else len(gate)),
             SEGMENTS=segments, RANGES=scale.shape[1], STEPS=padded // inner if segments > 1 else 0,
             PACKED=packed, HAS_ZERO=not symmetric, HAS_WEIGHT_ZERO=weight_zero is not None,
             HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, HAS_GATE=gate is not None,
