@@ -53,7 +53,7 @@ def _answer(device: Any, capability: tuple[int, int]) -> None:
     """torch.cuda, and what of a tensor asks for CUDA before it comes to an operator."""
     import torch
 
-    from simulated_cuda.tensors import MEMORY
+    from simulated_cuda.tensors import MEMORY, put_in_place
 
     class Inference(torch.no_grad):
         """torch's keeps versions of tensors in a way that those here cannot follow."""
@@ -79,7 +79,7 @@ def _answer(device: Any, capability: tuple[int, int]) -> None:
     for name, answer in {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "init": None,
         "_lazy_init": None, "set_device": None, "synchronize": None, "empty_cache": None, "ipc_collect": None,
-        "get_device_capability": capability, "get_device_name": about.name, "get_device_properties": about,
+        "get_device_capability": capability, "get_device_name": about.name, "get_device_properties": about, "_sleep": None,
         "is_bf16_supported": True, "is_current_stream_capturing": False, "manual_seed": None, "manual_seed_all": None,
         "_exchange_device": 0, "_maybe_exchange_device": 0,
     }.items():  # fmt: skip
@@ -98,6 +98,7 @@ def _answer(device: Any, capability: tuple[int, int]) -> None:
     torch.version.cuda = "12.9"
     torch.Tensor.pin_memory = lambda tensor, *args: tensor
     torch.Tensor.record_stream = lambda tensor, *args: None
+    torch.Tensor.data = property(torch.Tensor.detach, put_in_place)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes a tensor of the CPU and moves it
 
 

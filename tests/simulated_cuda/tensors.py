@@ -109,6 +109,13 @@ class Simulated(Tensor):
         return memo[id(self)]
 
 
+def put_in_place(tensor: Tensor, other: Tensor) -> None:
+    """`tensor.data = other`, whose own way would leave `inner` behind."""
+    as_parameter = isinstance(tensor, torch.nn.Parameter)
+    made = torch.nn.Parameter(other.detach(), tensor.requires_grad) if as_parameter else other.detach()
+    torch.utils.swap_tensors(tensor, made)
+
+
 class Device(TorchDispatchMode):
     """Makes what is asked for on the device."""
 
