@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from viditq.data.samples import load_sample
+from viditq.engine.offload import offload_pipeline
 from viditq.errors import UserError
 from viditq.files import read_json
+from viditq.loading import load_quantized
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 SIMULATED = torch.cuda.is_available() and torch.cuda.get_device_name() == "simulated"
 ONE = "quant.segments=[0.0,1.0]"
+UP_TO_SAMPLES = "[prompts,reference,calibrate,quantize,generate]"
 LEARNED = ["quant=w4a8_naive", "quant/smoothing=none", ONE, "quant.rounding.iterations=4"]
 LEARNED += ["quant.rounding.layer_iterations=4", "quant.rounding.tokens=16"]
 METHODS = {
@@ -39,6 +43,7 @@ METHODS = {
     "text encoder": ["quant/text_encoder=w8"],
     "bfloat16": ["model.dtype=bfloat16"],
     "latents": ["noise_floor.latents=0.001"],
+    "offloading": ["trainer.offload=sequential"],
     "benchmark": ["benchmark.max_seconds=null"],
 }
 
@@ -81,7 +86,7 @@ def test_a_run_with_the_kernels_agrees_with_emulation(run: Callable[..., Any], g
 @no_gpu
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_offloading_moves_no_bit(run: Callable[..., Any], gpu_run: Path, tmp_path: Path, offload: str) -> None:
-    overrides = ["trainer=gpu", "backend=fake", f"trainer.offload={offload}"]
+    overrides = ["trainer=gpu", "backend=fake", f"trainer.offload={offload}", f"stages={UP_TO_SAMPLES}"]
     run(tmp_path / "run", gpu_run.parent / "cache", *overrides)
     assert samples(tmp_path / "run") == samples(gpu_run)
 
@@ -93,6 +98,42 @@ def test_offloading_moves_no_bit(run: Callable[..., Any], gpu_run: Path, tmp_pat
 def test_every_method_runs_on_a_gpu(run: Callable[..., Any], gpu_run: Path, tmp_path: Path, name: str) -> None:
     metrics = run(tmp_path / "run", gpu_run.parent / "cache", "trainer=gpu", "backend=fake", *METHODS[name])
     assert metrics is not None and math.isfinite(metrics["metrics"]["psnr"])
+
+
+def left(pipeline: Any) -> None: ...
+
+
+def moved(pipeline: Any) -> None:
+    pipeline.to("cuda")
+
+
+def cast(pipeline: Any) -> None:
+    pipeline.to("cuda", torch.bfloat16)
+
+
+def by_model(pipeline: Any) -> None:
+    pipeline.enable_model_cpu_offload()
+
+
+def by_layer(pipeline: Any) -> None:
+    offload_pipeline(pipeline, "sequential", torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("move", [moved, cast, by_model, by_layer])
+def test_a_pipeline_of_an_artifact_samples_on_a_gpu(gpu_run: Path, move: Callable[[Any], None]) -> None:
+    there = sampled(gpu_run, move)
+    assert (there - sampled(gpu_run, left)).abs().mean() < (0.02 if move is cast else 0.005)
+
+
+@cache
+def sampled(run: Path, move: Callable[[Any], None]) -> Tensor:
+    pipeline = load_quantized(run, backend="portable")
+    pipeline.set_progress_bar_config(disable=True)
+    move(pipeline)
+    noise = torch.Generator().manual_seed(0)
+    return pipeline("a red circle", generator=noise, num_inference_steps=2, output_type="pt").images.float().cpu()
 
 
 def linear(backend: str, device: str) -> Tensor:

@@ -79,9 +79,9 @@ def _answer(device: Any, capability: tuple[int, int]) -> None:
     for name, answer in {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "init": None,
         "_lazy_init": None, "set_device": None, "synchronize": None, "empty_cache": None, "ipc_collect": None,
-        "get_device_capability": capability, "get_device_name": about.name, "get_device_properties": about, "_sleep": None,
+        "get_device_capability": capability, "get_device_name": about.name, "get_device_properties": about,
         "is_bf16_supported": True, "is_current_stream_capturing": False, "manual_seed": None, "manual_seed_all": None,
-        "_exchange_device": 0, "_maybe_exchange_device": 0,
+        "_exchange_device": 0, "_maybe_exchange_device": 0, "_sleep": None,
     }.items():  # fmt: skip
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()  # what is drawn there is drawn on the CPU
