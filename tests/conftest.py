@@ -23,10 +23,11 @@ from viditq.assets import SHIPPED
 
 LONGEST = (
     *("test_processes.py", "test_sweep.py", "test_configs.py", "test_estimate.py", "test_bad_input.py", "test_zoo.py"),
-    *("test_run.py", "test_search.py", "test_comfy_file.py", "test_fit.py", "test_corrected_run.py"),
-    *("test_finished.py", "test_kills.py", "test_best_run.py", "test_damage.py", "test_cli.py", "test_learn.py"),
-    *("test_train_tiny.py", "test_integer_backends.py", "test_native_attention.py", "test_compiled_run.py"),
-    *("test_leaderboard.py", "test_own_classes.py", "test_external_run.py", "test_trial.py", "test_quickstart.py"),
+    *("test_search.py", "test_run.py", "test_native_attention.py", "test_learn.py", "test_best_run.py"),
+    *("test_damage.py", "test_corrected_run.py", "test_integer_backends.py", "test_comfy_file.py", "test_fit.py"),
+    *("test_cli.py", "test_train_tiny.py", "test_folding.py", "test_comfyui.py", "test_trial.py", "test_finished.py"),
+    *("test_kills.py", "test_compiled_run.py", "test_leaderboard.py", "test_external_run.py", "test_offload.py"),
+    *("test_vllm_omni.py", "test_own_classes.py", "test_quickstart.py"),
 )
 
 
