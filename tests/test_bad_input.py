@@ -488,11 +488,11 @@ def full_disk_in_safetensors(*_: object, **__: object) -> None:
     ("target", "writer"),
     [
         ("viditq.data.samples.Image.Image.save", full_disk),  # a sample
-        ("viditq.mapped.Writer.add", full_disk),  # the artifact
-        # Slow: the same at every other kind of file.
+        # Slow: the same at every other kind of file. The artifact meets a disk that is really full below.
         *(
             pytest.param(target, writer, marks=pytest.mark.slow)
             for target, writer in (
+                ("viditq.mapped.Writer.add", full_disk),  # the artifact
                 ("safetensors.torch.save_file", full_disk_in_safetensors),  # the first embeddings
                 ("viditq.files.os.replace", full_disk),  # the first file of all
                 ("viditq.engine.partials.write_tensors", full_disk_in_safetensors),  # the statistics

@@ -136,26 +136,26 @@ def test_two_processes_fit_the_same(run: Callable[..., Any], stochastic: tuple[P
 
 
 def test_killed_in_the_fit_and_repeated(run: Callable[..., Any], stochastic: tuple[Path, Path], tmp_path: Path) -> None:
-    """Killed after the first of two batches of the fit, and after the first save of the artifact."""
+    """Killed after the first of two batches of the fit, then after the first save of the artifact, then at its end."""
     folder, cache = stochastic
+    work = tmp_path / "run" / "uncorrected"
     for place in ("after the first batch", "before the artifact is there", "before the work is removed"):
         pid = os.fork()
         if not pid:
             try:
                 torch.set_num_threads(1)  # of two threads that do so first in a forked process, one fails now and then
                 die(place)
-                run(tmp_path / place, cache, *PTQD)
+                run(tmp_path / "run", cache, *PTQD, "stages=[prompts,quantize]")
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(1)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL, place
-        work = tmp_path / place / "uncorrected"
         assert work.is_dir() and list(work.glob("partial-*")), place
-        run(tmp_path / place, cache, *PTQD, "stages=[prompts,quantize]")
-        assert not work.exists(), place
-        for name, tensor in tensors(folder).items():
-            assert torch.equal(tensors(tmp_path / place)[name], tensor), (place, name)
+    run(tmp_path / "run", cache, *PTQD, "stages=[prompts,quantize]")
+    assert not work.exists()
+    for name, tensor in tensors(folder).items():
+        assert torch.equal(tensors(tmp_path / "run")[name], tensor), name
 
 
 def die(place: str) -> None:

@@ -50,7 +50,11 @@ def expected(finished_run: Path) -> dict[str, Any]:
     return numbers(json.loads((finished_run / "metrics.json").read_text()))
 
 
-@pytest.mark.parametrize("name", OF_RUN)
+# Slow: files that are read by what reads another of these.
+SECOND = ("per_prompt.json", "seconds_on.json", "comparison.png", "incoherence.json", "quantized/meta.json")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SECOND)) for n in OF_RUN])
 def test_truncated_file_of_a_run(
     name: str, run: Run, run_copy: Path, finished_run: Path, shared_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -262,7 +262,7 @@ def test_killed_and_repeated_run_equals_an_undisturbed_one(
 # Slow: the same between other files of the two last stages.
 @pytest.mark.parametrize(
     "dying",
-    ["write_page", "summarize", *(pytest.param(d, marks=pytest.mark.slow) for d in ("comparison_picture", "sizes_of"))],
+    ["write_page", *(pytest.param(d, marks=pytest.mark.slow) for d in ("summarize", "comparison_picture", "sizes_of"))],
 )
 def test_killed_while_writing(
     dying: str, run: Run, finished_run: Path, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

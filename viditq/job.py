@@ -114,7 +114,7 @@ class Job(CacheEntries):
         pipeline = e.adapter.load()
         if denoiser_dtype is not None:
             return in_dtype(e.adapter, pipeline, denoiser_dtype)
-        on_cpu = e.offload is None and e.make_trainer().strategy.root_device.type == "cpu"
+        on_cpu = e.offload is None and e.device.type == "cpu"
         if on_cpu and not e.adapter.compile:  # elsewhere stages change it: its place, or its forward
             self._float_pipeline = pipeline
         return pipeline
@@ -176,7 +176,7 @@ class Job(CacheEntries):
             yield
 
     def _computed_on(self, counts: set[int]) -> str:
-        device = self.experiment.make_trainer().strategy.root_device
+        device = self.experiment.device
         if self._side_by_side:
             return computed_on({1}, self._side_by_side, device)
         return computed_on(counts, self.processes.count, device)

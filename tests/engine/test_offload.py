@@ -65,8 +65,9 @@ def loaded(adapter: ModelAdapter, plan: Any, stats: Any) -> Any:
     return pipeline
 
 
+# Slow: the float model; the quantized one has float layers too.
 @pytest.mark.parametrize("offload", ["model", "sequential"])
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_samples_are_the_same(
     offload: str, quantized: bool, adapter: ModelAdapter, embeds: dict[str, Tensor], plan: Any, stats: Any
 ) -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm as bar_with_text
+from tqdm.auto import tqdm as bar
 
 from viditq.engine import workers
 from viditq.engine.trainer import Trainer
@@ -43,6 +46,36 @@ def test_full_rounds_are_made_in_order_and_the_rest_is_left(monkeypatch: pytest.
             makers.add(int(sound[1]))
     assert len(makers) == 2 and os.getpid() not in makers
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def make_with_bars(indices: list[int]) -> list[tuple[Tensor, ...]]:
+    """As pipelines do, whose bars are switched off."""
+    return [(torch.tensor(i),) for kind in (bar, bar_with_text) for i in kind(indices, disable=True)]
+
+
+@pytest.mark.parametrize("of_forks", [False, True])
+def test_a_lock_of_bars_that_a_thread_holds_while_forking(of_forks: bool) -> None:
+    """As tqdm's own does, every ten seconds: a run stood still until it was killed."""
+    (shared, copied), held, done = bar.get_lock().locks, threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with shared if of_forks else copied:
+            held.set()
+            done.wait(60)
+
+    thread, before = threading.Thread(target=hold), signal.getsignal(signal.SIGALRM)
+    thread.start()
+    try:
+        assert held.wait(60)
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the workers stand still"))
+        signal.alarm(30)
+        made = list(SideBySide([[0], [1]], make_with_bars, 2))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        done.set()
+        thread.join()
+    assert [batch.indices for batch in made if isinstance(batch, Made)] == [[0], [1]]
 
 
 def threads_of(indices: list[int]) -> list[tuple[Tensor, ...]]:

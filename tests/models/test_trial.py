@@ -66,7 +66,11 @@ def told_while_sampling(adapter: ModelAdapter) -> list[float]:
     return list(dict.fromkeys(told))  # guidance tells it twice
 
 
-@pytest.mark.parametrize("model", KNOWN)
+# Slow: schedules of a kind that another of them has.
+SECOND = ("latte", "sana", "wan2.2_5b", "hunyuan_video")
+
+
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m in SECOND)) for m in KNOWN])
 def test_steps_are_those_of_sampling(model: str, make: Make) -> None:
     build, own = KNOWN[model]
     adapter = make(model, build, *own)

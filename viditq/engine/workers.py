@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm.std import tqdm
 
 from viditq.engine.timing import free_bytes
 from viditq.errors import UserError
@@ -119,8 +121,21 @@ def _as_it_is(batch: Any) -> Any:
 def _begin(_: int) -> None:
     """In a worker: what ends a run is heard, told and obeyed by the process that started it."""
     end_with_parent()
+    _own_lock_of_bars()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
+
+
+def _own_lock_of_bars() -> None:
+    """For bars that are switched off too, tqdm takes a lock that forked processes share, and one that they copy.
+
+    The copy stays locked where the thread that looks after bars held it at the fork, and a worker that is ended keeps
+    the shared one: either lets whoever makes the next bar wait forever.
+    """
+    lock, kinds = threading.RLock(), [tqdm]
+    for kind in kinds:
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
 
 
 def count_workers(trainer: L.Trainer, weights_bytes: int, num_batches: int) -> int:

@@ -87,7 +87,7 @@ def asked(peak: Peak) -> int:
 def propose(job: Job, limit: int) -> Fit:
     """The candidates of a run with their peaks, from configurations alone."""
     e = job.experiment
-    gpu = e.make_trainer().strategy.root_device.type != "cpu"
+    gpu = e.device.type != "cpu"
     known = _Estimates(job)
     rows = [_row(candidate, known, limit) for candidate in candidates(e, gpu)]
     return Fit(e.name, e.adapter.name, known.batch_size, limit, gpu, rows)

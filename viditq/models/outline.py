@@ -85,6 +85,7 @@ def listed_in(init: Path) -> dict[str, list[str]]:
     return found
 
 
+@cache
 def outline_of(name: str) -> Any:
     """A class with the name and the signatures of a pipeline of diffusers; None where its source does not tell all."""
     for package in listed_in(_root() / "pipelines" / "__init__.py").get(name, []):

@@ -44,8 +44,8 @@ def benchmark(job: Job) -> str:
 
 def why_not(job: Job) -> str | None:
     """Why nothing is measured; None where it is."""
-    e, trainer = job.experiment, job.experiment.make_trainer()
-    if getattr(trainer, "offload", None) is not None:
+    e = job.experiment
+    if e.offload is not None:
         return "with trainer.offload a step takes as long as its weights take to move"
     if e.quant.attention is not None:
         return f"quant.attention={e.quant.attention} is emulated, which says nothing of the time of a kernel"
@@ -56,7 +56,7 @@ def why_not(job: Job) -> str | None:
             f"benchmark.max_seconds={most:g}; benchmark.max_seconds=null measures however long it takes"
         )
     needed = weights_side_by_side(sum(p.numel() for p in e.adapter.build_denoiser().parameters()), e.adapter)
-    free = free_bytes(trainer.strategy.root_device)
+    free = free_bytes(e.device)
     if free is not None and needed > free:
         job.may_change()
         return f"float, {HALF} and quantized weights together take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
@@ -94,7 +94,7 @@ def _step(job: Job, folder: Any, stage: str, num_prompts: int) -> float | None:
 
 
 def _benchmark(job: Job) -> str:
-    e, device = job.experiment, job.experiment.make_trainer().strategy.root_device
+    e, device = job.experiment, job.experiment.device
     call, denoisers, executed = _denoisers(job, device)
     give_back()  # the rest of the pipelines
     work = {name: partial(_computed, call, denoiser, device) for name, denoiser in denoisers.items()}

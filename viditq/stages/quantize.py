@@ -84,7 +84,7 @@ def _reconstruction(job: Job, plan: QuantPlan) -> BlockReconstruction:
             f"kept {record['kept']}; {record['seconds']:.1f} s, about {left:.0f} s left"
         )
 
-    device = job.experiment.make_trainer().strategy.root_device
+    device = job.experiment.device
     return BlockReconstruction(BlockStore(job.block_inputs.path), device, on_block, job.run_dir.learned_blocks)
 
 

@@ -130,7 +130,8 @@ def train_vae(shop: Workshop) -> None:
     draw = partial(draw_clips, count=8)
     net = shop.train("vae_i2v", video_vae(), draw, partial(vae_loss, kl=1e-4))
     net = shop.train("vae_i2v_fine", net.requires_grad_(True), draw, partial(vae_loss, kl=1e-6))
-    clips = draw_clips(torch.Generator().manual_seed(shop.seed + 1), 512)["clips"]
+    count = 512 if shop.max_steps is None else 64
+    clips = draw_clips(torch.Generator().manual_seed(shop.seed + 1), count)["clips"]
     with torch.no_grad():
         networks.to_unit_latents(net, torch.cat([net.encode(c).latent_dist.mode() for c in clips.split(64)]))
     decoding = deepcopy(net)

@@ -32,7 +32,7 @@ def train_vae(shop: Workshop) -> None:
     net = networks.vae()
     net = shop.train("vae", net, partial(losses.draw_frames, count=32), losses.vae_loss)
     generator = torch.Generator().manual_seed(shop.seed + 1)
-    frames = losses.draw_frames(generator, 2048)["frames"] * 2 - 1
+    frames = losses.draw_frames(generator, 2048 if shop.max_steps is None else 256)["frames"] * 2 - 1
     with torch.no_grad():
         latents = torch.cat([net.encode(f).latent_dist.mode() for f in frames.split(256)])
     networks.to_unit_latents(net, latents)

@@ -40,6 +40,7 @@ from viditq.quant.reconstruction.soft import SOFT, Position, SoftLinear, soft_we
 W4, A8 = QuantSpec(4, granularity="channel"), QuantSpec(8, granularity="token", dynamic=True)
 STATIC = QuantSpec(8)
 QUICK = BlockAdaRound(iterations=60, tokens=384, layer_iterations=100)
+FEW = replace(QUICK, iterations=8, layer_iterations=8)  # where it does not matter how well they learn
 CPU = torch.device("cpu")
 
 
@@ -216,8 +217,8 @@ def test_segments_that_share_a_weight_go_on_sharing_it(
     denoiser: nn.Module, stats: CalibrationStats, store: BlockStore
 ) -> None:
     """Static activations give each segment a variant, whose codes are stored once."""
-    learned, records = quantized(denoiser, stats, store, QUICK, activation=STATIC, segments=(0, 0.5, 1))
-    assert records[0]["steps"] == QUICK.iterations
+    learned, records = quantized(denoiser, stats, store, FEW, activation=STATIC, segments=(0, 0.5, 1))
+    assert records[0]["steps"] == FEW.iterations
     for layer in quant_linears(learned).values():
         low, high = layer.variants
         assert torch.equal(low.qweight, high.qweight)
@@ -225,7 +226,7 @@ def test_segments_that_share_a_weight_go_on_sharing_it(
 
 
 def test_the_same_again_to_the_bit(denoiser: nn.Module, stats: CalibrationStats, store: BlockStore) -> None:
-    one, other = (quantized(denoiser, stats, store, QUICK)[0].state_dict() for _ in range(2))
+    one, other = (quantized(denoiser, stats, store, FEW)[0].state_dict() for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -244,7 +245,7 @@ def test_nearest_is_kept_where_learning_does_not_help(
 def test_linears_outside_blocks_are_rounded_by_themselves(
     denoiser: nn.Module, stats: CalibrationStats, store: BlockStore
 ) -> None:
-    plans = [Recipe(W4, rounding=rounding).resolve(linear_names(denoiser)) for rounding in (QUICK, AdaRound())]
+    plans = [Recipe(W4, rounding=rounding).resolve(linear_names(denoiser)) for rounding in (FEW, AdaRound())]
     assert plans[0].moment_layers == ["proj_in"] and list(plans[0].learned_blocks) == BLOCKS
     assert plans[1].moment_layers == linear_names(denoiser) and not plans[1].learned_blocks
     codes = []
@@ -321,7 +322,10 @@ def test_bad_settings(make: Any, message: str) -> None:
 def test_a_segment_in_float_has_nothing_to_learn(
     denoiser: nn.Module, stats: CalibrationStats, store: BlockStore, high: LayerScheme | None
 ) -> None:
-    schemes = {"low": LayerScheme(W4, A8, rounding=QUICK), **({} if high is None else {"high": high})}
+    schemes = {
+        "low": LayerScheme(W4, A8, rounding=QUICK),
+        **({} if high is None else {"high": high}),
+    }
     names = [n for n in linear_names(denoiser) if n.startswith("blocks")]
     plan = QuantPlan((0, 0.5, 1), schemes, {name: ("low", None if high is None else "high") for name in names})
     records: list[dict[str, Any]] = []
@@ -333,7 +337,7 @@ def test_a_segment_in_float_has_nothing_to_learn(
 def test_learning_that_diverges_leaves_what_was_better(
     denoiser: nn.Module, stats: CalibrationStats, store: BlockStore
 ) -> None:
-    wild = replace(QUICK, learn_activation_scale=True, learning_rate=1e4)
+    wild = replace(QUICK, iterations=8, learn_activation_scale=True, learning_rate=1e4)
     _, records = quantized(denoiser, stats, store, wild, activation=STATIC)
     assert all("block" not in record["errors"] and record["kept"] == "layers" for record in records)
 
