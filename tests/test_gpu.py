@@ -84,7 +84,7 @@ def test_a_run_with_the_kernels_agrees_with_emulation(run: Callable[..., Any], g
 
 @pytest.mark.gpu
 @no_gpu
-@pytest.mark.parametrize("offload", ["model", "sequential"])
+@pytest.mark.parametrize("offload", [pytest.param("model", marks=pytest.mark.slow), "sequential"])
 def test_offloading_moves_no_bit(run: Callable[..., Any], gpu_run: Path, tmp_path: Path, offload: str) -> None:
     overrides = ["trainer=gpu", "backend=fake", f"trainer.offload={offload}", f"stages={UP_TO_SAMPLES}"]
     run(tmp_path / "run", gpu_run.parent / "cache", *overrides)

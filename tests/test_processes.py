@@ -163,6 +163,8 @@ def test_bad_input_is_refused_before_processes_start(shrunk: list[str], tmp_path
     assert code == 2 and err.count("error: seed=-1") == 1 and "Traceback" not in err
 
 
+# Slow: that what fails in the first process alone is said once; how the others end is in the tests beside it.
+@pytest.mark.slow
 def test_an_error_in_a_process_is_said_once(shrunk: list[str], tmp_path: Path) -> None:
     """A prompt that is too long is seen while prompts are encoded, by the first process."""
     (tmp_path / "long.txt").write_text("a red circle\n" + "red " * 40 + "\n")

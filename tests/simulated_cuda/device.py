@@ -2,8 +2,8 @@
 
 `start` comes before torch is imported, so that what uses it is a process of its own. Then torch.cuda answers as with
 one GPU, `.to("cuda")` moves, and an operator raises where a GPU's would: tensors of two devices, int64 products, shapes
-that cuBLAS refuses, operators without a CUDA implementation. What it computes is what the CPU does, to the bit, so that
-a run on it equals a run on the CPU; of time, races and a GPU's own rounding it says nothing.
+that cuBLAS refuses, operators without a CUDA implementation. It computes by the CPU's operators, attention by plain
+ones; of time, races, memory that is too little and a GPU's own rounding it says nothing.
 """
 
 import ctypes
@@ -37,19 +37,17 @@ def build(command: list[str], folder: Path) -> Path:
     return library
 
 
-def start(library: Path, capability: tuple[int, int] = (9, 0)) -> Any:
-    """The device, of this compute capability, from here on: a `Device`."""
+def start(library: Path, capability: tuple[int, int] = (9, 0)) -> None:
+    """From here to the end of the process there is such a device, of this compute capability."""
     assert "torch" not in sys.modules, "torch has looked for devices already"
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     from simulated_cuda.tensors import Device
 
-    device = Device()
-    _answer(device, capability)
-    device.__enter__()  # to the end of the process
-    return device
+    _answer(capability)
+    Device().__enter__()
 
 
-def _answer(device: Any, capability: tuple[int, int]) -> None:
+def _answer(capability: tuple[int, int]) -> None:
     """torch.cuda, and what of a tensor asks for CUDA before it comes to an operator."""
     import torch
 

@@ -14,6 +14,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default, *(getattr(aten.to, name) for name in aten.to.overloads())}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+COMPOSITE = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.addmv.default}
 
 
@@ -129,6 +130,8 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     there = [one for one in leaves if isinstance(one, Simulated)]
     asked = next((one for one in leaves if isinstance(one, torch.device)), None)
     on_device = bool(there) if asked is None else asked.type == "cuda"
+    if func is aten.copy_.default:
+        on_device = isinstance(args[0], Simulated)
     if there and func not in COPIES:
         check(func, args, kwargs)
     if kwargs.get("pin_memory"):
@@ -181,6 +184,3 @@ def _on_cuda(func: Any) -> Any:
     if any(has(name, key) for key in COMPOSITE):
         return func
     raise NotImplementedError(f"could not run '{name}' with arguments from the 'CUDA' backend")
-
-
-COMPOSITE = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
