@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data._utils import worker
 from tqdm import tqdm as bar_with_text
 from tqdm.auto import tqdm as bar
 
@@ -123,6 +124,26 @@ def test_errors_come_as_they_are() -> None:
         list(SideBySide(BATCHES, run_out, 2))
     assert str(out.value).startswith("DefaultCPUAllocator: ") and ended_early(out.value) is None
     assert "in run_out" in "".join(out.value.__notes__)
+
+
+def test_one_that_has_not_begun_is_ended_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended by the signal itself, which torch would tell as an error at any time after."""
+    loop = worker._worker_loop
+
+    def begin(*args: Any) -> None:
+        if args[10] == 1:  # its number
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(60)
+        loop(*args)
+
+    monkeypatch.setattr(worker, "_worker_loop", begin)
+    others = multiprocessing.active_children()
+    with pytest.raises(UserError):
+        list(SideBySide(BATCHES, refuse, 2))
+    end = time.monotonic() + 60
+    while any(process not in others for process in multiprocessing.active_children()) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)  # in which its end would be told
 
 
 def test_of_one_that_was_killed_it_is_said_what_to_do() -> None:

@@ -22,6 +22,7 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 from tqdm.std import tqdm
 
 from viditq.engine.timing import free_bytes
@@ -80,9 +81,7 @@ class SideBySide:
                     raise samples
                 yield Made(indices, [tuple(map(torch.from_numpy, sample)) for sample in samples])
         finally:
-            for process in multiprocessing.active_children():
-                if process not in others:
-                    process.terminate()  # in the middle of a batch, for which torch would wait
+            _end(arriving, [process for process in multiprocessing.active_children() if process not in others])
         yield from self.batches[whole:]
 
     def close(self) -> None:
@@ -112,6 +111,26 @@ class _ToMake(Dataset[Any]):
             if not isinstance(error, UserError):
                 error.add_note(f"In a process that makes samples beside others:\n{traceback.format_exc()}")
             return indices, error
+
+
+def _end(arriving: Any, workers: Sequence[Any]) -> None:
+    """The workers of torch's iterator, wherever they are; torch's own way, once all has arrived, has left none.
+
+    In the middle that one waits for each worker's batch, and for good where a worker ends with the lock of an event
+    that it shares. It would tell of a worker that is ended before it knows any signal, too: as an error, in whatever
+    the run does by then.
+    """
+    if getattr(arriving, "_worker_pids_set", False):
+        signal_handling._remove_worker_pids(id(arriving))
+        arriving._worker_pids_set = False
+    arriving._shutdown = True
+    for process in workers:  # they hold nothing that has to be put in order
+        process.kill()
+    for process in workers:
+        process.join()
+    for queue in getattr(arriving, "_index_queues", ()):
+        queue.cancel_join_thread()
+        queue.close()
 
 
 def _as_it_is(batch: Any) -> Any:
