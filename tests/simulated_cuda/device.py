@@ -37,17 +37,17 @@ def build(command: list[str], folder: Path) -> Path:
     return library
 
 
-def start(library: Path, capability: tuple[int, int] = (9, 0)) -> None:
-    """From here to the end of the process there is such a device, of this compute capability."""
+def start(library: Path) -> None:
+    """From here to the end of the process there is such a device, of compute capability 9.0."""
     assert "torch" not in sys.modules, "torch has looked for devices already"
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     from simulated_cuda.tensors import Device
 
-    _answer(capability)
+    _answer()
     Device().__enter__()
 
 
-def _answer(capability: tuple[int, int]) -> None:
+def _answer() -> None:
     """torch.cuda, and what of a tensor asks for CUDA before it comes to an operator."""
     import torch
 
@@ -71,13 +71,11 @@ def _answer(capability: tuple[int, int]) -> None:
         MEMORY.most = MEMORY.held
 
     total = 80 * 2**30
-    about = SimpleNamespace(
-        name="simulated", major=capability[0], minor=capability[1], total_memory=total, multi_processor_count=132
-    )
+    about = SimpleNamespace(name="simulated", major=9, minor=0, total_memory=total, multi_processor_count=132)
     for name, answer in {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "init": None,
         "_lazy_init": None, "set_device": None, "synchronize": None, "empty_cache": None, "ipc_collect": None,
-        "get_device_capability": capability, "get_device_name": about.name, "get_device_properties": about,
+        "get_device_capability": (9, 0), "get_device_name": about.name, "get_device_properties": about,
         "is_bf16_supported": True, "is_current_stream_capturing": False, "manual_seed": None, "manual_seed_all": None,
         "_exchange_device": 0, "_maybe_exchange_device": 0, "_sleep": None,
     }.items():  # fmt: skip

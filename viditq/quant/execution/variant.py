@@ -158,8 +158,7 @@ class Variant(nn.Module):
         """To another device; what is cast is the output and what is float beside the codes.
 
         Scales, zero points and the chain stay what they are: in half precision they would be others, and so would the
-        codes. What is held has the types of its layout. What a backend derived is cast too: `QuantLinear._apply`
-        derives it anew.
+        codes. What is held has the types of its layout; what a backend derived `QuantLinear._apply` derives anew.
         """
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         cast = {name: fn(part) for name in CAST if (part := self._buffers[name]) is not None}
